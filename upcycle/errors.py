@@ -1,0 +1,57 @@
+"""The errors of upcycle, and the exit code of the command line for each.
+
+    UpcycleError                 any failure with a sentence for the user
+    |-- UsageError          2    an argument, a path or an option is wrong
+    |   `-- RecipeError     2    the recipe file is wrong: file, line, column, nearest key
+    |-- VerificationError   3    the result is further from the dense model than promised
+    |-- UnsupportedError    4    the model or the target cannot hold what was asked for
+    |   |-- CaptureError    4    the model could not be run on example inputs
+    |   `-- PlanError       4    a dense FFN cannot become the MoE layer that the recipe asks for
+    `-- ResourceError       5    disk or memory is too small
+
+Each message is one sentence that says what is wrong, where, and what to do.
+"""
+
+
+class UpcycleError(Exception):
+    """Base of every error that upcycle raises on purpose; ``str()`` is the sentence to print."""
+
+    exit_code = 2
+
+
+class UsageError(UpcycleError):
+    """An argument, a path or an option is wrong."""
+
+
+class RecipeError(UsageError):
+    """A recipe is not valid; the message has one line per problem."""
+
+
+class VerificationError(UpcycleError):
+    """The converted model is further from the dense one than the recipe promises."""
+
+    exit_code = 3
+
+
+class UnsupportedError(UpcycleError):
+    """The model, or the target, cannot hold what was asked for."""
+
+    exit_code = 4
+
+
+class CaptureError(UnsupportedError):
+    """The model could not be run on example inputs, so no graph was recorded."""
+
+
+class PlanError(UnsupportedError):
+    """A dense FFN cannot become the MoE layer that the recipe asks for."""
+
+    def __init__(self, problem: str, *, site: str) -> None:
+        super().__init__(f"{site}: {problem}")
+        self.site = site
+
+
+class ResourceError(UpcycleError):
+    """Disk or memory is too small for the conversion."""
+
+    exit_code = 5

@@ -1,0 +1,111 @@
+"""What was found in a model: its dense FFNs, and the places that only look like one. No tensors.
+
+An FFN is a region of the graph with one input x, one or more expansions (linear maps of x to a
+hidden width), only operations that are pointwise along the hidden axis between them, and one
+contraction. For such a region ``FFN(x) = b2 + sum_j n_j(x)``, one term for each hidden neuron, so
+neurons may be permuted, cut apart and copied without changing the function.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from upcycle.pointwise import Pointwise
+
+Kind = Literal["ffn", "bottleneck", "head"]
+Placement = Literal["module", "siblings", "inline"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of an FFN, and where its numbers are stored.
+
+    Attributes:
+        module: path of the module that applies it.
+        weight: name of the weight parameter in ``model.named_parameters(remove_duplicate=False)``.
+        bias: name of the bias parameter, or None.
+        transposed: the weight is stored ``[in, out]`` (GPT-2's Conv1D) and not ``[out, in]``.
+        rows: ``(start, stop, step)`` of the outputs that are this projection, one per neuron;
+            a fused gate_up projection is two projections with different rows of one weight.
+    """
+
+    module: str
+    weight: str
+    bias: str | None
+    transposed: bool
+    rows: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class FFN:
+    """A dense FFN of the model.
+
+    Attributes:
+        path: the innermost module that holds the whole FFN.
+        kind: ``ffn``; ``bottleneck`` (narrower than its input); ``head`` (a classifier or pooler).
+        placement: ``module`` if `path` is exactly the FFN, so that it can be swapped; ``siblings``
+            if the linear maps belong to different modules; ``inline`` if one forward applies them
+            among other things.
+        expansions: the maps x -> z_i, in the order of the arguments of `pointwise`.
+        contraction: the map hidden -> output.
+        pointwise: f in ``contraction(f(z_0, ...))``.
+        d_model: width of x.
+        d_ff: number of neurons.
+        d_out: width of the output.
+        hidden_dropout, output_dropout: training-time dropout probabilities in the FFN.
+    """
+
+    path: str
+    kind: Kind
+    placement: Placement
+    expansions: tuple[Projection, ...]
+    contraction: Projection
+    pointwise: Pointwise
+    d_model: int
+    d_ff: int
+    d_out: int
+    hidden_dropout: float = 0.0
+    output_dropout: float = 0.0
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of every parameter that the FFN reads, each once."""
+        projections = (*self.expansions, self.contraction)
+        names = [p.weight for p in projections] + [p.bias for p in projections if p.bias]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the FFN holds."""
+        biases = sum(self.d_ff for p in self.expansions if p.bias)
+        biases += self.d_out if self.contraction.bias else 0
+        return self.d_ff * (len(self.expansions) * self.d_model + self.d_out) + biases
+
+    def to_json(self) -> dict[str, Any]:
+        """The FFN as ``upcycle inspect --json`` prints it."""
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "placement": self.placement,
+            "activation": self.pointwise.name,
+            "d_model": self.d_model,
+            "d_ff": self.d_ff,
+            "d_out": self.d_out,
+            "expansions": [p.weight for p in self.expansions],
+            "contraction": self.contraction.weight,
+        }
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A place that looks like an FFN and is none, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Located:
+    """Everything that `locate` found, in the order in which the model runs it."""
+
+    ffns: tuple[FFN, ...] = field(default=())
+    misses: tuple[Miss, ...] = field(default=())

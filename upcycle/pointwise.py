@@ -1,0 +1,112 @@
+"""The function between the two linear maps of an FFN, as data.
+
+A dense FFN computes ``down(f(z_0, ..., z_m))`` with ``z_i = up_i(x)``. `f` is pointwise along the
+hidden axis, which is what lets neurons be permuted, cut apart and copied. Here `f` is a short list
+of steps, so that it can be compared, written to JSON, and run for any number of neurons.
+
+A step is ``(op, args, kwargs)``. In `args`, the string ``"z1"`` is expansion 1 and ``"t0"`` is the
+result of step 0; everything else is a constant. Only the names in `OPS` can run, so a file that
+holds a program cannot hold code.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+Step = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+def _cast(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    return x.to(getattr(torch, dtype))
+
+
+def _cast_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return x.to(like.dtype)
+
+
+# Every operation that is known to be pointwise. `tests/test_pointwise.py` perturbs one element and
+# checks for each entry that no other element moves.
+OPS: dict[str, Callable[..., torch.Tensor]] = {
+    "abs": torch.abs,
+    "add": torch.add,
+    "cast": _cast,
+    "cast_like": _cast_like,
+    "celu": F.celu,
+    "clamp": torch.clamp,
+    "cos": torch.cos,
+    "div": torch.div,
+    "elu": F.elu,
+    "erf": torch.erf,
+    "exp": torch.exp,
+    "gelu": F.gelu,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "hardtanh": F.hardtanh,
+    "leaky_relu": F.leaky_relu,
+    "log": torch.log,
+    "logsigmoid": F.logsigmoid,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "mish": F.mish,
+    "mul": torch.mul,
+    "neg": torch.neg,
+    "pow": torch.pow,
+    "reciprocal": torch.reciprocal,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "rsqrt": torch.rsqrt,
+    "rsub": torch.rsub,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "sign": torch.sign,
+    "silu": F.silu,
+    "sin": torch.sin,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "sqrt": torch.sqrt,
+    "square": torch.square,
+    "sub": torch.sub,
+    "tanh": torch.tanh,
+    "tanhshrink": F.tanhshrink,
+}
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """``f(z_0, ..., z_{arity-1})``, pointwise; its result is the last step.
+
+    `name` is the activation's usual name where it is a known one, else ``"custom"``.
+    """
+
+    arity: int
+    steps: tuple[Step, ...]
+    name: str = "custom"
+
+    def __call__(self, *z: torch.Tensor) -> torch.Tensor:
+        """Apply to `arity` tensors of one shape, any float dtype; returns that shape."""
+        done: list[torch.Tensor] = []
+
+        def value(arg: Any) -> Any:
+            if isinstance(arg, str) and arg[0] in "zt" and arg[1:].isdigit():
+                return (z if arg[0] == "z" else done)[int(arg[1:])]
+            return arg
+
+        for op, args, kwargs in self.steps:
+            done.append(OPS[op](*(value(arg) for arg in args), **kwargs))
+        return done[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `from_json` reads back."""
+        steps = [[op, list(args), dict(kwargs)] for op, args, kwargs in self.steps]
+        return {"arity": self.arity, "name": self.name, "steps": steps}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Pointwise":
+        """The program that `to_json` wrote; raises KeyError for an operation not in `OPS`."""
+        for op, _, _ in data["steps"]:
+            OPS[op]
+        steps = tuple((op, tuple(args), dict(kwargs)) for op, args, kwargs in data["steps"])
+        return Pointwise(arity=data["arity"], steps=steps, name=data["name"])

@@ -1,0 +1,78 @@
+"""What was decided: one `MoESpec` for each FFN that is converted. Plain data, no tensors."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from upcycle import recipe
+from upcycle.ffn import FFN, Located
+
+Promise = Literal["exact", "exact when K = N", "approximate"]
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """The MoE layer that one dense FFN becomes.
+
+    Attributes:
+        ffn: the FFN.
+        experts, router: the recipe's sections, with what is special to the methods.
+        num_experts: experts of the layer (copies times granularity for granular upcycling).
+        width: neurons of one expert, zero padding included.
+        top_k: experts that a token visits.
+        scale: factor on the expert weights at run time.
+        promise: what the algebra of the method says about equality with the dense FFN.
+        seed: seed of this layer's random draws; differs from layer to layer.
+    """
+
+    ffn: FFN
+    experts: recipe.Experts
+    router: recipe.Router
+    num_experts: int
+    width: int
+    top_k: int
+    scale: float
+    promise: Promise
+    seed: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A fresh generator for one purpose, so that adding a draw does not shift another."""
+        salt = sum(ord(letter) << (8 * (i % 4)) for i, letter in enumerate(purpose))
+        return torch.Generator().manual_seed((self.seed << 32) ^ salt)
+
+    def layer_config(self) -> dict[str, Any]:
+        """The configuration of the runtime layer, as `upcycle.moe.MoE` takes it."""
+        ffn = self.ffn
+        return {
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "width": self.width,
+            "d_model": ffn.d_model,
+            "d_out": ffn.d_out,
+            "pointwise": ffn.pointwise.to_json(),
+            "up_bias": any(p.bias for p in ffn.expansions),
+            "output_bias": ffn.contraction.bias is not None,
+            "weights": self.router.weights,
+            "router_bias": self.router.bias,
+            "tied": self.router.tied,
+            "scale": self.scale,
+            "hidden_dropout": ffn.hidden_dropout,
+            "output_dropout": ffn.output_dropout,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole decision: what was found, and what each converted FFN becomes."""
+
+    located: Located
+    specs: tuple[MoESpec, ...]
+    recipe: recipe.Recipe
+    recipe_name: str
+
+    @property
+    def promise(self) -> Promise:
+        """The weakest promise among the layers."""
+        order: list[Promise] = ["exact", "exact when K = N", "approximate"]
+        return max((spec.promise for spec in self.specs), key=order.index)

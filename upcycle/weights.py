@@ -1,0 +1,165 @@
+"""The tensors of one FFN before and after its conversion.
+
+Shape suffixes: D d_model, O d_out, F d_ff (neurons), M expansions, E experts, I neurons of an
+expert, G = M * I rows of an expert's fused expansion.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from upcycle.ffn import FFN, Projection
+from upcycle.pointwise import Pointwise
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """A dense FFN: ``down(f(up_0 x + b_0, ..., up_{M-1} x + b_{M-1})) + down_bias``.
+
+    One float dtype throughout. Neuron j is row j of every expansion and column j of `down_OF`.
+    For a gated FFN expansion 0 is the gate, which the activation reads, and expansion 1 is up.
+    """
+
+    pointwise: Pointwise
+    up_MFD: torch.Tensor
+    up_bias_MF: torch.Tensor | None
+    down_OF: torch.Tensor
+    down_bias_O: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The dense FFN at `x` [..., D]; returns [..., O], in the dtype of `x`."""
+        z = [torch.nn.functional.linear(x, up_FD) for up_FD in self.up_MFD]
+        if self.up_bias_MF is not None:
+            z = [z_F + bias_F for z_F, bias_F in zip(z, self.up_bias_MF, strict=True)]
+        return torch.nn.functional.linear(self.pointwise(*z), self.down_OF, self.down_bias_O)
+
+    def to(self, dtype: torch.dtype) -> "FFNWeights":
+        """The same FFN in another float dtype."""
+        cast = {
+            name: None if tensor is None else tensor.to(dtype)
+            for name, tensor in vars(self).items()
+            if name != "pointwise"
+        }
+        return replace(self, **cast)
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The experts made from one dense FFN, in the layout of the transformers experts interface.
+
+    Attributes:
+        up_EGD: [E, M * I, D]; rows ``i * I .. (i + 1) * I`` of an expert are its expansion i.
+        up_bias_EG: [E, M * I] or None.
+        down_EOI: [E, O, I]. The output bias of the FFN is kept out of the experts: the layer adds
+            it once, which is right under every routing rule.
+        neuron_EI: [E, I] int64, the dense neuron behind each neuron; -1 is zero padding.
+        up_scale: factor on expansion 1 of a gated FFN (on expansion 0 of a plain one, and on every
+            expansion when `scale_gate`) relative to the dense rows.
+        down_scale: factor on the contraction relative to the dense columns.
+        scale_gate: `up_scale` applies to every expansion.
+    """
+
+    up_EGD: torch.Tensor
+    up_bias_EG: torch.Tensor | None
+    down_EOI: torch.Tensor
+    neuron_EI: torch.Tensor
+    up_scale: float = 1.0
+    down_scale: float = 1.0
+    scale_gate: bool = True
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """A linear router: ``logits = weight_ED x + bias_E``, float32."""
+
+    weight_ED: torch.Tensor
+    bias_E: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MoEWeights:
+    """Everything that one MoE layer holds."""
+
+    experts: ExpertWeights
+    router: RouterWeights
+    output_bias_O: torch.Tensor | None
+
+
+def gather_experts(
+    ffn: FFNWeights,
+    neuron_EI: torch.Tensor,
+    *,
+    up_scale: float = 1.0,
+    down_scale: float = 1.0,
+    scale_gate: bool = True,
+) -> ExpertWeights:
+    """Build experts by choosing dense neurons: the one way in which rows are copied.
+
+    Args:
+        ffn: the dense FFN.
+        neuron_EI: [E, I] int64, dense neuron of each expert neuron; -1 makes a neuron of zeros,
+            which adds nothing to the output because its column of `down` is zero.
+        up_scale, down_scale, scale_gate: see `ExpertWeights`.
+
+    Returns:
+        Experts in the dtype of `ffn`, E * I / F times its memory.
+    """
+    num_experts, width = neuron_EI.shape
+    padding_EI = neuron_EI < 0
+    flat = neuron_EI.clamp(min=0).reshape(-1)
+    blocks, biases = [], []
+    last = len(ffn.up_MFD) - 1
+    for i, up_FD in enumerate(ffn.up_MFD):
+        factor = up_scale if scale_gate or i == last else 1.0
+        rows = up_FD[flat].reshape(num_experts, width, -1) * factor
+        rows[padding_EI] = 0
+        blocks.append(rows)
+        if ffn.up_bias_MF is not None:
+            bias = ffn.up_bias_MF[i][flat].reshape(num_experts, width) * factor
+            bias[padding_EI] = 0
+            biases.append(bias)
+    down_EIO = ffn.down_OF.t()[flat].reshape(num_experts, width, -1) * down_scale
+    down_EIO[padding_EI] = 0
+    return ExpertWeights(
+        up_EGD=torch.cat(blocks, dim=1),
+        up_bias_EG=torch.cat(biases, dim=1) if biases else None,
+        down_EOI=down_EIO.transpose(1, 2).contiguous(),
+        neuron_EI=neuron_EI,
+        up_scale=up_scale,
+        down_scale=down_scale,
+        scale_gate=scale_gate,
+    )
+
+
+def read_ffn(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> FFNWeights:
+    """The tensors of one located FFN.
+
+    Args:
+        ffn: where to look.
+        parameters: tensor by name, read lazily: only the names in ``ffn.parameters`` are asked for.
+    """
+
+    def rows(p: Projection, tensor: torch.Tensor, *, is_weight: bool) -> torch.Tensor:
+        if is_weight and p.transposed:
+            tensor = tensor.t()
+        if is_weight:
+            tensor = tensor.reshape(tensor.shape[0], -1)  # a 1x1 convolution is a linear map
+        return tensor[slice(*p.rows)]
+
+    ups = [rows(p, parameters[p.weight].detach(), is_weight=True) for p in ffn.expansions]
+    biases = [
+        rows(p, parameters[p.bias].detach(), is_weight=False)
+        if p.bias
+        else ups[0].new_zeros(ffn.d_ff)
+        for p in ffn.expansions
+    ]
+    down = ffn.contraction
+    bias = parameters[down.bias].detach() if down.bias else None
+    return FFNWeights(
+        pointwise=ffn.pointwise,
+        up_MFD=torch.stack(ups),
+        up_bias_MF=torch.stack(biases) if any(p.bias for p in ffn.expansions) else None,
+        down_OF=rows(down, parameters[down.weight].detach(), is_weight=True).contiguous(),
+        down_bias_O=bias,
+    )
