@@ -170,22 +170,22 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """Tokens [T, D], index [T, K] int64, weights [T, K] -> [T, O] in the dtype of the tokens."""
         name = self.config._experts_implementation
-        if name == "grouped_mm" and not self._rows_are_aligned():
+        if name == "grouped_mm" and not self._fits_grouped_mm():
             name = "eager"
         if name != "eager":
             kernel = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(self).eager_forward)
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling():  # shapes may not depend on the routing
             kernel = type(self).masked_forward
         else:
             kernel = type(self).eager_forward
         out: torch.Tensor = kernel(self, hidden_states, top_k_index, top_k_weights)
         return out
 
-    def _rows_are_aligned(self) -> bool:
-        """torch's grouped_mm wants rows whose length in bytes is a multiple of 16."""
+    def _fits_grouped_mm(self) -> bool:
+        """torch's grouped_mm: no float64, and rows whose length in bytes is a multiple of 16."""
         size = self.down_proj.element_size()
         widths = (self.hidden_dim, self.intermediate_dim, self.up_EGD.shape[1])
-        return all(width * size % 16 == 0 for width in widths)
+        return size <= 4 and all(width * size % 16 == 0 for width in widths)
 
     def _expert(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
         up_bias_EG = self.up_bias_EG
