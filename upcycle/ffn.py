@@ -51,6 +51,8 @@ class FFN:
         d_model: width of x.
         d_ff: number of neurons.
         d_out: width of the output.
+        axis: the axis of x, hidden and output that the linear maps work along: -1, or 1 for
+            convolutions with kernel size one.
         hidden_dropout, output_dropout: training-time dropout probabilities in the FFN.
     """
 
@@ -63,6 +65,7 @@ class FFN:
     d_model: int
     d_ff: int
     d_out: int
+    axis: int = -1
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
 

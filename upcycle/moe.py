@@ -246,16 +246,19 @@ class MoE(nn.Module):
         )
         self.output_bias = nn.Parameter(torch.zeros(d_out)) if config["output_bias"] else None
         self.output_dropout = config["output_dropout"]
+        self.axis = config.get("axis", -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [..., D] -> [..., O]."""
+        """Tokens [..., D] -> [..., O]; with ``axis: 1`` (convolutions) [B, D, ...] -> [B, O, ...]."""
         if self.router.tied and self.training:
             self.tie_router()
+        x = x.movedim(self.axis, -1)
         x_TD = x.reshape(-1, x.shape[-1])
         _, weights_TK, index_TK = self.router(x_TD)
-        y = self.experts(x_TD, index_TK, weights_TK).reshape(*x.shape[:-1], -1)
+        y = self.experts(x_TD, index_TK, weights_TK)
         if self.output_bias is not None:
             y = y + self.output_bias
+        y = y.reshape(*x.shape[:-1], y.shape[-1]).movedim(-1, self.axis)
         return F.dropout(y, self.output_dropout, self.training)
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ class MoESpec:
             "width": self.width,
             "d_model": ffn.d_model,
             "d_out": ffn.d_out,
+            "axis": ffn.axis,
             "pointwise": ffn.pointwise.to_json(),
             "up_bias": any(p.bias for p in ffn.expansions),
             "output_bias": ffn.contraction.bias is not None,
@@ -59,6 +60,16 @@ class MoESpec:
             "scale": self.scale,
             "hidden_dropout": ffn.hidden_dropout,
             "output_dropout": ffn.output_dropout,
+        }
+
+    def site(self) -> dict[str, Any]:
+        """Where the layer goes and what it is, as `upcycle.tap.install` takes it."""
+        return {
+            "path": self.ffn.path,
+            "placement": self.ffn.placement,
+            "expansions": list(dict.fromkeys(p.module for p in self.ffn.expansions)),
+            "contraction": self.ffn.contraction.module,
+            "layer": self.layer_config(),
         }
 
 

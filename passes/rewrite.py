@@ -1,0 +1,50 @@
+"""Rewrite: a copy of the dense module with an MoE layer in the place of each planned FFN."""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from upcycle.passes.transform import load_weights
+from upcycle.spec import MoESpec
+from upcycle.tap import install
+from upcycle.weights import MoEWeights
+
+
+def rewrite(
+    model: nn.Module,
+    specs: Iterable[MoESpec],
+    weights: Callable[[MoESpec], MoEWeights],
+) -> nn.Module:
+    """A converted copy of `model`, which stays a normal module: it trains, generates, saves.
+
+    Args:
+        model: the dense model; left alone. Its FFN weights are not copied.
+        specs: the planned layers.
+        weights: makes the weights of one layer; called once for each, in order.
+
+    Returns:
+        The copy, in the dtype, device and training mode of `model`.
+    """
+    specs = list(specs)
+    converted = _copy_without(model, {name for spec in specs for name in spec.ffn.parameters})
+    layers = install(converted, [spec.site() for spec in specs])
+    for spec, layer in zip(specs, layers, strict=True):
+        made = weights(spec)
+        experts = made.experts
+        layer.experts.to(device=experts.down_EOI.device, dtype=experts.down_EOI.dtype)
+        if layer.output_bias is not None:
+            layer.output_bias.data = layer.output_bias.data.to(experts.down_EOI)
+        layer.router.to(device=experts.down_EOI.device)
+        load_weights(layer, made)
+    return converted
+
+
+def _copy_without(model: nn.Module, names: set[str]) -> nn.Module:
+    """A deep copy in which the named parameters, which are replaced anyway, take no memory."""
+    memo: dict[int, object] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            memo[id(parameter)] = nn.Parameter(torch.empty(0), requires_grad=False)
+    return copy.deepcopy(model, memo)
