@@ -1,0 +1,249 @@
+"""Balanced k-means: groups of exactly the sizes that were asked for, without an F x F matrix.
+
+Lloyd's iteration, but points go to the nearest centroid *subject to the group sizes*. With K fixed
+centroids that is a transportation problem, and it is solved exactly:
+
+1. Prices. A price p_k on each group turns the problem into "each point takes its cheapest group of
+   cost + price", and some prices give every group its size up to ties (linear programming
+   duality). They are found one group at a time, each price being set such that its group would
+   get its size, and are kept from one Lloyd step to the next, where they are nearly right.
+2. Augmenting paths. Whatever surplus is left moves from crowded to short groups along shortest
+   paths in a graph of K nodes, where the edge a -> b is the cheapest move of one point of a to b.
+   Points on their cheapest group are optimal for the sizes that they happen to give, and shortest
+   paths keep that, so the end is optimal for the sizes asked for.
+
+Both are the ideas of auction and Hungarian algorithms for assignment; what makes them fast here is
+that there are few groups: all work is on K x F costs and K x K moves.
+
+Shape suffixes: F points (neurons), D features, K groups.
+
+Source:
+    Lloyd, "Least squares quantization in PCM", 1982, https://doi.org/10.1109/TIT.1982.1056489
+    Arthur and Vassilvitskii, "k-means++", 2007, https://dl.acm.org/doi/10.5555/1283383.1283494
+    Bertsekas, "The auction algorithm", 1988, https://doi.org/10.1007/BF02186476
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from upcycle.errors import UnsupportedError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+# A step that gains less than this part of what the groups explain counts as none.
+_TOLERANCE = 1e-4
+
+# A mean contains the point itself, which holds the point in its group: with many features, plain
+# Lloyd stops at its first step. So that part is taken out of the cost of staying (Hartigan's rule).
+# All points moving at once can then overshoot; after each step that gains nothing, half is taken.
+_LEAST_REMOVED = 1 / 8
+
+
+def balanced_clusters(
+    features_FD: torch.Tensor,
+    sizes: Sequence[int],
+    *,
+    generator: torch.Generator,
+    iterations: int = 30,
+    restarts: int = 1,
+) -> torch.Tensor:
+    """Cluster rows into groups of given sizes with a small sum of squared distances to the means.
+
+    The same generator state gives the same labels; the best of all steps and restarts is kept.
+
+    Args:
+        features_FD: [F, D], any float dtype; computed in float32.
+        sizes: K group sizes, which sum to F.
+        generator: CPU generator of the k-means++ draws.
+        iterations: most Lloyd steps; few tens reach the tolerance.
+        restarts: independent starts.
+
+    Returns:
+        Group of each row, [F] int64. Memory: one float32 copy of the features if they are in
+        another dtype, and a few float64 arrays of K * F.
+
+    Raises:
+        ValueError: the sizes do not sum to F, or one is negative.
+        UnsupportedError: a feature is NaN or infinite.
+    """
+    sizes_K = np.asarray(sizes, dtype=np.int64)
+    if sizes_K.sum() != len(features_FD) or (sizes_K < 0).any():
+        raise ValueError(f"sizes sum to {sizes_K.sum()}, but there are {len(features_FD)} rows")
+    features_FD = features_FD.detach().float()
+    if not features_FD.isfinite().all():
+        raise UnsupportedError("rows with NaN or infinity cannot be clustered; check the weights")
+    if len(sizes_K) == 1:
+        return torch.zeros(len(features_FD), dtype=torch.int64)
+    best, best_objective = None, np.inf
+    for _ in range(restarts):
+        labels_F, objective = _lloyd(features_FD, sizes_K, generator, iterations)
+        if best is None or objective < best_objective:
+            best, best_objective = labels_F, objective
+    return torch.from_numpy(best)
+
+
+def objective(features_FD: torch.Tensor, labels_F: torch.Tensor) -> float:
+    """Sum of squared distances of the rows to the mean of their group, in float64."""
+    total = 0.0
+    for group in range(int(labels_F.max()) + 1):
+        rows = features_FD[labels_F == group].double()
+        total += float((rows - rows.mean(0)).square().sum()) if len(rows) else 0.0
+    return total
+
+
+def _lloyd(
+    features_FD: torch.Tensor, sizes_K: Ints, generator: torch.Generator, iterations: int
+) -> tuple[Ints, float]:
+    """One run from one k-means++ start: the best labels, and their objective up to a constant."""
+    square_F = features_FD.double().square().sum(1).numpy()
+    every = np.arange(len(features_FD))
+    centroids_KD = _plus_plus(features_FD, len(sizes_K), generator)
+    prices_K = np.zeros(len(sizes_K))
+    labels_F, cost = np.zeros(len(features_FD), dtype=np.int64), np.inf
+    removed = 1.0
+    for _ in range(iterations):
+        # |x - c|^2 without |x|^2, which is the same whatever group x is in.
+        cost_KF = (centroids_KD @ features_FD.t()).mul_(-2).double()
+        cost_KF += centroids_KD.double().square().sum(1, keepdim=True)
+        if cost < np.inf:
+            own_F = removed * 2 * square_F / sizes_K[labels_F]
+            cost_KF.numpy()[labels_F, every] += own_F
+        new_labels_F, prices_K = assign(cost_KF.numpy(), sizes_K, prices_K)
+        new_centroids_KD = _means(features_FD, new_labels_F, sizes_K)
+        # With the means as centroids the objective is sum |x|^2 - sum_k n_k |c_k|^2.
+        new_cost = -float(sizes_K @ new_centroids_KD.double().square().sum(1).numpy())
+        gain = cost - new_cost
+        if gain > 0:
+            labels_F, centroids_KD, cost = new_labels_F, new_centroids_KD, new_cost
+        if gain <= _TOLERANCE * abs(cost):
+            removed /= 2
+            if removed < _LEAST_REMOVED:
+                break
+    return labels_F, cost
+
+
+def _plus_plus(features_FD: torch.Tensor, groups: int, generator: torch.Generator) -> torch.Tensor:
+    """k-means++: each centroid is a row drawn with odds of its squared distance to the others."""
+    square_F = features_FD.square().sum(1)
+    nearest_F = torch.ones_like(square_F)
+    rows: list[int] = []
+    for _ in range(groups):
+        if not nearest_F.any():  # fewer distinct rows than groups
+            nearest_F = torch.ones_like(square_F)
+        row = int(torch.multinomial(nearest_F, 1, generator=generator))
+        distance_F = square_F + square_F[row] - 2 * (features_FD @ features_FD[row])
+        distance_F.clamp_(min=0)[row] = 0
+        nearest_F = torch.minimum(nearest_F, distance_F) if rows else distance_F
+        rows.append(row)
+    return features_FD[rows]
+
+
+def _means(features_FD: torch.Tensor, labels_F: Ints, sizes_K: Ints) -> torch.Tensor:
+    """Mean row of each group as one matrix product; zeros for a group of size zero."""
+    member_KF = torch.zeros(len(sizes_K), len(labels_F))
+    member_KF[torch.from_numpy(labels_F), torch.arange(len(labels_F))] = 1
+    return (member_KF @ features_FD) / torch.from_numpy(sizes_K).clamp(min=1)[:, None]
+
+
+def assign(cost_KF: Floats, sizes_K: Ints, prices_K: Floats) -> tuple[Ints, Floats]:
+    """The cheapest assignment of F points to K groups of exact sizes.
+
+    Args:
+        cost_KF: [K, F] cost of each point in each group; overwritten.
+        sizes_K: [K] points of each group, summing to F.
+        prices_K: [K] first guess of the prices; zeros, or the result of a similar problem.
+
+    Returns:
+        Labels [F], optimal up to rounding, and prices [K] for the next call.
+    """
+    prices_K = prices_K - prices_K.min()
+    cost_KF += prices_K[:, None]
+    labels_F, change_K = _price(cost_KF, sizes_K)
+    _augment(cost_KF, labels_F, sizes_K)
+    return labels_F, prices_K + change_K
+
+
+def _price(cost_KF: Floats, sizes_K: Ints) -> tuple[Ints, Floats]:
+    """Change prices, in place on the costs, until the cheapest groups have nearly the right sizes.
+
+    Returns the cheapest group of each point [F], and the change of the prices [K].
+    """
+    groups, points = cost_KF.shape
+    every = np.arange(points)
+    change_K = np.zeros(groups)
+    labels_F = cost_KF.argmin(0)
+    for _ in range(8 * groups):
+        excess_K = np.bincount(labels_F, minlength=groups) - sizes_K
+        # The last few are left to the augmenting paths: a step reads all K * F costs, a path few.
+        if np.abs(excess_K).sum() <= 2 * max(groups, points // 64):
+            break
+        group = int(np.abs(excess_K).argmax())
+        size = sizes_K[group]
+        own_F = cost_KF[group].copy()
+        cost_KF[group] = np.inf
+        other_F = cost_KF.argmin(0)
+        margin_F = cost_KF[other_F, every] - own_F
+        # With price p the group gets the points of margin > p: p lies between the margins of the
+        # last point that should be in and the first that should be out.
+        cut = max(points - size - 1, 0)
+        price = float(np.partition(margin_F, (cut, cut + 1))[cut : cut + 2].mean())
+        cost_KF[group] = own_F + price
+        labels_F = np.where(margin_F > price, group, other_F)
+        change_K[group] += price
+    return labels_F, change_K
+
+
+def _augment(cost_KF: Floats, labels_F: Ints, sizes_K: Ints) -> None:
+    """Move surplus points along cheapest paths of groups until every size is right, in place."""
+    groups = len(sizes_K)
+    move_KK = np.full((groups, groups), np.inf)
+    who_KK = np.zeros((groups, groups), dtype=np.int64)
+
+    def refresh(group: int) -> None:
+        member = np.flatnonzero(labels_F == group)
+        if len(member) == 0:
+            move_KK[group] = np.inf
+            return
+        delta = cost_KF[:, member] - cost_KF[group, member]
+        first_K = delta.argmin(1)
+        move_KK[group] = delta[np.arange(groups), first_K]
+        who_KK[group] = member[first_K]
+
+    for group in range(groups):
+        refresh(group)
+    excess_K = np.bincount(labels_F, minlength=groups) - sizes_K
+    # Rounding can make a cycle of length zero look negative; a path must not follow it.
+    slack = 1e-12 * float(np.abs(cost_KF).max())
+    while (excess_K > 0).any():
+        path = _shortest_path(move_KK, excess_K, slack)
+        moves = [(who_KK[a, b], b) for a, b in pairwise(path)]
+        for point, b in moves:
+            labels_F[point] = b
+        for group in path:
+            refresh(group)
+        excess_K[path[0]] -= 1
+        excess_K[path[-1]] += 1
+
+
+def _shortest_path(move_KK: Floats, excess_K: Ints, slack: float) -> list[int]:
+    """Cheapest path from any crowded group to any short one (Bellman-Ford: moves may be gains)."""
+    groups = len(excess_K)
+    distance_K = np.where(excess_K > 0, 0.0, np.inf)
+    before_K = np.full(groups, -1)
+    for _ in range(groups - 1):
+        through_KK = distance_K[:, None] + move_KK
+        through_K = through_KK.min(0)
+        better_K = through_K < distance_K - slack
+        if not better_K.any():
+            break
+        before_K[better_K] = through_KK.argmin(0)[better_K]
+        distance_K[better_K] = through_K[better_K]
+    path = [int(np.where(excess_K < 0, distance_K, np.inf).argmin())]
+    while before_K[path[-1]] >= 0 and len(path) <= groups:
+        path.append(int(before_K[path[-1]]))
+    return path[::-1]

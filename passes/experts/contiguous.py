@@ -1,0 +1,39 @@
+"""Expert e gets the e-th block of neurons, in stored order."""
+
+import torch
+
+from upcycle.passes.experts.method import ExpertMethod
+from upcycle.passes.experts.partition import deal
+from upcycle.spec import MoESpec
+from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
+
+
+def contiguous(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> ExpertWeights:
+    """Cut the neurons into consecutive blocks.
+
+    The dense output is the sum over all experts and the output bias, so the layer is exact when
+    every expert is chosen with weight one; with fewer it drops neurons.
+
+    Args:
+        ffn: any dense FFN, in one float dtype, which is kept.
+        spec: `num_experts` is E, at most F; `width` is F / E rounded up.
+        generator: unused.
+
+    Returns:
+        E experts of `width` neurons, the last ones padded with one neuron of zeros where E does
+        not divide F. Memory: that of the dense FFN, and the padding.
+
+    Source:
+        Zhao et al., "FactorLLM", 2024, https://arxiv.org/abs/2408.11855
+    """
+    d_ff = ffn.up_MFD.shape[1]
+    return gather_experts(ffn, deal(torch.arange(d_ff), spec.num_experts, spec.width))
+
+
+CONTIGUOUS = ExpertMethod(
+    name="contiguous",
+    kind="split",
+    build=contiguous,
+    paper='Zhao et al., "FactorLLM", 2024',
+    source="https://arxiv.org/abs/2408.11855",
+)

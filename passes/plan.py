@@ -1,0 +1,176 @@
+"""Decide which FFNs become MoE layers, and which; refuse what cannot work before reading weights.
+
+The FFNs are chosen in this order: those whose path fits `include` and not `exclude`; without the
+first and last that are to be skipped; of the rest every n-th (the n-th, the 2n-th, ..., as
+transformers counts ``decoder_sparse_step``).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from upcycle import recipe
+from upcycle.errors import PlanError, UnsupportedError
+from upcycle.ffn import FFN, Located
+from upcycle.passes.experts import EXPERTS
+from upcycle.passes.experts.granular import placement_is_exact
+from upcycle.passes.gates import GATES
+from upcycle.passes.promise import promise_of
+from upcycle.recipe import Recipe
+from upcycle.spec import MoESpec, Plan
+
+
+def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") -> Plan:
+    """Decide what each FFN becomes.
+
+    Args:
+        located: everything that was found in the model.
+        recipe: what is asked for.
+        recipe_name: how to call it in reports.
+
+    Returns:
+        One spec for each chosen FFN, in the order in which the model runs them. No tensors.
+
+    Raises:
+        UnsupportedError: there is no FFN to convert.
+        PlanError: the recipe does not fit; the message has a line for each problem, with the FFNs
+            that have it.
+    """
+    chosen = select_sites(located, recipe.layers)
+    problems: dict[str, list[str]] = {}
+    for ffn in chosen:
+        for problem in _problems(ffn, recipe):
+            problems.setdefault(problem, []).append(ffn.path)
+    if problems:
+        (problem, paths), *rest = problems.items()
+        lines = [problem, *(f"{_few(paths)}: {problem}" for problem, paths in rest)]
+        raise PlanError("\n".join(lines), site=_few(paths))
+    specs = tuple(_spec(ffn, recipe, layer=located.ffns.index(ffn)) for ffn in chosen)
+    return Plan(located=located, specs=specs, recipe=recipe, recipe_name=recipe_name)
+
+
+def select_sites(located: Located, layers: recipe.Layers) -> list[FFN]:
+    """The FFNs that `layers` names, in order; raises UnsupportedError if there are none."""
+    ffns = [ffn for ffn in located.ffns if ffn.kind == "ffn"]
+    if not ffns:
+        others = [f"{ffn.path}: a {ffn.kind}, no hidden layer" for ffn in located.ffns]
+        reasons = others + [f"{miss.path}: {miss.reason}" for miss in located.misses]
+        near = "".join(f"\n  {reason}" for reason in reasons) or " and nothing looks like one"
+        raise UnsupportedError(f"the model has no dense FFN to convert{near}")
+    include = (layers.include,) if isinstance(layers.include, str) else layers.include
+    named = [
+        ffn for ffn in ffns if _fits(ffn.path, include) and not _fits(ffn.path, layers.exclude)
+    ]
+    first, last = (_how_many(n, len(named)) for n in (layers.skip_first, layers.skip_last))
+    chosen = named[first : len(named) - last if last < len(named) else 0][
+        layers.every - 1 :: layers.every
+    ]
+    if not chosen:
+        raise UnsupportedError(
+            f"the recipe's `layers` leave none of the {len(ffns)} FFNs to convert: {len(named)} "
+            f"fit `include` and `exclude`, {first} are skipped at the start and {last} at the end, "
+            f"and `every` is {layers.every}; the paths are {_few([ffn.path for ffn in ffns])}"
+        )
+    return chosen
+
+
+def _fits(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _how_many(number: float, total: int) -> int:
+    """A count as it is, a fraction of `total` rounded down; 0.29 of 100 is 29."""
+    return number if isinstance(number, int) else math.floor(number * total + 1e-9)
+
+
+def _few(paths: Sequence[str]) -> str:
+    shown = ", ".join(paths[:3])
+    return shown if len(paths) <= 3 else f"{shown} and {len(paths) - 3} more"
+
+
+def _num_experts(experts: recipe.Experts) -> int:
+    return experts.count * (experts.granularity if experts.method == "granular" else 1)
+
+
+def _spec(ffn: FFN, recipe: Recipe, *, layer: int) -> MoESpec:
+    """The decision for one FFN, which has no problems."""
+    experts, router = recipe.experts, recipe.router
+    num_experts = _num_experts(experts)
+    kind = EXPERTS[experts.method].kind
+    parts = {"copies": 1, "slices": experts.granularity, "split": num_experts}[kind]
+    top_k = num_experts if router.top_k == "all" else router.top_k
+    scale = num_experts / top_k if router.scale == "n_over_k" else router.scale
+    return MoESpec(
+        ffn=ffn,
+        experts=experts,
+        router=router,
+        num_experts=num_experts,
+        width=-(-ffn.d_ff // parts),
+        top_k=top_k,
+        scale=scale,
+        promise=promise_of(
+            experts, router, ffn.pointwise, num_experts=num_experts, top_k=top_k, scale=scale
+        ),
+        seed=_seed(recipe.seed, layer),
+    )
+
+
+def _seed(seed: int, layer: int) -> int:
+    """31 bits that differ from layer to layer; neighbouring recipe seeds share no layer's draws."""
+    digest = hashlib.sha256(str(seed).encode()).digest()
+    return (int.from_bytes(digest[:4], "big") + layer) % 2**31
+
+
+def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
+    """Everything that keeps one FFN from becoming the layer that the recipe asks for."""
+    experts, router = recipe.experts, recipe.router
+    num_experts = _num_experts(experts)
+    kind = EXPERTS[experts.method].kind
+    top_k = num_experts if router.top_k == "all" else router.top_k
+    problems = []
+    if top_k > num_experts:
+        problems.append(
+            f"a token cannot visit {top_k} of {num_experts} experts; "
+            f"set `router.top_k` to {num_experts} or less"
+        )
+    if kind == "split" and experts.count > ffn.d_ff:
+        problems.append(
+            f"{experts.count} experts cannot share {ffn.d_ff} neurons; "
+            f"set `experts.count` to {ffn.d_ff} or less"
+        )
+    if kind == "slices":
+        problems += _granular_problems(ffn, experts, top_k)
+    if kind not in GATES[router.method].kinds and not (kind == "copies" and num_experts == 1):
+        problems.append(f"`router.method: {router.method}` {GATES[router.method].needs}")
+    if router.tied and router.method != "avg_key":
+        problems.append(
+            "`router.tied` recomputes the router from the mean keys of the experts; "
+            "set `router.method: avg_key`, or leave `tied` out"
+        )
+    return problems
+
+
+def _granular_problems(ffn: FFN, experts: recipe.Experts, top_k: int) -> list[str]:
+    slices = experts.granularity
+    problems = []
+    if ffn.d_ff % slices:
+        divisors = [n for n in range(1, ffn.d_ff + 1) if ffn.d_ff % n == 0]
+        below = max(n for n in divisors if n < slices) if slices > 1 else 1
+        above = min((n for n in divisors if n > slices), default=below)
+        choice = f"{below}" if above == below else f"{below} or {above}"
+        problems.append(
+            f"{ffn.d_ff} neurons cannot be cut into {slices} equal slices; "
+            f"set `experts.granularity` to {choice}"
+        )
+    if top_k % slices:
+        problems.append(
+            f"a token that visits {top_k} experts gets no whole number of copies, "
+            f"which have {slices} slices each; set `router.top_k` to a multiple of {slices}"
+        )
+    if experts.scale == "up_down" and not placement_is_exact("up_down", ffn.pointwise):
+        problems.append(
+            f"`experts.scale: up_down` changes what {ffn.pointwise.name} computes, since no "
+            "expansion enters it linearly; set `experts.scale: down`"
+        )
+    return problems
