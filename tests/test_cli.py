@@ -1,0 +1,201 @@
+"""The command line: its flags, its cheap commands, and what it says when something is wrong."""
+
+import errno
+import json
+import subprocess
+import sys
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from upcycle import errors, program, shipped
+from upcycle.cli import main
+from upcycle.samples import SAMPLES
+from upcycle.version import __version__
+
+LOG = {"-v", "--verbose", "-q", "--quiet"}
+FLAGS = {
+    "": LOG | {"--version"},
+    "convert": LOG
+    | {"MODEL", "--recipe", "--set", "--out", "--target", "--calibration", "--inputs", "--device"}
+    | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
+    | {"--trust-remote-code", "--allow-pickle"},
+    "plan": LOG | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"},
+    "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
+    "verify": LOG | {"DENSE", "CONVERTED", "--json"},
+    "recipes": LOG | {"[NAME]"},
+    "schema": LOG,
+    "samples": LOG,
+    "samples add": LOG | {"NAME"},
+}
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(main, args)
+
+
+def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {prefix: group}
+    for name, command in group.commands.items():
+        path = f"{prefix} {name}".strip()
+        if isinstance(command, click.Group):
+            found |= commands(command, path)
+        else:
+            found[path] = command
+    return found
+
+
+def test_the_flags_are_the_agreed_ones() -> None:
+    """A new flag is a decision: make it here too, and in the change log."""
+    context = click.Context(main)
+    found = {}
+    for path, command in commands(main).items():
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+        arguments = [p for p in command.params if isinstance(p, click.Argument)]
+        options -= {o for a in arguments for o in a.opts}
+        found[path] = options | {a.make_metavar(context) for a in arguments}
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize("path", FLAGS)
+def test_every_command_has_help(path: str) -> None:
+    result = run(*path.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "recipes", "samples"])
+def test_what_needs_no_model_does_not_import_torch(argument: str) -> None:
+    code = (
+        "import sys; from upcycle.cli import main\n"
+        f"try: main(['{argument}'])\n"
+        "except SystemExit as left: assert not left.code, left.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"upcycle {__version__}\n"
+
+
+def test_recipes_are_listed_with_their_papers() -> None:
+    result = run("recipes")
+    assert result.exit_code == 0
+    for name in shipped.recipe_names():
+        about = shipped.describe(name)
+        assert f"{name}\n  {about.title}\n" in result.stdout
+        assert about.url in result.stdout
+
+
+def test_a_recipe_is_printed_as_it_is_stored() -> None:
+    assert run("recipes", "granular").stdout == shipped.recipe_text("granular")
+
+
+def test_the_schema_is_json() -> None:
+    schema = json.loads(run("schema").stdout)
+    assert schema["title"] == "Recipe"
+
+
+def test_samples_are_listed() -> None:
+    result = run("samples")
+    assert result.exit_code == 0
+    assert all(f"sample:{name} " in result.stdout for name in SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("conver", "No such command 'conver'. Did you mean 'convert'? (see `upcycle --help`)"),
+        ("convert", "Missing argument 'MODEL' (see `upcycle convert --help`)"),
+        ("convert m", "Missing option '--recipe' (see `upcycle convert --help`)"),
+        ("convert m --recipe granular", "Missing option '--out' (see `upcycle convert --help`)"),
+        ("plan m --recipee x", "No such option '--recipee'. Did you mean"),
+        ("convert m --recipe granular --out o --target tf", "Invalid value for '--target': 'tf'"),
+        ("convert m --recipe granular --out o --seed -1", "Invalid value for '--seed': -1 is not"),
+        ("convert m --recipe granular --out o --dtype int8", "Invalid value for '--dtype': 'int8'"),
+        ("convert m --recipe granular --out o --max-shard-size 0", "Invalid value for '--max-sh"),
+        ("verify dense nowhere", "Invalid value for 'CONVERTED': Directory 'nowhere' does not"),
+        ("recipes granulr", "granulr: unknown recipe, did you mean granular? the shipped ones are"),
+        ("samples add nothing", "nothing: "),
+    ],
+)
+def test_a_usage_error_is_one_sentence(arguments: str, sentence: str) -> None:
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {sentence}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_recipe_errors_come_before_the_model_is_opened(command: str) -> None:
+    out = ["--out", "o"] if command == "convert" else []
+    result = run(
+        command, "none", "--recipe", "granular", "--set", "seed=x", "--set", "sede=1", *out
+    )
+    assert result.exit_code == 2
+    problems = [line.split(":")[1].strip() for line in result.stderr.splitlines()]
+    assert problems == ["--set seed=x", "--set sede=1"]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes ``upcycle recipes`` raise whatever it is given."""
+
+    def install(error: BaseException) -> None:
+        def fail() -> list[str]:
+            raise error
+
+        monkeypatch.setattr(shipped, "recipe_names", fail)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (errors.UsageError("the path is wrong"), 2, "the path is wrong"),
+        (errors.VerificationError("too far"), 3, "too far"),
+        (errors.PlanError("7 does not divide 32", site="a.mlp"), 4, "a.mlp: 7 does not divide 32"),
+        (errors.ResourceError("no memory"), 5, "no memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), 5, "out/a: No space left on"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "out: Permission denied;"),
+        (MemoryError(), 5, "there is not enough memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't"),
+            5,
+            "there is not enough memory",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("x / 0"), 1, "this is a bug in upcycle (ZeroDivisionError: x / 0);"),
+        (AssertionError(), 1, "this is a bug in upcycle (AssertionError);"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_failure_is_a_sentence_and_a_code(
+    failing: Any, error: BaseException, code: int, words: str
+) -> None:
+    failing(error)
+    result = run("recipes")
+    assert result.exit_code == code
+    assert f"error: {words}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_verbose_shows_where_a_bug_is(failing: Any) -> None:
+    failing(ZeroDivisionError("x / 0"))
+    for arguments in (["-v", "recipes"], ["recipes", "-v"]):
+        assert "Traceback" in run(*arguments).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2 * 2**30), ("1.5k", 1500), ("7", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    context = click.Context(main)
+    assert program.size_in_bytes(context, click.Option(["--x"]), text) == size

@@ -1,0 +1,139 @@
+"""Imports point down: a module may import its own layer and the ones below it, nothing above."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A name stands for the module, or the package with everything in it, that has no longer entry.
+LAYERS = {
+    "upcycle": 5,  # its public names
+    # 6: the command line
+    "upcycle.cli": 6,
+    "upcycle.program": 6,
+    # 5: the driver
+    "upcycle.compiler": 5,
+    "upcycle.costs": 5,
+    "upcycle.emit": 5,
+    "upcycle.evaluation": 5,
+    "upcycle.report": 5,
+    "upcycle.source": 5,
+    "upcycle.verify": 5,
+    # 4: the steps
+    "upcycle.passes": 4,
+    # 3: one method, one format
+    "upcycle.passes.experts": 3,
+    "upcycle.passes.gates": 3,
+    "upcycle.targets": 3,
+    # 2: what the steps work on
+    "upcycle.capture": 2,
+    "upcycle.console": 2,
+    "upcycle.inputs": 2,
+    "upcycle.metrics": 2,
+    "upcycle.places": 2,
+    "upcycle.recipe": 2,
+    "upcycle.recipe_file": 2,
+    "upcycle.recipes": 2,
+    "upcycle.sample_store": 2,
+    "upcycle.samples": 2,
+    "upcycle.shipped": 2,
+    "upcycle.spec": 2,
+    # 1: data, and the layer that a converted model contains
+    "upcycle.errors": 1,
+    "upcycle.ffn": 1,
+    "upcycle.moe": 1,
+    "upcycle.pointwise": 1,
+    "upcycle.tap": 1,
+    "upcycle.version": 1,
+    "upcycle.weights": 1,
+}
+
+# Methods and formats do not know each other.
+STRANGERS = [
+    ("upcycle.targets", "upcycle.passes.experts"),
+    ("upcycle.targets", "upcycle.passes.gates"),
+    ("upcycle.passes.experts", "upcycle.targets"),
+    ("upcycle.passes.gates", "upcycle.targets"),
+]
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the product, by the name under which it is imported."""
+    found = {}
+    for folder in ("upcycle", "passes", "targets", "recipes"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts if folder == "upcycle" else ("upcycle", *parts)
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+FILES = module_files()
+
+
+def entry(module: str, table: dict[str, int] | None = None) -> str | None:
+    """The entry of the table that `module` belongs to."""
+    table = LAYERS if table is None else table
+    name = module
+    while name not in table:
+        name = name.rpartition(".")[0]
+    return None if name == "upcycle" and module != "upcycle" else name
+
+
+def imports(source: str, modules: dict[str, Path]) -> set[str]:
+    """The modules of upcycle that `source` imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in modules else node.module)
+    return {name for name in found if name.split(".")[0] == "upcycle"}
+
+
+def complaint(importer: str, imported: str) -> str | None:
+    """Why `importer` may not import `imported`, if so."""
+    above, below = entry(importer), entry(imported)
+    for name, where in ((importer, above), (imported, below)):
+        if where is None:
+            return f"{name} has no layer: add it to LAYERS in tests/test_layers.py"
+    assert above is not None
+    assert below is not None
+    if LAYERS[below] > LAYERS[above]:
+        return f"{importer} (layer {LAYERS[above]}) imports {imported} (layer {LAYERS[below]})"
+    if (above, below) in STRANGERS:
+        return f"{importer} imports {imported}: methods and formats do not know each other"
+    return None
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_nothing_above_it(module: str) -> None:
+    assert entry(module), f"{module} has no layer: add it to LAYERS in tests/test_layers.py"
+    source = FILES[module].read_text("utf-8")
+    complaints = [complaint(module, imported) for imported in sorted(imports(source, FILES))]
+    assert not any(complaints), "\n".join(filter(None, complaints))
+
+
+def test_every_layer_entry_exists() -> None:
+    assert set(LAYERS) <= set(FILES)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "words"),
+    [
+        ("upcycle.passes.locate", "upcycle.cli", "imports upcycle.cli (layer 6)"),
+        ("upcycle.targets.onnx.nodes", "upcycle.passes.gates.normal", "do not know each other"),
+        ("upcycle.recipe", "upcycle.newcomer", "upcycle.newcomer has no layer"),
+    ],
+)
+def test_a_wrong_import_is_seen(importer: str, imported: str, words: str) -> None:
+    assert words in (complaint(importer, imported) or "")
+
+
+def test_an_import_inside_a_function_is_seen() -> None:
+    source = "def f():\n    from upcycle import cli\n    import upcycle.moe\n    import torch\n"
+    assert imports(source, FILES) == {"upcycle.cli", "upcycle.moe"}
