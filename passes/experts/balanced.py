@@ -189,9 +189,9 @@ def _price(cost_KF: Floats, sizes_K: Ints) -> tuple[Ints, Floats]:
         other_F = cost_KF.argmin(0)
         margin_F = cost_KF[other_F, every] - own_F
         # With price p the group gets the points of margin > p: p lies between the margins of the
-        # last point that should be in and the first that should be out.
-        cut = max(points - size - 1, 0)
-        price = float(np.partition(margin_F, (cut, cut + 1))[cut : cut + 2].mean())
+        # first point that should be out and the last that should be in.
+        edges = [rank for rank in (points - size - 1, points - size) if 0 <= rank < points]
+        price = float(np.partition(margin_F, edges)[edges].mean())
         cost_KF[group] = own_F + price
         labels_F = np.where(margin_F > price, group, other_F)
         change_K[group] += price

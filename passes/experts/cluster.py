@@ -17,8 +17,8 @@ def features_of(ffn: FFNWeights, which: str) -> torch.Tensor:
     """
     chosen = {"gate": ffn.up_MFD[:1], "up": ffn.up_MFD[-1:], "both": ffn.up_MFD}[which].float()
     unit_MFD: torch.Tensor = torch.nn.functional.normalize(chosen, dim=-1)
-    unit_FG = unit_MFD.transpose(0, 1).flatten(1)
-    return unit_FG / len(unit_MFD) ** 0.5
+    unit_FG: torch.Tensor = unit_MFD.transpose(0, 1).flatten(1) / len(unit_MFD) ** 0.5
+    return unit_FG
 
 
 def cluster(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> ExpertWeights:
