@@ -1,0 +1,294 @@
+"""What a native MoE architecture is to upcycle, and the three things that are done with one.
+
+`fit` says whether a dense model and a plan can be written in it without changing a single output,
+`build_config` writes the config, and `entries` lists the tensors under the names that the
+architecture has on disk (one 2-D tensor per expert and matrix; transformers fuses them on loading,
+and vLLM, SGLang and llama.cpp read them as they are).
+
+Shape suffixes: E experts, I expert width, D d_model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from upcycle.errors import UsageError
+from upcycle.moe import WeightRule
+from upcycle.spec import MoESpec, Plan
+from upcycle.targets.native.layers import layer_index, plan_reason
+from upcycle.targets.tensor_file import TensorEntry
+from upcycle.weights import MoEWeights
+
+# Config fields that every decoder here has and that keep their meaning.
+COMMON_FIELDS = (
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_size",
+    "initializer_range",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
+# Config fields that `build_config` writes in its own way.
+WRITTEN_FIELDS = ("hidden_act", "intermediate_size", "rope_parameters")
+
+
+def _nothing(config: PreTrainedConfig) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class NativeTarget:
+    """One MoE architecture.
+
+    Attributes:
+        model_type, architecture: how its config names it.
+        sources: the dense model types that it can hold, and their causal-LM classes.
+        fits: a dense config -> None, or why the architecture cannot hold its attention or FFN.
+        weight_rules: the weight rules that its router can follow, and the config fields for each.
+        field_num_experts, field_top_k, field_width: config fields of the MoE.
+        field_dense_layers: config field with the layers that stay dense; None if all are sparse.
+        carried: further fields of the dense config that are copied.
+        checked: fields that `fits` looks at or `attention` writes.
+        ignored: fields without influence on the model.
+        constants: config fields with one value.
+        attention: fields that need more than a copy.
+        router: name of the router weight [E, D]; ``{layer}`` is the decoder layer.
+        expert: name of one matrix of one expert; ``{expert}``, ``{matrix}``.
+        matrices: what ``{matrix}`` is for gate [I, D], up [I, D] and down [D, I].
+        runtimes: other software and how it runs the architecture, for the model card.
+    """
+
+    model_type: str
+    architecture: str
+    sources: Mapping[str, str]
+    fits: Callable[[PreTrainedConfig], str | None]
+    weight_rules: Mapping[WeightRule, Mapping[str, Any]]
+    field_num_experts: str
+    field_top_k: str
+    field_width: str
+    field_dense_layers: str | None
+    carried: tuple[str, ...]
+    checked: tuple[str, ...]
+    ignored: tuple[str, ...]
+    constants: Mapping[str, Any]
+    router: str
+    expert: str
+    matrices: tuple[str, str, str]
+    runtimes: Mapping[str, str]
+    attention: Callable[[PreTrainedConfig], dict[str, Any]] = _nothing
+
+
+def fit(target: NativeTarget, config: PreTrainedConfig, plan: Plan) -> str | None:
+    """None if `target` holds the converted model exactly, else the reason, without a full stop.
+
+    Args:
+        target: the architecture.
+        config: the dense model's config, as ``AutoConfig`` reads it.
+        plan: what is converted, and to what.
+    """
+    return _config_reason(target, config) or plan_reason(
+        plan,
+        num_layers=config.num_hidden_layers,
+        weight_rules=tuple(target.weight_rules),
+        needs_all_layers=target.field_dense_layers is None,
+    )
+
+
+def choose(
+    targets: Mapping[str, NativeTarget], config: PreTrainedConfig, plan: Plan
+) -> tuple[NativeTarget | None, dict[str, str]]:
+    """The first target that fits, or None; and the reason of each one before it, by name."""
+    reasons: dict[str, str] = {}
+    for name, target in targets.items():
+        reason = fit(target, config, plan)
+        if reason is None:
+            return target, reasons
+        reasons[name] = reason
+    return None, reasons
+
+
+def build_config(target: NativeTarget, config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
+    """The content of ``config.json``; call it only where `fit` returned None.
+
+    RoPE is written in the spelling of transformers 5 (``rope_parameters``) and in the older one
+    (``rope_theta``, ``rope_scaling``), because software that knows only the older one takes a
+    default without a word; the same for ``dtype`` and ``torch_dtype``.
+    """
+    spec = plan.specs[0]
+    names = (*COMMON_FIELDS, *target.carried)
+    present = {field.name for field in fields(type(config))}
+    written = {
+        "architectures": [target.architecture],
+        "model_type": target.model_type,
+        "hidden_act": "silu",
+        **target.constants,
+        **{name: getattr(config, name) for name in names if name in present},
+        **target.attention(config),
+        **target.weight_rules[spec.router.weights],
+        target.field_num_experts: spec.num_experts,
+        target.field_top_k: spec.top_k,
+        target.field_width: spec.width,
+        **_rope(config),
+    }
+    if target.field_dense_layers is not None:
+        sparse = {layer_index(spec.ffn) for spec in plan.specs}
+        dense = [layer for layer in range(config.num_hidden_layers) if layer not in sparse]
+        written[target.field_dense_layers] = dense
+    if config.dtype is not None:
+        dtype = str(config.dtype).removeprefix("torch.")
+        written |= {"dtype": dtype, "torch_dtype": dtype}
+    return dict(sorted(written.items()))
+
+
+def entries(
+    target: NativeTarget,
+    dense_tensors: Mapping[str, torch.Tensor],
+    plan: Plan,
+    moe_weights: Callable[[MoESpec], MoEWeights],
+) -> Iterator[TensorEntry]:
+    """Every tensor of the checkpoint, in the order of the dense one.
+
+    The MoE layer stands where the first tensor of its FFN stood: the router, then gate, up and
+    down of all experts, each a stack named after its weights without the number of the expert.
+
+    Args:
+        target: the architecture.
+        dense_tensors: the dense checkpoint; only shapes are asked for before an entry is read.
+        plan: what is converted.
+        moe_weights: makes the layer of one spec. Called once per layer if the entries are read in
+            order, and one result at a time is kept.
+
+    Raises:
+        UsageError: a tensor of a converted FFN is missing in `dense_tensors`.
+    """
+    one_layer = _OneLayer(moe_weights)
+    spec_of = {name: spec for spec in plan.specs for name in spec.ffn.parameters}
+    for name, spec in spec_of.items():
+        if name not in dense_tensors:
+            raise UsageError(f"{name}: the checkpoint lacks this tensor of {spec.ffn.path}")
+    done: set[str] = set()
+    for name in dense_tensors:
+        if name in spec_of:
+            spec = spec_of[name]
+            if spec.ffn.path not in done:
+                done.add(spec.ffn.path)
+                yield from _moe_entries(target, spec, dense_tensors[name].dtype, one_layer)
+        elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints contain
+            yield _dense_entry(name, dense_tensors)
+
+
+class _OneLayer:
+    """Calls `compute` for a spec, and again only after another spec was asked for."""
+
+    def __init__(self, compute: Callable[[MoESpec], MoEWeights]) -> None:
+        self._compute = compute
+        self._last: tuple[MoESpec, MoEWeights] | None = None
+
+    def __call__(self, spec: MoESpec) -> MoEWeights:
+        if self._last is None or self._last[0] is not spec:
+            self._last = None  # frees the layer before the next one is made
+            self._last = (spec, self._compute(spec))
+        return self._last[1]
+
+
+def _dense_entry(name: str, tensors: Mapping[str, torch.Tensor]) -> TensorEntry:
+    tensor = tensors[name]
+    return TensorEntry(name, tuple(tensor.shape), tensor.dtype, lambda: tensors[name])
+
+
+def _moe_entries(
+    target: NativeTarget,
+    spec: MoESpec,
+    dtype: torch.dtype,
+    weights: Callable[[MoESpec], MoEWeights],
+) -> Iterator[TensorEntry]:
+    layer = layer_index(spec.ffn)
+    d_model, width = spec.ffn.d_model, spec.width
+
+    def router() -> torch.Tensor:
+        return weights(spec).router.weight_ED.to(dtype)
+
+    def matrix(role: int, expert: int) -> torch.Tensor:
+        experts = weights(spec).experts
+        if role == 2:
+            return experts.down_EOI[expert].to(dtype)
+        return experts.up_EGD[expert, role * width : (role + 1) * width].to(dtype)
+
+    name = target.router.format(layer=layer)
+    yield TensorEntry(name, (spec.num_experts, d_model), dtype, router)
+    for role, word in enumerate(target.matrices):
+        stack = target.expert.format(layer=layer, expert="{expert}", matrix=word)
+        shape = (d_model, width) if role == 2 else (width, d_model)
+        for expert in range(spec.num_experts):
+            yield TensorEntry(
+                name=target.expert.format(layer=layer, expert=expert, matrix=word),
+                shape=shape,
+                dtype=dtype,
+                read=partial(matrix, role, expert),
+                stack=stack.replace("{expert}.", ""),
+            )
+
+
+def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None:
+    if config.model_type not in target.sources:
+        wanted = " and ".join(target.sources)
+        return f"the dense model is {config.model_type}, and {target.model_type} holds {wanted}"
+    wanted_class = target.sources[config.model_type]
+    if config.architectures and wanted_class not in config.architectures:
+        return f"the dense model is {config.architectures[0]}, and only {wanted_class} has a twin"
+    if getattr(config, "auto_map", None):
+        return "the dense model brings its own code (auto_map), which may differ from its type"
+    if getattr(config, "quantization_config", None):
+        return "the dense weights are quantised; dequantise the model first"
+    return target.fits(config) or _rope_reason(config) or _unknown_field(target, config)
+
+
+def _unknown_field(target: NativeTarget, config: PreTrainedConfig) -> str | None:
+    """A field that a later transformers may have added, set to something: better refused."""
+    known: Sequence[str] = (
+        *COMMON_FIELDS,
+        *WRITTEN_FIELDS,
+        *target.carried,
+        *target.checked,
+        *target.ignored,
+    )
+    default = type(config)()
+    base = {field.name for field in fields(PreTrainedConfig)}
+    for field in fields(type(config)):
+        if field.name in base or field.name in known:
+            continue
+        if getattr(config, field.name) != getattr(default, field.name):
+            return f"upcycle does not know what the config field {field.name} does"
+    return None
+
+
+def _rope_reason(config: PreTrainedConfig) -> str | None:
+    rope = config.rope_parameters or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        return "its layers rotate positions in different ways (rope_parameters by layer type)"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "it rotates only a part of each head (partial_rotary_factor)"
+    return None
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    rope = dict(config.rope_parameters)
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+    }
