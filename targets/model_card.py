@@ -1,0 +1,152 @@
+"""The README.md of a converted model: what it is, how far it is from the dense one, how to load it.
+
+Plain data in, Markdown out; the same data gives the same text.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the verification table: what was compared, what was found, what was allowed."""
+
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within what was allowed; NaN is not."""
+        return self.error <= self.allowed
+
+
+# How to load each kind of output; {auto_class} is a class of transformers.
+LOADING: dict[str, tuple[str, str]] = {
+    "native": (
+        "With transformers, no other package",
+        "from transformers import {auto_class}\n\n"
+        'model = {auto_class}.from_pretrained("path/to/this/directory")',
+    ),
+    "remote_code": (
+        "With transformers; the code in this directory is run",
+        "from transformers import {auto_class}\n\n"
+        "model = {auto_class}.from_pretrained(\n"
+        '    "path/to/this/directory", trust_remote_code=True\n'
+        ")",
+    ),
+    "onnx": (
+        "With ONNX Runtime",
+        "import onnxruntime\n\n"
+        'session = onnxruntime.InferenceSession("path/to/this/directory/model.onnx")',
+    ),
+}
+
+PROMISES: dict[str, str] = {
+    "exact": "The outputs equal those of the dense model for every input, up to rounding.",
+    "exact when K = N": (
+        "With all experts chosen and weight one the outputs equal those of the dense model, up to "
+        "rounding. With the top_k of this model they are an approximation, which the table shows."
+    ),
+    "approximate": "The outputs are an approximation of the dense model's; the table shows it.",
+}
+
+
+def model_card(
+    *,
+    name: str,
+    base_model: str,
+    promise: str,
+    recipe_name: str,
+    recipe_text: str,
+    numbers: Mapping[str, str],
+    checks: Sequence[Check],
+    targets: Sequence[str],
+    auto_class: str = "AutoModelForCausalLM",
+    runtimes: Mapping[str, str] | None = None,
+    licence: str | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """The text of the card.
+
+    Args:
+        name: title of the card.
+        base_model: the dense model: a Hub id (then the Hub links to it), or any other name.
+        promise: a `Promise` of `upcycle.spec`.
+        recipe_name, recipe_text: the recipe and its YAML.
+        numbers: facts in the order in which they are shown, such as "experts per layer": "8".
+        checks: the verification, in order; empty says that it was not run.
+        targets: which of `LOADING` the directory contains.
+        auto_class: the transformers class that loads it.
+        runtimes: other software and how it runs the model, from the documentation of each.
+        licence: licence of the base model, if known.
+        notes: further paragraphs.
+    """
+    sections = [
+        _front_matter(base_model, licence),
+        f"# {name}",
+        f"A sparse Mixture of Experts, made from the dense model {_code(base_model)} by upcycle "
+        f"with the recipe {_code(recipe_name)}.",
+        "## What is exact",
+        PROMISES[promise],
+        *notes,
+        "## In numbers",
+        _table(("", ""), [(key, value) for key, value in numbers.items()]),
+        "## Verification",
+        _verification(checks),
+        "## Loading",
+        *(_loading(target, auto_class) for target in targets),
+    ]
+    if runtimes:
+        sections += [
+            "Other software, by its source and not by a run of this model:",
+            _table(("software", "support"), list(runtimes.items())),
+        ]
+    sections += ["## Recipe", _fenced("yaml", recipe_text)]
+    return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+
+
+def _front_matter(base_model: str, licence: str | None) -> str:
+    lines = ["---", "library_name: transformers", "tags:", "- moe", "- upcycle"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("."):
+        lines += [f"base_model: {base_model}"]
+    if licence:
+        lines += [f"license: {licence.lower()}"]
+    return "\n".join([*lines, "---"])
+
+
+def _verification(checks: Sequence[Check]) -> str:
+    if not checks:
+        return "The conversion was not verified."
+    rows = [
+        (c.what, f"{c.error:.2e}", f"{c.allowed:.2e}", "yes" if c.passed else "**no**")
+        for c in checks
+    ]
+    table = _table(("compared with the dense model", "error", "allowed", "held"), rows)
+    return f"{table}\n\nErrors are relative to the largest value of the dense model's output."
+
+
+def _loading(target: str, auto_class: str) -> str:
+    title, code = LOADING[target]
+    return f"{title}:\n\n" + _fenced("python", code.format(auto_class=auto_class))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', '')}`"
+
+
+def _fenced(language: str, text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.strip()}\n{fence}"

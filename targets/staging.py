@@ -1,0 +1,64 @@
+"""Write a directory beside its place and move it there when it is whole."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from upcycle.errors import UsageError
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool = False, protect: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yields an empty directory ``<out>.tmp-<pid>`` that becomes `out` when the block ends well.
+
+    If the block raises, Ctrl-C included, the temporary directory is removed and an `out` that was
+    there before is as it was. An old `out` is removed only after the new one is in its place.
+
+    Args:
+        out: the final directory; directories above it are made.
+        overwrite: replace `out` if it exists.
+        protect: files and directories that are being read, and so may not be replaced.
+
+    Raises:
+        UsageError: `out` exists and `overwrite` is False, or it must not be replaced.
+    """
+    out = out.absolute()
+    _check(out, overwrite, protect)
+    new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        _check(out, overwrite, protect)
+        _move(new, out)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _check(out: Path, overwrite: bool, protect: Sequence[Path]) -> None:
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise UsageError(f"{out}: is not a directory; choose another output")
+    if not overwrite:
+        raise UsageError(f"{out}: exists already; choose another output or pass --overwrite")
+    for path in (Path.cwd(), *protect):
+        if path.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"{out}: contains {path}, which is in use; choose another output")
+
+
+def _move(new: Path, out: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
