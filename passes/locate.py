@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from upcycle.capture import ExampleInputs, Program, capture, op_name
+from upcycle.inputs import find_example
 from upcycle.ffn import FFN, Kind, Located, Miss, Placement, Projection
 from upcycle.passes.activations import recognise, swapped
 from upcycle.passes.demand import MIXERS, Demand, NotPointwise, trace
@@ -52,13 +53,40 @@ def locate(program: Program) -> Located:
     return Located(_with_replays(program, kept), tuple(_miss_replays(program, told)))
 
 
-def locate_in(model: nn.Module, example: ExampleInputs) -> Located:
-    """Capture `model` and locate its FFNs, recording every block if one reaches into the next."""
-    program = capture(model, example)
+def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located:
+    """Capture `model` on `example` (or on guessed inputs) and locate its FFNs.
+
+    A model whose FFNs reach from one block into the next is captured again with every block.
+    """
+
+    def captured(repeat_blocks: bool) -> Program:
+        if example is None:
+            return find_example(model, repeat_blocks=repeat_blocks)[1]
+        return capture(model, example, repeat_blocks=repeat_blocks)
+
+    program = captured(repeat_blocks=True)
     located = locate(program)
     if any(_crosses_blocks(program, ffn) for ffn in located.ffns):
-        located = locate(capture(model, example, repeat_blocks=False))
-    return located
+        located = locate(captured(repeat_blocks=False))
+    return _without_tied(model, located)
+
+
+def _without_tied(model: nn.Module, located: Located) -> Located:
+    """Refuse FFNs whose weights something else uses too: converting them would change it."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    aliases = {name: group for group in names.values() for name in group}
+    ffns, misses = [], list(located.misses)
+    for ffn in located.ffns:
+        own = set(ffn.parameters)
+        others = sorted(set().union(*(aliases[name] for name in own)) - own)
+        if others or len(own & set(aliases)) > len({id(aliases[name]) for name in own}):
+            shared = others[0] if others else "itself (the contraction is the transposed expansion)"
+            misses.append(Miss(ffn.path, f"its weights are shared with {shared}: untie them first"))
+        else:
+            ffns.append(ffn)
+    return Located(tuple(ffns), tuple(misses))
 
 
 def _crosses_blocks(program: Program, ffn: FFN) -> bool:

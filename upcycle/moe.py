@@ -253,13 +253,15 @@ class MoE(nn.Module):
         if self.router.tied and self.training:
             self.tie_router()
         x = x.movedim(self.axis, -1)
-        x_TD = x.reshape(-1, x.shape[-1])
-        _, weights_TK, index_TK = self.router(x_TD)
-        y = self.experts(x_TD, index_TK, weights_TK)
-        if self.output_bias is not None:
-            y = y + self.output_bias
+        y = self.tokens(x.reshape(-1, x.shape[-1]))
         y = y.reshape(*x.shape[:-1], y.shape[-1]).movedim(-1, self.axis)
         return F.dropout(y, self.output_dropout, self.training)
+
+    def tokens(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The layer on a list of tokens, [T, D] -> [T, O], without dropout."""
+        _, weights_TK, index_TK = self.router(x_TD)
+        y_TO = self.experts(x_TD, index_TK, weights_TK)
+        return y_TO if self.output_bias is None else y_TO + self.output_bias
 
     @torch.no_grad()
     def tie_router(self) -> None:

@@ -1,0 +1,113 @@
+"""A self-contained modeling file for an architecture that has no native MoE twin.
+
+The file is the source text of upcycle's own layer (`pointwise.py`, `moe.py`, `tap.py`) and a
+subclass of the dense transformers class that puts the layers in place when it is built, from the
+description in ``config.json``. It needs transformers and torch, not upcycle. Experts are stored
+fused, so no weight converter is needed.
+"""
+
+import inspect
+import re
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+import upcycle.moe
+import upcycle.pointwise
+import upcycle.tap
+from upcycle.spec import Plan
+from upcycle.version import __version__
+
+FILE = "modeling_upcycle.py"
+_SOURCES: tuple[ModuleType, ...] = (upcycle.pointwise, upcycle.moe, upcycle.tap)
+
+_CLASSES = '''
+class {config}({dense_config}):
+    """{dense_config} with the description of the MoE layers in `upcycle`."""
+
+    model_type = "{model_type}"
+
+
+class {model}({dense}):
+    """{dense} with MoE layers in the place of dense FFNs."""
+
+    config_class = {config}
+    _keep_in_fp32_modules_strict = {{"router"}}
+    _can_set_experts_implementation = classmethod(lambda cls: True)
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        for layer in install(self, config.upcycle["sites"]):
+            layer.to(config.dtype)
+            layer.router.to(torch.promote_types(config.dtype, torch.float32))
+'''
+
+
+def class_names(model: PreTrainedModel) -> tuple[str, str]:
+    """Names of the configuration and model class of the converted model."""
+    return f"Upcycle{type(model.config).__name__}", f"Upcycle{type(model).__name__}"
+
+
+def modeling_file(model: PreTrainedModel) -> str:
+    """Source text of the modeling file for a converted `model`; the same model gives the same text."""
+    dense_config, dense = type(model.config), type(model)
+    config_name, model_name = class_names(model)
+    imports: set[str] = set()
+    bodies: list[str] = []
+    for module in _SOURCES:
+        lines = inspect.getsource(module).split('"""', 2)[2]
+        found = re.findall(r"^(?:from|import) .*$", lines, flags=re.MULTILINE)
+        imports |= {line for line in found if "upcycle" not in line}
+        bodies.append(re.sub(r"^(?:from|import) .*\n", "", lines, flags=re.MULTILINE).strip())
+    imports.add(f"from {dense_config.__module__} import {dense_config.__name__}")
+    imports.add(f"from {dense.__module__} import {dense.__name__}")
+    plain = sorted(line for line in imports if line.startswith("import"))
+    classes = _CLASSES.format(
+        config=config_name,
+        dense_config=dense_config.__name__,
+        model=model_name,
+        dense=dense.__name__,
+        model_type=model_type(model),
+    )
+    head = f'"""{model_name}: made by upcycle {__version__}; needs transformers and torch."""'
+    text = "\n".join([head, "", *plain, *sorted(imports - set(plain)), ""])
+    return text + "\n\n" + "\n\n\n".join([*bodies, classes.strip()]) + "\n"
+
+
+def model_type(model: PreTrainedModel) -> str:
+    """A model type of its own: under the dense one the file would load with missing weights."""
+    return f"upcycle_{model.config.model_type}"
+
+
+def build_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
+    """The content of ``config.json``: the dense configuration, the layers, and the classes."""
+    config_name, model_name = class_names(model)
+    stem = FILE.removesuffix(".py")
+    auto_map = {"AutoConfig": f"{stem}.{config_name}"}
+    auto_map |= {name: f"{stem}.{model_name}" for name in auto_classes(model)}
+    data: dict[str, Any] = model.config.to_dict()
+    data.pop("_name_or_path", None)
+    data.update(
+        architectures=[model_name],
+        auto_map=auto_map,
+        dtype=str(model.dtype).removeprefix("torch."),
+        model_type=model_type(model),
+        upcycle={"version": __version__, "sites": [spec.site() for spec in plan.specs]},
+    )
+    return data
+
+
+def auto_classes(model: nn.Module) -> list[str]:
+    """The Auto classes of transformers that know the dense class, most specific first."""
+    names = []
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None:
+            continue
+        known = mapping.get(type(getattr(model, "config", None)), None)
+        if type(model) in (known if isinstance(known, tuple | list) else [known]):
+            names.append(name)
+    return sorted(names, key=lambda name: (name == "AutoModel", name)) or ["AutoModel"]

@@ -1,0 +1,316 @@
+"""The stages in order: capture, locate, plan, transform, rewrite, emit, verify.
+
+`convert` works on a module in memory and returns a `Conversion`; `convert_model` is the command
+line's way from a named model to a directory. Both take every step through the same functions.
+"""
+
+import gc
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from upcycle.capture import ExampleInputs
+from upcycle.emit import Emission, check_targets, emit
+from upcycle.errors import UsageError
+from upcycle.evaluation import Evaluation, evaluation_for
+from upcycle.ffn import Located
+from upcycle.passes.locate import locate_in
+from upcycle.passes.plan import make_plan
+from upcycle.passes.rewrite import rewrite
+from upcycle.passes.transform import transform
+from upcycle.recipe import Recipe
+from upcycle.recipe_file import load_recipe
+from upcycle.source import Source
+from upcycle.spec import MoESpec, Plan
+from upcycle.targets.checkpoint import planned_layers
+from upcycle.targets.staging import staged
+from upcycle.verify import (
+    budget,
+    check,
+    compare_models,
+    model_dtype,
+    raise_if_failed,
+    verify_layers,
+)
+from upcycle.version import __version__
+from upcycle.weights import MoEWeights, read_ffn
+
+log = logging.getLogger(__name__)
+
+# Told for each layer: what is done, how many are done, how many there are.
+Progress = Callable[[str, int, int], None]
+GIGABYTE = 10**9
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    log.debug("%s %d/%d", stage, done, total)
+
+
+@dataclass
+class Conversion:
+    """A converted model.
+
+    Attributes:
+        model: the converted module, a normal `nn.Module`.
+        plan: what was found and decided.
+        report: what verification measured; without checks if it was not run.
+        dense: the module that was converted, unchanged.
+        provenance: FFN path -> dense neuron behind each expert neuron [E, I], -1 for padding.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: dict[str, Any]
+    dense: nn.Module = field(repr=False)
+    evaluation: Evaluation = field(repr=False)
+    provenance: dict[str, torch.Tensor] = field(repr=False)
+    source: Source | None = None
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        targets: Sequence[str] = ("safetensors",),
+        overwrite: bool = False,
+        max_shard_size: int = 5 * GIGABYTE,
+        verify: bool = True,
+    ) -> Emission:
+        """Write the model in one or several formats; nothing is left behind on failure.
+
+        Args:
+            out: the directory; it is written beside its place and renamed at the end.
+            targets: of ``safetensors``, ``onnx``; an ONNX file reads the safetensors beside it.
+            overwrite: replace an existing directory.
+            max_shard_size: bytes of one safetensors file.
+            verify: load the files again and compare (tiers T3 and T4).
+
+        Raises:
+            UsageError: the directory exists, or a target is unknown.
+            VerificationError: a loaded file is not the model.
+        """
+        check_targets(targets)
+        with staged(Path(out), overwrite=overwrite) as directory:
+            emission = emit(
+                directory,
+                self.model,
+                self.plan,
+                dense=self.dense,
+                evaluation=self.evaluation,
+                source=self.source,
+                targets=targets,
+                max_shard_size=max_shard_size,
+                report=self.report,
+                verify=verify,
+                name=Path(out).name,
+            )
+        return emission
+
+
+def convert(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    example_inputs: ExampleInputs | None = None,
+    calibration: str | None = None,
+    *,
+    verify: bool = True,
+    overrides: Sequence[str] = (),
+    source: Source | None = None,
+    located: Located | None = None,
+    progress: Progress = _silent,
+) -> Conversion:
+    """Turn the dense FFNs of `model` into MoE layers.
+
+    Args:
+        model: any module; it is left alone.
+        recipe: a shipped name, the path of a YAML file, or a `Recipe`.
+        example_inputs: inputs that the model accepts; guessed if None.
+        calibration: text on which a language or embedding model is verified; a default if None.
+        verify: measure the distance and raise if the recipe's promise is broken.
+        overrides: ``key=value`` changes of the recipe, as ``--set`` takes them.
+        source: where the model comes from, for its tokenizer and for `Conversion.save`.
+        located: the result of `upcycle.locate`, if it is known already.
+        progress: called after each layer.
+
+    Raises:
+        RecipeError: the recipe is not valid.
+        CaptureError: the model cannot be run on example inputs.
+        PlanError: an FFN cannot become what the recipe asks for.
+        VerificationError: the result is further from the dense model than promised.
+    """
+    name = "custom" if isinstance(recipe, Recipe) else str(recipe)
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if located is None:
+        located = locate_in(model, example_inputs)
+    plan = make_plan(located, resolved, recipe_name=name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    provenance: dict[str, torch.Tensor] = {}
+
+    def weights(spec: MoESpec) -> MoEWeights:
+        made = transform(read_ffn(spec.ffn, parameters), spec)
+        provenance[spec.ffn.path] = made.experts.neuron_EI
+        progress("converting", len(provenance), len(plan.specs))
+        return made
+
+    converted = rewrite(model, plan.specs, weights)
+    was_training = model.training
+    evaluation = evaluation_for(
+        model,
+        directory=source.directory if source else None,
+        example=example_inputs,
+        text=calibration,
+        seed=resolved.seed,
+    )
+    report = _header(plan, model, source)
+    result = Conversion(converted, plan, report, model, evaluation, provenance, source)
+    if verify:
+        progress("verifying", 0, 1)
+        model.eval()
+        converted.eval()
+        _verify(result)
+        model.train(was_training)
+        converted.train(was_training)
+        progress("verifying", 1, 1)
+        raise_if_failed(report)
+    return result
+
+
+def _header(plan: Plan, model: nn.Module, source: Source | None) -> dict[str, Any]:
+    return {
+        "upcycle": __version__,
+        "model": source.name if source else type(model).__qualname__,
+        "recipe": plan.recipe_name,
+        "resolved_recipe": plan.recipe.model_dump(mode="json"),
+        "promise": plan.promise,
+        "dtype": str(model_dtype(model)).removeprefix("torch."),
+        "torch": torch.__version__,
+        "checks": [],
+    }
+
+
+def _verify(result: Conversion) -> None:
+    """Tiers T0 to T2, into the report."""
+    report, plan, evaluation = result.report, result.plan, result.evaluation
+    layers = list(planned_layers(result.model, plan))
+    rows, checks = verify_layers(result.dense, result.model, layers, result.provenance, evaluation)
+    report["layers"] = rows
+    report["checks"] += checks
+    with torch.no_grad():
+        report["end_to_end"] = compare_models(result.dense, result.model, evaluation)
+    allowed = budget(plan, model_dtype(result.dense))
+    report["checks"].append(check("end to end", report["end_to_end"]["relative"], allowed))
+    measured = [row for row in rows if "relative" in row]
+    if measured:
+        report["largest_error_at"] = max(measured, key=lambda row: row["relative"])["path"]
+
+
+def inspect_model(source: Source) -> Located:
+    """The FFNs and misses of a named model; no weight is read where a configuration is enough."""
+    return locate_in(source.skeleton(), source.example)
+
+
+def plan_model(source: Source, recipe: Recipe, recipe_name: str) -> Plan:
+    """What a conversion would do, from the configuration alone."""
+    return make_plan(inspect_model(source), recipe, recipe_name=recipe_name)
+
+
+def convert_model(
+    source: Source,
+    recipe: Recipe,
+    *,
+    recipe_name: str,
+    out: Path,
+    targets: Sequence[str] = ("safetensors",),
+    calibration: str | None = None,
+    max_shard_size: int = 5 * GIGABYTE,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Convert a named model into a directory and return the report, which is also written there.
+
+    Everything that can be refused is refused before the weights are read.
+    """
+    check_targets(targets)
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out}: it exists already; choose another --out or pass --overwrite")
+    progress("capturing", 0, 1)
+    located = inspect_model(source)
+    make_plan(located, recipe, recipe_name=recipe_name)
+    text = _text(calibration)
+    progress("loading", 0, 1)
+    model = source.load()
+    result = convert(
+        model,
+        recipe,
+        source.example,
+        text,
+        verify=verify,
+        source=source,
+        located=located,
+        progress=progress,
+    )
+    result.plan = Plan(result.plan.located, result.plan.specs, recipe, recipe_name)
+    result.report["recipe"] = recipe_name
+    gc.collect()
+    progress("writing", 0, 1)
+    result.save(
+        out, targets=targets, overwrite=overwrite, max_shard_size=max_shard_size, verify=verify
+    )
+    progress("writing", 1, 1)
+    return result.report
+
+
+def _text(calibration: str | None) -> str | None:
+    if calibration is None:
+        return None
+    path = Path(calibration)
+    if not path.is_file():
+        raise UsageError(f"--calibration {calibration}: there is no such text file")
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--calibration {calibration}: not a text file in UTF-8") from error
+
+
+def read_report(directory: Path) -> Mapping[str, Any]:
+    """The ``report.json`` of a converted model."""
+    path = directory / "report.json"
+    if not path.is_file():
+        raise UsageError(f"{directory}: no report.json, so this is not an output of upcycle")
+    data: dict[str, Any] = json.loads(path.read_text())
+    return data
+
+
+def verify_paths(dense: Source, converted: Path) -> dict[str, Any]:
+    """Compare a written model with its dense one, as a user would load it (tiers T2 and T4)."""
+    from upcycle.emit import load, verify_onnx
+
+    report = dict(read_report(converted))
+    reference = dense.load()
+    other = load(converted, model=None if isinstance(reference, PreTrainedModel) else reference)
+    evaluation = evaluation_for(reference, directory=dense.directory, example=dense.example)
+    report["end_to_end"] = compare_models(reference, other, evaluation)
+    recipe = Recipe.model_validate(_tuples(report["resolved_recipe"]))
+    plan = Plan(Located(), (), recipe, report["recipe"])
+    report["checks"] = [
+        check("end to end", report["end_to_end"]["relative"], budget(plan, model_dtype(reference)))
+    ]
+    if (converted / "model.onnx").is_file():
+        report["checks"] += verify_onnx(converted / "model.onnx", other, evaluation)
+    raise_if_failed(report)
+    return report
+
+
+def _tuples(data: Any) -> Any:
+    """JSON has lists where a recipe has tuples."""
+    if isinstance(data, dict):
+        return {key: _tuples(value) for key, value in data.items()}
+    return tuple(data) if isinstance(data, list) else data
+

@@ -1,0 +1,240 @@
+"""The dense model that the user names: a Hugging Face directory, a sample, or a Python callable."""
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from upcycle import samples
+from upcycle.capture import ExampleInputs
+from upcycle.errors import UnsupportedError, UsageError
+from upcycle.targets.tensor_source import read_tensors
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
+          "float16": torch.float16}  # fmt: skip
+
+
+@dataclass
+class Source:
+    """A dense model and how to get at it.
+
+    Attributes:
+        name: as the user wrote it.
+        directory: of the Hugging Face checkpoint, or None for a Python callable.
+        example: inputs that the user gave, or None to guess them.
+        dtype: to load the weights in, or None for the checkpoint's own.
+    """
+
+    name: str
+    directory: Path | None
+    example: ExampleInputs | None = None
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def skeleton(self) -> nn.Module:
+        """The model without weights: on the meta device where it comes from a configuration."""
+        if self.directory is None:
+            return self.load()
+        config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
+        cls = self._model_class(config)
+        with torch.device("meta"), _quiet():
+            model: nn.Module = (
+                cls.from_config(config, trust_remote_code=True)
+                if hasattr(cls, "from_config")
+                else cls(config)
+            )
+        return model.eval()
+
+    def load(self) -> nn.Module:
+        """The model with its weights, in eval mode.
+
+        Raises:
+            UsageError: the files are broken, or do not fit the configuration.
+        """
+        if self.directory is None:
+            model = _call(self.name, nn.Module, "an nn.Module")
+            if self.dtype is not None:
+                model = model.to(self.dtype)
+            return model.to(self.device).eval()
+        config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
+        read_tensors(self.directory, allow_pickle=self.allow_pickle)  # says what is broken
+        options = {"trust_remote_code": True} if self.trust_remote_code else {}
+        try:
+            with _quiet():
+                model, info = self._model_class(config).from_pretrained(
+                    self.directory,
+                    config=config,
+                    dtype=self.dtype or "auto",
+                    output_loading_info=True,
+                    local_files_only=True,
+                    ignore_mismatched_sizes=True,
+                    **options,
+                )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UsageError(f"{self.directory}: the model cannot be loaded: {_line(error)}") from error
+        if info["mismatched_keys"]:
+            name, stored, wanted = sorted(info["mismatched_keys"])[0]
+            raise UsageError(
+                f"{self.directory}: {name} is {list(stored)} in the file and {list(wanted)} by "
+                "config.json; one of the two belongs to another model"
+            )
+        if info["missing_keys"]:
+            raise UsageError(
+                f"{self.directory}: the files lack {len(info['missing_keys'])} tensors, first "
+                f"{sorted(info['missing_keys'])[0]}; is config.json of another model?"
+            )
+        return model.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def _model_class(self, config: Any) -> Any:
+        names = config.architectures or []
+        if self.trust_remote_code and getattr(config, "auto_map", None):
+            auto = next(n for n in config.auto_map if n.startswith("AutoModel"))
+            return getattr(transformers, auto)
+        if names and hasattr(transformers, names[0]):
+            return getattr(transformers, names[0])
+        if names:
+            raise UnsupportedError(
+                f"{self.directory}: the architecture {names[0]} is not part of transformers "
+                f"{transformers.__version__}; if the checkpoint brings its own code, pass "
+                "--trust-remote-code"
+            )
+        return transformers.AutoModel
+
+
+def open_model(
+    model: str,
+    *,
+    inputs: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Source:
+    """Find the model that MODEL names; no weight is read.
+
+    Raises:
+        UsageError: there is no such model, or `inputs`, `dtype` or `device` is no good.
+        UnsupportedError: its weights are quantised, or it is a mixture of experts already.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
+    directory: Path | None = None
+    if model.startswith("sample:"):
+        directory = samples.path(model.removeprefix("sample:"))
+    elif Path(model).exists():
+        directory = Path(model)
+        if not (directory / "config.json").is_file():
+            raise UsageError(
+                f"{model}: not a model directory, it has no config.json; MODEL is a Hugging Face "
+                "directory, sample:NAME or package.module:callable"
+            )
+    elif ":" not in model:
+        raise UsageError(
+            f"{model}: there is no such directory; MODEL is a Hugging Face directory, sample:NAME "
+            "or package.module:callable"
+        )
+    example = _call(inputs, (dict, tuple), "a dict or a tuple of tensors") if inputs else None
+    source = Source(
+        name=model,
+        directory=directory,
+        example=example,
+        dtype=DTYPES[dtype] if dtype else None,
+        device=_device(device),
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    if directory is not None:
+        _check_dense(directory, read_config(directory, trust_remote_code=trust_remote_code))
+    return source
+
+
+def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
+    """The configuration of a Hugging Face directory.
+
+    Raises:
+        UsageError: config.json is no JSON, or names a model type that transformers does not know.
+    """
+    try:
+        json.loads((directory / "config.json").read_text())
+        return transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{directory}/config.json:{error.lineno}: not JSON: {error.msg}") from error
+    except Exception as error:
+        raise UsageError(f"{directory}/config.json: {_line(error)}") from error
+
+
+def _check_dense(directory: Path, config: Any) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        data = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        raise UnsupportedError(
+            f"{directory}: its weights are quantised ({data.get('quant_method', 'unknown method')}); "
+            "dequantise them and save the model first"
+        )
+    for field in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        if (getattr(config, field, None) or 0) > 1:
+            raise UnsupportedError(
+                f"{directory}: it is already a mixture of experts ({field} = "
+                f"{getattr(config, field)}); upcycle starts from a dense model"
+            )
+
+
+def _device(device: str | None) -> str:
+    if device in (None, "cpu"):
+        return "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {_line(error)}") from error
+    return str(device)
+
+
+def _call(name: str, kind: Any, wanted: str) -> Any:
+    """What ``package.module:callable`` returns; modules of the working directory are found."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UsageError(f"{name}: write it as package.module:callable")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        value = getattr(importlib.import_module(module_name), attribute)()
+    except Exception as error:
+        raise UsageError(f"{name}: calling it failed: {type(error).__name__}: {_line(error)}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(value, kind):
+        raise UsageError(f"{name}: it returned {type(value).__name__}, not {wanted}")
+    return value
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:300] if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the progress bars and the advice of transformers off our output."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,207 @@
+"""Verify: how far the converted model is from the dense one, in tiers.
+
+- T0 each row of each expert is traced to the dense row that it came from, bit for bit.
+- T1 each converted layer against its dense FFN, on the activations that it gets in the model; for
+  split methods also with all experts at weight one, which must be exact.
+- T2 the whole model: outputs, and for language models predictions and perplexity.
+- T3 the written files, loaded as a user would load them.
+- T4 ONNX Runtime against PyTorch.
+
+A report is plain data; `checks` lists what was compared with what was allowed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.errors import VerificationError
+from upcycle.evaluation import NEW_TOKENS, Evaluation, is_language_model, outputs_of
+from upcycle.metrics import ROUNDING, LanguageModelDistance, distance
+from upcycle.moe import MoE, all_experts
+from upcycle.spec import MoESpec, Plan
+from upcycle.weights import read_ffn
+
+Check = dict[str, Any]
+
+
+def check(what: str, error: float, allowed: float) -> Check:
+    """One comparison; an error that is not a number fails."""
+    return {"what": what, "error": error, "allowed": allowed, "passed": bool(error <= allowed)}
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The float dtype of the weights."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def budget(plan: Plan, dtype: torch.dtype) -> float:
+    """The end to end error that the recipe allows, but never less than rounding."""
+    return max(plan.recipe.verify.max_relative_error, ROUNDING[dtype])
+
+
+def verify_layers(
+    dense: nn.Module,
+    converted: nn.Module,
+    layers: list[tuple[MoESpec, MoE]],
+    provenance: Mapping[str, torch.Tensor],
+    evaluation: Evaluation,
+) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Tiers T0 and T1.
+
+    Args:
+        provenance: FFN path -> dense neuron of each expert neuron, [E, I], -1 for padding.
+    """
+    parameters = dict(dense.named_parameters(remove_duplicate=False))
+    rows: list[dict[str, Any]] = []
+    with _router_inputs([layer for _, layer in layers]) as seen:
+        outputs_of(converted, evaluation.batches[0])
+    for spec, layer in layers:
+        weights = read_ffn(spec.ffn, parameters)
+        row: dict[str, Any] = {"path": spec.ffn.path, "promise": spec.promise}
+        if spec.ffn.path in provenance:
+            row["untraced_rows"] = _untraced(spec, layer, provenance[spec.ffn.path], parameters)
+        x_TD = seen.get(layer)
+        if x_TD is None:
+            row["unreached"] = True
+            rows.append(row)
+            continue
+        with torch.no_grad():
+            reference = weights(x_TD)
+            row |= distance(layer.tokens(x_TD), reference).to_json()
+            _, _, index = layer.router(x_TD)
+            with all_experts(layer):
+                whole = distance(layer.tokens(x_TD), reference)
+        load = torch.bincount(index.flatten(), minlength=spec.num_experts)
+        row["tokens_per_expert"] = load.tolist()
+        if spec.promise == "exact when K = N" or spec.top_k == spec.num_experts:
+            row["all_experts_relative"] = whole.relative
+        rows.append(row)
+    return rows, list(_layer_checks(rows, ROUNDING[model_dtype(dense)]))
+
+
+def _layer_checks(rows: list[dict[str, Any]], rounding: float) -> Iterator[Check]:
+    def worst(key: str, chosen: list[dict[str, Any]]) -> Iterator[Check]:
+        chosen = [row for row in chosen if key in row]
+        if chosen:
+            row = max(chosen, key=lambda r: r[key])
+            name = {"relative": "layer", "all_experts_relative": "layer with all experts (K = N)"}
+            yield check(f"{name[key]}, worst at {row['path']}", row[key], rounding)
+
+    untraced = sum(row.get("untraced_rows", 0) for row in rows)
+    yield check("rows that are not the dense rows they came from", untraced, 0)
+    yield from worst("relative", [row for row in rows if row["promise"] == "exact"])
+    yield from worst("all_experts_relative", rows)
+
+
+def _untraced(
+    spec: MoESpec, layer: MoE, neuron_EI: torch.Tensor, parameters: Mapping[str, torch.Tensor]
+) -> int:
+    """Expert neurons whose numbers are not those of a dense neuron, times one factor per matrix."""
+    ffn, experts = spec.ffn, layer.experts
+    up = experts.up_EGD.detach()
+    width = experts.intermediate_dim
+    wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
+    index = neuron_EI.clamp(min=0)
+    padding = neuron_EI < 0
+
+    def compare(made: torch.Tensor, dense_rows: torch.Tensor) -> None:
+        nonlocal wrong_EI
+        expected = dense_rows[index].masked_fill(padding[..., None], 0)
+        largest = expected.abs().argmax()
+        reference = expected.flatten()[largest]
+        factor = made.flatten()[largest].double() / reference.double() if reference else 1.0
+        eps = torch.finfo(made.dtype).eps
+        allowed = 0.0 if factor == 1 else 2 * eps  # a factor rounds once on either side
+        gap = (made.double() - expected.double() * factor).abs()
+        wrong_EI |= (gap > allowed * made.double().abs()).any(-1)
+
+    for i, projection in enumerate(ffn.expansions):
+        stored = parameters[projection.weight].detach()
+        stored = (stored.t() if projection.transposed else stored).flatten(1)
+        compare(up[:, i * width : (i + 1) * width], stored[slice(*projection.rows)])
+    down = parameters[ffn.contraction.weight].detach()
+    columns = down if ffn.contraction.transposed else down.flatten(1).t()
+    compare(experts.down_proj.detach().transpose(1, 2), columns)
+    return int(wrong_EI.sum())
+
+
+@contextmanager
+def _router_inputs(layers: list[MoE]) -> Iterator[dict[MoE, torch.Tensor]]:
+    """The tokens [T, D] that each layer was last given."""
+    seen: dict[MoE, torch.Tensor] = {}
+
+    def remember(layer: MoE) -> Callable[..., None]:
+        return lambda _, args: seen.__setitem__(layer, args[0].detach())
+
+    handles = [layer.router.register_forward_pre_hook(remember(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare_models(
+    reference: nn.Module, other: nn.Module, evaluation: Evaluation, *, predictions: bool = True
+) -> dict[str, Any]:
+    """Tier T2: the distance of every output, the worst of them, and of predictions."""
+    outputs: dict[str, dict[str, float]] = {}
+    for batch in evaluation.batches:
+        ours, theirs = outputs_of(other, batch), outputs_of(reference, batch)
+        for name, tensor in theirs.items():
+            if name not in ours or ours[name].shape != tensor.shape:
+                raise VerificationError(f"the converted model does not return {name} {list(tensor.shape)}")
+            found = distance(ours[name], tensor).to_json()
+            if name not in outputs or found["relative"] > outputs[name]["relative"]:
+                outputs[name] = found
+    if not outputs:
+        raise VerificationError("the model returns no float tensor that could be compared")
+    report: dict[str, Any] = {"inputs": evaluation.what, "outputs": outputs}
+    report["relative"] = max(found["relative"] for found in outputs.values())
+    if predictions and evaluation.windows is not None and is_language_model(reference):
+        both = LanguageModelDistance()
+        for window in evaluation.windows:
+            tokens = window[None]
+            batch = {"input_ids": tokens, "use_cache": False}
+            both.update(
+                outputs_of(reference, batch)["logits"], outputs_of(other, batch)["logits"], tokens
+            )
+        report["language_model"] = both.to_json()
+    return report
+
+
+def same_greedy_text(reference: nn.Module, other: nn.Module, evaluation: Evaluation) -> bool | None:
+    """Whether both generate the same tokens after each prompt; None where they do not generate."""
+    if not evaluation.prompts or not is_language_model(reference):
+        return None
+
+    def generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(prompt)
+        with torch.no_grad():
+            tokens: torch.Tensor = model.generate(
+                input_ids=prompt,
+                attention_mask=mask,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return tokens
+
+    return all(
+        torch.equal(generate(reference, prompt), generate(other, prompt))
+        for prompt in evaluation.prompts
+    )
+
+
+def raise_if_failed(report: Mapping[str, Any]) -> None:
+    """Raise VerificationError, naming the worst failure, if a check of the report did not pass."""
+    failed = [c for c in report["checks"] if not c["passed"]]
+    if failed:
+        worst = max(failed, key=lambda c: c["error"] - c["allowed"])
+        raise VerificationError(
+            f"verification failed: {worst['what']}: error {worst['error']:.3g}, allowed "
+            f"{worst['allowed']:.3g}; the recipe's verify.max_relative_error sets the budget"
+        )
