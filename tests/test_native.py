@@ -22,6 +22,10 @@ from transformers import (
     PreTrainedConfig,
     Qwen3Config,
 )
+from upcycle.targets.native import NATIVE, build_config, choose, entries, fit
+from upcycle.targets.native.layers import is_swiglu, layer_index
+from upcycle.targets.stored import Stored
+from upcycle.targets.tensor_file import read_tensors, write_tensors
 
 from upcycle import recipe
 from upcycle.errors import UsageError
@@ -29,10 +33,6 @@ from upcycle.ffn import FFN, Located, Projection
 from upcycle.moe import WeightRule
 from upcycle.pointwise import Pointwise
 from upcycle.spec import MoESpec, Plan
-from upcycle.targets.native import NATIVE, build_config, choose, entries, fit
-from upcycle.targets.native.layers import is_swiglu, layer_index
-from upcycle.targets.stored import Stored
-from upcycle.targets.tensor_file import read_tensors, write_tensors
 from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights, gather_experts, read_ffn
 
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
@@ -344,6 +344,8 @@ def test_config_keeps_what_changes_the_model(tmp_path: Path) -> None:
     llama = CONFIGS["llama"]()
     llama.sliding_window = 3  # Llama does not read it, Mixtral would
     assert build_config(NATIVE["mixtral"], llama, plan)["sliding_window"] is None
+    half = build_config(NATIVE["mixtral"], llama, plan, dtype=torch.bfloat16)
+    assert (half["dtype"], half["torch_dtype"]) == ("bfloat16", "bfloat16")
     qwen3 = build_config(NATIVE["qwen3_moe"], CONFIGS["qwen3-sliding"](), plan)
     assert (qwen3["use_sliding_window"], qwen3["sliding_window"]) == (True, 5)
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from upcycle.errors import ResourceError, UpcycleError, UsageError
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import (
     DTYPE_NAMES,
@@ -17,6 +15,8 @@ from upcycle.targets.tensor_file import (
     read_tensors,
     write_tensors,
 )
+
+from upcycle.errors import ResourceError, UpcycleError, UsageError
 
 
 def entry(name: str, tensor: torch.Tensor, stack: str | None = None) -> TensorEntry:
@@ -49,6 +49,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "scalar": torch.tensor(7, dtype=torch.int64),
         "empty": torch.zeros(0, 3),
         "view": torch.randn(4, 6, generator=draw).t(),
+        "strided": torch.randn(8, generator=draw)[::2],
     }
 
 

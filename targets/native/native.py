@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from upcycle.targets.native.layers import layer_index, plan_reason
+from upcycle.targets.tensor_file import TensorEntry
 
 from upcycle.errors import UsageError
 from upcycle.moe import WeightRule
 from upcycle.spec import MoESpec, Plan
-from upcycle.targets.native.layers import layer_index, plan_reason
-from upcycle.targets.tensor_file import TensorEntry
 from upcycle.weights import MoEWeights
 
 # Config fields that every decoder here has and that keep their meaning.
@@ -120,8 +120,12 @@ def choose(
     return None, reasons
 
 
-def build_config(target: NativeTarget, config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
+def build_config(
+    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """The content of ``config.json``; call it only where `fit` returned None.
+
+    `dtype` is that of the weights, where the config may not say it (a model cast in memory).
 
     RoPE is written in the spelling of transformers 5 (``rope_parameters``) and in the older one
     (``rope_theta``, ``rope_scaling``), because software that knows only the older one takes a
@@ -147,9 +151,9 @@ def build_config(target: NativeTarget, config: PreTrainedConfig, plan: Plan) -> 
         sparse = {layer_index(spec.ffn) for spec in plan.specs}
         dense = [layer for layer in range(config.num_hidden_layers) if layer not in sparse]
         written[target.field_dense_layers] = dense
-    if config.dtype is not None:
-        dtype = str(config.dtype).removeprefix("torch.")
-        written |= {"dtype": dtype, "torch_dtype": dtype}
+    if (known := dtype or config.dtype) is not None:
+        name = str(known).removeprefix("torch.")
+        written |= {"dtype": name, "torch_dtype": name}
     return dict(sorted(written.items()))
 
 
