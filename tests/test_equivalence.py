@@ -6,12 +6,12 @@ import math
 import numerics
 import pytest
 import torch
+from upcycle.passes.plan import make_plan
+from upcycle.passes.transform import load_weights, merge_to_dense, transform
 
 from upcycle.errors import PlanError, UnsupportedError, UsageError
 from upcycle.ffn import Located
 from upcycle.moe import MoE, WeightRule, all_experts
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import load_weights, merge_to_dense, transform
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights, RouterWeights

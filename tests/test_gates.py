@@ -5,7 +5,6 @@ import dataclasses
 import numerics
 import pytest
 import torch
-
 from upcycle.passes.experts.cluster import features_of
 from upcycle.passes.gates import GATES
 

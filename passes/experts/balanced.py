@@ -75,16 +75,15 @@ def balanced_clusters(
     if sizes_K.sum() != len(features_FD) or (sizes_K < 0).any():
         raise ValueError(f"sizes sum to {sizes_K.sum()}, but there are {len(features_FD)} rows")
     features_FD = features_FD.detach().float()
-    if not features_FD.isfinite().all():
+    # Not features_FD.square(): that would be a second copy of the features.
+    square_F = torch.linalg.vector_norm(features_FD, dim=1).square()
+    if not square_F.isfinite().all():
         raise UnsupportedError("rows with NaN or infinity cannot be clustered; check the weights")
     if len(sizes_K) == 1:
         return torch.zeros(len(features_FD), dtype=torch.int64)
-    best, best_objective = None, np.inf
-    for _ in range(restarts):
-        labels_F, objective = _lloyd(features_FD, sizes_K, generator, iterations)
-        if best is None or objective < best_objective:
-            best, best_objective = labels_F, objective
-    return torch.from_numpy(best)
+    runs = [_lloyd(features_FD, square_F, sizes_K, generator, iterations) for _ in range(restarts)]
+    labels_F, _ = min(runs, key=lambda run: run[1])
+    return torch.from_numpy(labels_F)
 
 
 def objective(features_FD: torch.Tensor, labels_F: torch.Tensor) -> float:
@@ -97,12 +96,15 @@ def objective(features_FD: torch.Tensor, labels_F: torch.Tensor) -> float:
 
 
 def _lloyd(
-    features_FD: torch.Tensor, sizes_K: Ints, generator: torch.Generator, iterations: int
+    features_FD: torch.Tensor,
+    square_F: torch.Tensor,
+    sizes_K: Ints,
+    generator: torch.Generator,
+    iterations: int,
 ) -> tuple[Ints, float]:
     """One run from one k-means++ start: the best labels, and their objective up to a constant."""
-    square_F = features_FD.double().square().sum(1).numpy()
     every = np.arange(len(features_FD))
-    centroids_KD = _plus_plus(features_FD, len(sizes_K), generator)
+    centroids_KD = _plus_plus(features_FD, square_F, len(sizes_K), generator)
     prices_K = np.zeros(len(sizes_K))
     labels_F, cost = np.zeros(len(features_FD), dtype=np.int64), np.inf
     removed = 1.0
@@ -111,7 +113,7 @@ def _lloyd(
         cost_KF = (centroids_KD @ features_FD.t()).mul_(-2).double()
         cost_KF += centroids_KD.double().square().sum(1, keepdim=True)
         if cost < np.inf:
-            own_F = removed * 2 * square_F / sizes_K[labels_F]
+            own_F = removed * 2 * square_F.double().numpy() / sizes_K[labels_F]
             cost_KF.numpy()[labels_F, every] += own_F
         new_labels_F, prices_K = assign(cost_KF.numpy(), sizes_K, prices_K)
         new_centroids_KD = _means(features_FD, new_labels_F, sizes_K)
@@ -127,9 +129,10 @@ def _lloyd(
     return labels_F, cost
 
 
-def _plus_plus(features_FD: torch.Tensor, groups: int, generator: torch.Generator) -> torch.Tensor:
+def _plus_plus(
+    features_FD: torch.Tensor, square_F: torch.Tensor, groups: int, generator: torch.Generator
+) -> torch.Tensor:
     """k-means++: each centroid is a row drawn with odds of its squared distance to the others."""
-    square_F = features_FD.square().sum(1)
     nearest_F = torch.ones_like(square_F)
     rows: list[int] = []
     for _ in range(groups):
