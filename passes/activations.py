@@ -73,5 +73,7 @@ def swapped(program: Pointwise) -> Pointwise:
     def rename(arg: object) -> object:
         return flip.get(arg, arg) if isinstance(arg, str) else arg
 
-    steps = tuple((op, tuple(rename(a) for a in args), kwargs) for op, args, kwargs in program.steps)
+    steps = tuple(
+        (op, tuple(rename(a) for a in args), kwargs) for op, args, kwargs in program.steps
+    )
     return Pointwise(program.arity, steps)

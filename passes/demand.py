@@ -30,7 +30,13 @@ LAYOUT = {
     "swapdims", "t", "T", "tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view",
     "clone", "alias", "expand_as", "view_as", "reshape_as",
 }  # fmt: skip
-CASTS = {"to": None, "float": "float32", "half": "float16", "bfloat16": "bfloat16", "double": "float64"}
+CASTS = {
+    "to": None,
+    "float": "float32",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "double": "float64",
+}
 MIXERS = {"layer_norm", "rms_norm", "group_norm", "softmax", "cumsum", "normalize", "mean", "sum"}
 
 
@@ -145,7 +151,9 @@ class _Walk:
         position_PC = where[index_PC] // shape[linear.axis]
         row_PC = where[index_PC] % shape[linear.axis]
         if (row_PC != row_PC[:1]).any() or (position_PC != position_PC[:, :1]).any():
-            raise NotPointwise("positions and neurons are mixed before the contraction", linear.node)
+            raise NotPointwise(
+                "positions and neurons are mixed before the contraction", linear.node
+            )
         for i, known in enumerate(self.demand.expansions):
             if known.linear == linear and torch.equal(known.rows, row_PC[0]):
                 return f"z{i}"
@@ -182,7 +190,9 @@ class _Walk:
                 bias = arg.meta["parameter"]
                 if name != "add" or not torch.equal(operand_PC[0], torch.arange(size)):
                     # Go on: only if all else is pointwise is this worth telling.
-                    self.demand.refusal = NotPointwise("a learned parameter is in its nonlinearity", arg)
+                    self.demand.refusal = NotPointwise(
+                        "a learned parameter is in its nonlinearity", arg
+                    )
                 continue
             args.append(self.value(arg, operand_PC))
         if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
@@ -209,7 +219,12 @@ class _Walk:
 
 def op_is_reversed(node: fx.Node) -> bool:
     """``__rsub__`` and its like take their operands the other way round."""
-    return getattr(node.target, "__name__", "") in {"__rsub__", "__rtruediv__", "__rdiv__", "__rpow__"}
+    return getattr(node.target, "__name__", "") in {
+        "__rsub__",
+        "__rtruediv__",
+        "__rdiv__",
+        "__rpow__",
+    }
 
 
 def _first(node: fx.Node) -> fx.Node:

@@ -4,23 +4,32 @@ Each linear map is tried as a contraction: `demand.trace` walks back from its in
 expansions. No name of a class or of a module is looked at.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import fx, nn
 
 from upcycle.capture import ExampleInputs, Program, capture, op_name
+from upcycle.ffn import FFN, Located, Miss, Projection
 from upcycle.inputs import find_example
-from upcycle.ffn import FFN, Kind, Located, Miss, Placement, Projection
 from upcycle.passes.activations import recognise, swapped
-from upcycle.passes.demand import MIXERS, Demand, NotPointwise, trace
+from upcycle.passes.demand import MIXERS, NotPointwise, trace
 from upcycle.passes.linear import LinearMap, linear_map
+from upcycle.passes.region import (
+    check_leaf_modules,
+    check_no_escape,
+    check_one_input,
+    common_path,
+    is_nonlinear,
+    kind_of,
+    output_of,
+    placement_of,
+    projection_of,
+    trailing_dropout,
+)
+from upcycle.passes.replay import crosses_blocks, with_replayed_misses, with_replays
 from upcycle.pointwise import Pointwise
 
-# Operations of a program that is linear in each expansion: a region with only these is no FFN.
-_LINEAR_OPS = {"add", "sub", "neg", "cast"}
 EXPERT_OPS = {"grouped_mm"}  # matrices chosen per token
-_TRAILING = {"dropout", "view", "reshape", "contiguous", "clone"}
 
 
 def locate(program: Program) -> Located:
@@ -50,7 +59,7 @@ def locate(program: Program) -> Located:
     kept = _drop_overlapping(found, misses)
     used = {p.module for ffn in kept for p in (*ffn.expansions, ffn.contraction)}
     told = [miss for miss in misses if miss.path not in used]
-    return Located(_with_replays(program, kept), tuple(_miss_replays(program, told)))
+    return Located(with_replays(program, kept), tuple(with_replayed_misses(program, told)))
 
 
 def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located:
@@ -66,7 +75,7 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
 
     program = captured(repeat_blocks=True)
     located = locate(program)
-    if any(_crosses_blocks(program, ffn) for ffn in located.ffns):
+    if any(crosses_blocks(program, ffn) for ffn in located.ffns):
         located = locate(captured(repeat_blocks=False))
     return _without_tied(model, located)
 
@@ -89,25 +98,6 @@ def _without_tied(model: nn.Module, located: Located) -> Located:
     return Located(tuple(ffns), tuple(misses))
 
 
-def _crosses_blocks(program: Program, ffn: FFN) -> bool:
-    """Whether part of the FFN, and not all of it, lies in a block that stands for others."""
-    paths = [p.module for p in (*ffn.expansions, ffn.contraction)]
-    return any(
-        0 < sum(_inside(path, block) for path in paths) < len(paths)
-        for template, siblings in program.replays.items()
-        for block in (template, *siblings, *_earlier_sibling(template))
-    )
-
-
-def _earlier_sibling(template: str) -> list[str]:
-    head, _, index = template.rpartition(".")
-    return [f"{head}.{int(index) - 1}".lstrip(".")] if index.isdigit() and int(index) else []
-
-
-def _inside(path: str, block: str) -> bool:
-    return path == block or path.startswith(f"{block}.")
-
-
 def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that the output, or an assignment in place, depends on."""
     live: set[fx.Node] = set()
@@ -122,13 +112,13 @@ def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 def _ffn(program: Program, contraction: LinearMap, live: set[fx.Node]) -> FFN:
     demand = trace(contraction.x, contraction.axis)
-    _check_one_input(demand, contraction)
-    _check_no_escape(demand, contraction, live)
+    check_one_input(demand, contraction)
+    check_no_escape(demand, contraction, live)
     expansions = [e.linear for e in demand.expansions]
     pointwise = Pointwise(len(expansions), tuple(demand.steps))
-    if not _is_nonlinear(pointwise):
+    if not is_nonlinear(pointwise):
         raise NotPointwise("there is no nonlinearity between the linear maps", contraction.node)
-    projections = [_projection(demand, i) for i in range(len(expansions))]
+    projections = [projection_of(demand, i) for i in range(len(expansions))]
     named = recognise(pointwise)
     if named.name == "custom" and named.arity == 2:
         other = recognise(swapped(pointwise))
@@ -137,15 +127,19 @@ def _ffn(program: Program, contraction: LinearMap, live: set[fx.Node]) -> FFN:
     d_model = expansions[0].x.meta["shape"][expansions[0].axis]
     d_ff = contraction.x.meta["shape"][contraction.axis]
     d_out = contraction.node.meta["shape"][contraction.axis]
-    owner = _common_path([p.module for p in projections] + [contraction.node.meta["path"]])
-    output, bias = _output(contraction)
-    end, dropout = _trailing_dropout(output)
+    owner = common_path([p.module for p in projections] + [contraction.node.meta["path"]])
+    output, bias = output_of(contraction)
+    end, dropout = trailing_dropout(output)
     down = Projection(
-        contraction.node.meta["path"], contraction.weight, bias, contraction.transposed, (0, d_out, 1)
+        contraction.node.meta["path"],
+        contraction.weight,
+        bias,
+        contraction.transposed,
+        (0, d_out, 1),
     )
     ffn = FFN(
         path=owner,
-        kind=_kind(d_model, d_ff, d_out),
+        kind=kind_of(d_model, d_ff, d_out),
         placement="inline",
         expansions=tuple(projections),
         contraction=down,
@@ -156,132 +150,11 @@ def _ffn(program: Program, contraction: LinearMap, live: set[fx.Node]) -> FFN:
         axis=contraction.axis,
         hidden_dropout=demand.dropout,
     )
-    placement = _placement(program, ffn, expansions[0].x, {output, end})
+    placement = placement_of(program, ffn, expansions[0].x, {output, end})
     if placement == "module":
         return replace(ffn, placement=placement, output_dropout=dropout)
-    _check_leaf_modules(program, ffn, [*(e.node for e in expansions), output])
+    check_leaf_modules(program, ffn, [*(e.node for e in expansions), output])
     return replace(ffn, placement=placement)
-
-
-def _check_one_input(demand: Demand, contraction: LinearMap) -> None:
-    first = demand.expansions[0]
-    source = _through_views(first.linear.x)
-    if any(_through_views(e.linear.x) is not source for e in demand.expansions):
-        raise NotPointwise(
-            "its linear maps read different inputs (a low-rank adapter? merge it into the base "
-            "weight first)",
-            contraction.node,
-        )
-    order = torch.arange(len(first.positions))
-    axes = {e.linear.axis for e in demand.expansions} | {contraction.axis}
-    if len(axes) > 1 or any(not torch.equal(e.positions, order) for e in demand.expansions):
-        raise NotPointwise("positions are reordered before the contraction", contraction.node)
-
-
-def _check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) -> None:
-    region = demand.visited | {contraction.node}
-    for node in demand.visited:
-        for user in node.users:
-            if user in live and user not in region:
-                raise NotPointwise(
-                    f"its hidden tensor is also read by `{op_name(user.target)}` in "
-                    f"`{user.meta.get('path', '') or 'the output of the model'}`",
-                    contraction.node,
-                )
-
-
-def _is_nonlinear(program: Pointwise) -> bool:
-    def constant(args: tuple[object, ...]) -> bool:
-        return sum(isinstance(a, str) and a[0] in "zt" for a in args) < 2
-
-    return any(
-        op not in _LINEAR_OPS and not (op in {"mul", "div"} and constant(args))
-        for op, args, _ in program.steps
-    )
-
-
-def _projection(demand: Demand, i: int) -> Projection:
-    expansion = demand.expansions[i]
-    rows, linear = expansion.rows, expansion.linear
-    step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
-    start = int(rows[0])
-    if step < 1 or not torch.equal(rows, torch.arange(len(rows)) * step + start):
-        raise NotPointwise("its neurons are not stored in one regular order", linear.node)
-    bias = linear.bias or demand.biases.get(i)
-    stop = start + step * (len(rows) - 1) + 1
-    return Projection(
-        linear.node.meta["path"], linear.weight, bias, linear.transposed, (start, stop, step)
-    )
-
-
-def _output(contraction: LinearMap) -> tuple[fx.Node, str | None]:
-    """The node that holds the FFN's output, and its bias: a bias may be added in a call of its own."""
-    node = contraction.node
-    users = list(node.users)
-    if contraction.bias is None and len(users) == 1 and op_name(users[0].target) == "add":
-        others = [a for a in users[0].args if isinstance(a, fx.Node) and a is not node]
-        width = node.meta["shape"][contraction.axis]
-        if len(others) == 1 and others[0].op == "get_attr" and others[0].meta["shape"] == (width,):
-            return users[0], others[0].meta["parameter"]
-    return node, contraction.bias
-
-
-def _trailing_dropout(node: fx.Node) -> tuple[fx.Node, float]:
-    """Follow `node` through views and dropout that only it feeds."""
-    probability = 0.0
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.op != "call_function" or op_name(user.target) not in _TRAILING:
-            break
-        if op_name(user.target) == "dropout":
-            probability = float(user.kwargs.get("p", user.args[1] if len(user.args) > 1 else 0.5))  # type: ignore[arg-type]
-        node = user
-    return node, probability
-
-
-def _placement(program: Program, ffn: FFN, x: fx.Node, outputs: set[fx.Node]) -> Placement:
-    """``module`` if a module computes exactly this FFN; else how its linear maps are spread."""
-    for call in program.calls.get(ffn.path, []):
-        same_in = {_through_views(n) for n in call.inputs} == {_through_views(x)}
-        ends = {_through_views(n) for n in outputs}
-        same_out = len(call.outputs) == 1 and _through_views(call.outputs[0]) in ends
-        if ffn.path and same_in and same_out:
-            return "module"
-    depth = ffn.path.count(".") + 1 if ffn.path else 0
-    paths = [p.module for p in (*ffn.expansions, ffn.contraction)]
-    return "inline" if all(path.count(".") <= depth for path in paths) else "siblings"
-
-
-def _check_leaf_modules(program: Program, ffn: FFN, nodes: list[fx.Node]) -> None:
-    """Without a module of its own, each linear map must be a module, to put another in its place."""
-    for node in nodes:
-        path = node.meta["path"]
-        calls = program.calls.get(path, [])
-        if not any(_through_views(node) in map(_through_views, call.outputs) for call in calls):
-            raise NotPointwise(
-                f"its weights are raw parameters that `{path or 'the model'}` applies among other "
-                "things: move the FFN into a module of its own",
-                node,
-            )
-    if len({p.module for p in ffn.expansions}) < len({p.weight for p in ffn.expansions}):
-        raise NotPointwise("one module applies several of its linear maps", nodes[0])
-
-
-def _through_views(node: fx.Node) -> fx.Node:
-    """The tensor that `node` is a view of."""
-    while node.op == "call_function" and op_name(node.target) in _TRAILING:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        if source.meta["shape"][-1:] != node.meta["shape"][-1:]:
-            break
-        node = source
-    return node
-
-
-def _kind(d_model: int, d_ff: int, d_out: int) -> Kind:
-    if d_out != d_model and d_ff <= d_model:
-        return "head"
-    return "bottleneck" if d_ff < min(d_model, d_out) else "ffn"
 
 
 def _looks_like_ffn(contraction: LinearMap, reason: NotPointwise) -> bool:
@@ -296,7 +169,7 @@ def _looks_like_ffn(contraction: LinearMap, reason: NotPointwise) -> bool:
         demand = trace(source, -1) if isinstance(source, fx.Node) else None
     except NotPointwise:
         return False
-    return demand is not None and _is_nonlinear(
+    return demand is not None and is_nonlinear(
         Pointwise(len(demand.expansions), tuple(demand.steps))
     )
 
@@ -313,65 +186,3 @@ def _drop_overlapping(found: list[FFN], misses: list[Miss]) -> list[FFN]:
                 Miss(ffn.contraction.module, f"it shares a weight with the FFN `{rival.path}`")
             )
     return [ffn for ffn in found if ffn in kept]
-
-
-def _with_replays(program: Program, found: list[FFN]) -> tuple[FFN, ...]:
-    """Add a copy of each FFN for every sibling block that repeats the one it was found in."""
-    out: list[FFN] = []
-    for ffn in found:
-        out.append(ffn)
-        for template, siblings in program.replays.items():
-            if _inside(ffn.path, template):
-                for path in dict.fromkeys(siblings):
-                    if path != template:
-                        out.append(_renamed(ffn, template, path))
-    unique = {ffn.parameters: ffn for ffn in reversed(out)}
-    return tuple(sorted(unique.values(), key=_running_order(program, found)))
-
-
-def _running_order(program: Program, found: list[FFN]):  # type: ignore[no-untyped-def]
-    order = {path: i for i, path in enumerate(program.calls)}
-
-    def key(ffn: FFN) -> tuple[int, ...]:
-        parts = ffn.contraction.module.split(".")
-        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return tuple(order[p] for p in prefixes if p in order)
-
-    return key
-
-
-def _renamed(ffn: FFN, old: str, new: str) -> FFN:
-    def path(name: str) -> str:
-        return new + name[len(old) :]
-
-    def projection(p: Projection) -> Projection:
-        bias = path(p.bias) if p.bias else None
-        return replace(p, module=path(p.module), weight=path(p.weight), bias=bias)
-
-    return replace(
-        ffn,
-        path=path(ffn.path),
-        expansions=tuple(projection(p) for p in ffn.expansions),
-        contraction=projection(ffn.contraction),
-    )
-
-
-def _miss_replays(program: Program, misses: list[Miss]) -> list[Miss]:
-    out = list(misses)
-    for miss in misses:
-        for template, siblings in program.replays.items():
-            if _inside(miss.path, template):
-                out += [Miss(s + miss.path[len(template) :], miss.reason) for s in siblings]
-    return list(dict.fromkeys(out))
-
-
-def _common_path(paths: list[str]) -> str:
-    """The innermost module that contains all of `paths`, which are modules within it."""
-    split = [p.split(".") for p in paths]
-    common = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
-

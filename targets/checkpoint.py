@@ -5,6 +5,7 @@ with a self-contained modeling file. Any other module becomes ``model.safetensor
 ``upcycle.json``, which `upcycle.load` reads.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -52,8 +53,9 @@ def native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, di
     """The native architecture that holds the plan, or None; and why the others do not."""
     if not isinstance(dense, PreTrainedModel):
         return None, {}
-    target, reasons = choose(NATIVE, dense.config, plan)
-    return target, reasons
+    config = copy.deepcopy(dense.config)
+    config.architectures = [type(dense).__name__]  # a model built in memory does not say it
+    return choose(NATIVE, config, plan)
 
 
 def write_checkpoint(
@@ -75,9 +77,7 @@ def write_checkpoint(
     """
     layers = {spec.ffn.path: layer for spec, layer in planned_layers(model, plan)}
     if not isinstance(model, PreTrainedModel):
-        stored = write_tensors(
-            directory, _module_entries(model), max_shard_size=max_shard_size
-        )
+        stored = write_tensors(directory, _module_entries(model), max_shard_size=max_shard_size)
         description = {
             "upcycle": __version__,
             "factory": factory,
@@ -91,13 +91,11 @@ def write_checkpoint(
         tensors = _DenseNames(model, plan)
         made = entries(target, tensors, plan, lambda spec: weights_of(layers[spec.ffn.path]))
         stored = write_tensors(directory, made, max_shard_size=max_shard_size)
-        config = build_config(target, model.config, plan)
+        config = build_config(target, model.config, plan, dtype=model.dtype)
         auto_class = "AutoModelForCausalLM"
         form, architecture = "native", target.model_type
     else:
-        stored = write_tensors(
-            directory, _module_entries(model), max_shard_size=max_shard_size
-        )
+        stored = write_tensors(directory, _module_entries(model), max_shard_size=max_shard_size)
         config = remote_code.build_config(model, plan)
         (directory / remote_code.FILE).write_text(remote_code.modeling_file(model))
         auto_class = remote_code.auto_classes(model)[0]

@@ -36,7 +36,6 @@ class {model}({dense}):
 
     config_class = {config}
     _keep_in_fp32_modules_strict = {{"router"}}
-    _can_set_experts_implementation = classmethod(lambda cls: True)
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -87,7 +86,7 @@ def build_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     config_name, model_name = class_names(model)
     stem = FILE.removesuffix(".py")
     auto_map = {"AutoConfig": f"{stem}.{config_name}"}
-    auto_map |= {name: f"{stem}.{model_name}" for name in auto_classes(model)}
+    auto_map |= dict.fromkeys(auto_classes(model), f"{stem}.{model_name}")
     data: dict[str, Any] = model.config.to_dict()
     data.pop("_name_or_path", None)
     data.update(

@@ -1,1 +1,79 @@
-"""upcycle."""
+"""upcycle: a compiler that turns dense neural networks into sparse Mixtures of Experts.
+
+Names are imported when they are first used, so that ``upcycle --help`` does not wait for torch.
+"""
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any
+
+from upcycle.version import __version__
+
+if _TYPE_CHECKING:
+    from upcycle.compiler import Conversion, convert, locate
+    from upcycle.emit import load
+    from upcycle.errors import (
+        CaptureError,
+        PlanError,
+        RecipeError,
+        ResourceError,
+        UnsupportedError,
+        UpcycleError,
+        UsageError,
+        VerificationError,
+    )
+    from upcycle.ffn import FFN, Located, Miss
+    from upcycle.moe import MoE, all_experts
+    from upcycle.recipe import Recipe
+    from upcycle.recipe_file import load_recipe
+    from upcycle.spec import MoESpec, Plan
+    from upcycle.verification import verify
+
+__all__ = [
+    "FFN",
+    "CaptureError",
+    "Conversion",
+    "Located",
+    "Miss",
+    "MoE",
+    "MoESpec",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "ResourceError",
+    "UnsupportedError",
+    "UpcycleError",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "all_experts",
+    "convert",
+    "load",
+    "load_recipe",
+    "locate",
+    "verify",
+]
+
+_HOMES = {
+    "compiler": ("Conversion", "convert", "locate"),
+    "emit": ("load",),
+    "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "ffn": ("FFN", "Located", "Miss"),
+    "moe": ("MoE", "all_experts"),
+    "recipe": ("Recipe",),
+    "recipe_file": ("load_recipe",),
+    "spec": ("MoESpec", "Plan"),
+    "verification": ("verify",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'upcycle' has no attribute {name!r}")
+    return getattr(_import_module(f"upcycle.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -145,7 +145,11 @@ class _Recorder(TorchFunctionMode):
         """Add the call, and a ``getitem`` for each tensor if it returns several."""
         to_node = functools.partial(pytree.tree_map_only, torch.Tensor, self.node_of)
         node = self.graph.create_node(
-            "call_function", target, to_node(tuple(args)), to_node(dict(kwargs)), name=op_name(target)
+            "call_function",
+            target,
+            to_node(tuple(args)),
+            to_node(dict(kwargs)),
+            name=op_name(target),
         )
         if isinstance(out, torch.Tensor):
             self._bind(out, node)
@@ -155,9 +159,7 @@ class _Recorder(TorchFunctionMode):
             if isinstance(tensor, torch.Tensor):
                 self._bind(tensor, self.graph.call_function(_item, (node, i)))
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if op_name(func) == "grouped_mm":  # on fake tensors torch has it for bfloat16 alone
             out = args[0].new_empty(args[0].shape[0], args[1].shape[-1])
@@ -206,7 +208,11 @@ _SPELLINGS = {
 def _state_restored(model: nn.Module) -> Iterator[None]:
     """Undo every attribute that the forward sets: fake tensors must not stay in the model."""
     saved = [
-        (m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules")})
+        (
+            m,
+            dict(m.__dict__),
+            {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules")},
+        )
         for m in model.modules()
     ]
     try:
@@ -284,7 +290,9 @@ def _structure(block: nn.Module, index: int) -> Any:
     def scalars(module: nn.Module) -> tuple[Any, ...]:
         plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
         return tuple(
-            sorted((k, "index" if v is not True and v == index else repr(v)) for k, v in plain.items())
+            sorted(
+                (k, "index" if v is not True and v == index else repr(v)) for k, v in plain.items()
+            )
         )
 
     modules = tuple((name, type(m), scalars(m)) for name, m in block.named_modules())

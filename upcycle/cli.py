@@ -1,6 +1,6 @@
 """The command line: ``upcycle convert MODEL --recipe NAME --out DIR``, and what belongs to it.
 
-The commands are thin: they read a recipe, call `upcycle.compiler` and print a report. They import
+The commands are thin: they read a recipe, call `upcycle.driver` and print a report. They import
 what needs torch themselves, so that ``--help`` answers at once.
 """
 
@@ -126,7 +126,7 @@ def convert(
     **options: Any,
 ) -> None:
     """Convert MODEL, verify the result and write it."""
-    from upcycle import compiler, recipe_file, report
+    from upcycle import driver, recipe_file, report
     from upcycle.source import open_model
 
     if seed is not None:
@@ -141,7 +141,7 @@ def convert(
         device=device,
     )
     with console.progress() as progress:
-        done = compiler.convert_model(
+        done = driver.convert_model(
             source,
             loaded,
             recipe_name=recipe,
@@ -170,12 +170,12 @@ def plan(
     trust_remote_code: bool,
 ) -> None:
     """Show what a recipe would do to MODEL, and what it costs."""
-    from upcycle import compiler, costs, recipe_file, report
+    from upcycle import costs, driver, recipe_file, report
     from upcycle.source import open_model
 
     loaded = recipe_file.load_recipe(recipe, overrides)
     source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-    planned = compiler.plan_model(source, loaded, recipe)
+    planned = driver.plan_model(source, loaded, recipe)
     estimate = costs.costs(planned, *costs.model_size(source.skeleton()))
     if as_json:
         console.print_json(report.plan_json(planned, estimate))
@@ -191,11 +191,11 @@ def plan(
 @_log
 def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bool) -> None:
     """List the dense FFNs of MODEL, and what only looks like one."""
-    from upcycle import compiler, report
+    from upcycle import driver, report
     from upcycle.source import open_model
 
     source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-    located = compiler.inspect_model(source)
+    located = driver.inspect_model(source)
     if as_json:
         console.print_json(report.located_json(located))
     else:
@@ -209,11 +209,11 @@ def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bo
 @_log
 def verify(dense: str, converted: Path, as_json: bool) -> None:
     """Compare CONVERTED with the DENSE model that it was made from."""
-    from upcycle import compiler, report
+    from upcycle import driver, report
     from upcycle.source import open_model
-    from upcycle.verify import raise_if_failed
+    from upcycle.verification import raise_if_failed
 
-    checked = compiler.verify_paths(open_model(dense), converted)
+    checked = driver.verify_paths(open_model(dense), converted)
     if as_json:
         console.print_json(checked)
     else:

@@ -1,24 +1,16 @@
-"""The stages in order: capture, locate, plan, transform, rewrite, emit, verify.
+"""The stages in order: capture, locate, plan, transform, rewrite, verify; and saving the result."""
 
-`convert` works on a module in memory and returns a `Conversion`; `convert_model` is the command
-line's way from a named model to a directory. Both take every step through the same functions.
-"""
-
-import gc
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from upcycle.capture import ExampleInputs
 from upcycle.emit import Emission, check_targets, emit
-from upcycle.errors import UsageError
 from upcycle.evaluation import Evaluation, evaluation_for
 from upcycle.ffn import Located
 from upcycle.passes.locate import locate_in
@@ -31,7 +23,8 @@ from upcycle.source import Source
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.staging import staged
-from upcycle.verify import (
+from upcycle.targets.tensor_file import MAX_SHARD_SIZE
+from upcycle.verification import (
     budget,
     check,
     compare_models,
@@ -42,14 +35,13 @@ from upcycle.verify import (
 from upcycle.version import __version__
 from upcycle.weights import MoEWeights, read_ffn
 
-log = logging.getLogger(__name__)
-
 # Told for each layer: what is done, how many are done, how many there are.
 Progress = Callable[[str, int, int], None]
-GIGABYTE = 10**9
+log = logging.getLogger(__name__)
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress for nobody: into the debug log."""
     log.debug("%s %d/%d", stage, done, total)
 
 
@@ -79,7 +71,7 @@ class Conversion:
         *,
         targets: Sequence[str] = ("safetensors",),
         overwrite: bool = False,
-        max_shard_size: int = 5 * GIGABYTE,
+        max_shard_size: int = MAX_SHARD_SIZE,
         verify: bool = True,
     ) -> Emission:
         """Write the model in one or several formats; nothing is left behind on failure.
@@ -113,6 +105,19 @@ class Conversion:
         return emission
 
 
+def locate(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Located:
+    """Every dense FFN of `model`, and the reason for each near miss; no weight is read.
+
+    Args:
+        model: any module, also on the meta device; it is left alone.
+        example_inputs: keyword arguments or a tuple that its forward accepts; guessed if None.
+
+    Raises:
+        CaptureError: the forward could not be run on example inputs.
+    """
+    return locate_in(model, example_inputs)
+
+
 def convert(
     model: nn.Module,
     recipe: str | Path | Recipe,
@@ -123,7 +128,7 @@ def convert(
     overrides: Sequence[str] = (),
     source: Source | None = None,
     located: Located | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Conversion:
     """Turn the dense FFNs of `model` into MoE layers.
 
@@ -208,109 +213,3 @@ def _verify(result: Conversion) -> None:
     measured = [row for row in rows if "relative" in row]
     if measured:
         report["largest_error_at"] = max(measured, key=lambda row: row["relative"])["path"]
-
-
-def inspect_model(source: Source) -> Located:
-    """The FFNs and misses of a named model; no weight is read where a configuration is enough."""
-    return locate_in(source.skeleton(), source.example)
-
-
-def plan_model(source: Source, recipe: Recipe, recipe_name: str) -> Plan:
-    """What a conversion would do, from the configuration alone."""
-    return make_plan(inspect_model(source), recipe, recipe_name=recipe_name)
-
-
-def convert_model(
-    source: Source,
-    recipe: Recipe,
-    *,
-    recipe_name: str,
-    out: Path,
-    targets: Sequence[str] = ("safetensors",),
-    calibration: str | None = None,
-    max_shard_size: int = 5 * GIGABYTE,
-    overwrite: bool = False,
-    verify: bool = True,
-    progress: Progress = _silent,
-) -> dict[str, Any]:
-    """Convert a named model into a directory and return the report, which is also written there.
-
-    Everything that can be refused is refused before the weights are read.
-    """
-    check_targets(targets)
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out}: it exists already; choose another --out or pass --overwrite")
-    progress("capturing", 0, 1)
-    located = inspect_model(source)
-    make_plan(located, recipe, recipe_name=recipe_name)
-    text = _text(calibration)
-    progress("loading", 0, 1)
-    model = source.load()
-    result = convert(
-        model,
-        recipe,
-        source.example,
-        text,
-        verify=verify,
-        source=source,
-        located=located,
-        progress=progress,
-    )
-    result.plan = Plan(result.plan.located, result.plan.specs, recipe, recipe_name)
-    result.report["recipe"] = recipe_name
-    gc.collect()
-    progress("writing", 0, 1)
-    result.save(
-        out, targets=targets, overwrite=overwrite, max_shard_size=max_shard_size, verify=verify
-    )
-    progress("writing", 1, 1)
-    return result.report
-
-
-def _text(calibration: str | None) -> str | None:
-    if calibration is None:
-        return None
-    path = Path(calibration)
-    if not path.is_file():
-        raise UsageError(f"--calibration {calibration}: there is no such text file")
-    try:
-        return path.read_text()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--calibration {calibration}: not a text file in UTF-8") from error
-
-
-def read_report(directory: Path) -> Mapping[str, Any]:
-    """The ``report.json`` of a converted model."""
-    path = directory / "report.json"
-    if not path.is_file():
-        raise UsageError(f"{directory}: no report.json, so this is not an output of upcycle")
-    data: dict[str, Any] = json.loads(path.read_text())
-    return data
-
-
-def verify_paths(dense: Source, converted: Path) -> dict[str, Any]:
-    """Compare a written model with its dense one, as a user would load it (tiers T2 and T4)."""
-    from upcycle.emit import load, verify_onnx
-
-    report = dict(read_report(converted))
-    reference = dense.load()
-    other = load(converted, model=None if isinstance(reference, PreTrainedModel) else reference)
-    evaluation = evaluation_for(reference, directory=dense.directory, example=dense.example)
-    report["end_to_end"] = compare_models(reference, other, evaluation)
-    recipe = Recipe.model_validate(_tuples(report["resolved_recipe"]))
-    plan = Plan(Located(), (), recipe, report["recipe"])
-    report["checks"] = [
-        check("end to end", report["end_to_end"]["relative"], budget(plan, model_dtype(reference)))
-    ]
-    if (converted / "model.onnx").is_file():
-        report["checks"] += verify_onnx(converted / "model.onnx", other, evaluation)
-    raise_if_failed(report)
-    return report
-
-
-def _tuples(data: Any) -> Any:
-    """JSON has lists where a recipe has tuples."""
-    if isinstance(data, dict):
-        return {key: _tuples(value) for key, value in data.items()}
-    return tuple(data) if isinstance(data, list) else data
-

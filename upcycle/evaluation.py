@@ -16,7 +16,7 @@ from upcycle.errors import UsageError
 from upcycle.inputs import find_example, randomised
 
 SENTENCES, SENTENCE_TOKENS = 16, 64
-WINDOW, WINDOWS = 512, 8
+WINDOW, WINDOWS = 512, 4
 PROMPT_TOKENS, NEW_TOKENS = 8, 24
 
 
@@ -58,7 +58,9 @@ def evaluation_for(
     """
     if example is not None:
         return Evaluation([example], what="the given inputs")
-    tokenizer = _tokenizer(directory) if getattr(model, "main_input_name", "") == "input_ids" else None
+    tokenizer = (
+        _tokenizer(directory) if getattr(model, "main_input_name", "") == "input_ids" else None
+    )
     if tokenizer is None:
         if text is not None:
             raise UsageError(
@@ -109,11 +111,7 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tensor]:
-    """Every float tensor that `model` returns, by name, in eval mode; padding is left out.
-
-    A batch of token features with an attention mask also gives `sentence_embedding`: the mean over
-    the tokens, of length one.
-    """
+    """Every float tensor that `model` returns, by name, as `comparable` gives them."""
     with torch.no_grad():
         out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     named = dict(out) if isinstance(out, Mapping) else {"output": out}
@@ -123,18 +121,27 @@ def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tenso
         leaves = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
         for i, tensor in enumerate(t for t in leaves if t.is_floating_point()):
             tensors[name if len(leaves) == 1 else f"{name}.{i}"] = tensor
+    return comparable(tensors, inputs)
+
+
+def comparable(
+    tensors: Mapping[str, torch.Tensor], inputs: ExampleInputs
+) -> dict[str, torch.Tensor]:
+    """Outputs without padding, where nothing is promised.
+
+    A batch of token features with an attention mask also gives `sentence_embedding`: the mean over
+    the tokens, of length one.
+    """
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if mask is None:
-        return tensors
-    hidden = tensors.get("last_hidden_state")
-    for name, tensor in tensors.items():
-        if tensor.shape[:2] == mask.shape:
-            tensors[name] = tensor[mask.bool()]
-    if hidden is not None:
+        return dict(tensors)
+    kept = {n: t[mask.bool()] if t.shape[:2] == mask.shape else t for n, t in tensors.items()}
+    if "last_hidden_state" in tensors:
+        hidden = tensors["last_hidden_state"]
         weight = mask[..., None].to(hidden.dtype)
         mean = (hidden * weight).sum(1) / weight.sum(1)
-        tensors["sentence_embedding"] = torch.nn.functional.normalize(mean, dim=-1)
-    return tensors
+        kept["sentence_embedding"] = torch.nn.functional.normalize(mean, dim=-1)
+    return kept
 
 
 def _decoder_inputs(model: nn.Module) -> dict[str, Any]:

@@ -18,9 +18,7 @@ from upcycle.errors import CaptureError
 BATCH, LENGTH, DECODER_LENGTH = 2, 7, 5
 
 
-def find_example(
-    model: nn.Module, *, repeat_blocks: bool = True
-) -> tuple[ExampleInputs, Program]:
+def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[ExampleInputs, Program]:
     """The first guess that `model` accepts, and what its forward did.
 
     Raises:

@@ -266,7 +266,9 @@ class MoE(nn.Module):
     @torch.no_grad()
     def tie_router(self) -> None:
         """Set each router row to the mean key of its expert, not counting zero padding."""
-        key_EID = self.experts.up_EGD[:, : self.experts.intermediate_dim].to(self.router.weight.dtype)
+        key_EID = self.experts.up_EGD[:, : self.experts.intermediate_dim].to(
+            self.router.weight.dtype
+        )
         count_E1 = (key_EID != 0).any(-1).sum(-1, keepdim=True).clamp(min=1)
         self.router.weight.copy_(key_EID.sum(1) / count_E1)
 

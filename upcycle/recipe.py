@@ -53,7 +53,9 @@ class Router(Section):
     weights: WeightRule
     std: float = Field(0.02, ge=0, description="normal, virtual_group: standard deviation")
     bias: bool = Field(False, description="add a bias, which starts at zero")
-    tied: bool = Field(False, description="avg_key: recompute the rows from the experts in training")
+    tied: bool = Field(
+        False, description="avg_key: recompute the rows from the experts in training"
+    )
     scale: float | Literal["n_over_k"] = Field(1.0, description="factor on the expert weights")
 
 

@@ -1,6 +1,6 @@
 """What was found, planned and verified, as tables for people and as plain data for programs.
 
-A conversion report is the dict that `upcycle.compiler` makes: `checks`, as `upcycle.verify.check`
+A conversion report is the dict that `upcycle.compiler` makes: `checks`, as `upcycle.verification.check`
 makes them, and for a language model ``report["end_to_end"]["language_model"]``.
 """
 

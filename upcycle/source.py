@@ -81,7 +81,9 @@ class Source:
                     **options,
                 )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UsageError(f"{self.directory}: the model cannot be loaded: {_line(error)}") from error
+            raise UsageError(
+                f"{self.directory}: the model cannot be loaded: {_line(error)}"
+            ) from error
         if info["mismatched_keys"]:
             name, stored, wanted = sorted(info["mismatched_keys"])[0]
             raise UsageError(
@@ -170,7 +172,9 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except json.JSONDecodeError as error:
-        raise UsageError(f"{directory}/config.json:{error.lineno}: not JSON: {error.msg}") from error
+        raise UsageError(
+            f"{directory}/config.json:{error.lineno}: not JSON: {error.msg}"
+        ) from error
     except Exception as error:
         raise UsageError(f"{directory}/config.json: {_line(error)}") from error
 
@@ -212,7 +216,9 @@ def _call(name: str, kind: Any, wanted: str) -> Any:
     try:
         value = getattr(importlib.import_module(module_name), attribute)()
     except Exception as error:
-        raise UsageError(f"{name}: calling it failed: {type(error).__name__}: {_line(error)}") from error
+        raise UsageError(
+            f"{name}: calling it failed: {type(error).__name__}: {_line(error)}"
+        ) from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not isinstance(value, kind):

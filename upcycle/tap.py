@@ -46,7 +46,9 @@ class TappedMoE(MoE):
         else:
             x = self._tapped.pop(threading.get_ident(), None)
         if x is None:
-            raise RuntimeError("a contraction ran without its expansion: the model's forward changed")
+            raise RuntimeError(
+                "a contraction ran without its expansion: the model's forward changed"
+            )
         y = super().forward(x)
         shape = list(hidden.shape)
         shape[self.axis] = y.shape[self.axis]

@@ -17,8 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcycle.capture import ExampleInputs
 from upcycle.errors import VerificationError
-from upcycle.evaluation import NEW_TOKENS, Evaluation, is_language_model, outputs_of
+from upcycle.evaluation import (
+    NEW_TOKENS,
+    Evaluation,
+    evaluation_for,
+    is_language_model,
+    outputs_of,
+)
 from upcycle.metrics import ROUNDING, LanguageModelDistance, distance
 from upcycle.moe import MoE, all_experts
 from upcycle.spec import MoESpec, Plan
@@ -40,6 +47,30 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def budget(plan: Plan, dtype: torch.dtype) -> float:
     """The end to end error that the recipe allows, but never less than rounding."""
     return max(plan.recipe.verify.max_relative_error, ROUNDING[dtype])
+
+
+def verify(
+    dense: nn.Module, converted: nn.Module, inputs: ExampleInputs | None = None
+) -> dict[str, Any]:
+    """How far `converted` is from `dense` on `inputs` (guessed and random if None).
+
+    Both are run in eval mode and left in the mode that they were in.
+
+    Returns:
+        `outputs`: for each output the largest absolute, relative and root-mean-square error and
+        the cosines; `relative`: the largest of the relative errors.
+
+    Raises:
+        VerificationError: the outputs have different names or shapes.
+    """
+    modes = {module: module.training for model in (dense, converted) for module in model.modules()}
+    try:
+        dense.eval()
+        converted.eval()
+        return compare_models(dense, converted, evaluation_for(dense, example=inputs))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def verify_layers(
@@ -153,7 +184,9 @@ def compare_models(
         ours, theirs = outputs_of(other, batch), outputs_of(reference, batch)
         for name, tensor in theirs.items():
             if name not in ours or ours[name].shape != tensor.shape:
-                raise VerificationError(f"the converted model does not return {name} {list(tensor.shape)}")
+                raise VerificationError(
+                    f"the converted model does not return {name} {list(tensor.shape)}"
+                )
             found = distance(ours[name], tensor).to_json()
             if name not in outputs or found["relative"] > outputs[name]["relative"]:
                 outputs[name] = found
