@@ -10,6 +10,7 @@ import resource
 import time
 
 import torch
+
 from upcycle.passes.experts.balanced import balanced_clusters, objective
 
 SHAPES = ((1536, 384, 64), (3072, 768, 16), (11008, 4096, 16), (11008, 4096, 64))

@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from upcycle import recipe
+from upcycle.errors import PlanError, UnsupportedError
+from upcycle.ffn import FFN, Located
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.granular import placement_is_exact
 from upcycle.passes.gates import GATES
 from upcycle.passes.promise import promise_of
-
-from upcycle import recipe
-from upcycle.errors import PlanError, UnsupportedError
-from upcycle.ffn import FFN, Located
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec, Plan
 

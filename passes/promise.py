@@ -1,9 +1,8 @@
 """What the algebra says about a converted layer: is it the dense FFN?"""
 
+from upcycle import recipe
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.granular import placement_is_exact
-
-from upcycle import recipe
 from upcycle.pointwise import Pointwise
 from upcycle.spec import Promise
 

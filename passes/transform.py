@@ -7,11 +7,11 @@ O d_out.
 import hashlib
 
 import torch
-from upcycle.passes.experts import EXPERTS
-from upcycle.passes.gates import GATES
 
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.moe import MoE
+from upcycle.passes.experts import EXPERTS
+from upcycle.passes.gates import GATES
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from upcycle.targets.stored import Stored
-from upcycle.targets.tensor_source import read_tensors
 
 from upcycle.errors import ResourceError, UpcycleError
+from upcycle.targets.stored import Stored
+from upcycle.targets.tensor_source import read_tensors
 
 __all__ = ["TensorEntry", "check_disk", "read_tensors", "write_tensors"]
 

@@ -1,10 +1,10 @@
 """Neurons with similar keys share an expert."""
 
 import torch
+
 from upcycle.passes.experts.balanced import balanced_clusters
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal, group_sizes
-
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
 

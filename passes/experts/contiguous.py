@@ -1,9 +1,9 @@
 """Expert e gets the e-th block of neurons, in stored order."""
 
 import torch
+
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal
-
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
 

@@ -1,8 +1,8 @@
 """Every expert is the whole FFN."""
 
 import torch
-from upcycle.passes.experts.method import ExpertMethod
 
+from upcycle.passes.experts.method import ExpertMethod
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
 

@@ -8,9 +8,9 @@ experts are t whole copies. Their outputs are multiplied by the factor S.
 from typing import NamedTuple
 
 import torch
-from upcycle.passes.experts.method import ExpertMethod
 
 from upcycle import recipe
+from upcycle.passes.experts.method import ExpertMethod
 from upcycle.pointwise import Pointwise
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, gather_experts

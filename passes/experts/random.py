@@ -1,9 +1,9 @@
 """The neurons are dealt out at random."""
 
 import torch
+
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal
-
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
 

@@ -1,8 +1,8 @@
 """An expert is scored by how well a token points along its keys."""
 
 import torch
-from upcycle.passes.gates.method import GateMethod, zero_bias
 
+from upcycle.passes.gates.method import GateMethod, zero_bias
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, RouterWeights
 

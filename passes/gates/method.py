@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from upcycle.passes.experts.method import Kind
 
+from upcycle.passes.experts.method import Kind
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, RouterWeights
 

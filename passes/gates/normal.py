@@ -1,8 +1,8 @@
 """A small random router."""
 
 import torch
-from upcycle.passes.gates.method import GateMethod, zero_bias
 
+from upcycle.passes.gates.method import GateMethod, zero_bias
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, RouterWeights
 

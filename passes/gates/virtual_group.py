@@ -1,8 +1,8 @@
 """All slices of one copy share a router row, so that a token takes whole copies."""
 
 import torch
-from upcycle.passes.gates.method import GateMethod, zero_bias
 
+from upcycle.passes.gates.method import GateMethod, zero_bias
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, RouterWeights
 

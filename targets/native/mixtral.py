@@ -5,6 +5,7 @@ all layers or none. Read in transformers 5.23 (``models/mixtral``).
 """
 
 from transformers import PreTrainedConfig
+
 from upcycle.targets.native.native import NativeTarget
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from upcycle.targets.native.layers import layer_index, plan_reason
-from upcycle.targets.tensor_file import TensorEntry
 
 from upcycle.errors import UsageError
 from upcycle.moe import WeightRule
 from upcycle.spec import MoESpec, Plan
+from upcycle.targets.native.layers import layer_index, plan_reason
+from upcycle.targets.tensor_file import TensorEntry
 from upcycle.weights import MoEWeights
 
 # Config fields that every decoder here has and that keep their meaning.

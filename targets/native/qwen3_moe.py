@@ -8,6 +8,7 @@ window for all layers or none, where dense Qwen3 chooses per layer. Read in tran
 from typing import Any
 
 from transformers import PreTrainedConfig
+
 from upcycle.targets.native.native import NativeTarget
 
 
