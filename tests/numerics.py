@@ -6,11 +6,11 @@ Shape suffixes: T tokens, D d_model, F neurons, M expansions, O d_out.
 from collections.abc import Sequence
 
 import torch
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import load_weights, transform
 
 from upcycle.ffn import FFN, Located, Projection
 from upcycle.moe import MoE
+from upcycle.passes.plan import make_plan
+from upcycle.passes.transform import load_weights, transform
 from upcycle.pointwise import Pointwise
 from upcycle.recipe import Experts, Recipe, Router
 from upcycle.spec import MoESpec

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from upcycle.passes.experts.balanced import assign, balanced_clusters, objective
 
 from upcycle.errors import UnsupportedError
+from upcycle.passes.experts.balanced import assign, balanced_clusters, objective
 
 
 def seeded(seed: int) -> torch.Generator:

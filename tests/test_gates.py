@@ -5,6 +5,7 @@ import dataclasses
 import numerics
 import pytest
 import torch
+
 from upcycle.passes.experts.cluster import features_of
 from upcycle.passes.gates import GATES
 

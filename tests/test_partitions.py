@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from upcycle.ffn import Located
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.cluster import features_of
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.plan import make_plan
 from upcycle.passes.transform import transform
-
-from upcycle.ffn import Located
 from upcycle.weights import ExpertWeights, FFNWeights
 
 SPLITS = [name for name, method in EXPERTS.items() if method.kind == "split"]

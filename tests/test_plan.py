@@ -4,10 +4,10 @@ import dataclasses
 
 import numerics
 import pytest
-from upcycle.passes.plan import make_plan
 
 from upcycle.errors import PlanError, UnsupportedError
 from upcycle.ffn import FFN, Located, Miss
+from upcycle.passes.plan import make_plan
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec, Promise
 
