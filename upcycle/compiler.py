@@ -14,6 +14,7 @@ from upcycle.emit import Emission, check_targets, emit
 from upcycle.evaluation import Evaluation, evaluation_for
 from upcycle.ffn import Located
 from upcycle.passes.locate import locate_in
+from upcycle.passes.merge import merge
 from upcycle.passes.plan import make_plan
 from upcycle.passes.rewrite import rewrite
 from upcycle.passes.transform import transform
@@ -103,6 +104,15 @@ class Conversion:
                 name=Path(out).name,
             )
         return emission
+
+    def to_dense(self) -> nn.Module:
+        """A dense model with the weights that the converted one has now, if its experts are a split.
+
+        Raises:
+            UnsupportedError: the experts are copies, or slices of copies.
+        """
+        layers = {spec.ffn.path: (spec, layer) for spec, layer in planned_layers(self.model, self.plan)}
+        return merge(self.dense, self.model, layers, self.provenance)
 
 
 def locate(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Located:

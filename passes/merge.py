@@ -1,0 +1,84 @@
+"""Merge: the dense model back from a converted one whose experts are a split of its neurons."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from upcycle.ffn import FFN, Projection
+from upcycle.moe import MoE
+from upcycle.passes.transform import merge_to_dense
+from upcycle.spec import MoESpec
+from upcycle.weights import ExpertWeights, FFNWeights, read_ffn
+
+
+def merge(
+    dense: nn.Module,
+    converted: nn.Module,
+    layers: Mapping[str, tuple[MoESpec, MoE]],
+    provenance: Mapping[str, torch.Tensor],
+) -> nn.Module:
+    """A dense model with the weights that `converted` has now, trained or not.
+
+    Right after a split it is the dense model bit for bit; after training it computes what the
+    converted model computes with all experts at weight one, without a router.
+
+    Args:
+        dense: the model that was converted; gives the architecture and is left alone.
+        converted: its conversion.
+        layers: FFN path -> the planned layer and the module that it became.
+        provenance: FFN path -> dense neuron of each expert neuron, [E, I], -1 for padding.
+
+    Returns:
+        A new module of the class of `dense`.
+
+    Raises:
+        UnsupportedError: the experts are copies, or slices of copies.
+
+    Source:
+        Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908
+    """
+    merged = copy.deepcopy(dense)
+    trained = converted.state_dict()
+    with torch.no_grad():
+        for name, tensor in merged.state_dict().items():
+            if name in trained and trained[name].shape == tensor.shape:
+                tensor.copy_(trained[name])
+        parameters = dict(merged.named_parameters(remove_duplicate=False))
+        for path, (spec, layer) in layers.items():
+            _write_ffn(spec.ffn, parameters, _merged(spec, layer, provenance[path], parameters))
+    return merged
+
+
+def _merged(
+    spec: MoESpec,
+    layer: MoE,
+    neuron_EI: torch.Tensor,
+    parameters: Mapping[str, torch.Tensor],
+) -> FFNWeights:
+    experts = ExpertWeights(
+        up_EGD=layer.experts.up_EGD,
+        up_bias_EG=layer.experts.up_bias_EG,
+        down_EOI=layer.experts.down_proj,
+        neuron_EI=neuron_EI,
+    )
+    whole = merge_to_dense(experts, read_ffn(spec.ffn, parameters))
+    return replace(whole, down_bias_O=layer.output_bias)
+
+
+def _write_ffn(ffn: FFN, parameters: Mapping[str, torch.Tensor], weights: FFNWeights) -> None:
+    """The inverse of `upcycle.weights.read_ffn`."""
+
+    def write(p: Projection, rows: torch.Tensor, bias: torch.Tensor | None) -> None:
+        stored = parameters[p.weight]
+        stored = (stored.t() if p.transposed else stored).view(stored.shape[p.transposed], -1)
+        stored[slice(*p.rows)] = rows
+        if p.bias is not None and bias is not None:
+            parameters[p.bias][slice(*p.rows)] = bias
+
+    for i, projection in enumerate(ffn.expansions):
+        bias = None if weights.up_bias_MF is None else weights.up_bias_MF[i]
+        write(projection, weights.up_MFD[i], bias)
+    write(ffn.contraction, weights.down_OF, weights.down_bias_O)
