@@ -1,0 +1,78 @@
+"""Which ONNX node an MoE layer becomes.
+
+``com.microsoft::MoE`` is one kernel in ONNX Runtime, for five activations. An activation is
+recognised by its values and not by its name, so that one spelled out in many steps is found too.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from upcycle.moe import MoE
+from upcycle.pointwise import Pointwise
+
+Gelu = Literal["exact", "tanh"]
+Form = Literal["fused", "unrolled"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The fused node: its `activation_type`, and whether the rows of gate and up alternate."""
+
+    activation: str
+    gated: bool = False
+
+
+_GELU_TANH = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),))
+_GELU_ERF = Pointwise(1, (("gelu", ("z0",), {}),))
+# The kernel's "gelu" is the tanh form: 3e-4 from the erf form.
+_KERNELS = (
+    (Fused("relu"), Pointwise(1, (("relu", ("z0",), {}),))),
+    (Fused("silu"), Pointwise(1, (("silu", ("z0",), {}),))),
+    (Fused("gelu"), _GELU_TANH),
+    (Fused("identity"), Pointwise(1, (("mul", ("z0", 1.0), {}),))),
+    (
+        Fused("swiglu", gated=True),
+        Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {}))),
+    ),
+)
+
+
+def same_function(a: Pointwise, b: Pointwise) -> bool:
+    """True if `a` and `b` agree to 1e-6 on 1300 points between -1e15 and 1e15."""
+    if a.arity != b.arity:
+        return False
+    far = torch.logspace(-3, 15, 400, dtype=torch.float64)
+    points = torch.cat([torch.linspace(-12, 12, 501, dtype=torch.float64), far, -far])
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    z = [points, points[order]][: a.arity]
+    return torch.allclose(a(*z), b(*z), rtol=1e-6, atol=1e-6)
+
+
+def fused_form(layer: MoE, *, gelu: Gelu = "exact") -> Fused | None:
+    """The fused node that computes `layer`, or None if there is none.
+
+    Args:
+        layer: the layer.
+        gelu: ``tanh`` lets the kernel's tanh form stand for the erf form.
+    """
+    pointwise = layer.experts.act_fn.pointwise
+    if pointwise.arity > 2 or layer.experts.hidden_dim != layer.experts.down_proj.shape[1]:
+        return None
+    for form, program in _KERNELS:
+        if same_function(pointwise, program):
+            return form
+    if gelu == "tanh" and same_function(pointwise, _GELU_ERF):
+        return Fused("gelu")
+    return None
+
+
+def total_weight(layer: MoE) -> float | None:
+    """The sum of the expert weights of a token, or None if it differs from token to token."""
+    router = layer.router
+    if router.weights in ("renormalised", "renorm_detach"):
+        return float(router.scale)
+    if router.weights == "one":
+        return float(router.scale * router.top_k)
+    return None

@@ -1,0 +1,58 @@
+"""Building ONNX nodes with names that a reader of the graph understands."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+OPSET = 21  # the first with IR version 10; Gelu needs 20, string Equal 19
+
+
+class Nodes(Tape):
+    """Nodes in the order of their making; `scope` is the prefix of every name."""
+
+    def __init__(self, scope: str = "", metadata: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.scope = scope
+        self._metadata = metadata or {}
+        self._count = 0
+
+    def __call__(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", name: str = "", **attrs: Any
+    ) -> ir.Value:
+        """One node with one output."""
+        (value,) = self.many(op_type, *inputs, outputs=1, domain=domain, name=name, **attrs)
+        return value
+
+    def many(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        name: str = "",
+        **attrs: Any,
+    ) -> list[ir.Value]:
+        """One node with any number of outputs."""
+        full = self.scope + (name or f"{op_type}_{self._count}")
+        self._count += 1
+        names = [full] if outputs == 1 else [f"{full}.{i}" for i in range(outputs)]
+        version = OPSET if domain == "" else 1
+        values = [ir.Value(name=value) for value in names]
+        self.op_multi_out(
+            op_type,
+            inputs,
+            attrs,
+            outputs=values,
+            domain=domain,
+            version=version,
+            name=full,
+            metadata_props=dict(self._metadata),
+        )
+        return values
+
+    def const(self, value: float | int | list[int]) -> ir.Value:
+        """A float32 scalar for a float; int64 for an int or a list of ints."""
+        dtype = np.float32 if isinstance(value, float) else np.int64
+        return self("Constant", value=ir.tensor(np.array(value, dtype)))
