@@ -155,6 +155,8 @@ def share_weights(model: ir.Model, store: Store, path: Path, *, strict: bool) ->
         del graph.initializers[str(value.name)]
         _replace(value, match, head, shared, store.directory)
     for value in shared.values():
+        if value.name in graph.initializers:  # a tensor of this name that is not the stored one
+            value.name = f"{value.name}/stored"
         graph.register_initializer(value)
     if head.nodes:
         graph.insert_before(graph[0], head.nodes)
