@@ -30,6 +30,9 @@ LAYOUT = {
     "swapdims", "t", "T", "tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view",
     "clone", "alias", "expand_as", "view_as", "reshape_as",
 }  # fmt: skip
+# Of these, the ones that leave every element at its place in the flat order.
+_KEEPS_ORDER = {"alias", "clone", "contiguous", "detach", "flatten", "reshape", "squeeze",
+                "unflatten", "unsqueeze", "view"}  # fmt: skip
 CASTS = {
     "to": None,
     "float": "float32",
@@ -145,11 +148,13 @@ class _Walk:
 
     def _expansion(self, linear: LinearMap, index_PC: torch.Tensor) -> str:
         shape = linear.node.meta["shape"]
-        order = torch.arange(_numel(shape)).reshape(shape).movedim(linear.axis, -1).reshape(-1)
-        where = torch.empty_like(order)
-        where[order] = torch.arange(len(order))
-        position_PC = where[index_PC] // shape[linear.axis]
-        row_PC = where[index_PC] % shape[linear.axis]
+        if linear.axis != -1:  # count the elements with the axis of the map last
+            order = torch.arange(_numel(shape)).reshape(shape).movedim(linear.axis, -1).reshape(-1)
+            where = torch.empty_like(order)
+            where[order] = torch.arange(len(order))
+            index_PC = where[index_PC]
+        position_PC = index_PC // shape[linear.axis]
+        row_PC = index_PC % shape[linear.axis]
         if (row_PC != row_PC[:1]).any() or (position_PC != position_PC[:, :1]).any():
             raise NotPointwise(
                 "positions and neurons are mixed before the contraction", linear.node
@@ -166,6 +171,8 @@ class _Walk:
         source = _first(node)
         if any(isinstance(arg, fx.Node) for arg in (*node.args[1:], *node.kwargs.values())):
             raise NotPointwise(f"`{op_name(node.target)}` depends on another tensor", node)
+        if op_name(node.target) in _KEEPS_ORDER:
+            return self.value(source, index_PC)
         shape = source.meta["shape"]
         where = torch.arange(_numel(shape)).reshape(shape)
         target: Any = node.target
@@ -184,8 +191,10 @@ class _Walk:
                 args.append(arg)
                 continue
             size = _numel(arg.meta["shape"])
-            where = torch.arange(size).reshape(arg.meta["shape"]).expand(shape).reshape(-1)
-            operand_PC = where[index_PC]
+            operand_PC = index_PC
+            if arg.meta["shape"] != shape:
+                where = torch.arange(size).reshape(arg.meta["shape"]).expand(shape).reshape(-1)
+                operand_PC = where[index_PC]
             if arg.op == "get_attr" and arg.meta["parameter"]:
                 bias = arg.meta["parameter"]
                 if name != "add" or not torch.equal(operand_PC[0], torch.arange(size)):
