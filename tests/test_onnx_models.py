@@ -122,10 +122,12 @@ def test_names_and_axes(tmp_path) -> None:
 
 def test_tapped_layer(tmp_path) -> None:
     """The layer that computes in the place of a contraction, on what another module was given."""
+    torch.manual_seed(0)
     layer = moe("relu", d_model=16, width=32)
     tapped = TappedMoE(layer.config)
     tapped.load_state_dict(layer.state_dict())
-    model = nn.Sequential(nn.LayerNorm(16), Tap(tapped, first=True), nn.ReLU(), tapped).eval()
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    model.linear1, model.linear2 = Tap(tapped, first=True), tapped.eval()
     x = torch.randn(2, 5, 16)
     path = export_onnx(
         model,

@@ -121,7 +121,7 @@ def _trace(
         if isinstance(inputs, Mapping)
         else {"args": inputs, "dynamic_shapes": tuple(shapes.values())}
     )
-    with _quiet():
+    with _quiet(), _no_fast_path():
         try:
             program = torch.onnx.export(
                 model, dynamo=True, opset_version=OPSET, verbose=False, **arguments
@@ -131,6 +131,17 @@ def _trace(
             raise UnsupportedError(f"torch.onnx cannot export this model: {reason}") from error
     assert program is not None
     return program
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Keep torch's fused transformer layer, which reads the FFN's weights, out of the graph."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager
