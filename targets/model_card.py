@@ -36,6 +36,10 @@ LOADING: dict[str, tuple[str, str]] = {
         '    "path/to/this/directory", trust_remote_code=True\n'
         ")",
     ),
+    "module": (
+        "With upcycle; `dense` is an instance of the dense model's class",
+        'import upcycle\n\nmodel = upcycle.load("path/to/this/directory", dense)',
+    ),
     "onnx": (
         "With ONNX Runtime",
         "import onnxruntime\n\n"

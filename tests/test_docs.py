@@ -1,0 +1,74 @@
+"""The commands and the code of the documentation work as printed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from upcycle.cli import main
+from upcycle.recipe import Recipe
+from upcycle.shipped import recipe_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each line of the documentation that calls upcycle, with the page that it is on."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh") + blocks(page, "console"):
+            for line in block.splitlines():
+                for part in line.removeprefix("$ ").split(" && "):
+                    if re.match(r"(\.venv/bin/)?upcycle ", part):
+                        found.append((page.name, part.split("#")[0].split(" > ")[0].strip()))
+    return found
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) > 5
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_a_printed_command_parses(page: str, command: str) -> None:
+    """The command line accepts it; what the commands do is tested elsewhere."""
+    name, *arguments = shlex.split(command)[1:]
+    subcommand = main.get_command(click.Context(main), name)
+    assert subcommand is not None, f"{page}: no command {name}"
+    if not isinstance(subcommand, click.Group):
+        subcommand.make_context(name, arguments)
+
+
+def test_the_python_page_runs() -> None:
+    """All blocks in one namespace, in order; `load` needs the directory that the README makes."""
+    namespace: dict[str, object] = {}
+    for block in blocks(ROOT / "docs" / "python.md", "python"):
+        exec(compile(block, "docs/python.md", "exec"), namespace)
+
+
+def test_every_recipe_is_in_the_tables() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "recipes.md"):
+        listed = set(re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), flags=re.M))
+        assert set(recipe_names()) <= listed, page.name
+
+
+def test_every_key_of_a_recipe_is_documented() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    for section in ("layers", "experts", "router", "verify"):
+        model = Recipe.model_fields[section].annotation
+        assert model is not None
+        for key in model.model_fields:
+            assert f"`{section}.{key}`" in text, f"{section}.{key}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
