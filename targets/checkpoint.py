@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def write_checkpoint(
     """Write the weights and the configuration of a converted model.
 
     Args:
-        directory: exists, and receives the files.
+        directory: exists, and receives the files; a generation config that it has is kept.
         model: the converted module; what it holds now is written, trained or not.
         plan: how it was made.
         factory: ``package.module:callable`` that builds the dense module, for `upcycle.load`.
@@ -97,13 +98,16 @@ def write_checkpoint(
     else:
         stored = write_tensors(directory, _module_entries(model), max_shard_size=max_shard_size)
         config = remote_code.build_config(model, plan)
-        (directory / remote_code.FILE).write_text(remote_code.modeling_file(model))
+        (directory / remote_code.FILE).write_text(
+            remote_code.modeling_file(model), encoding="utf-8"
+        )
         auto_class = remote_code.auto_classes(model)[0]
         form, architecture = "remote_code", config["model_type"]
     _write_json(directory / "config.json", config)
     generation = getattr(model, "generation_config", None)
-    if model.can_generate() and generation is not None:
-        _write_json(directory / "generation_config.json", generation.to_diff_dict())
+    path = directory / "generation_config.json"
+    if model.can_generate() and generation is not None and not path.exists():
+        _write_json(path, generation.to_diff_dict())
     runtimes = target.runtimes if target else {}
     return Checkpoint(form, architecture, stored, reasons, auto_class, runtimes)
 
@@ -119,7 +123,7 @@ def planned_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[MoESpec, MoE]
 
 
 def weights_of(layer: MoE) -> MoEWeights:
-    """The tensors of a layer, as they are now and without a copy; provenance is not known any more."""
+    """The tensors of a layer, as they are now and without a copy; without their provenance."""
     experts = layer.experts
     shape = (experts.num_experts, experts.intermediate_dim)
     bias = layer.router.bias
@@ -173,25 +177,23 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 def _module_entries(model: nn.Module) -> Iterator[TensorEntry]:
     for name, tensor in _untied(model).items():
-        yield TensorEntry(
-            name, tuple(tensor.shape), tensor.dtype, lambda t=tensor: t.detach().cpu().contiguous()
-        )
+        yield TensorEntry(name, tuple(tensor.shape), tensor.dtype, partial(_on_cpu, tensor))
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous()
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict; of tensors that a transformers model ties again on loading, the first name."""
+    """The state dict, without the tensors that transformers ties to another one on loading."""
     state = dict(model.state_dict())
-    if not isinstance(model, PreTrainedModel):
-        return state
-    seen: set[int] = set()
-    kept = {}
-    for name, tensor in state.items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        kept[name] = tensor
-    return kept
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if tied.get(name) not in state or tensor.data_ptr() != state[tied[name]].data_ptr()
+    }
 
 
 def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -35,13 +35,14 @@ class {model}({dense}):
     """{dense} with MoE layers in the place of dense FFNs."""
 
     config_class = {config}
-    _keep_in_fp32_modules_strict = {{"router"}}
+    _keep_in_fp32_modules_strict = {{"router", *({dense}._keep_in_fp32_modules_strict or ())}}
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        dtype = config.dtype or torch.get_default_dtype()
         for layer in install(self, config.upcycle["sites"]):
-            layer.to(config.dtype)
-            layer.router.to(torch.promote_types(config.dtype, torch.float32))
+            layer.to(dtype)
+            layer.router.to(torch.promote_types(dtype, torch.float32))
 '''
 
 
@@ -51,7 +52,7 @@ def class_names(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def modeling_file(model: PreTrainedModel) -> str:
-    """Source text of the modeling file for a converted `model`; the same model gives the same text."""
+    """Source text of the modeling file; models of the same class give the same text."""
     dense_config, dense = type(model.config), type(model)
     config_name, model_name = class_names(model)
     imports: set[str] = set()
@@ -61,8 +62,7 @@ def modeling_file(model: PreTrainedModel) -> str:
         found = re.findall(r"^(?:from|import) .*$", lines, flags=re.MULTILINE)
         imports |= {line for line in found if "upcycle" not in line}
         bodies.append(re.sub(r"^(?:from|import) .*\n", "", lines, flags=re.MULTILINE).strip())
-    imports.add(f"from {dense_config.__module__} import {dense_config.__name__}")
-    imports.add(f"from {dense.__module__} import {dense.__name__}")
+    imports |= {_import(dense_config), _import(dense)}
     plain = sorted(line for line in imports if line.startswith("import"))
     classes = _CLASSES.format(
         config=config_name,
@@ -74,6 +74,14 @@ def modeling_file(model: PreTrainedModel) -> str:
     head = f'"""{model_name}: made by upcycle {__version__}; needs transformers and torch."""'
     text = "\n".join([head, "", *plain, *sorted(imports - set(plain)), ""])
     return text + "\n\n" + "\n\n\n".join([*bodies, classes.strip()]) + "\n"
+
+
+def _import(cls: type) -> str:
+    """How the file gets a class: from a package, or from the dense model's own file beside it."""
+    module = cls.__module__
+    if module.startswith("transformers_modules."):
+        module = "." + module.rpartition(".")[2]
+    return f"from {module} import {cls.__name__}"
 
 
 def model_type(model: PreTrainedModel) -> str:

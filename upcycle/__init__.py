@@ -11,7 +11,6 @@ from upcycle.version import __version__
 
 if _TYPE_CHECKING:
     from upcycle.compiler import Conversion, convert, locate
-    from upcycle.emit import load
     from upcycle.errors import (
         CaptureError,
         PlanError,
@@ -23,6 +22,7 @@ if _TYPE_CHECKING:
         VerificationError,
     )
     from upcycle.ffn import FFN, Located, Miss
+    from upcycle.loading import load
     from upcycle.moe import MoE, all_experts
     from upcycle.recipe import Recipe
     from upcycle.recipe_file import load_recipe
@@ -57,9 +57,9 @@ __all__ = [
 
 _HOMES = {
     "compiler": ("Conversion", "convert", "locate"),
-    "emit": ("load",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "ffn": ("FFN", "Located", "Miss"),
+    "loading": ("load",),
     "moe": ("MoE", "all_experts"),
     "recipe": ("Recipe",),
     "recipe_file": ("load_recipe",),

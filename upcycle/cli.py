@@ -150,7 +150,8 @@ def convert(
             progress=progress,
             **options,
         )
-    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(out)): path.stat().st_size for path in files}
     console.print_result(*report.conversion_report(done, str(out), sizes))
 
 
@@ -170,13 +171,12 @@ def plan(
     trust_remote_code: bool,
 ) -> None:
     """Show what a recipe would do to MODEL, and what it costs."""
-    from upcycle import costs, driver, recipe_file, report
+    from upcycle import driver, recipe_file, report
     from upcycle.source import open_model
 
     loaded = recipe_file.load_recipe(recipe, overrides)
     source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-    planned = driver.plan_model(source, loaded, recipe)
-    estimate = costs.costs(planned, *costs.model_size(source.skeleton()))
+    planned, estimate = driver.plan_model(source, loaded, recipe)
     if as_json:
         console.print_json(report.plan_json(planned, estimate))
     else:

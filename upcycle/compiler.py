@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 from upcycle.capture import ExampleInputs
-from upcycle.emit import Emission, check_targets, emit
+from upcycle.costs import costs, model_size
+from upcycle.emit import FILE_CHECKS, Emission, check_targets, emit
 from upcycle.evaluation import Evaluation, evaluation_for
 from upcycle.ffn import Located
+from upcycle.modes import eval_mode
 from upcycle.passes.locate import locate_in
 from upcycle.passes.merge import merge
 from upcycle.passes.plan import make_plan
@@ -26,6 +29,7 @@ from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.staging import staged
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE
 from upcycle.verification import (
+    END_TO_END,
     budget,
     check,
     compare_models,
@@ -56,15 +60,30 @@ class Conversion:
         report: what verification measured; without checks if it was not run.
         dense: the module that was converted, unchanged.
         provenance: FFN path -> dense neuron behind each expert neuron [E, I], -1 for padding.
+        source: where the dense model comes from.
+        example: inputs that the user gave.
+        text: what a language or embedding model is verified on, if the user gave one.
     """
 
     model: nn.Module
     plan: Plan
     report: dict[str, Any]
     dense: nn.Module = field(repr=False)
-    evaluation: Evaluation = field(repr=False)
     provenance: dict[str, torch.Tensor] = field(repr=False)
     source: Source | None = None
+    example: ExampleInputs | None = field(default=None, repr=False)
+    text: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The inputs of the verification, made when they are first needed."""
+        return evaluation_for(
+            self.dense,
+            directory=self.source.directory if self.source else None,
+            example=self.example,
+            text=self.text,
+            seed=self.plan.recipe.seed,
+        )
 
     def save(
         self,
@@ -86,10 +105,15 @@ class Conversion:
 
         Raises:
             UsageError: the directory exists, or a target is unknown.
+            UnsupportedError: the model cannot be written as one of the targets.
+            ResourceError: the disk is too small.
             VerificationError: a loaded file is not the model.
         """
-        check_targets(targets)
-        with staged(Path(out), overwrite=overwrite) as directory:
+        check_targets(targets, verify=verify)
+        protect = [self.source.directory] if self.source and self.source.directory else []
+        checks = [c for c in self.report["checks"] if c["what"] not in FILE_CHECKS]
+        report = {**self.report, "checks": checks}  # without those of an earlier `save`
+        with staged(Path(out), overwrite=overwrite, protect=protect) as directory:
             emission = emit(
                 directory,
                 self.model,
@@ -99,19 +123,22 @@ class Conversion:
                 source=self.source,
                 targets=targets,
                 max_shard_size=max_shard_size,
-                report=self.report,
+                report=report,
                 verify=verify,
-                name=Path(out).name,
+                name=Path(out).absolute().name,
             )
+        self.report = report
         return emission
 
     def to_dense(self) -> nn.Module:
-        """A dense model with the weights that the converted one has now, if its experts are a split.
+        """A dense model with the weights that the converted one has now; for splits only.
 
         Raises:
             UnsupportedError: the experts are copies, or slices of copies.
         """
-        layers = {spec.ffn.path: (spec, layer) for spec, layer in planned_layers(self.model, self.plan)}
+        layers = {
+            spec.ffn.path: (spec, layer) for spec, layer in planned_layers(self.model, self.plan)
+        }
         return merge(self.dense, self.model, layers, self.provenance)
 
 
@@ -136,6 +163,7 @@ def convert(
     *,
     verify: bool = True,
     overrides: Sequence[str] = (),
+    recipe_name: str | None = None,
     source: Source | None = None,
     located: Located | None = None,
     progress: Progress = silent,
@@ -149,6 +177,7 @@ def convert(
         calibration: text on which a language or embedding model is verified; a default if None.
         verify: measure the distance and raise if the recipe's promise is broken.
         overrides: ``key=value`` changes of the recipe, as ``--set`` takes them.
+        recipe_name: how reports call the recipe; what was given as `recipe` if None.
         source: where the model comes from, for its tokenizer and for `Conversion.save`.
         located: the result of `upcycle.locate`, if it is known already.
         progress: called after each layer.
@@ -159,7 +188,7 @@ def convert(
         PlanError: an FFN cannot become what the recipe asks for.
         VerificationError: the result is further from the dense model than promised.
     """
-    name = "custom" if isinstance(recipe, Recipe) else str(recipe)
+    name = recipe_name or ("custom" if isinstance(recipe, Recipe) else str(recipe))
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     if located is None:
         located = locate_in(model, example_inputs)
@@ -174,23 +203,14 @@ def convert(
         return made
 
     converted = rewrite(model, plan.specs, weights)
-    was_training = model.training
-    evaluation = evaluation_for(
-        model,
-        directory=source.directory if source else None,
-        example=example_inputs,
-        text=calibration,
-        seed=resolved.seed,
-    )
     report = _header(plan, model, source)
-    result = Conversion(converted, plan, report, model, evaluation, provenance, source)
+    result = Conversion(
+        converted, plan, report, model, provenance, source, example_inputs, calibration
+    )
     if verify:
         progress("verifying", 0, 1)
-        model.eval()
-        converted.eval()
-        _verify(result)
-        model.train(was_training)
-        converted.train(was_training)
+        with eval_mode(model, converted):
+            _verify(result)
         progress("verifying", 1, 1)
         raise_if_failed(report)
     return result
@@ -205,6 +225,7 @@ def _header(plan: Plan, model: nn.Module, source: Source | None) -> dict[str, An
         "promise": plan.promise,
         "dtype": str(model_dtype(model)).removeprefix("torch."),
         "torch": torch.__version__,
+        "costs": costs(plan, *model_size(model)).to_json(),
         "checks": [],
     }
 
@@ -218,8 +239,7 @@ def _verify(result: Conversion) -> None:
     report["checks"] += checks
     with torch.no_grad():
         report["end_to_end"] = compare_models(result.dense, result.model, evaluation)
-    allowed = budget(plan, model_dtype(result.dense))
-    report["checks"].append(check("end to end", report["end_to_end"]["relative"], allowed))
-    measured = [row for row in rows if "relative" in row]
-    if measured:
-        report["largest_error_at"] = max(measured, key=lambda row: row["relative"])["path"]
+    allowed = budget(plan.recipe, model_dtype(result.dense))
+    report["checks"].append(check(END_TO_END, report["end_to_end"]["relative"], allowed))
+    worst = max(rows, key=lambda row: row["relative"])
+    report["largest_error_at"] = {"layer": worst["path"], "relative": worst["relative"]}

@@ -4,7 +4,6 @@ How much is said is the level of the logger ``upcycle``: errors for ``--quiet``,
 ``--verbose``. The library itself only logs; nothing here runs unless the command line starts it.
 """
 
-import json
 import logging
 import sys
 import time
@@ -16,6 +15,8 @@ import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+
+from upcycle.plain_json import json_text
 
 log = logging.getLogger("upcycle")
 
@@ -47,7 +48,7 @@ def print_result(*parts: RenderableType) -> None:
 
 def print_json(data: Any) -> None:
     """Print `data` on stdout, for programs."""
-    click.echo(json.dumps(data, indent=2))
+    click.echo(json_text(data), nl=False)
 
 
 @contextmanager

@@ -2,24 +2,29 @@
 
 import gc
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from upcycle.compiler import Progress, convert, silent
-from upcycle.emit import check_targets, load, verify_onnx
+from upcycle.costs import Costs, costs, model_size
+from upcycle.emit import check_targets
 from upcycle.errors import UsageError
-from upcycle.evaluation import evaluation_for
+from upcycle.evaluation import device_of, evaluation_for
 from upcycle.ffn import Located
+from upcycle.loading import load
+from upcycle.onnx_output import in_float32, verify_onnx
 from upcycle.passes.locate import locate_in
 from upcycle.passes.plan import make_plan
 from upcycle.recipe import Recipe
-from upcycle.source import Source
+from upcycle.source import DTYPES, Source
 from upcycle.spec import Plan
-from upcycle.targets.tensor_file import MAX_SHARD_SIZE
-from upcycle.verification import budget, check, compare_models, model_dtype
+from upcycle.targets.tensor_file import MAX_SHARD_SIZE, check_disk
+from upcycle.verification import END_TO_END, budget, check, compare_models, model_dtype
 
 
 def inspect_model(source: Source) -> Located:
@@ -27,9 +32,11 @@ def inspect_model(source: Source) -> Located:
     return locate_in(source.skeleton(), source.example)
 
 
-def plan_model(source: Source, recipe: Recipe, recipe_name: str) -> Plan:
-    """What a conversion would do, from the configuration alone."""
-    return make_plan(inspect_model(source), recipe, recipe_name=recipe_name)
+def plan_model(source: Source, recipe: Recipe, recipe_name: str) -> tuple[Plan, Costs]:
+    """What a conversion would do and cost, from the configuration alone."""
+    skeleton = source.skeleton()
+    plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
+    return plan, costs(plan, *model_size(skeleton))
 
 
 def convert_model(
@@ -49,13 +56,19 @@ def convert_model(
 
     Everything that can be refused is refused before the weights are read.
     """
-    check_targets(targets)
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out}: it exists already; choose another --out or pass --overwrite")
-    progress("capturing", 0, 1)
-    located = inspect_model(source)
-    make_plan(located, recipe, recipe_name=recipe_name)
+    check_targets(targets, verify=verify)
+    _check_out(out, source, overwrite=overwrite)
     text = _text(calibration)
+    progress("capturing", 0, 1)
+    skeleton = source.skeleton()
+    located = locate_in(skeleton, source.example)
+    plan = make_plan(located, recipe, recipe_name=recipe_name)
+    if text is not None:  # there may be no tokenizer for it
+        evaluation_for(skeleton, directory=source.directory, example=source.example, text=text)
+    total, itemsize = model_size(skeleton)
+    itemsize = itemsize if source.dtype is None else source.dtype.itemsize
+    check_disk(out, costs(plan, total, itemsize).bytes_on_disk)
+    del skeleton
     progress("capturing", 1, 1)
     progress("loading", 0, 1)
     model = source.load()
@@ -66,12 +79,11 @@ def convert_model(
         source.example,
         text,
         verify=verify,
+        recipe_name=recipe_name,
         source=source,
         located=located,
         progress=progress,
     )
-    result.plan = Plan(result.plan.located, result.plan.specs, recipe, recipe_name)
-    result.report["recipe"] = recipe_name
     gc.collect()
     progress("writing", 0, 1)
     result.save(
@@ -81,6 +93,18 @@ def convert_model(
     return result.report
 
 
+def _check_out(out: Path, source: Source, *, overwrite: bool) -> None:
+    """Refuse now what `staged` would refuse after the work."""
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise UsageError(f"{out}: it exists already; choose another --out or pass --overwrite")
+    if not out.is_dir() or out.is_symlink():
+        raise UsageError(f"{out}: it is not a directory; choose another --out")
+    if source.directory and source.directory.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"{out}: it contains the dense model; choose another --out")
+
+
 def _text(calibration: str | None) -> str | None:
     if calibration is None:
         return None
@@ -88,7 +112,7 @@ def _text(calibration: str | None) -> str | None:
     if not path.is_file():
         raise UsageError(f"--calibration {calibration}: there is no such text file")
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"--calibration {calibration}: not a text file in UTF-8") from error
 
@@ -98,29 +122,31 @@ def read_report(directory: Path) -> Mapping[str, Any]:
     path = directory / "report.json"
     if not path.is_file():
         raise UsageError(f"{directory}: no report.json, so this is not an output of upcycle")
-    data: dict[str, Any] = json.loads(path.read_text())
-    return data
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if {"recipe", "resolved_recipe", "dtype"} <= set(data):
+            return data
+    except ValueError:
+        pass
+    raise UsageError(f"{path}: not a report of upcycle; convert the model again")
 
 
 def verify_paths(dense: Source, converted: Path) -> dict[str, Any]:
     """Compare a written model with its dense one, as a user would load it (tiers T2 and T4)."""
     report = dict(read_report(converted))
+    recipe = Recipe.model_validate_json(json.dumps(report["resolved_recipe"]))
+    if dense.dtype is None:  # as it was loaded for the conversion
+        dense = replace(dense, dtype=DTYPES[report["dtype"]])
     reference = dense.load()
-    other = load(converted, model=None if isinstance(reference, PreTrainedModel) else reference)
+    given = None if isinstance(reference, PreTrainedModel) else dense.load()
+    other = load(converted, model=given).to(device_of(reference))
     evaluation = evaluation_for(reference, directory=dense.directory, example=dense.example)
     report["end_to_end"] = compare_models(reference, other, evaluation)
-    recipe = Recipe.model_validate(_tuples(report["resolved_recipe"]))
-    plan = Plan(Located(), (), recipe, report["recipe"])
-    report["checks"] = [
-        check("end to end", report["end_to_end"]["relative"], budget(plan, model_dtype(reference)))
-    ]
+    allowed = budget(recipe, model_dtype(reference))
+    report["checks"] = [check(END_TO_END, report["end_to_end"]["relative"], allowed)]
     if (converted / "model.onnx").is_file():
-        report["checks"] += verify_onnx(converted / "model.onnx", other, evaluation)
+        path = converted / "model.onnx"
+        report["checks"] += verify_onnx(path, in_float32(other), evaluation)
+    report.pop("largest_error_at", None)  # of the conversion, which this is not
+    report.pop("layers", None)
     return report
-
-
-def _tuples(data: Any) -> Any:
-    """JSON has lists where a recipe has tuples."""
-    if isinstance(data, dict):
-        return {key: _tuples(value) for key, value in data.items()}
-    return tuple(data) if isinstance(data, list) else data

@@ -1,4 +1,4 @@
-"""What a conversion is verified on: batches of real text where there is a tokenizer, else random."""
+"""What a conversion is verified on: real text where there is a tokenizer, else random inputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from upcycle.capture import ExampleInputs
 from upcycle.errors import UsageError
 from upcycle.inputs import find_example, randomised
 
+MIN_CHARACTERS = 200
 SENTENCES, SENTENCE_TOKENS = 16, 64
 WINDOW, WINDOWS = 512, 4
 PROMPT_TOKENS, NEW_TOKENS = 8, 24
@@ -54,7 +55,8 @@ def evaluation_for(
         seed: of random inputs.
 
     Raises:
-        UsageError: a text was given and there is no tokenizer, or it is too short.
+        UsageError: a text was given and there is no tokenizer, or it is too short; or the tokenizer
+            is not of this model.
     """
     if example is not None:
         return Evaluation([example], what="the given inputs")
@@ -69,38 +71,75 @@ def evaluation_for(
         config = getattr(model, "config", None)
         vocabulary = min(getattr(config, "vocab_size", 2) or 2, 2**31)
         found = find_example(model)[0]
-        return Evaluation(
-            [randomised(found, vocabulary=vocabulary, seed=seed + i) for i in range(2)]
-        )
-    source = "the given text" if text is not None else "the documentation of Python"
+        batches = [randomised(found, vocabulary=vocabulary, seed=seed + i) for i in range(2)]
+        return Evaluation([_in_dtype_of(model, batch) for batch in batches])
+    what = "the given text" if text is not None else "the documentation of Python"
     text = text if text is not None else samples.default_text()
-    if len(text.split()) < 32:
-        raise UsageError("--calibration: the text is shorter than 32 words; give a longer one")
-    extra = _decoder_inputs(model)
-    if is_language_model(model):
-        ids = tokenizer(text[: 16 * WINDOW * WINDOWS], return_tensors="pt").input_ids[0]
-        count = min(len(ids) // WINDOW, WINDOWS)
-        windows = ids[: count * WINDOW].reshape(count, WINDOW) if count else None
-        length = min(SENTENCE_TOKENS, len(ids) // 4)
-        batch = ids[: 4 * length].reshape(4, length)
-        return Evaluation(
-            [{"input_ids": batch, **extra}, {"input_ids": ids[None, :1], **extra}],
-            windows=windows,
-            what=source,
-            prompts=[batch[i : i + 1, :PROMPT_TOKENS] for i in range(2)],
+    if len(text.strip()) < MIN_CHARACTERS:
+        raise UsageError(
+            f"--calibration: the text has {len(text.strip())} characters; give at least "
+            f"{MIN_CHARACTERS}"
         )
-    lines = [line.strip() for line in text.splitlines() if len(line.split()) > 3]
-    step = max(len(lines) // SENTENCES, 1)
-    encoded = tokenizer(
-        lines[::step][:SENTENCES],
-        padding=True,
-        truncation=True,
-        max_length=SENTENCE_TOKENS,
-        return_tensors="pt",
+    if is_language_model(model):
+        return _running_text(model, tokenizer, text, what)
+    return _sentences(model, tokenizer, text, what)
+
+
+def _running_text(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evaluation:
+    window = min(WINDOW, _longest(model))
+    ids = tokenizer(text[: 16 * WINDOW * WINDOWS], return_tensors="pt", verbose=False).input_ids[0]
+    _check_tokens(model, ids)
+    count = min(len(ids) // window, WINDOWS)
+    windows = ids[: count * window].reshape(count, window) if count else None
+    length = min(SENTENCE_TOKENS, len(ids) // 4, window)
+    batch = ids[: 4 * length].reshape(4, length)
+    extra = _decoder_inputs(model)
+    return Evaluation(
+        [{"input_ids": batch, **extra}, {"input_ids": ids[None, :1], **extra}],
+        windows=windows,
+        what=what,
+        prompts=[batch[i : i + 1, :PROMPT_TOKENS] for i in range(2)],
     )
-    batch_of_text = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    single = {name: tensor[:1, :1] for name, tensor in batch_of_text.items()}
-    return Evaluation([{**batch_of_text, **extra}, {**single, **extra}], what=source)
+
+
+def _sentences(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evaluation:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if len(line.split()) > 3] or lines
+    encoded = tokenizer(
+        lines[:: max(len(lines) // SENTENCES, 1)][:SENTENCES],
+        padding=tokenizer.pad_token is not None,
+        truncation=True,
+        max_length=min(SENTENCE_TOKENS, _longest(model)),
+        return_tensors="pt" if tokenizer.pad_token is not None else None,
+    )
+    if tokenizer.pad_token is None:  # then one sentence, which needs no padding
+        encoded = {name: torch.tensor(rows[:1]) for name, rows in encoded.items()}
+    _check_tokens(model, encoded["input_ids"])
+    extra = _decoder_inputs(model)
+    batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    single = {name: tensor[:1, :1] for name, tensor in batch.items()}
+    one = {n: t[:1] if isinstance(t, torch.Tensor) else t for n, t in extra.items()}
+    many = {
+        n: t.expand(len(batch["input_ids"]), -1) if isinstance(t, torch.Tensor) else t
+        for n, t in extra.items()
+    }
+    return Evaluation([{**batch, **many}, {**single, **one}], what=what)
+
+
+def _longest(model: nn.Module) -> int:
+    """Tokens that the model has positions for, as far as its configuration says."""
+    config: Any = getattr(model, "config", None)
+    named = (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions"))
+    return min((n for n in named if isinstance(n, int) and n > 0), default=WINDOW)
+
+
+def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is not None and ids.numel() and int(ids.max()) >= vocabulary:
+        raise UsageError(
+            f"the tokenizer gives token {int(ids.max())} and the model has {vocabulary}; is it the "
+            "tokenizer of another model?"
+        )
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -112,16 +151,24 @@ def is_language_model(model: nn.Module) -> bool:
 
 def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tensor]:
     """Every float tensor that `model` returns, by name, as `comparable` gives them."""
+    here = device_of(model)
+    given = pytree.tree_map_only(torch.Tensor, lambda t: t.to(here), inputs)
     with torch.no_grad():
-        out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        out = model(**given) if isinstance(given, Mapping) else model(*given)
     named = dict(out) if isinstance(out, Mapping) else {"output": out}
     named.pop("past_key_values", None)
     tensors: dict[str, torch.Tensor] = {}
     for name, value in named.items():
         leaves = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
-        for i, tensor in enumerate(t for t in leaves if t.is_floating_point()):
+        leaves = [t for t in leaves if t.is_floating_point() and t.numel()]
+        for i, tensor in enumerate(leaves):
             tensors[name if len(leaves) == 1 else f"{name}.{i}"] = tensor
     return comparable(tensors, inputs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def comparable(
@@ -133,8 +180,9 @@ def comparable(
     the tokens, of length one.
     """
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if mask is None:
+    if mask is None or not tensors:
         return dict(tensors)
+    mask = mask.to(next(iter(tensors.values())).device)
     kept = {n: t[mask.bool()] if t.shape[:2] == mask.shape else t for n, t in tensors.items()}
     if "last_hidden_state" in tensors:
         hidden = tensors["last_hidden_state"]
@@ -142,6 +190,17 @@ def comparable(
         mean = (hidden * weight).sum(1) / weight.sum(1)
         kept["sentence_embedding"] = torch.nn.functional.normalize(mean, dim=-1)
     return kept
+
+
+def _in_dtype_of(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+    """Random floats in the dtype of the weights: a convolution takes no other."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    cast_inputs: ExampleInputs = pytree.tree_map_only(torch.Tensor, cast, inputs)
+    return cast_inputs
 
 
 def _decoder_inputs(model: nn.Module) -> dict[str, Any]:

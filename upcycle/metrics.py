@@ -43,17 +43,21 @@ class Distance:
 def distance(actual: torch.Tensor, reference: torch.Tensor) -> Distance:
     """Compare two tensors of one shape, [..., d]; vectors are along the last axis.
 
-    A difference that is not a number counts as infinite.
+    A difference that is not a number counts as infinite; equal infinities do not differ.
     """
-    a, r = actual.double(), reference.double()
-    gap = (a - r).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    largest = r.abs().max().item()
-    cosine = F.cosine_similarity(a.reshape(-1, a.shape[-1]), r.reshape(-1, r.shape[-1]), dim=-1)
+    a, r = (t.detach().double().cpu() for t in (actual, reference))
+    if r.dim() == 0:
+        a, r = a[None], r[None]
+    gap = torch.where(a == r, 0.0, (a - r).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
     max_abs = gap.max().item()
+    finite = r[r.isfinite()]
+    largest = finite.abs().max().item() if len(finite) else 0.0
+    cosine = F.cosine_similarity(a, r, dim=-1).nan_to_num(nan=-1.0)
+    cosine[((a == 0) & (r == 0)).all(-1)] = 1.0  # two vectors of zeros point the same way
     return Distance(
         max_abs=max_abs,
         relative=max_abs / largest if largest else (0.0 if max_abs == 0 else math.inf),
-        rms=(gap.norm() / r.norm().clamp(min=1e-300)).item(),
+        rms=math.inf if math.isinf(max_abs) else (gap.norm() / r.norm().clamp(min=1e-300)).item(),
         min_cosine=cosine.min().item(),
         mean_cosine=cosine.mean().item(),
     )
@@ -86,7 +90,7 @@ class LanguageModelDistance:
         self.converted_nll -= converted.gather(-1, target).sum().item()
 
     def to_json(self) -> dict[str, float]:
-        """KL in nats per token, top-1 agreement, and both perplexities."""
+        """KL in nats per token, top-1 agreement, and both perplexities (at most e^700)."""
         n = max(self.tokens, 1)
         return {
             "tokens": self.tokens,

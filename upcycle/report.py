@@ -1,11 +1,12 @@
 """What was found, planned and verified, as tables for people and as plain data for programs.
 
-A conversion report is the dict that `upcycle.compiler` makes: `checks`, as `upcycle.verification.check`
-makes them, and for a language model ``report["end_to_end"]["language_model"]``.
+A conversion report is the dict that `upcycle.compiler` makes: `checks` of `upcycle.verification`,
+`layers` with the distance of each, `end_to_end` with that of each output and, for a language model,
+of its predictions.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -91,6 +92,10 @@ def verification_report(report: dict[str, Any]) -> list[RenderableType]:
         verdict = "ok" if check["passed"] else "FAILED"
         table.add_row(check["what"], f"{check['error']:.2e}", f"{check['allowed']:.2e}", verdict)
     parts: list[RenderableType] = [table]
+    if rows := [*_distances(report)]:
+        distances = _table("compared with the dense model", "relative error", "cosine min", "mean")
+        _add_rows(distances, rows)
+        parts += ["", distances]
     if language := report.get("end_to_end", {}).get("language_model"):
         metrics = _table("language model", "")
         for name, value in language.items():
@@ -99,6 +104,14 @@ def verification_report(report: dict[str, Any]) -> list[RenderableType]:
     failed = sum(not check["passed"] for check in checks)
     verdict = f"{failed} failed" if failed else "all passed"
     return [*parts, f"{_count(checks, 'check')}: {verdict}"]
+
+
+def _distances(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    named = [(row["path"], row) for row in report.get("layers", ())]
+    named += [*report.get("end_to_end", {}).get("outputs", {}).items()]
+    for name, found in named:
+        cosines = (f"{found[key]:.6f}" for key in ("min_cosine", "mean_cosine"))
+        yield (name, f"{found['relative']:.2e}", *cosines)
 
 
 def conversion_report(

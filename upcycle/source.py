@@ -1,10 +1,8 @@
 """The dense model that the user names: a Hugging Face directory, a sample, or a Python callable."""
 
-import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from torch import nn
 
 from upcycle import samples
 from upcycle.capture import ExampleInputs
-from upcycle.errors import UnsupportedError, UsageError
+from upcycle.errors import UnsupportedError, UpcycleError, UsageError
+from upcycle.quiet import quiet
 from upcycle.targets.tensor_source import read_tensors
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
@@ -47,12 +46,17 @@ class Source:
             return self.load()
         config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
         cls = self._model_class(config)
-        with torch.device("meta"), _quiet():
-            model: nn.Module = (
-                cls.from_config(config, trust_remote_code=True)
-                if hasattr(cls, "from_config")
-                else cls(config)
-            )
+        try:
+            with torch.device("meta"), quiet():
+                model: nn.Module = (
+                    cls.from_config(config, trust_remote_code=self.trust_remote_code)
+                    if hasattr(cls, "from_config")
+                    else cls(config)
+                )
+        except Exception as error:
+            raise _unless_ours(
+                error, f"{self.directory}/config.json: no model can be built from it"
+            ) from error
         return model.eval()
 
     def load(self) -> nn.Module:
@@ -62,15 +66,15 @@ class Source:
             UsageError: the files are broken, or do not fit the configuration.
         """
         if self.directory is None:
-            model = _call(self.name, nn.Module, "an nn.Module")
+            module: nn.Module = call_named(self.name, nn.Module, "an nn.Module")
             if self.dtype is not None:
-                model = model.to(self.dtype)
-            return model.to(self.device).eval()
+                module = module.to(self.dtype)
+            return module.to(self.device).eval()
         config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
         read_tensors(self.directory, allow_pickle=self.allow_pickle)  # says what is broken
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
         try:
-            with _quiet():
+            with quiet():
                 model, info = self._model_class(config).from_pretrained(
                     self.directory,
                     config=config,
@@ -80,10 +84,8 @@ class Source:
                     ignore_mismatched_sizes=True,
                     **options,
                 )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UsageError(
-                f"{self.directory}: the model cannot be loaded: {_line(error)}"
-            ) from error
+        except Exception as error:
+            raise _unless_ours(error, f"{self.directory}: the model cannot be loaded") from error
         if info["mismatched_keys"]:
             name, stored, wanted = sorted(info["mismatched_keys"])[0]
             raise UsageError(
@@ -100,8 +102,9 @@ class Source:
     def _model_class(self, config: Any) -> Any:
         names = config.architectures or []
         if self.trust_remote_code and getattr(config, "auto_map", None):
-            auto = next(n for n in config.auto_map if n.startswith("AutoModel"))
-            return getattr(transformers, auto)
+            for name in config.auto_map:
+                if name.startswith("AutoModel"):
+                    return getattr(transformers, name)
         if names and hasattr(transformers, names[0]):
             return getattr(transformers, names[0])
         if names:
@@ -145,7 +148,7 @@ def open_model(
             f"{model}: there is no such directory; MODEL is a Hugging Face directory, sample:NAME "
             "or package.module:callable"
         )
-    example = _call(inputs, (dict, tuple), "a dict or a tuple of tensors") if inputs else None
+    example = call_named(inputs, (dict, tuple), "a dict or a tuple of tensors") if inputs else None
     source = Source(
         name=model,
         directory=directory,
@@ -183,9 +186,10 @@ def _check_dense(directory: Path, config: Any) -> None:
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         data = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        method = data.get("quant_method", "unknown method")
         raise UnsupportedError(
-            f"{directory}: its weights are quantised ({data.get('quant_method', 'unknown method')}); "
-            "dequantise them and save the model first"
+            f"{directory}: its weights are quantised ({method}); dequantise them and save the "
+            "model first"
         )
     for field in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         if (getattr(config, field, None) or 0) > 1:
@@ -207,8 +211,12 @@ def _device(device: str | None) -> str:
     return str(device)
 
 
-def _call(name: str, kind: Any, wanted: str) -> Any:
-    """What ``package.module:callable`` returns; modules of the working directory are found."""
+def call_named(name: str, kind: Any, wanted: str) -> Any:
+    """What ``package.module:callable`` returns; modules of the working directory are found.
+
+    Raises:
+        UsageError: there is no such callable, it failed, or it returned something else than `kind`.
+    """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"{name}: write it as package.module:callable")
@@ -226,21 +234,15 @@ def _call(name: str, kind: Any, wanted: str) -> Any:
     return value
 
 
+def _unless_ours(error: Exception, problem: str) -> Exception:
+    """What to raise for a failure inside transformers; running out of memory is not the model's."""
+    if isinstance(error, UpcycleError | MemoryError | torch.OutOfMemoryError):
+        return error
+    if "DefaultCPUAllocator" in str(error):
+        return error
+    return UsageError(f"{problem}: {_line(error)}")
+
+
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text[:300] if text else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the progress bars and the advice of transformers off our output."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()

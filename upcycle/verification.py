@@ -2,7 +2,8 @@
 
 - T0 each row of each expert is traced to the dense row that it came from, bit for bit.
 - T1 each converted layer against its dense FFN, on the activations that it gets in the model; for
-  split methods also with all experts at weight one, which must be exact.
+  split methods also with all experts at weight one, which must be exact; and with distinct experts
+  against a plain loop over them.
 - T2 the whole model: outputs, and for language models predictions and perplexity.
 - T3 the written files, loaded as a user would load them.
 - T4 ONNX Runtime against PyTorch.
@@ -18,20 +19,32 @@ import torch
 from torch import nn
 
 from upcycle.capture import ExampleInputs
+from upcycle.distinct import distinct_experts_error
 from upcycle.errors import VerificationError
 from upcycle.evaluation import (
     NEW_TOKENS,
     Evaluation,
+    device_of,
     evaluation_for,
     is_language_model,
     outputs_of,
 )
 from upcycle.metrics import ROUNDING, LanguageModelDistance, distance
+from upcycle.modes import eval_mode
 from upcycle.moe import MoE, all_experts
-from upcycle.spec import MoESpec, Plan
+from upcycle.provenance import untraced_rows
+from upcycle.recipe import Recipe
+from upcycle.spec import MoESpec
 from upcycle.weights import read_ffn
 
 Check = dict[str, Any]
+
+END_TO_END = "end to end"
+LAYER_CHECKS = {
+    "relative": "layer",
+    "all_experts_relative": "layer with all experts (K = N)",
+    "distinct_experts_relative": "layer with distinct experts",
+}
 
 
 def check(what: str, error: float, allowed: float) -> Check:
@@ -44,9 +57,9 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def budget(plan: Plan, dtype: torch.dtype) -> float:
+def budget(recipe: Recipe, dtype: torch.dtype) -> float:
     """The end to end error that the recipe allows, but never less than rounding."""
-    return max(plan.recipe.verify.max_relative_error, ROUNDING[dtype])
+    return max(recipe.verify.max_relative_error, ROUNDING[dtype])
 
 
 def verify(
@@ -63,14 +76,8 @@ def verify(
     Raises:
         VerificationError: the outputs have different names or shapes.
     """
-    modes = {module: module.training for model in (dense, converted) for module in model.modules()}
-    try:
-        dense.eval()
-        converted.eval()
+    with eval_mode(dense, converted):
         return compare_models(dense, converted, evaluation_for(dense, example=inputs))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def verify_layers(
@@ -91,14 +98,15 @@ def verify_layers(
         outputs_of(converted, evaluation.batches[0])
     for spec, layer in layers:
         weights = read_ffn(spec.ffn, parameters)
-        row: dict[str, Any] = {"path": spec.ffn.path, "promise": spec.promise}
-        if spec.ffn.path in provenance:
-            row["untraced_rows"] = _untraced(spec, layer, provenance[spec.ffn.path], parameters)
         x_TD = seen.get(layer)
-        if x_TD is None:
-            row["unreached"] = True
-            rows.append(row)
-            continue
+        row: dict[str, Any] = {"path": spec.ffn.path, "promise": spec.promise}
+        if x_TD is None:  # the inputs do not reach it
+            row["inputs"] = "random tokens"
+            x_TD = _random_tokens(spec, layer)
+        if spec.ffn.path in provenance:
+            row["untraced_rows"] = untraced_rows(
+                spec.ffn, layer, provenance[spec.ffn.path], parameters
+            )
         with torch.no_grad():
             reference = weights(x_TD)
             row |= distance(layer.tokens(x_TD), reference).to_json()
@@ -109,8 +117,14 @@ def verify_layers(
         row["tokens_per_expert"] = load.tolist()
         if spec.promise == "exact when K = N" or spec.top_k == spec.num_experts:
             row["all_experts_relative"] = whole.relative
+        row["distinct_experts_relative"] = distinct_experts_error(layer, x_TD)
         rows.append(row)
     return rows, list(_layer_checks(rows, ROUNDING[model_dtype(dense)]))
+
+
+def _random_tokens(spec: MoESpec, layer: MoE) -> torch.Tensor:
+    drawn = torch.randn(64, spec.ffn.d_model, generator=spec.generator("verify"))
+    return drawn.to(layer.experts.down_proj)
 
 
 def _layer_checks(rows: list[dict[str, Any]], rounding: float) -> Iterator[Check]:
@@ -118,45 +132,13 @@ def _layer_checks(rows: list[dict[str, Any]], rounding: float) -> Iterator[Check
         chosen = [row for row in chosen if key in row]
         if chosen:
             row = max(chosen, key=lambda r: r[key])
-            name = {"relative": "layer", "all_experts_relative": "layer with all experts (K = N)"}
-            yield check(f"{name[key]}, worst at {row['path']}", row[key], rounding)
+            yield check(f"{LAYER_CHECKS[key]}, worst at {row['path']}", row[key], rounding)
 
     untraced = sum(row.get("untraced_rows", 0) for row in rows)
     yield check("rows that are not the dense rows they came from", untraced, 0)
     yield from worst("relative", [row for row in rows if row["promise"] == "exact"])
     yield from worst("all_experts_relative", rows)
-
-
-def _untraced(
-    spec: MoESpec, layer: MoE, neuron_EI: torch.Tensor, parameters: Mapping[str, torch.Tensor]
-) -> int:
-    """Expert neurons whose numbers are not those of a dense neuron, times one factor per matrix."""
-    ffn, experts = spec.ffn, layer.experts
-    up = experts.up_EGD.detach()
-    width = experts.intermediate_dim
-    wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
-    index = neuron_EI.clamp(min=0)
-    padding = neuron_EI < 0
-
-    def compare(made: torch.Tensor, dense_rows: torch.Tensor) -> None:
-        nonlocal wrong_EI
-        expected = dense_rows[index].masked_fill(padding[..., None], 0)
-        largest = expected.abs().argmax()
-        reference = expected.flatten()[largest]
-        factor = made.flatten()[largest].double() / reference.double() if reference else 1.0
-        eps = torch.finfo(made.dtype).eps
-        allowed = 0.0 if factor == 1 else 2 * eps  # a factor rounds once on either side
-        gap = (made.double() - expected.double() * factor).abs()
-        wrong_EI |= (gap > allowed * made.double().abs()).any(-1)
-
-    for i, projection in enumerate(ffn.expansions):
-        stored = parameters[projection.weight].detach()
-        stored = (stored.t() if projection.transposed else stored).flatten(1)
-        compare(up[:, i * width : (i + 1) * width], stored[slice(*projection.rows)])
-    down = parameters[ffn.contraction.weight].detach()
-    columns = down if ffn.contraction.transposed else down.flatten(1).t()
-    compare(experts.down_proj.detach().transpose(1, 2), columns)
-    return int(wrong_EI.sum())
+    yield from worst("distinct_experts_relative", rows)
 
 
 @contextmanager
@@ -200,7 +182,9 @@ def compare_models(
             tokens = window[None]
             batch = {"input_ids": tokens, "use_cache": False}
             both.update(
-                outputs_of(reference, batch)["logits"], outputs_of(other, batch)["logits"], tokens
+                outputs_of(reference, batch)["logits"].cpu(),
+                outputs_of(other, batch)["logits"].cpu(),
+                tokens,
             )
         report["language_model"] = both.to_json()
     return report
@@ -212,6 +196,7 @@ def same_greedy_text(reference: nn.Module, other: nn.Module, evaluation: Evaluat
         return None
 
     def generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
+        prompt = prompt.to(device_of(model))
         mask = torch.ones_like(prompt)
         with torch.no_grad():
             tokens: torch.Tensor = model.generate(
@@ -221,7 +206,7 @@ def same_greedy_text(reference: nn.Module, other: nn.Module, evaluation: Evaluat
                 do_sample=False,
                 pad_token_id=0,
             )
-        return tokens
+        return tokens.cpu()
 
     return all(
         torch.equal(generate(reference, prompt), generate(other, prompt))
@@ -236,5 +221,18 @@ def raise_if_failed(report: Mapping[str, Any]) -> None:
         worst = max(failed, key=lambda c: c["error"] - c["allowed"])
         raise VerificationError(
             f"verification failed: {worst['what']}: error {worst['error']:.3g}, allowed "
-            f"{worst['allowed']:.3g}; the recipe's verify.max_relative_error sets the budget"
+            f"{worst['allowed']:.3g}{_where(report)}{_advice(worst)}"
         )
+
+
+def _where(report: Mapping[str, Any]) -> str:
+    largest = report.get("largest_error_at")
+    if not largest:
+        return ""
+    return f" (of the layers {largest['layer']} is furthest off, by {largest['relative']:.3g})"
+
+
+def _advice(worst: Check) -> str:
+    if worst["what"] == END_TO_END:
+        return "; the recipe's verify.max_relative_error sets what is allowed"
+    return "; the converted model is wrong, please report it"

@@ -1,0 +1,81 @@
+"""The model card of a conversion, out of its plan and report."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from upcycle.recipe_file import dump_recipe
+from upcycle.spec import Plan
+from upcycle.targets import model_card
+from upcycle.targets.checkpoint import Checkpoint
+
+MAX_LAYERS = 12  # in the card; report.json has all
+
+
+def card(
+    name: str,
+    plan: Plan,
+    written: Checkpoint,
+    targets: Sequence[str],
+    report: Mapping[str, Any],
+) -> str:
+    """README.md as text.
+
+    Args:
+        name: title.
+        plan: what was converted.
+        written: the checkpoint.
+        targets: what was asked for.
+        report: as `upcycle.compiler.convert` and `upcycle.emit.emit` fill it in.
+    """
+    checks = [model_card.Check(c["what"], c["error"], c["allowed"]) for c in report["checks"]]
+    return model_card.model_card(
+        name=name,
+        base_model=report["model"],
+        promise=plan.promise,
+        recipe_name=plan.recipe_name,
+        recipe_text=dump_recipe(plan.recipe),
+        numbers=dict(_numbers(plan, report)),
+        checks=checks,
+        targets=[written.form] + (["onnx"] if "onnx" in targets else []),
+        auto_class=written.auto_class,
+        runtimes=written.runtimes,
+        notes=list(_notes(plan, targets)),
+    )
+
+
+def _numbers(plan: Plan, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    first = plan.specs[0]
+    yield "converted FFNs", f"{len(plan.specs)} of {len(plan.located.ffns)}"
+    yield "experts per layer", f"{first.num_experts} of {first.width} neurons"
+    yield "experts that a token visits", f"{first.top_k}"
+    if costs := report.get("costs"):
+        yield "parameters", f"{costs['parameters_after']:,} (dense {costs['parameters_before']:,})"
+        yield "parameters that a token meets", f"{costs['active_parameters']:,}"
+    end = report.get("end_to_end")
+    if end is None:
+        return
+    yield "compared on", end["inputs"]
+    for output, found in end["outputs"].items():
+        yield f"{output}: relative error", f"{found['relative']:.2e}"
+        yield f"{output}: cosine, smallest and mean", _cosines(found)
+    for key, value in end.get("language_model", {}).items():
+        yield key.replace("_", " "), f"{value:.6g}"
+    for row in report["layers"][:MAX_LAYERS]:
+        text = f"relative error {row['relative']:.2e}, cosine {_cosines(row)}"
+        yield f"layer `{row['path']}`", text
+    if len(report["layers"]) > MAX_LAYERS:
+        yield f"{len(report['layers']) - MAX_LAYERS} more layers", "in report.json"
+
+
+def _cosines(found: Mapping[str, float]) -> str:
+    return f"{found['min_cosine']:.6f}, {found['mean_cosine']:.6f}"
+
+
+def _notes(plan: Plan, targets: Sequence[str]) -> Iterator[str]:
+    names = {spec.ffn.pointwise.name for spec in plan.specs}
+    if "onnx" in targets and names & {"gelu", "geglu"}:
+        yield (
+            "The dense model's GELU is the erf form. The ONNX file computes that form too, in "
+            "standard operations: the fused kernel of ONNX Runtime has the tanh form, which "
+            "differs by up to 5e-4 for each neuron and is not used here."
+        )

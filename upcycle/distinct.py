@@ -1,0 +1,112 @@
+"""Does a layer run the experts that its router chose? Equal experts cannot tell.
+
+Right after upcycling all experts are copies, and a layer that always runs the first two, or adds
+them up with the wrong weights, passes every comparison with the dense model. So a copy of the layer
+gets experts that differ from each other and a router that spreads the tokens, and is held against
+a reference that shares no code with the layer.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen, I neurons, G rows of an expert.
+"""
+
+import copy
+import math
+
+import torch
+
+from upcycle.metrics import distance
+from upcycle.moe import MoE
+from upcycle.pointwise import Pointwise
+
+TOKENS = 32
+
+
+@torch.no_grad()
+def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> float:
+    """The relative error of `layer` with distinct experts, on the first 32 tokens of `x_TD`.
+
+    Args:
+        layer: in eval mode; it is left alone. One copy of it is made.
+        x_TD: tokens as the layer gets them in the model.
+        seed: of the perturbation.
+
+    Returns:
+        The largest absolute error over the largest reference value; infinite if the router chose
+        experts that do not have the best scores.
+    """
+    x_TD = x_TD[:TOKENS]
+    probe = copy.deepcopy(layer)
+    _make_distinct(probe, x_TD, torch.Generator().manual_seed(seed))
+    _, _, index_TK = probe.router(x_TD)
+    logits_TE = _logits(probe, x_TD)
+    if not _has_best_scores(probe, x_TD, logits_TE, index_TK):
+        return math.inf
+    expected_TO = _reference(probe, x_TD.double(), logits_TE, index_TK)
+    return distance(probe.tokens(x_TD), expected_TO).relative
+
+
+def _make_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> None:
+    """Scale each neuron by a factor of its own, and draw a router whose logits are about one."""
+
+    def factors(*shape: int) -> torch.Tensor:
+        drawn = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
+        return drawn.to(layer.experts.down_proj)
+
+    experts = layer.experts
+    num_experts, rows, d_model = experts.up_EGD.shape
+    experts.up_EGD.mul_(factors(num_experts, rows, 1))
+    experts.down_proj.mul_(factors(num_experts, 1, experts.intermediate_dim))
+    if experts.up_bias_EG is not None:
+        experts.up_bias_EG.mul_(factors(num_experts, rows))
+    length = x_TD.double().norm(dim=-1).mean().item() or 1.0
+    drawn_ED = torch.randn(num_experts, d_model, generator=generator, dtype=torch.float64)
+    layer.router.weight.copy_(drawn_ED / length)
+
+
+def _logits(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
+    router = layer.router
+    logits_TE = x_TD.double() @ router.weight.double().t()
+    return logits_TE if router.bias is None else logits_TE + router.bias.double()
+
+
+def _has_best_scores(
+    layer: MoE, x_TD: torch.Tensor, logits_TE: torch.Tensor, index_TK: torch.Tensor
+) -> bool:
+    """Whether each row of `index_TK` has the K best experts, up to rounding of the scores."""
+    config = layer.config
+    if index_TK.shape != (len(x_TD), config["top_k"]):
+        return False
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_TK, True)
+    if not bool((chosen_TE.sum(1) == config["top_k"]).all()):
+        return False
+    if config["top_k"] == config["num_experts"]:
+        return True
+    worst_T = logits_TE.masked_fill(~chosen_TE, math.inf).amin(1)
+    best_left_T = logits_TE.masked_fill(chosen_TE, -math.inf).amax(1)
+    magnitude_T = (x_TD.double().abs() @ layer.router.weight.double().abs().t()).amax(1)
+    rounding_T = x_TD.shape[-1] * torch.finfo(torch.float32).eps * magnitude_T
+    return bool((worst_T >= best_left_T - rounding_T).all())
+
+
+def _reference(
+    layer: MoE, x_TD: torch.Tensor, logits_TE: torch.Tensor, index_TK: torch.Tensor
+) -> torch.Tensor:
+    """Every expert on every token in float64, of which the chosen ones are added up."""
+    config, experts = layer.config, layer.experts
+    p_TK = logits_TE.gather(1, index_TK).exp()
+    if config["weights"] == "one":
+        p_TK = torch.ones_like(p_TK)
+    elif config["weights"] == "softmax":
+        p_TK = p_TK / logits_TE.exp().sum(1, keepdim=True)
+    else:
+        p_TK = p_TK / p_TK.sum(1, keepdim=True)
+    weight_TE = torch.zeros_like(logits_TE).scatter(1, index_TK, p_TK * config["scale"])
+    pointwise = Pointwise.from_json(config["pointwise"])
+    total_TO = x_TD.new_zeros(len(x_TD), config["d_out"])
+    for expert in range(config["num_experts"]):
+        z_TG = x_TD @ experts.up_EGD[expert].double().t()
+        if experts.up_bias_EG is not None:
+            z_TG = z_TG + experts.up_bias_EG[expert].double()
+        hidden_TI = pointwise(*z_TG.chunk(pointwise.arity, dim=1))
+        y_TO = hidden_TI @ experts.down_proj[expert].double().t()
+        total_TO += weight_TE[:, expert, None] * y_TO
+    return total_TO if layer.output_bias is None else total_TO + layer.output_bias.double()
