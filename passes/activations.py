@@ -4,12 +4,14 @@ A program is compared with each known function on a grid in float64, so every sp
 function gets one name: Bloom's hand-written GELU and ``F.gelu(approximate="tanh")`` are the same.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
 from upcycle.pointwise import Pointwise
 
-_PLAIN = {
+_PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "relu2": lambda z: F.relu(z) ** 2,
     "gelu": F.gelu,
@@ -38,7 +40,7 @@ _TOLERANCE = 12 * torch.finfo(torch.float32).eps
 
 
 def recognise(program: Pointwise) -> Pointwise:
-    """The same program with its name; gated ones get the gate, which the activation reads, first."""
+    """The same program with its name, if it is a known one; a gate must be argument 0."""
     exact = _without_casts(program)
     z = torch.linspace(-6, 6, 241, dtype=torch.float64)
     if program.arity == 1:
@@ -57,7 +59,7 @@ def recognise(program: Pointwise) -> Pointwise:
 
 def _without_casts(program: Pointwise) -> Pointwise:
     """A rounding on the way (an activation computed in float32) does not change the name."""
-    steps = tuple(("add", (args[0], 0), {}) if op == "cast" else (op, args, kw)
+    steps = tuple(("add", (args[0], 0), {}) if op in {"cast", "cast_like"} else (op, args, kw)
                   for op, args, kw in program.steps)  # fmt: skip
     return Pointwise(program.arity, steps)
 

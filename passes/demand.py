@@ -8,157 +8,135 @@ backwards and ask of every producer which of its elements each (p, c) needs:
   result says where each element comes from and no layout operation needs a rule of its own;
 - a linear map ends the walk: its output row is a neuron's expansion;
 - a parameter ends it too: one number for each neuron, such as a bias;
-- anything else means that the region is no FFN, and the reason is kept.
+- an operation of one tensor that is not pointwise is kept as the reason to refuse, and the walk
+  goes on, to learn whether the region would be an FFN without it;
+- anything else ends the walk: the region is nothing like an FFN.
 
 What remains is one pointwise program that is the same for every column.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from upcycle.capture import op_name
-from upcycle.passes.linear import LinearMap, linear_map
-from upcycle.pointwise import OPS, Step
-
-LAYOUT = {
-    "chunk", "contiguous", "detach", "expand", "flatten", "flip", "getitem", "movedim", "narrow",
-    "permute", "reshape", "roll", "select", "split", "split_with_sizes", "squeeze", "swapaxes",
-    "swapdims", "t", "T", "tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view",
-    "clone", "alias", "expand_as", "view_as", "reshape_as",
-}  # fmt: skip
-# Of these, the ones that leave every element at its place in the flat order.
-_KEEPS_ORDER = {"alias", "clone", "contiguous", "detach", "flatten", "reshape", "squeeze",
-                "unflatten", "unsqueeze", "view"}  # fmt: skip
-CASTS = {
-    "to": None,
-    "float": "float32",
-    "half": "float16",
-    "bfloat16": "bfloat16",
-    "double": "float64",
-}
-MIXERS = {"layer_norm", "rms_norm", "group_norm", "softmax", "cumsum", "normalize", "mean", "sum"}
+from upcycle.passes.hidden import Demand, Expansion, NotPointwiseError
+from upcycle.passes.linear import LinearMap, convolution_of, linear_map
+from upcycle.passes.operations import (
+    AFFINE,
+    CASTS,
+    INPLACE,
+    LAYOUT,
+    NONLINEAR_MIXERS,
+    SCALING_MIXERS,
+)
+from upcycle.pointwise import OPS
+from upcycle.recorder import op_name, replayed_block
 
 
-class NotPointwise(Exception):
-    """The walk met something that is not pointwise along the hidden axis."""
+@dataclass(frozen=True)
+class _Stored:
+    """Elements of a parameter or buffer: one for each column, the same at every position."""
 
-    def __init__(self, reason: str, node: fx.Node) -> None:
-        super().__init__(reason)
-        self.node = node
-
-
-@dataclass
-class Expansion:
-    """A linear map that feeds the hidden tensor: row ``rows[c]`` of it belongs to column c."""
-
-    linear: LinearMap
-    rows: torch.Tensor
-    positions: torch.Tensor
+    name: str
+    index_C: torch.Tensor
 
 
-@dataclass
-class Demand:
-    """The result of a walk.
-
-    Attributes:
-        expansions: in the order of first use.
-        steps: the pointwise program on them.
-        visited: every node between the expansions and the contraction, expansions included.
-        biases: index of an expansion -> name of a per-neuron parameter added to it.
-        dropout: probability of the dropout met on the way.
-        refusal: why the region is no FFN although the walk reached its end.
-    """
-
-    expansions: list[Expansion] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    visited: set[fx.Node] = field(default_factory=set)
-    biases: dict[int, str] = field(default_factory=dict)
-    dropout: float = 0.0
-    refusal: NotPointwise | None = None
+# What an element is: "z0", "b0" (z0 with the bias added), "t3", a stored tensor, or a number.
+_Value = str | float | _Stored
 
 
 def trace(hidden: fx.Node, axis: int) -> Demand:
     """Walk back from `hidden`, the data input of a contraction along `axis`.
 
     Raises:
-        NotPointwise: with the reason and the node.
+        NotPointwiseError: it is nothing like the hidden tensor of an FFN.
     """
     walk = _Walk(Demand())
     shape = hidden.meta["shape"]
-    grid = torch.arange(_numel(shape)).reshape(shape).movedim(axis, -1)
+    grid = torch.arange(math.prod(shape)).reshape(shape).movedim(axis, -1)
     ref = walk.value(hidden, grid.reshape(-1, shape[axis]))
     if not walk.demand.expansions:
-        raise NotPointwise("no linear map feeds it", hidden)
+        raise NotPointwiseError("no linear map feeds it", hidden)
     if not walk.demand.steps or ref != f"t{len(walk.demand.steps) - 1}":
-        raise NotPointwise("there is no nonlinearity between the linear maps", hidden)
-    if walk.demand.refusal is not None:
-        raise walk.demand.refusal
+        raise NotPointwiseError("there is no nonlinearity between the linear maps", hidden)
+    walk.name_biased()
     return walk.demand
 
 
 class _Walk:
     def __init__(self, demand: Demand) -> None:
         self.demand = demand
-        self._memo: dict[tuple[fx.Node, int], str] = {}
+        self._memo: dict[tuple[fx.Node, int], _Value] = {}
 
-    def value(self, node: fx.Node, index_PC: torch.Tensor) -> str:
-        """The reference ("z0", "t3") of the elements `index_PC` of `node`."""
+    def value(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
+        """What the elements `index_PC` of `node` are, in terms of the expansions."""
         key = (node, hash(index_PC.contiguous().numpy().tobytes()))
         if key not in self._memo:
             self.demand.visited.add(node)
             self._memo[key] = self._value(node, index_PC)
         return self._memo[key]
 
-    def _value(self, node: fx.Node, index_PC: torch.Tensor) -> str:
+    def _value(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
         linear = linear_map(node)
         if linear is not None:
             return self._expansion(linear, index_PC)
+        if node.op == "get_attr" and node.meta["parameter"]:
+            if (index_PC != index_PC[:1]).any():
+                self._mix("its hidden tensor meets a parameter that depends on the position", node)
+            return _Stored(node.meta["parameter"], index_PC[0])
+        if not node.all_input_nodes and node.op != "placeholder":
+            self._learn("its nonlinearity reads a tensor that is no parameter of the model", node)
+            return 1.0
         if node.op != "call_function":
-            raise NotPointwise(f"it reads {node.name}, which no linear map made", node)
+            raise NotPointwiseError("it reads an input of the model", node)
         name = op_name(node.target)
         if name == "getitem_of":
             producer, item = node.args
             assert isinstance(producer, fx.Node)
             self.demand.visited.add(producer)
-            return self._layout(producer, index_PC, lambda out: out[item])
+            if op_name(producer.target) in LAYOUT:
+                return self._layout(producer, index_PC, lambda out: out[item])
+            return self._opaque(producer, node, index_PC)
         if name in LAYOUT:
             return self._layout(node, index_PC, lambda out: out)
         if name == "dropout":
-            probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-            self.demand.dropout = max(self.demand.dropout, float(probability))  # type: ignore[arg-type]
+            self.demand.dropout = max(self.demand.dropout, dropout_probability(node))
             return self.value(_first(node), index_PC)
-        if name in CASTS or name == "type_as":
-            ref = self.value(_first(node), index_PC)
-            if _first(node).meta["dtype"] == node.meta["dtype"]:
-                return ref
-            return self._step("cast", (ref, str(node.meta["dtype"]).removeprefix("torch.")), {})
-        if name in OPS:
+        if name in CASTS:
+            return self._cast(node, self.value(_first(node), index_PC))
+        if name == "glu":
+            return self._glu(node, index_PC)
+        if name in OPS or name in {"rdiv", "rpow"}:
             return self._pointwise(node, name, index_PC)
-        if name in MIXERS:
-            raise NotPointwise(f"`{name}` mixes the hidden axis", node)
-        raise NotPointwise(f"`{name}` is not known to be pointwise", node)
+        if convolution_of(node) is not None:
+            return self._convolution(node, index_PC)
+        return self._opaque(node, node, index_PC)
 
-    def _step(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        self.demand.steps.append((op, args, kwargs))
+    def _step(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> _Value:
+        if not any(isinstance(arg, str) and arg[0] in "zbt" for arg in args):
+            return 1.0  # made of numbers alone: only in a region that is refused
+        self.demand.steps.append((op, args, kwargs or {}))
         return f"t{len(self.demand.steps) - 1}"
 
-    def _expansion(self, linear: LinearMap, index_PC: torch.Tensor) -> str:
+    def _mix(self, reason: str, node: fx.Node) -> None:
+        self.demand.mixing = self.demand.mixing or NotPointwiseError(reason, node, told=True)
+
+    def _learn(self, reason: str, node: fx.Node) -> None:
+        self.demand.learned = self.demand.learned or NotPointwiseError(reason, node, told=True)
+
+    def _expansion(self, linear: LinearMap, index_PC: torch.Tensor) -> _Value:
         shape = linear.node.meta["shape"]
-        if linear.axis != -1:  # count the elements with the axis of the map last
-            order = torch.arange(_numel(shape)).reshape(shape).movedim(linear.axis, -1).reshape(-1)
-            where = torch.empty_like(order)
-            where[order] = torch.arange(len(order))
-            index_PC = where[index_PC]
-        position_PC = index_PC // shape[linear.axis]
-        row_PC = index_PC % shape[linear.axis]
+        order = torch.arange(math.prod(shape)).reshape(shape).movedim(linear.axis, -1).reshape(-1)
+        where = torch.empty_like(order)
+        where[order] = torch.arange(len(order))
+        position_PC = where[index_PC] // shape[linear.axis]
+        row_PC = where[index_PC] % shape[linear.axis]
         if (row_PC != row_PC[:1]).any() or (position_PC != position_PC[:, :1]).any():
-            raise NotPointwise(
-                "positions and neurons are mixed before the contraction", linear.node
-            )
+            self._mix("positions and neurons are mixed before the contraction", linear.node)
         for i, known in enumerate(self.demand.expansions):
             if known.linear == linear and torch.equal(known.rows, row_PC[0]):
                 return f"z{i}"
@@ -167,14 +145,13 @@ class _Walk:
 
     def _layout(
         self, node: fx.Node, index_PC: torch.Tensor, pick: Callable[[Any], torch.Tensor]
-    ) -> str:
+    ) -> _Value:
         source = _first(node)
+        self.demand.reshaped = True
         if any(isinstance(arg, fx.Node) for arg in (*node.args[1:], *node.kwargs.values())):
-            raise NotPointwise(f"`{op_name(node.target)}` depends on another tensor", node)
-        if op_name(node.target) in _KEEPS_ORDER:
-            return self.value(source, index_PC)
+            raise NotPointwiseError(f"`{op_name(node.target)}` depends on another tensor", node)
         shape = source.meta["shape"]
-        where = torch.arange(_numel(shape)).reshape(shape)
+        where = torch.arange(math.prod(shape)).reshape(shape)
         target: Any = node.target
         if getattr(target, "__name__", "") == "__get__":
             moved = pick(target(where))
@@ -182,69 +159,129 @@ class _Walk:
             moved = pick(target(where, *node.args[1:], **node.kwargs))
         return self.value(source, moved.reshape(-1)[index_PC])
 
-    def _pointwise(self, node: fx.Node, name: str, index_PC: torch.Tensor) -> str:
+    def _cast(self, node: fx.Node, ref: _Value) -> _Value:
+        """A cast to the dtype of the linear maps stays one if the model's dtype is changed."""
+        dtype = node.meta["dtype"]
+        if not isinstance(ref, str) or _first(node).meta["dtype"] == dtype:
+            return ref
+        if dtype == self.demand.expansions[0].linear.node.meta["dtype"]:
+            return self._step("cast_like", (ref, "z0"))
+        return self._step("cast", (ref, str(dtype).removeprefix("torch.")))
+
+    def _glu(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
+        source = _first(node)
+        shape = source.meta["shape"]
+        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+        self.demand.reshaped = True
+        halves = torch.arange(math.prod(shape)).reshape(shape).chunk(2, axis)  # type: ignore[arg-type]
+        up, gate = (self.value(source, half.reshape(-1)[index_PC]) for half in halves)
+        return self._step("mul", (up, self._step("sigmoid", (gate,))))
+
+    def _convolution(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
+        """A convolution that reads several positions, as an expansion or within the hidden part."""
+        linear = convolution_of(node)
+        assert linear is not None
+        self._mix(f"`{op_name(node.target)}` has a kernel larger than one or groups", node)
+        if linear.x.meta["shape"] == node.meta["shape"] and node.args[1:]:
+            weight = node.args[1]
+            if isinstance(weight, fx.Node) and weight.meta["shape"][1] == 1:  # depthwise
+                return self.value(linear.x, index_PC)
+        return self._expansion(linear, index_PC)
+
+    def _opaque(self, node: fx.Node, out: fx.Node, index_PC: torch.Tensor) -> _Value:
+        """An operation that is not pointwise; go on through it where it has one tensor to read."""
+        name = op_name(node.target)
+        data = [n for n in node.all_input_nodes if not (n.op == "get_attr" and n.meta["parameter"])]
+        mixes = name in NONLINEAR_MIXERS | SCALING_MIXERS
+        reason = (
+            f"`{name}` mixes the hidden axis" if mixes else f"`{name}` is not known to be pointwise"
+        )
+        if len(data) != 1 or node.target is replayed_block:
+            raise NotPointwiseError(reason, node)
+        if data[0].meta.get("shape") != out.meta["shape"]:
+            if name not in SCALING_MIXERS:
+                raise NotPointwiseError(reason, node)
+            self._mix(reason, node)
+            return 1.0  # a factor that all columns share
+        self._mix(reason, node)
+        ref = self.value(data[0], index_PC)
+        return ref if name in SCALING_MIXERS | AFFINE else self._step(name, (ref,))
+
+    def _pointwise(self, node: fx.Node, name: str, index_PC: torch.Tensor) -> _Value:
         shape = node.meta["shape"]
-        bias: str | None = None
+        if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
+            raise NotPointwiseError(f"`{name}` depends on another tensor", node)
         args: list[Any] = []
         for arg in node.args:
-            if not isinstance(arg, fx.Node):
+            if isinstance(arg, fx.Node):
+                size, own = math.prod(arg.meta["shape"]), arg.meta["shape"]
+                where = torch.arange(size).reshape(own).expand(shape).reshape(-1)
+                args.append(self.value(arg, where[index_PC]))
+            else:
                 args.append(arg)
-                continue
-            size = _numel(arg.meta["shape"])
-            operand_PC = index_PC
-            if arg.meta["shape"] != shape:
-                where = torch.arange(size).reshape(arg.meta["shape"]).expand(shape).reshape(-1)
-                operand_PC = where[index_PC]
-            if arg.op == "get_attr" and arg.meta["parameter"]:
-                bias = arg.meta["parameter"]
-                if name != "add" or not torch.equal(operand_PC[0], torch.arange(size)):
-                    # Go on: only if all else is pointwise is this worth telling.
-                    self.demand.refusal = NotPointwise(
-                        "a learned parameter is in its nonlinearity", arg
-                    )
-                continue
-            args.append(self.value(arg, operand_PC))
-        if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
-            raise NotPointwise(f"`{name}` depends on another tensor", node)
-        if bias is not None:
-            return self._add_bias(args[0], bias, node) if args else "z0"
-        if op_is_reversed(node):
-            args.reverse()
+        stored = [arg for arg in args if isinstance(arg, _Stored)]
+        if stored:
+            return self._with_stored(name, node, args, stored)
         kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-        if name in {"relu", "silu", "elu", "leaky_relu", "hardswish", "mish", "selu", "celu"}:
+        if name in INPLACE:
             args = [a for a in args if not isinstance(a, bool)]  # a positional inplace flag
+        if name == "rdiv":  # torch computes ``other / x`` like this, too
+            return self._step("mul", (self._step("reciprocal", (args[0],)), args[1]))
+        if name == "rpow":
+            return self._step("pow", (args[1], args[0]))
         return self._step(name, tuple(args), kwargs)
 
-    def _add_bias(self, ref: str, parameter: str, node: fx.Node) -> str:
-        """A per-neuron parameter that is added right after a linear map is that map's bias."""
-        i = int(ref[1:])
-        if ref[0] != "z" or self.demand.expansions[i].linear.bias or i in self.demand.biases:
-            refusal = NotPointwise("a learned parameter is in its nonlinearity", node)
-            self.demand.refusal = self.demand.refusal or refusal
-            return ref
-        self.demand.biases[i] = parameter
-        return ref
+    def _with_stored(
+        self, name: str, node: fx.Node, args: list[Any], stored: list[_Stored]
+    ) -> _Value:
+        """A parameter that is added to a linear map is its bias; any other use is refused."""
+        rest = [arg for arg in args if isinstance(arg, str)]
+        if name == "add" and len(args) == 2 and not node.kwargs and rest and rest[0][0] == "z":
+            i = int(rest[0][1:])
+            expansion = self.demand.expansions[i]
+            if (
+                not expansion.linear.bias
+                and self.demand.biases.get(i, stored[0].name) == stored[0].name
+                and torch.equal(stored[0].index_C, expansion.rows)
+            ):
+                self.demand.biases[i] = stored[0].name
+                return f"b{i}"
+        self._learn(f"its nonlinearity has a parameter of its own (`{stored[0].name}`)", node)
+        return rest[0] if rest else 1.0
+
+    def name_biased(self) -> None:
+        """Call every biased expansion z again, if it is used with its bias everywhere."""
+        used = {
+            arg
+            for op, args, _ in self.demand.steps
+            for arg in (args[:1] if op == "cast_like" else args)
+        }
+        for i, name in self.demand.biases.items():
+            if f"z{i}" in used:
+                node = self.demand.expansions[i].linear.node
+                self._learn(f"it reads a linear map with and without the bias `{name}`", node)
+
+        def plain(arg: Any) -> Any:
+            return (
+                f"z{arg[1:]}"
+                if isinstance(arg, str) and arg[0] == "b" and arg[1:].isdigit()
+                else arg
+            )
+
+        self.demand.steps = [
+            (op, tuple(plain(arg) for arg in args), kwargs)
+            for op, args, kwargs in self.demand.steps
+        ]
 
 
-def op_is_reversed(node: fx.Node) -> bool:
-    """``__rsub__`` and its like take their operands the other way round."""
-    return getattr(node.target, "__name__", "") in {
-        "__rsub__",
-        "__rtruediv__",
-        "__rdiv__",
-        "__rpow__",
-    }
+def dropout_probability(node: fx.Node) -> float:
+    """The probability of a dropout call, however it is spelled."""
+    probability: Any = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    return float(probability)
 
 
 def _first(node: fx.Node) -> fx.Node:
-    source = node.args[0]
+    source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
-        raise NotPointwise(f"`{op_name(node.target)}` makes a tensor of its own", node)
+        raise NotPointwiseError(f"`{op_name(node.target)}` makes a tensor of its own", node)
     return source
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -1,14 +1,16 @@
 """Recognise a linear map in a captured graph, however it is spelled."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-from upcycle.capture import op_name
+from upcycle.recorder import op_name
 
 # Operations that hand a parameter on without changing its numbers, but for transposition.
 _TRANSPOSES = {"t", "T", "mT", "transpose"}
-_PASSES = {"detach", "clone", "contiguous", "to", "float", "type_as", "data", "requires_grad"}
+_PASSES = {"detach", "clone", "contiguous", "to", "float", "type_as", "data"}
+_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 
 
 @dataclass(frozen=True)
@@ -31,61 +33,123 @@ class LinearMap:
     axis: int
 
 
-def parameter_of(arg: object) -> tuple[str, bool] | None:
-    """The parameter behind a node, and whether it was transposed on the way."""
+@dataclass(frozen=True)
+class _Parameter:
+    name: str
+    transposed: bool
+    ndim: int
+
+
+def parameter_of(arg: object) -> _Parameter | None:
+    """The parameter behind a node, whether it was transposed on the way, and its dimensions."""
     if not isinstance(arg, fx.Node):
         return None
     if arg.op == "get_attr":
-        return (arg.meta["parameter"], False) if arg.meta["parameter"] else None
+        name = arg.meta["parameter"]
+        return _Parameter(name, False, len(arg.meta["shape"])) if name else None
     name = op_name(arg.target)
-    if arg.op != "call_function" or name not in _TRANSPOSES | _PASSES:
+    if arg.op != "call_function" or name not in _TRANSPOSES | _PASSES or not arg.args:
         return None
     found = parameter_of(arg.args[0])
     if found is None:
         return None
-    return (found[0], found[1] != (name in _TRANSPOSES))
+    flips = name in _TRANSPOSES
+    if flips and found.ndim != 2:
+        return None
+    return _Parameter(found.name, found.transposed != flips, found.ndim)
 
 
 def linear_map(node: fx.Node) -> LinearMap | None:
     """The linear map that `node` applies to data with a parameter, or None if it is none.
 
-    Known spellings: linear; addmm, mm, matmul and ``@`` with a parameter on the right;
+    Known spellings: linear; addmm, mm, matmul, ``@`` and einsum with a parameter on the right;
     convolutions with kernel size one, one group, stride one and no padding.
     """
     if node.op != "call_function":
         return None
-    name, args = op_name(node.target), list(node.args)
-    bias: object = None
-    axis, transposed = -1, False
+    name = op_name(node.target)
+    if name in _CONVOLUTIONS:
+        return convolution_of(node) if _reads_one_position(node) else None
+    args = list(node.args)
+    kwargs = dict(node.kwargs)
     if name == "linear":
-        x, weight, bias = (*args, node.kwargs.get("bias"))[:3] if len(args) < 3 else args[:3]
-    elif name in {"matmul", "mm"} and len(args) == 2:
-        (x, weight), transposed = args, True
-    elif name == "addmm" and not node.kwargs:
-        (bias, x, weight), transposed = args, True
-    elif name in {"conv1d", "conv2d", "conv3d"} and len(args) >= 2 and _is_pointwise_conv(node):
-        x, weight, bias, axis = args[0], args[1], (args[2] if len(args) > 2 else None), 1
-    else:
-        return None
-    found = parameter_of(weight)
-    if found is None or not isinstance(x, fx.Node) or parameter_of(x) is not None:
-        return None
-    bias_found = parameter_of(bias)
-    if bias is not None and bias_found is None:
-        return None
-    bias_name = bias_found[0] if bias_found else None
-    return LinearMap(node, x, found[0], bias_name, transposed != found[1], axis)
+        x, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")
+        return _make(node, x, weight, bias, transposed=False)
+    if name in {"matmul", "mm"}:
+        x, weight = _arguments(args, kwargs, "input", "mat2" if name == "mm" else "other")
+        return _make(node, x, weight, None, transposed=True)
+    if name == "addmm" and len(args) == 3 and not kwargs:
+        return _make(node, args[1], args[2], args[0], transposed=True)
+    if name == "einsum":
+        return _einsum(node)
+    return None
 
 
-def _is_pointwise_conv(node: fx.Node) -> bool:
-    shape = node.args[1].meta["shape"] if isinstance(node.args[1], fx.Node) else ()
-    defaults = (1, 0, 1, 1)  # stride, padding, dilation, groups
+def convolution_of(node: fx.Node) -> LinearMap | None:
+    """A convolution of a batch with a parameter, whatever its kernel, as a map along axis 1."""
+    dimensions = _CONVOLUTIONS.get(op_name(node.target))
+    if dimensions is None:
+        return None
+    x, weight, bias = _arguments(list(node.args), dict(node.kwargs), "input", "weight", "bias")
+    if not isinstance(x, fx.Node) or len(x.meta["shape"]) != dimensions + 2:
+        return None
+    return _make(node, x, weight, bias, transposed=False, axis=1, ndim=dimensions + 2)
+
+
+def _arguments(args: list[Any], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    """The arguments of these names, in this order, wherever they were given."""
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _make(
+    node: fx.Node,
+    x: object,
+    weight: object,
+    bias: object,
+    *,
+    transposed: bool,
+    axis: int = -1,
+    ndim: int = 2,
+) -> LinearMap | None:
+    found, found_bias = parameter_of(weight), parameter_of(bias)
+    if found is None or found.ndim != ndim:
+        return None
+    if not isinstance(x, fx.Node) or parameter_of(x) is not None:
+        return None
+    if bias is not None and (found_bias is None or found_bias.ndim != 1):
+        return None
+    bias_name = found_bias.name if found_bias else None
+    return LinearMap(node, x, found.name, bias_name, transposed != found.transposed, axis)
+
+
+def _einsum(node: fx.Node) -> LinearMap | None:
+    """``...d,df->...f`` and ``...d,fd->...f`` in any letters."""
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    data, _, weight = inputs.partition(",")
+    if len(weight) != 2 or not data or data[-1] not in weight or "." in weight:
+        return None
+    new = weight.replace(data[-1], "")
+    if len(new) != 1 or new in data or output != data[:-1] + new:
+        return None
+    return _make(node, operands[0], operands[1], None, transposed=weight[0] == data[-1])
+
+
+def _reads_one_position(node: fx.Node) -> bool:
+    """Kernel one, stride one, no padding, one group."""
     names = ("stride", "padding", "dilation", "groups")
-    given = [node.kwargs.get(n, d) for n, d in zip(names, defaults, strict=True)]
-    for i, value in enumerate(node.args[3:]):
-        given[i] = value
-    plain = all(
-        all(v == d for v in (value if isinstance(value, tuple | list) else [value]))
-        for value, d in zip(given, defaults, strict=True)
-    )
-    return plain and all(size == 1 for size in shape[2:])
+    given = _arguments(list(node.args[3:]), dict(node.kwargs), *names)
+    weight = _arguments(list(node.args), dict(node.kwargs), "input", "weight")[1]
+    if not isinstance(weight, fx.Node) or any(size != 1 for size in weight.meta["shape"][2:]):
+        return False
+    stride, padding, _, groups = given
+    ones = all(v in (None, 1) for v in (*_all(stride), *_all(groups)))
+    return ones and (padding == "valid" or all(v in (None, 0) for v in _all(padding)))
+
+
+def _all(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

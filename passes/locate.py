@@ -4,30 +4,35 @@ Each linear map is tried as a contraction: `demand.trace` walks back from its in
 expansions. No name of a class or of a module is looked at.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 from torch import fx, nn
 
-from upcycle.capture import ExampleInputs, Program, capture, op_name
+from upcycle.capture import ExampleInputs, capture
 from upcycle.ffn import FFN, Located, Miss, Projection
 from upcycle.inputs import find_example
 from upcycle.passes.activations import recognise, swapped
-from upcycle.passes.demand import MIXERS, NotPointwise, trace
+from upcycle.passes.demand import trace
+from upcycle.passes.hidden import Demand, NotPointwiseError
 from upcycle.passes.linear import LinearMap, linear_map
 from upcycle.passes.region import (
     check_leaf_modules,
     check_no_escape,
     check_one_input,
+    check_own_weights,
     common_path,
     is_nonlinear,
     kind_of,
     output_of,
     placement_of,
     projection_of,
-    trailing_dropout,
+    spread_of,
 )
 from upcycle.passes.replay import crosses_blocks, with_replayed_misses, with_replays
+from upcycle.passes.sharing import read_elsewhere, without_tied
 from upcycle.pointwise import Pointwise
+from upcycle.recorder import Program, op_name
 
 EXPERT_OPS = {"grouped_mm"}  # matrices chosen per token
 
@@ -37,9 +42,9 @@ def locate(program: Program) -> Located:
 
     An FFN whose weights are used at several places of the model is reported once.
     """
-    found: list[FFN] = []
+    found: dict[tuple[str, ...], FFN] = {}
     misses: list[Miss] = []
-    seen: set[tuple[str, ...]] = set()
+    uses: dict[tuple[str, ...], set[fx.Node]] = {}
     live = _live_nodes(program.graph)
     for node in program.graph.nodes:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
@@ -48,18 +53,25 @@ def locate(program: Program) -> Located:
         if contraction is None:
             continue
         try:
-            ffn = _ffn(program, contraction, live)
-        except NotPointwise as reason:
-            if _looks_like_ffn(contraction, reason):
+            demand = trace(contraction.x, contraction.axis)
+            ffn = _ffn(program, contraction, demand, live)
+        except NotPointwiseError as reason:
+            if reason.told:
                 misses.append(Miss(contraction.node.meta["path"], str(reason)))
             continue
-        if ffn.parameters not in seen:
-            seen.add(ffn.parameters)
-            found.append(ffn)
-    kept = _drop_overlapping(found, misses)
+        found.setdefault(ffn.parameters, ffn)
+        maps = {expansion.linear.node for expansion in demand.expansions}
+        uses.setdefault(ffn.parameters, set()).update(maps, {contraction.node})
+    kept = _drop_overlapping(list(found.values()), misses)
+    for ffn in list(kept):
+        reader = read_elsewhere(program.graph, ffn, uses[ffn.parameters], live)
+        if reader is not None:
+            kept.remove(ffn)
+            misses.append(Miss(ffn.path, reader))
     used = {p.module for ffn in kept for p in (*ffn.expansions, ffn.contraction)}
     told = [miss for miss in misses if miss.path not in used]
-    return Located(with_replays(program, kept), tuple(with_replayed_misses(program, told)))
+    ffns = _with_distinct_paths(with_replays(program, kept))
+    return Located(ffns, tuple(with_replayed_misses(program, told)))
 
 
 def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located:
@@ -77,25 +89,7 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
     located = locate(program)
     if any(crosses_blocks(program, ffn) for ffn in located.ffns):
         located = locate(captured(repeat_blocks=False))
-    return _without_tied(model, located)
-
-
-def _without_tied(model: nn.Module, located: Located) -> Located:
-    """Refuse FFNs whose weights something else uses too: converting them would change it."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    aliases = {name: group for group in names.values() for name in group}
-    ffns, misses = [], list(located.misses)
-    for ffn in located.ffns:
-        own = set(ffn.parameters)
-        others = sorted(set().union(*(aliases[name] for name in own)) - own)
-        if others or len(own & set(aliases)) > len({id(aliases[name]) for name in own}):
-            shared = others[0] if others else "itself (the contraction is the transposed expansion)"
-            misses.append(Miss(ffn.path, f"its weights are shared with {shared}: untie them first"))
-        else:
-            ffns.append(ffn)
-    return Located(tuple(ffns), tuple(misses))
+    return without_tied(model, located)
 
 
 def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -110,79 +104,86 @@ def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
     return live
 
 
-def _ffn(program: Program, contraction: LinearMap, live: set[fx.Node]) -> FFN:
-    demand = trace(contraction.x, contraction.axis)
-    check_one_input(demand, contraction)
-    check_no_escape(demand, contraction, live)
+def _ffn(program: Program, contraction: LinearMap, demand: Demand, live: set[fx.Node]) -> FFN:
     expansions = [e.linear for e in demand.expansions]
     pointwise = Pointwise(len(expansions), tuple(demand.steps))
     if not is_nonlinear(pointwise):
-        raise NotPointwise("there is no nonlinearity between the linear maps", contraction.node)
+        raise NotPointwiseError(
+            "there is no nonlinearity between the linear maps", contraction.node
+        )
+    if demand.mixing is not None:
+        raise demand.mixing
+    check_one_input(demand, contraction)
+    if demand.learned is not None:
+        raise demand.learned
+    check_own_weights(expansions, contraction)
+    check_no_escape(demand, contraction, live)
     projections = [projection_of(demand, i) for i in range(len(expansions))]
     named = recognise(pointwise)
     if named.name == "custom" and named.arity == 2:
         other = recognise(swapped(pointwise))
         if other.name != "custom":
             named, projections = other, projections[::-1]
+    output, bias = output_of(contraction)
+    d_out = contraction.node.meta["shape"][contraction.axis]
     d_model = expansions[0].x.meta["shape"][expansions[0].axis]
     d_ff = contraction.x.meta["shape"][contraction.axis]
-    d_out = contraction.node.meta["shape"][contraction.axis]
-    owner = common_path([p.module for p in projections] + [contraction.node.meta["path"]])
-    output, bias = output_of(contraction)
-    end, dropout = trailing_dropout(output)
-    down = Projection(
-        contraction.node.meta["path"],
-        contraction.weight,
-        bias,
-        contraction.transposed,
-        (0, d_out, 1),
-    )
+    path = contraction.node.meta["path"]
+    owner = common_path([p.module for p in projections] + [path])
+    placement, dropout = placement_of(program, owner, expansions[0].x, output)
     ffn = FFN(
         path=owner,
         kind=kind_of(d_model, d_ff, d_out),
-        placement="inline",
+        placement="module",
         expansions=tuple(projections),
-        contraction=down,
+        contraction=Projection(
+            path, contraction.weight, bias, contraction.transposed, (0, d_out, 1)
+        ),
         pointwise=named,
         d_model=d_model,
         d_ff=d_ff,
         d_out=d_out,
         axis=contraction.axis,
         hidden_dropout=demand.dropout,
+        output_dropout=dropout,
     )
-    placement = placement_of(program, ffn, expansions[0].x, {output, end})
-    if placement == "module":
-        return replace(ffn, placement=placement, output_dropout=dropout)
+    if placement == "module" and owner:
+        return ffn
     check_leaf_modules(program, ffn, [*(e.node for e in expansions), output])
-    return replace(ffn, placement=placement)
-
-
-def _looks_like_ffn(contraction: LinearMap, reason: NotPointwise) -> bool:
-    """Whether a refusal is worth telling: an activation of a linear map comes before it."""
-    node: fx.Node | None = reason.node
-    if str(reason).startswith(("its", "a learned", "positions", "one module")):
-        return True
-    if node is None or node.op != "call_function" or op_name(node.target) not in MIXERS:
-        return False
-    source = node.args[0]
-    try:
-        demand = trace(source, -1) if isinstance(source, fx.Node) else None
-    except NotPointwise:
-        return False
-    return demand is not None and is_nonlinear(
-        Pointwise(len(demand.expansions), tuple(demand.steps))
+    return replace(
+        ffn, placement=spread_of(ffn), output_dropout=0.0, tap_widths=_tap_widths(demand)
     )
+
+
+def _tap_widths(demand: Demand) -> tuple[int, ...]:
+    """Widths of the expansions' outputs where the model reshapes them, so that taps keep them."""
+    if not demand.reshaped:
+        return ()
+    widths = {
+        e.linear.node.meta["path"]: e.linear.node.meta["shape"][e.linear.axis]
+        for e in demand.expansions
+    }
+    return tuple(widths.values())
 
 
 def _drop_overlapping(found: list[FFN], misses: list[Miss]) -> list[FFN]:
-    """Of FFNs that share a linear map keep the one with more neurons."""
+    """Of FFNs that share a linear map keep a real one, and the one with more neurons."""
     kept: list[FFN] = []
-    for ffn in sorted(found, key=lambda f: -f.d_ff):
+    for ffn in sorted(found, key=lambda f: (f.kind != "ffn", -f.d_ff)):
         rival = next((k for k in kept if set(k.parameters) & set(ffn.parameters)), None)
         if rival is None:
             kept.append(ffn)
         else:
+            where = rival.path or rival.contraction.module
             misses.append(
-                Miss(ffn.contraction.module, f"it shares a weight with the FFN `{rival.path}`")
+                Miss(ffn.contraction.module, f"it shares a weight with the FFN `{where}`")
             )
     return [ffn for ffn in found if ffn in kept]
+
+
+def _with_distinct_paths(ffns: tuple[FFN, ...]) -> tuple[FFN, ...]:
+    """Where one module holds several FFNs, the path of each is that of its contraction."""
+    count = Counter(ffn.path for ffn in ffns)
+    return tuple(
+        replace(ffn, path=ffn.contraction.module) if count[ffn.path] > 1 else ffn for ffn in ffns
+    )

@@ -1,41 +1,47 @@
 """Findings in a recorded block hold for every sibling that repeats it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from upcycle.capture import Program
 from upcycle.ffn import FFN, Miss, Projection
+from upcycle.recorder import Program
 
 
 def crosses_blocks(program: Program, ffn: FFN) -> bool:
-    """Whether part of the FFN, and not all of it, lies in a block that stands for others."""
+    """Whether the FFN reaches from one to another of blocks that were not all recorded."""
     paths = [p.module for p in (*ffn.expansions, ffn.contraction)]
-    return any(
-        0 < sum(_inside(path, block) for path in paths) < len(paths)
-        for template, siblings in program.replays.items()
-        for block in (template, *siblings, *_earlier_sibling(template))
-    )
+    lists = {template.rpartition(".")[0] for template in program.replays}
+    return any(len({_child(path, parent) for path in paths}) > 1 for parent in lists)
 
 
-def _earlier_sibling(template: str) -> list[str]:
-    head, _, index = template.rpartition(".")
-    return [f"{head}.{int(index) - 1}".lstrip(".")] if index.isdigit() and int(index) else []
+def _child(path: str, parent: str) -> str | None:
+    """The block of the list `parent` that `path` lies in."""
+    if parent and not path.startswith(f"{parent}."):
+        return None
+    return path[len(parent) :].lstrip(".").partition(".")[0]
 
 
 def with_replays(program: Program, found: list[FFN]) -> tuple[FFN, ...]:
-    """Add a copy of each FFN for every sibling block that repeats the one it was found in."""
-    out: list[FFN] = []
-    for ffn in found:
-        out.append(ffn)
-        for template, siblings in program.replays.items():
-            if _inside(ffn.path, template):
-                for path in dict.fromkeys(siblings):
-                    if path != template:
-                        out.append(_renamed(ffn, template, path))
-    unique = {ffn.parameters: ffn for ffn in reversed(out)}
-    return tuple(sorted(unique.values(), key=_running_order(program, found)))
+    """Add each FFN for every block that repeats the one it was found in; in running order."""
+    unique: dict[tuple[str, ...], FFN] = {}
+    todo = list(reversed(found))
+    while todo:
+        ffn = todo.pop()
+        if ffn.parameters in unique:
+            continue
+        unique[ffn.parameters] = ffn
+        copies = [
+            _renamed(ffn, template, path)
+            for template, siblings in program.replays.items()
+            if _inside(ffn.path, template)
+            for path in dict.fromkeys(siblings)
+            if path != template
+        ]
+        todo += reversed(copies)
+    return tuple(sorted(unique.values(), key=_running_order(program)))
 
 
-def _running_order(program: Program, found: list[FFN]):  # type: ignore[no-untyped-def]
+def _running_order(program: Program) -> Callable[[FFN], tuple[int, ...]]:
     order = {path: i for i, path in enumerate(program.calls)}
 
     def key(ffn: FFN) -> tuple[int, ...]:
@@ -63,12 +69,22 @@ def _renamed(ffn: FFN, old: str, new: str) -> FFN:
 
 
 def with_replayed_misses(program: Program, misses: list[Miss]) -> list[Miss]:
-    out = list(misses)
-    for miss in misses:
-        for template, siblings in program.replays.items():
-            if _inside(miss.path, template):
-                out += [Miss(s + miss.path[len(template) :], miss.reason) for s in siblings]
-    return list(dict.fromkeys(out))
+    """Add each miss for every block that repeats the one it was found in."""
+    unique: dict[Miss, None] = {}
+    todo = list(reversed(misses))
+    while todo:
+        miss = todo.pop()
+        if miss in unique:
+            continue
+        unique[miss] = None
+        copies = [
+            Miss(path + miss.path[len(template) :], miss.reason)
+            for template, siblings in program.replays.items()
+            if _inside(miss.path, template)
+            for path in siblings
+        ]
+        todo += reversed(copies)
+    return list(unique)
 
 
 def _inside(path: str, block: str) -> bool:

@@ -4,8 +4,6 @@ Shape suffixes: E experts, I neurons of an expert, F neurons of the FFN, D d_mod
 O d_out.
 """
 
-import hashlib
-
 import torch
 
 from upcycle.errors import UnsupportedError, UsageError
@@ -29,22 +27,9 @@ def transform(ffn: FFNWeights, spec: MoESpec) -> MoEWeights:
         Experts, a float32 router, and the output bias of the FFN, which the layer adds once.
         Memory: the experts, and what their method says.
     """
-    experts = EXPERTS[spec.experts.method].build(ffn, spec, generator=_generator(spec, "experts"))
-    router = GATES[spec.router.method].build(
-        ffn, experts, spec, generator=_generator(spec, "router")
-    )
+    experts = EXPERTS[spec.experts.method].build(ffn, spec, generator=spec.generator("experts"))
+    router = GATES[spec.router.method].build(ffn, experts, spec, generator=spec.generator("router"))
     return MoEWeights(experts=experts, router=router, output_bias_O=ffn.down_bias_O)
-
-
-def _generator(spec: MoESpec, purpose: str) -> torch.Generator:
-    """The generator of the spec for one purpose.
-
-    The CPU generator of torch reads the low 32 bits of a seed only, and the spec keeps the layer
-    in the high ones; so all 64 are hashed into the low 32.
-    """
-    seed = spec.generator(purpose).initial_seed() % 2**64
-    digest = hashlib.sha256(seed.to_bytes(8, "big")).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 @torch.no_grad()

@@ -36,10 +36,12 @@ LAYERS = {
     "upcycle.recipe": 2,
     "upcycle.recipe_file": 2,
     "upcycle.recipes": 2,
+    "upcycle.recorder": 2,
     "upcycle.sample_store": 2,
     "upcycle.samples": 2,
     "upcycle.shipped": 2,
     "upcycle.spec": 2,
+    "upcycle.structure": 2,
     # 1: data, and the layer that a converted model contains
     "upcycle.errors": 1,
     "upcycle.ffn": 1,

@@ -40,7 +40,8 @@ class FFN:
     """A dense FFN of the model.
 
     Attributes:
-        path: the innermost module that holds the whole FFN.
+        path: the innermost module that holds the whole FFN; where it holds several, the module of
+            the contraction. No two FFNs of a model have the same.
         kind: ``ffn``; ``bottleneck`` (narrower than its input); ``head`` (a classifier or pooler).
         placement: ``module`` if `path` is exactly the FFN, so that it can be swapped; ``siblings``
             if the linear maps belong to different modules; ``inline`` if one forward applies them
@@ -54,6 +55,8 @@ class FFN:
         axis: the axis of x, hidden and output that the linear maps work along: -1, or 1 for
             convolutions with kernel size one.
         hidden_dropout, output_dropout: training-time dropout probabilities in the FFN.
+        tap_widths: if the model reshapes the hidden tensor, so that a tap may not return an empty
+            one: the output width of each module in `expansions`, each once; else empty.
     """
 
     path: str
@@ -68,6 +71,7 @@ class FFN:
     axis: int = -1
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
+    tap_widths: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.capture import ExampleInputs, Program, capture
+from upcycle.capture import ExampleInputs, capture
 from upcycle.errors import CaptureError
+from upcycle.recorder import Program
 
 # Sizes that differ from each other, so that a mix-up of axes shows.
 BATCH, LENGTH, DECODER_LENGTH = 2, 7, 5

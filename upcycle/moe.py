@@ -83,6 +83,7 @@ class Router(nn.Module):
         return logits_TE, weights_TK * self.scale, index_TK
 
     def extra_repr(self) -> str:
+        """For ``print(model)``."""
         shape = f"num_experts={self.weight.shape[0]}, d_model={self.weight.shape[1]}"
         return f"{shape}, top_k={self.top_k}, weights={self.weights}, tied={self.tied}"
 
@@ -96,9 +97,11 @@ class Activation(nn.Module):
         self.dropout = dropout
 
     def forward(self, *z: torch.Tensor) -> torch.Tensor:
+        """As `Pointwise.__call__`, then dropout."""
         return F.dropout(self.pointwise(*z), self.dropout, self.training)
 
     def extra_repr(self) -> str:
+        """For ``print(model)``."""
         return self.pointwise.name
 
 
@@ -106,8 +109,8 @@ class Experts(nn.Module):
     """E experts of I neurons each, stored as 3-D tensors.
 
     Gated: `gate_up_proj` [E, 2I, D] (gate rows first); plain: `up_proj` [E, I, D]; then
-    `down_proj` [E, O, I]; optional `*_bias`. Which kernel runs is ``config._experts_implementation``,
-    a name that transformers knows, or ``eager``.
+    `down_proj` [E, O, I]; optional `*_bias`. Which kernel runs is
+    ``config._experts_implementation``, a name that transformers knows, or ``eager``.
     """
 
     has_post_expert_norm = False
@@ -133,7 +136,7 @@ class Experts(nn.Module):
         self.has_bias = bias
         self._is_expert_parallel = False
         self.act_fn = Activation(pointwise, dropout)
-        # The kernels of transformers take the output width from the input, so they serve d_out = d_model.
+        # The kernels of transformers take the output width from the input: d_out = d_model only.
         self.config = SimpleNamespace(
             _experts_implementation="grouped_mm" if d_out == d_model else "eager"
         )
@@ -163,12 +166,13 @@ class Experts(nn.Module):
         return self.down_proj.new_zeros(self.down_proj.shape[:2])
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self.act_fn(*gate_up.chunk(self.act_fn.pointwise.arity, dim=-1))
+        hidden: torch.Tensor = self.act_fn(*gate_up.chunk(self.act_fn.pointwise.arity, dim=-1))
+        return hidden
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens [T, D], index [T, K] int64, weights [T, K] -> [T, O] in the dtype of the tokens."""
+        """Tokens [T, D], index [T, K] int64, weights [T, K] -> [T, O], in the tokens' dtype."""
         name = self.config._experts_implementation
         if name == "grouped_mm" and not self._fits_grouped_mm():
             name = "eager"
@@ -249,7 +253,7 @@ class MoE(nn.Module):
         self.axis = config.get("axis", -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [..., D] -> [..., O]; with ``axis: 1`` (convolutions) [B, D, ...] -> [B, O, ...]."""
+        """Tokens [..., D] -> [..., O]; with ``axis: 1`` (convolutions) [B, D, ...] likewise."""
         if self.router.tied and self.training:
             self.tie_router()
         x = x.movedim(self.axis, -1)
@@ -260,7 +264,7 @@ class MoE(nn.Module):
     def tokens(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The layer on a list of tokens, [T, D] -> [T, O], without dropout."""
         _, weights_TK, index_TK = self.router(x_TD)
-        y_TO = self.experts(x_TD, index_TK, weights_TK)
+        y_TO: torch.Tensor = self.experts(x_TD, index_TK, weights_TK)
         return y_TO if self.output_bias is None else y_TO + self.output_bias
 
     @torch.no_grad()
@@ -270,7 +274,8 @@ class MoE(nn.Module):
             self.router.weight.dtype
         )
         count_E1 = (key_EID != 0).any(-1).sum(-1, keepdim=True).clamp(min=1)
-        self.router.weight.copy_(key_EID.sum(1) / count_E1)
+        # Not seen by autograd: the same layer may run twice before the backward pass.
+        self.router.weight.data.copy_(key_EID.sum(1) / count_E1)
 
 
 @contextmanager
@@ -281,11 +286,11 @@ def all_experts(model: nn.Module) -> Iterator[None]:
     method is run with.
     """
     routers = [m for m in model.modules() if isinstance(m, Router)]
-    saved = [(r.top_k, r.weights, r.scale) for r in routers]
+    saved = [(r, r.top_k, r.weights, r.scale) for r in routers]
     try:
-        for r in routers:
-            r.top_k, r.weights, r.scale = r.weight.shape[0], "one", 1.0
+        for router in routers:
+            router.top_k, router.weights, router.scale = router.weight.shape[0], "one", 1.0
         yield
     finally:
-        for r, (r.top_k, r.weights, r.scale) in zip(routers, saved, strict=True):
-            pass
+        for router, top_k, weights, scale in saved:
+            router.top_k, router.weights, router.scale = top_k, weights, scale

@@ -18,15 +18,15 @@ class Section(BaseModel):
 
 
 class Layers(Section):
-    """Which of the located FFNs are converted, counted in the order in which the model runs them."""
+    """Which of the located FFNs are converted, counted in the order in which they run."""
 
     include: str | tuple[str, ...] = Field("*", description="glob patterns of FFN paths")
     exclude: tuple[str, ...] = Field((), description="glob patterns of FFN paths to leave dense")
     every: int = Field(1, ge=1, description="convert every n-th of the remaining FFNs")
-    skip_first: int | Annotated[float, Field(ge=0, lt=1)] = Field(
+    skip_first: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         0, description="leave the first n FFNs dense; below 1, that fraction of them"
     )
-    skip_last: int | Annotated[float, Field(ge=0, lt=1)] = Field(
+    skip_last: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         0, description="leave the last n FFNs dense; below 1, that fraction of them"
     )
 
@@ -34,7 +34,9 @@ class Layers(Section):
 class Experts(Section):
     """How experts are made from a dense FFN."""
 
-    method: Literal["copy", "granular", "contiguous", "random", "cluster"]
+    method: Literal["copy", "granular", "contiguous", "random", "cluster"] = Field(
+        description="copy: whole FFNs; granular: slices of copies; others: parts of one FFN"
+    )
     count: int = Field(ge=1, description="experts; for granular, copies of the FFN")
     granularity: int = Field(1, ge=1, description="granular: slices that each copy is cut into")
     scale: Literal["down", "up_down", "even"] = Field(
@@ -48,9 +50,13 @@ class Experts(Section):
 class Router(Section):
     """How tokens find their experts."""
 
-    method: Literal["normal", "virtual_group", "avg_key", "centroid"]
-    top_k: Annotated[int, Field(ge=1)] | Literal["all"]
-    weights: WeightRule
+    method: Literal["normal", "virtual_group", "avg_key", "centroid"] = Field(
+        description="random rows; the same for the slices of a copy; or made from the experts"
+    )
+    top_k: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        description="experts that a token visits"
+    )
+    weights: WeightRule = Field(description="how the outputs of the visited experts are weighted")
     std: float = Field(0.02, ge=0, description="normal, virtual_group: standard deviation")
     bias: bool = Field(False, description="add a bias, which starts at zero")
     tied: bool = Field(
@@ -70,7 +76,7 @@ class Verify(Section):
 class Recipe(Section):
     """A conversion: which FFNs, how experts are made, how tokens find them, what is promised."""
 
-    version: Literal[1] = 1
+    version: Literal[1] = Field(1, description="of the recipe format")
     layers: Layers = Layers()
     experts: Experts
     router: Router

@@ -1,5 +1,6 @@
 """What was decided: one `MoESpec` for each FFN that is converted. Plain data, no tensors."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,8 +39,9 @@ class MoESpec:
 
     def generator(self, purpose: str) -> torch.Generator:
         """A fresh generator for one purpose, so that adding a draw does not shift another."""
-        salt = sum(ord(letter) << (8 * (i % 4)) for i, letter in enumerate(purpose))
-        return torch.Generator().manual_seed((self.seed << 32) ^ salt)
+        digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
+        # torch's CPU generator reads the low 32 bits of a seed only.
+        return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
     def layer_config(self) -> dict[str, Any]:
         """The configuration of the runtime layer, as `upcycle.moe.MoE` takes it."""
@@ -69,6 +71,7 @@ class MoESpec:
             "placement": self.ffn.placement,
             "expansions": list(dict.fromkeys(p.module for p in self.ffn.expansions)),
             "contraction": self.ffn.contraction.module,
+            "tap_widths": list(self.ffn.tap_widths),
             "layer": self.layer_config(),
         }
 

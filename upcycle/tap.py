@@ -4,7 +4,8 @@ An FFN that is exactly one module is swapped. One that is spread over siblings (
 inline by its layer (OPT, nn.TransformerEncoderLayer) is *tapped*: the expansion becomes a `Tap`,
 which hands its input to the MoE layer and returns a hidden tensor of width zero, on which every
 pointwise operation is free; the contraction becomes a `TappedMoE`, which computes the whole layer
-from that input. The model's own code stays as it is.
+from that input. The model's own code stays as it is. Where that code reshapes the hidden tensor,
+the tap returns zeros of the old width.
 """
 
 import threading
@@ -15,6 +16,18 @@ import torch
 from torch import nn
 
 from upcycle.moe import MoE
+
+
+class _Remembered(threading.local):
+    """The input of an FFN, between its expansion and its contraction; each thread has its own.
+
+    A copy or a pickle of a model is not in the middle of a forward, so it remembers nothing.
+    """
+
+    x: torch.Tensor | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Remembered, ()
 
 
 class _Absent(torch.Tensor):
@@ -29,25 +42,28 @@ class TappedMoE(MoE):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        self._tapped: dict[int, torch.Tensor] = {}
-        self._tapped_compiled: torch.Tensor | None = None
+        self._remembered = _Remembered()
+        self._compiled_x: torch.Tensor | None = None  # what a compiler can follow
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled_x": None}
 
     def remember(self, x: torch.Tensor) -> None:
-        """Keep the input of the FFN, for each thread by itself, until the contraction runs."""
+        """Keep the input of the FFN until the contraction runs."""
         if torch.compiler.is_compiling():
-            self._tapped_compiled = x  # a plain attribute is what the compiler can follow
+            self._compiled_x = x
         else:
-            self._tapped[threading.get_ident()] = x
+            self._remembered.x = x
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` [..., 0] only gives the shape of the result, [..., O]."""
-        if torch.compiler.is_compiling():
-            x, self._tapped_compiled = self._tapped_compiled, None
-        else:
-            x = self._tapped.pop(threading.get_ident(), None)
+        """`hidden` only gives the shape of the result, but for its axis of neurons."""
+        x, self._compiled_x = self._compiled_x, None
+        if not torch.compiler.is_compiling() and x is None:
+            x, self._remembered.x = self._remembered.x, None
         if x is None:
             raise RuntimeError(
-                "a contraction ran without its expansion: the model's forward changed"
+                "a contraction ran without its expansion: the forward of the model has changed "
+                "since it was converted"
             )
         y = super().forward(x)
         shape = list(hidden.shape)
@@ -66,22 +82,28 @@ class TappedMoE(MoE):
 
 
 class Tap(nn.Module):
-    """In the place of an expansion: remembers its input, returns a hidden tensor of width zero."""
+    """In the place of an expansion: remembers its input, returns an empty hidden tensor."""
 
-    def __init__(self, layer: TappedMoE, *, first: bool) -> None:
+    _layer: TappedMoE
+
+    def __init__(self, layer: TappedMoE, *, first: bool, width: int = 0) -> None:
         super().__init__()
         self.first = first
+        self.width = width
         # Not a registered child: the layer's parameters have one name, the contraction's.
         object.__setattr__(self, "_layer", layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., D] -> [..., 0]."""
-        layer: TappedMoE = self._layer
+        """x [..., D] -> zeros [..., width]."""
         if self.first:
-            layer.remember(x)
+            self._layer.remember(x)
         shape = list(x.shape)
-        shape[layer.axis] = 0
-        return x.new_empty(shape)
+        shape[self._layer.axis] = self.width
+        return x.new_zeros(shape)
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"width={self.width}"
 
     @property
     def weight(self) -> torch.Tensor:
@@ -101,19 +123,30 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
         model: the dense model; on the meta device the layers are made there too.
         sites: as ``MoESpec.site()`` describes them.
 
+    A module that is registered at several places of `model` is replaced at all of them.
+
     Returns:
         The layers, in the order of `sites`.
     """
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+
+    def put(path: str, new: nn.Module) -> None:
+        for place in places[id(model.get_submodule(path))]:
+            model.set_submodule(place, new)
+
     layers: list[MoE] = []
     for site in sites:
         if site["placement"] == "module":
-            layer: MoE = MoE(site["layer"])
-            model.set_submodule(site["path"], layer)
+            layer = MoE(site["layer"])
+            put(site["path"], layer)
         else:
             layer = TappedMoE(site["layer"])
-            for i, path in enumerate(site["expansions"]):
-                model.set_submodule(path, Tap(layer, first=i == 0))
-            model.set_submodule(site["contraction"], layer)
+            widths = site.get("tap_widths") or [0] * len(site["expansions"])
+            for i, (path, width) in enumerate(zip(site["expansions"], widths, strict=True)):
+                put(path, Tap(layer, first=i == 0, width=width))
+            put(site["contraction"], layer)
         layer.train(model.training)
         layers.append(layer)
     return layers

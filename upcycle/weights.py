@@ -5,7 +5,7 @@ expert, G = M * I rows of an expert's fused expansion.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -36,12 +36,17 @@ class FFNWeights:
 
     def to(self, dtype: torch.dtype) -> "FFNWeights":
         """The same FFN in another float dtype."""
-        cast = {
-            name: None if tensor is None else tensor.to(dtype)
-            for name, tensor in vars(self).items()
-            if name != "pointwise"
-        }
-        return replace(self, **cast)
+
+        def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(dtype)
+
+        return FFNWeights(
+            pointwise=self.pointwise,
+            up_MFD=self.up_MFD.to(dtype),
+            up_bias_MF=cast(self.up_bias_MF),
+            down_OF=self.down_OF.to(dtype),
+            down_bias_O=cast(self.down_bias_O),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""What is known about the hidden tensor of a candidate FFN, and why it is none."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from upcycle.passes.linear import LinearMap
+from upcycle.pointwise import Step
+
+
+class NotPointwiseError(Exception):
+    """A region is no FFN: the reason, and the node where it shows.
+
+    `told` says that all else is as in an FFN, so that a user may want to know.
+    """
+
+    def __init__(self, reason: str, node: fx.Node, *, told: bool = False) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.told = told
+
+
+@dataclass
+class Expansion:
+    """A linear map that feeds the hidden tensor: row ``rows[c]`` of it belongs to column c."""
+
+    linear: LinearMap
+    rows: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass
+class Demand:
+    """The result of a walk.
+
+    Attributes:
+        expansions: in the order of first use.
+        steps: the pointwise program on them; only to be run if there is no refusal.
+        visited: every node between the expansions and the contraction, expansions included.
+        biases: index of an expansion -> name of a per-neuron parameter added to it.
+        dropout: probability of the dropout met on the way.
+        reshaped: a layout operation was met on the way.
+        mixing, learned: why the region is no FFN although the walk reached its end.
+    """
+
+    expansions: list[Expansion] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    visited: set[fx.Node] = field(default_factory=set)
+    biases: dict[int, str] = field(default_factory=dict)
+    dropout: float = 0.0
+    reshaped: bool = False
+    mixing: NotPointwiseError | None = None
+    learned: NotPointwiseError | None = None

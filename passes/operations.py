@@ -1,0 +1,26 @@
+"""What kind each torch operation is, for the walk of `demand` and the checks of `region`."""
+
+LAYOUT = {
+    "alias", "chunk", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "flip",
+    "getitem", "mT", "movedim", "narrow", "permute", "reshape", "reshape_as", "roll", "select",
+    "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
+    "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
+}  # fmt: skip
+CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "type"}
+# Operations that mix the hidden axis.
+NONLINEAR_MIXERS = {"softmax", "log_softmax", "softmin", "topk", "sort", "cummax"}
+# The same, but a pair of linear maps around one is still linear, up to a factor for each token.
+SCALING_MIXERS = {
+    "amax", "cumsum", "group_norm", "instance_norm", "layer_norm", "linalg_vector_norm",
+    "local_response_norm", "logsumexp", "max", "mean", "norm", "normalize", "rms_norm", "std",
+    "sum", "var",
+}  # fmt: skip
+# Not pointwise for the analysis, but affine: a pair of linear maps around one is no FFN.
+AFFINE = {"batch_norm"}
+# These may have a positional flag that says to work in place.
+INPLACE = {
+    "celu", "elu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6",
+    "selu", "silu",
+}  # fmt: skip
+# A program of these alone is linear in its expansions; so is one that multiplies by a number.
+LINEAR = {"add", "sub", "rsub", "neg", "cast", "cast_like"}
