@@ -169,3 +169,26 @@ def plain() -> nn.Module:
 def plain_inputs() -> tuple[torch.Tensor, ...]:
     """For ``--inputs small_models:plain_inputs``."""
     return (torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0)),)
+
+
+def wrong_inputs() -> tuple[torch.Tensor, ...]:
+    """Of a width that no layer takes."""
+    return (torch.zeros(2, 7),)
+
+
+class WithoutFFN(nn.Module):
+    """Two linear maps with a softmax between them: attention over memories, not an FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.keys(x)
+        out: torch.Tensor = self.values(scores.softmax(-1))
+        return out
+
+
+def without_ffn() -> nn.Module:
+    """For ``small_models:without_ffn``."""
+    return WithoutFFN()

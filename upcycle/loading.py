@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -81,6 +82,7 @@ def _load_transformers(directory: Path) -> nn.Module:
                 dtype="auto",
                 local_files_only=True,
                 output_loading_info=True,
+                **_kernel(config),
             )
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise UsageError(
@@ -94,6 +96,18 @@ def _load_transformers(directory: Path) -> nn.Module:
             )
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _kernel(config: dict[str, Any]) -> dict[str, str]:
+    """``eager`` where torch's grouped_mm, the default, refuses a native architecture.
+
+    It has no float64, and wants rows whose length in bytes is a multiple of 16.
+    """
+    size = getattr(torch, str(config.get("dtype", "float32"))).itemsize
+    named = ("hidden_size", "moe_intermediate_size", "intermediate_size")
+    widths = [config[name] for name in named if isinstance(config.get(name), int)]
+    fits = size <= 4 and all(width * size % 16 == 0 for width in widths)
+    return {} if fits or "auto_map" in config else {"experts_implementation": "eager"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

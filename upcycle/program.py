@@ -67,6 +67,8 @@ def failure(error: BaseException) -> tuple[str, int]:
             return f"{place}: {error.strerror}; free some space or choose another --out", 5
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{place}: {error.strerror}; choose a place that you may read and write", 2
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST):
+            return f"{place}: {error.strerror}; choose another path", 2
     about = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
     return f"this is a bug in upcycle ({about}); -v shows where it happened", 1
 

@@ -138,6 +138,7 @@ def open_model(
         directory = samples.path(model.removeprefix("sample:"))
     elif Path(model).exists():
         directory = Path(model)
+        _check_not_ours(directory)
         if not (directory / "config.json").is_file():
             raise UsageError(
                 f"{model}: not a model directory, it has no config.json; MODEL is a Hugging Face "
@@ -169,8 +170,9 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     Raises:
         UsageError: config.json is no JSON, or names a model type that transformers does not know.
     """
+    data: Any = None
     try:
-        json.loads((directory / "config.json").read_text())
+        data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         return transformers.AutoConfig.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
@@ -179,7 +181,21 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
             f"{directory}/config.json:{error.lineno}: not JSON: {error.msg}"
         ) from error
     except Exception as error:
+        if isinstance(data, dict) and "auto_map" in data and not trust_remote_code:
+            raise UsageError(
+                f"{directory}: the model brings its own Python code; pass --trust-remote-code if "
+                "you have read it and trust it"
+            ) from error
         raise UsageError(f"{directory}/config.json: {_line(error)}") from error
+
+
+def _check_not_ours(directory: Path) -> None:
+    """Before transformers asks whether the code that upcycle wrote may run."""
+    if (directory / "modeling_upcycle.py").is_file() or (directory / "upcycle.json").is_file():
+        raise UnsupportedError(
+            f"{directory}: it was made by upcycle and is a mixture of experts; start from the "
+            "dense model"
+        )
 
 
 def _check_dense(directory: Path, config: Any) -> None:
