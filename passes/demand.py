@@ -76,7 +76,8 @@ class _Walk:
         """What the elements `index_PC` of `node` are, in terms of the expansions."""
         key = (node, hash(index_PC.contiguous().numpy().tobytes()))
         if key not in self._memo:
-            self.demand.visited.add(node)
+            if node.op == "call_function":
+                self.demand.visited.add(node)
             self._memo[key] = self._value(node, index_PC)
         return self._memo[key]
 

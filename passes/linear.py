@@ -140,7 +140,7 @@ def _einsum(node: fx.Node) -> LinearMap | None:
 
 
 def _reads_one_position(node: fx.Node) -> bool:
-    """Kernel one, stride one, no padding, one group."""
+    """Kernel one, stride one, no padding ("same" is none for kernel one), one group."""
     names = ("stride", "padding", "dilation", "groups")
     given = _arguments(list(node.args[3:]), dict(node.kwargs), *names)
     weight = _arguments(list(node.args), dict(node.kwargs), "input", "weight")[1]
@@ -148,7 +148,7 @@ def _reads_one_position(node: fx.Node) -> bool:
         return False
     stride, padding, _, groups = given
     ones = all(v in (None, 1) for v in (*_all(stride), *_all(groups)))
-    return ones and (padding == "valid" or all(v in (None, 0) for v in _all(padding)))
+    return ones and (isinstance(padding, str) or all(v in (None, 0) for v in _all(padding)))
 
 
 def _all(value: Any) -> list[Any]:

@@ -43,11 +43,22 @@ def with_replays(program: Program, found: list[FFN]) -> tuple[FFN, ...]:
 
 def _running_order(program: Program) -> Callable[[FFN], tuple[int, ...]]:
     order = {path: i for i, path in enumerate(program.calls)}
+    template_of = {path: t for t, paths in program.replays.items() for path in paths if path != t}
+
+    def position(path: str) -> int:
+        """When the module ran; one within a replayed block, when its model in the template did."""
+        if path in order:
+            return order[path]
+        parts = path.split(".")
+        for n in range(len(parts) - 1, 0, -1):
+            block = ".".join(parts[:n])
+            if block in template_of:
+                return position(template_of[block] + path[len(block) :])
+        return -1
 
     def key(ffn: FFN) -> tuple[int, ...]:
         parts = ffn.contraction.module.split(".")
-        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return tuple(order[p] for p in prefixes if p in order)
+        return tuple(position(".".join(parts[: i + 1])) for i in range(len(parts)))
 
     return key
 

@@ -59,7 +59,7 @@ def test_every_mistake_is_reported_at_its_place(tmp_path: Path) -> None:
         'r.yaml:6:16: experts.granularity: must be a whole number of at least 1, not "2"',
         "r.yaml:8:3: experts.scale: this key was given before, on line 7; remove one of the two",
         "r.yaml:9:1: router.weights: this key is missing; it must be one of renormalised, softmax, "
-        "one, renorm_detach",
+        "one, renorm_detach: how the outputs of the visited experts are weighted",
         'r.yaml:11:10: router.top_k: must be a whole number of at least 1 or all, not "none"',
         "r.yaml:12:8: router.std: must be a number of at least 0, not -1",
         "r.yaml:13:9: router.bias: must be true or false, not 1",

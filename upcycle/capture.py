@@ -72,7 +72,7 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
 
 def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Program:
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode:
+    with torch.inference_mode(False), fake_mode:
         tensors = {
             name: torch.empty(t.shape, dtype=t.dtype, device="cpu")
             for name, t in [*model.named_parameters(), *model.named_buffers()]
@@ -82,10 +82,10 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
         torch.Tensor, lambda t: fake_mode.from_tensor(t.detach().cpu()), (args, kwargs)
     )
     recorder = Recorder(tensors, pytree.arg_tree_leaves(*args, **kwargs))
-    with ExitStack() as stack:
+    with torch.inference_mode(False), ExitStack() as stack:
         stack.enter_context(_plain_torch())
         _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.no_grad())  # inference tensors would not count writes to them
         stack.enter_context(fake_mode)
         stack.enter_context(recorder)
         out = functional_call(model, tensors, args, kwargs, strict=False)

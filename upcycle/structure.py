@@ -60,6 +60,7 @@ class _Describer:
         self._uses = uses
         self._used_here = Counter(_used(block))
         self._names = {id(module): name for name, module in block.named_modules()}
+        self._numbers: dict[int, int] = {}
         self._open: set[int] = set()
 
     def block(self) -> Hashable:
@@ -70,8 +71,12 @@ class _Describer:
         )
 
     def _shared(self, thing: object) -> Hashable:
-        """Identity of what is also used outside the block, else nothing."""
-        return id(thing) if self._uses[id(thing)] > self._used_here[id(thing)] else None
+        """Identity of what is used outside the block, too; a number for what is used twice in it."""
+        key = id(thing)
+        if self._uses[key] > self._used_here[key]:
+            return key
+        twice = self._used_here[key] > 1
+        return ("again", self._numbers.setdefault(key, len(self._numbers))) if twice else None
 
     def _module(self, module: nn.Module) -> Hashable:
         tensors = tuple(
