@@ -56,8 +56,8 @@ def mixtral(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_llama_becomes_mixtral(llama: Path, mixtral: Path) -> None:
     assert {p.name for p in mixtral.iterdir()} == LLAMA_FILES
-    model = transformers.AutoModelForCausalLM.from_pretrained(mixtral).eval()
-    dense = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, dense = load(mixtral).eval(), load(llama).eval()
     assert type(model) is transformers.MixtralForCausalLM
     ids = torch.randint(0, 300, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -24,6 +24,7 @@ from upcycle.modes import eval_mode
 from upcycle.moe import Experts, MoE, Router
 from upcycle.plain_json import json_text
 from upcycle.targets.checkpoint import planned_layers
+from upcycle.targets.onnx.export import export_onnx
 from upcycle.verification import check, raise_if_failed, verify_layers
 
 
@@ -196,18 +197,15 @@ def test_t3_sees_a_file_that_is_not_the_model(
 def test_t4_sees_a_graph_that_is_not_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import upcycle.onnx_output as output
-
     done = converted("bert", "split-all")
-    export = output.export_onnx
 
     def export_other(model: Any, *args: Any, **options: Any) -> Any:
         other = copy.deepcopy(model)
         with torch.no_grad():
             other.cls.predictions.bias.add_(0.5)
-        return export(other, *args, **options)
+        return export_onnx(other, *args, **options)
 
-    monkeypatch.setattr(output, "export_onnx", export_other)
+    monkeypatch.setattr("upcycle.onnx_output.export_onnx", export_other)
     with pytest.raises(VerificationError, match="ONNX Runtime against PyTorch"):
         done.save(tmp_path / "out", targets=["safetensors", "onnx"])
     assert list(tmp_path.iterdir()) == []
@@ -224,7 +222,7 @@ def test_a_check_with_an_error_that_is_no_number_fails() -> None:
 
 def test_outputs_that_are_no_numbers_fail() -> None:
     dense = small_models.build("bert")
-    other = copy.deepcopy(dense)
+    other: Any = copy.deepcopy(dense)
     with torch.no_grad():
         other.cls.predictions.bias[3] = math.nan
     assert upcycle.verify(dense, dense)["relative"] == 0
