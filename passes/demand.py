@@ -140,6 +140,8 @@ class _Walk:
             self._mix("positions and neurons are mixed before the contraction", linear.node)
         for i, known in enumerate(self.demand.expansions):
             if known.linear == linear and torch.equal(known.rows, row_PC[0]):
+                if not torch.equal(known.positions, position_PC[:, 0]):
+                    self._mix("its nonlinearity reads several positions", linear.node)
                 return f"z{i}"
         self.demand.expansions.append(Expansion(linear, row_PC[0], position_PC[:, 0]))
         return f"z{len(self.demand.expansions) - 1}"
