@@ -1,7 +1,6 @@
 """The stages in order: capture, locate, plan, transform, rewrite, verify; and saving the result."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from upcycle.passes.merge import merge
 from upcycle.passes.plan import make_plan
 from upcycle.passes.rewrite import rewrite
 from upcycle.passes.transform import transform
+from upcycle.progress import Progress, silent, step
 from upcycle.recipe import Recipe
 from upcycle.recipe_file import load_recipe
 from upcycle.source import Source
@@ -39,15 +39,6 @@ from upcycle.verification import (
 )
 from upcycle.version import __version__
 from upcycle.weights import MoEWeights, read_ffn
-
-# Told for each layer: what is done, how many are done, how many there are.
-Progress = Callable[[str, int, int], None]
-log = logging.getLogger(__name__)
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress for nobody: into the debug log."""
-    log.debug("%s %d/%d", stage, done, total)
 
 
 @dataclass
@@ -93,6 +84,7 @@ class Conversion:
         overwrite: bool = False,
         max_shard_size: int = MAX_SHARD_SIZE,
         verify: bool = True,
+        progress: Progress = silent,
     ) -> Emission:
         """Write the model in one or several formats; nothing is left behind on failure.
 
@@ -102,6 +94,7 @@ class Conversion:
             overwrite: replace an existing directory.
             max_shard_size: bytes of one safetensors file.
             verify: load the files again and compare (tiers T3 and T4).
+            progress: called as each stage begins and ends.
 
         Raises:
             UsageError: the directory exists, or a target is unknown.
@@ -125,6 +118,7 @@ class Conversion:
                 max_shard_size=max_shard_size,
                 report=report,
                 verify=verify,
+                progress=progress,
                 name=Path(out).absolute().name,
             )
         self.report = report
@@ -208,10 +202,8 @@ def convert(
         converted, plan, report, model, provenance, source, example_inputs, calibration
     )
     if verify:
-        progress("verifying", 0, 1)
-        with eval_mode(model, converted):
+        with step(progress, "verifying"), eval_mode(model, converted):
             _verify(result)
-        progress("verifying", 1, 1)
         raise_if_failed(report)
     return result
 

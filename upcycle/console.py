@@ -7,7 +7,7 @@ How much is said is the level of the logger ``upcycle``: errors for ``--quiet``,
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from upcycle.plain_json import json_text
+from upcycle.progress import Progress
 
 log = logging.getLogger("upcycle")
-
-# ``progress(stage, done, total)``, after each item; done = 0 says that a stage begins.
-Progress = Callable[[str, int, int], None]
 
 
 class _Stderr(logging.Handler):

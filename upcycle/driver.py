@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from upcycle.compiler import Progress, convert, silent
+from upcycle.compiler import convert
 from upcycle.costs import Costs, costs, model_size
 from upcycle.emit import check_targets
 from upcycle.errors import UsageError
@@ -20,6 +20,7 @@ from upcycle.loading import load
 from upcycle.onnx_output import in_float32, verify_onnx
 from upcycle.passes.locate import locate_in
 from upcycle.passes.plan import make_plan
+from upcycle.progress import Progress, silent, step
 from upcycle.recipe import Recipe
 from upcycle.source import DTYPES, Source
 from upcycle.spec import Plan
@@ -59,9 +60,9 @@ def convert_model(
     check_targets(targets, verify=verify)
     _check_out(out, source, overwrite=overwrite)
     text = _text(calibration)
-    progress("capturing", 0, 1)
-    skeleton = source.skeleton()
-    located = locate_in(skeleton, source.example)
+    with step(progress, "capturing"):
+        skeleton = source.skeleton()
+        located = locate_in(skeleton, source.example)
     plan = make_plan(located, recipe, recipe_name=recipe_name)
     if text is not None:  # there may be no tokenizer for it
         evaluation_for(skeleton, directory=source.directory, example=source.example, text=text)
@@ -69,10 +70,8 @@ def convert_model(
     itemsize = itemsize if source.dtype is None else source.dtype.itemsize
     check_disk(out, costs(plan, total, itemsize).bytes_on_disk)
     del skeleton
-    progress("capturing", 1, 1)
-    progress("loading", 0, 1)
-    model = source.load()
-    progress("loading", 1, 1)
+    with step(progress, "loading"):
+        model = source.load()
     result = convert(
         model,
         recipe,
@@ -85,11 +84,14 @@ def convert_model(
         progress=progress,
     )
     gc.collect()
-    progress("writing", 0, 1)
     result.save(
-        out, targets=targets, overwrite=overwrite, max_shard_size=max_shard_size, verify=verify
+        out,
+        targets=targets,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        progress=progress,
     )
-    progress("writing", 1, 1)
     return result.report
 
 

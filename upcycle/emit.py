@@ -23,6 +23,7 @@ from upcycle.metrics import ROUNDING
 from upcycle.modes import eval_mode
 from upcycle.onnx_output import ONNX_CHECK, in_float32, verify_onnx, write_onnx
 from upcycle.plain_json import json_text
+from upcycle.progress import Progress, step
 from upcycle.recipe_file import dump_recipe
 from upcycle.source import Source
 from upcycle.spec import Plan
@@ -75,6 +76,7 @@ def emit(
     max_shard_size: int,
     report: dict[str, Any],
     verify: bool,
+    progress: Progress,
     name: str,
 ) -> Emission:
     """Write everything into `directory`, which exists; fills in `report`.
@@ -89,9 +91,10 @@ def emit(
         if source and source.directory:  # first: what it has of its own is not written anew
             copy_companions(source.directory, directory)
         factory = source.name if source and source.directory is None else None
-        written = write_checkpoint(
-            directory, model, plan, factory=factory, max_shard_size=max_shard_size
-        )
+        with step(progress, "writing"):
+            written = write_checkpoint(
+                directory, model, plan, factory=factory, max_shard_size=max_shard_size
+            )
         report["checkpoint"] = {
             "form": written.form,
             "architecture": written.architecture,
@@ -101,12 +104,16 @@ def emit(
             allowed = ROUNDING[model_dtype(model)]
             if written.form == "native":  # whose routers compute in float32, in transformers
                 allowed = max(allowed, ROUNDING[torch.float32])
-            report["checks"] += _verify_reload(directory, model, dense, evaluation, plan, allowed)
+            with step(progress, "loading again"):
+                checks = _verify_reload(directory, model, dense, evaluation, plan, allowed)
+            report["checks"] += checks
         if "onnx" in targets:
             single = in_float32(model, rounded_routers=written.form == "native")
-            path = write_onnx(directory, single, evaluation, written)
+            with step(progress, "exporting to ONNX"):
+                path = write_onnx(directory, single, evaluation, written)
             if verify:
-                report["checks"] += verify_onnx(path, single, evaluation)
+                with step(progress, "running ONNX"):
+                    report["checks"] += verify_onnx(path, single, evaluation)
     raise_if_failed(report)
     (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (directory / "report.json").write_text(json_text(report), encoding="utf-8")
