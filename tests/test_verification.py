@@ -1,6 +1,7 @@
 """Each tier of the verification can fail, and says where."""
 
 import copy
+import io
 import json
 import math
 import shutil
@@ -12,9 +13,11 @@ import pytest
 import small_models
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import upcycle
+from upcycle import report
 from upcycle.cli import main
 from upcycle.compiler import Conversion, convert
 from upcycle.distinct import distinct_experts_error
@@ -264,10 +267,10 @@ def test_a_conversion_leaves_the_mode_of_the_dense_model() -> None:
 
 
 def test_the_report_says_where_the_largest_error_is() -> None:
-    report = converted("llama", "moefication").report
-    worst = max(report["layers"], key=lambda row: row["relative"])
+    found = converted("llama", "moefication").report
+    worst = max(found["layers"], key=lambda row: row["relative"])
     expected = {"layer": worst["path"], "relative": worst["relative"]}
-    assert report["largest_error_at"] == expected
+    assert found["largest_error_at"] == expected
 
 
 def run(*args: object) -> Any:
@@ -282,9 +285,9 @@ def test_the_verify_command(tmp_path: Path) -> None:
 
     passed = run("verify", dense, out, "--json")
     assert passed.exit_code == 0, passed.stderr
-    report = json.loads(passed.stdout)
-    assert [c["passed"] for c in report["checks"]] == [True, True]
-    assert report["end_to_end"]["language_model"]["top1_agreement"] > 0.99
+    found = json.loads(passed.stdout)
+    assert [c["passed"] for c in found["checks"]] == [True, True]
+    assert found["end_to_end"]["language_model"]["top1_agreement"] > 0.99
     assert "2 checks: all passed" in run("verify", dense, out).stdout
 
     small_models.build("llama", seed=1).save_pretrained(tmp_path / "other")
@@ -309,3 +312,18 @@ def test_verify_loads_the_dense_model_as_the_conversion_did(tmp_path: Path) -> N
     checked = run("verify", dense, out, "--json")
     assert checked.exit_code == 0
     assert json.loads(checked.stdout)["checks"][0]["allowed"] == ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_many_layers_are_shown_by_their_error(count: int) -> None:
+    row = {"min_cosine": 0.5, "mean_cosine": 0.75}
+    rows = [{"path": f"layers.{i}.mlp", "relative": i / 100, **row} for i in range(count)]
+    buffer = io.StringIO()
+    for part in report.verification_report({"checks": [], "layers": rows}):
+        Console(file=buffer, width=200).print(part)
+    lines = [line.split() for line in buffer.getvalue().splitlines()]
+    assert [f"layers.{count - 1}.mlp", f"{(count - 1) / 100:.2e}", "0.500000", "0.750000"] in lines
+    assert (["28", "layers", "with", "smaller", "errors", "in", "report.json"] in lines) is (
+        count == 40
+    )
+    assert any(line[:1] == ["layers.0.mlp"] for line in lines) is (count == 2)

@@ -17,6 +17,8 @@ from upcycle.costs import Costs
 from upcycle.ffn import FFN, Located
 from upcycle.spec import MoESpec, Plan
 
+MAX_LAYERS = 12  # in the table of a verification: the worst ones
+
 
 def located_json(located: Located) -> dict[str, Any]:
     """Plain data for ``upcycle inspect --json``."""
@@ -96,6 +98,8 @@ def verification_report(report: dict[str, Any]) -> list[RenderableType]:
         distances = _table("compared with the dense model", "relative error", "cosine min", "mean")
         _add_rows(distances, rows)
         parts += ["", distances]
+        if (hidden := len(report.get("layers", ())) - MAX_LAYERS) > 0:
+            parts.append(f"{_count(range(hidden), 'layer')} with smaller errors in report.json")
     if language := report.get("end_to_end", {}).get("language_model"):
         metrics = _table("language model", "")
         for name, value in language.items():
@@ -107,7 +111,10 @@ def verification_report(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def _distances(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    named = [(row["path"], row) for row in report.get("layers", ())]
+    layers = report.get("layers", [])
+    if len(layers) > MAX_LAYERS:
+        layers = sorted(layers, key=lambda row: -row["relative"])[:MAX_LAYERS]
+    named = [(row["path"], row) for row in layers]
     named += [*report.get("end_to_end", {}).get("outputs", {}).items()]
     for name, found in named:
         cosines = (f"{found[key]:.6f}" for key in ("min_cosine", "mean_cosine"))
