@@ -14,13 +14,17 @@ LAYERS = {
     "upcycle.cli": 6,
     "upcycle.program": 6,
     # 5: the driver
+    "upcycle.card": 5,
     "upcycle.compiler": 5,
     "upcycle.costs": 5,
+    "upcycle.driver": 5,
     "upcycle.emit": 5,
     "upcycle.evaluation": 5,
+    "upcycle.loading": 5,
+    "upcycle.onnx_output": 5,
     "upcycle.report": 5,
     "upcycle.source": 5,
-    "upcycle.verify": 5,
+    "upcycle.verification": 5,
     # 4: the steps
     "upcycle.passes": 4,
     # 3: one method, one format
@@ -30,9 +34,11 @@ LAYERS = {
     # 2: what the steps work on
     "upcycle.capture": 2,
     "upcycle.console": 2,
+    "upcycle.distinct": 2,
     "upcycle.inputs": 2,
     "upcycle.metrics": 2,
     "upcycle.places": 2,
+    "upcycle.provenance": 2,
     "upcycle.recipe": 2,
     "upcycle.recipe_file": 2,
     "upcycle.recipes": 2,
@@ -45,8 +51,12 @@ LAYERS = {
     # 1: data, and the layer that a converted model contains
     "upcycle.errors": 1,
     "upcycle.ffn": 1,
+    "upcycle.modes": 1,
     "upcycle.moe": 1,
+    "upcycle.plain_json": 1,
     "upcycle.pointwise": 1,
+    "upcycle.progress": 1,
+    "upcycle.quiet": 1,
     "upcycle.tap": 1,
     "upcycle.version": 1,
     "upcycle.weights": 1,
