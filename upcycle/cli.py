@@ -144,7 +144,7 @@ def convert(
         done = driver.convert_model(
             source,
             loaded,
-            recipe_name=recipe,
+            recipe_name=Path(recipe).name,
             out=out,
             targets=list(dict.fromkeys(targets)),
             progress=progress,
@@ -176,7 +176,7 @@ def plan(
 
     loaded = recipe_file.load_recipe(recipe, overrides)
     source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-    planned, estimate = driver.plan_model(source, loaded, recipe)
+    planned, estimate = driver.plan_model(source, loaded, Path(recipe).name)
     if as_json:
         console.print_json(report.plan_json(planned, estimate))
     else:

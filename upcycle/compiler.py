@@ -171,7 +171,7 @@ def convert(
         calibration: text on which a language or embedding model is verified; a default if None.
         verify: measure the distance and raise if the recipe's promise is broken.
         overrides: ``key=value`` changes of the recipe, as ``--set`` takes them.
-        recipe_name: how reports call the recipe; what was given as `recipe` if None.
+        recipe_name: how reports call the recipe; its name or that of its file if None.
         source: where the model comes from, for its tokenizer and for `Conversion.save`.
         located: the result of `upcycle.locate`, if it is known already.
         progress: called after each layer.
@@ -182,7 +182,7 @@ def convert(
         PlanError: an FFN cannot become what the recipe asks for.
         VerificationError: the result is further from the dense model than promised.
     """
-    name = recipe_name or ("custom" if isinstance(recipe, Recipe) else str(recipe))
+    name = recipe_name or ("custom" if isinstance(recipe, Recipe) else Path(recipe).name)
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     if located is None:
         located = locate_in(model, example_inputs)
@@ -211,7 +211,7 @@ def convert(
 def _header(plan: Plan, model: nn.Module, source: Source | None) -> dict[str, Any]:
     return {
         "upcycle": __version__,
-        "model": source.name if source else type(model).__qualname__,
+        "model": source.label if source else type(model).__qualname__,
         "recipe": plan.recipe_name,
         "resolved_recipe": plan.recipe.model_dump(mode="json"),
         "promise": plan.promise,

@@ -40,6 +40,12 @@ class Source:
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
+    @property
+    def label(self) -> str:
+        """How reports and cards name it: without the path to it on this machine."""
+        is_path = self.directory is not None and not self.name.startswith(samples.PREFIX)
+        return Path(self.name).absolute().name if is_path else self.name
+
     def skeleton(self) -> nn.Module:
         """The model without weights: on the meta device where it comes from a configuration."""
         if self.directory is None:
@@ -134,8 +140,8 @@ def open_model(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
     directory: Path | None = None
-    if model.startswith("sample:"):
-        directory = samples.path(model.removeprefix("sample:"))
+    if model.startswith(samples.PREFIX):
+        directory = samples.path(model)
     elif Path(model).exists():
         directory = Path(model)
         _check_not_ours(directory)
