@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,11 @@ class Source:
                 f"{self.directory}: {name} is {list(stored)} in the file and {list(wanted)} by "
                 "config.json; one of the two belongs to another model"
             )
-        if info["missing_keys"]:
+        if missing := sorted(info["missing_keys"]):
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
             raise UsageError(
-                f"{self.directory}: the files lack {len(info['missing_keys'])} tensors, first "
-                f"{sorted(info['missing_keys'])[0]}; is config.json of another model?"
+                f"{self.directory}: the files lack {missing[0]}{more}; is config.json of another "
+                "model?"
             )
         return model.to(self.device).eval()  # type: ignore[no-any-return]
 
@@ -266,5 +268,7 @@ def _unless_ours(error: Exception, problem: str) -> Exception:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text[:300] if text else type(error).__name__
+    """The error's own words on one line, at most about 300 characters of them."""
+    text = textwrap.shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+    name = type(error).__name__
+    return f"{name} {text}" if isinstance(error, KeyError) else text or name
