@@ -35,7 +35,7 @@ def rewrite(
         experts = made.experts
         layer.experts.to(device=experts.down_EOI.device, dtype=experts.down_EOI.dtype)
         if layer.output_bias is not None:
-            layer.output_bias.data = layer.output_bias.data.to(experts.down_EOI)
+            layer.output_bias = nn.Parameter(layer.output_bias.detach().to(experts.down_EOI))
         layer.router.to(device=experts.down_EOI.device)
         load_weights(layer, made)
     return converted

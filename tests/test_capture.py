@@ -18,6 +18,8 @@ from upcycle.inputs import find_example
 from upcycle.passes.locate import locate
 from upcycle.recorder import Program, op_name, replayed_block
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def fakes(thing: Any, seen: set[int]) -> bool:
     """Whether a fake tensor can be reached from `thing`."""
@@ -40,7 +42,7 @@ def names(program: Program) -> list[str]:
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_the_model_is_left_as_it_was(name: str) -> None:
     model = zoo.model(name)
-    example = zoo.inputs(name, model)
+    example = zoo.inputs(name)
     attributes = [dict(vars(module)) for module in model.modules()]
     state = {key: (id(t), t.clone()) for key, t in model.state_dict(keep_vars=True).items()}
     with torch.no_grad():
@@ -159,13 +161,13 @@ def test_a_failing_forward_is_one_sentence_and_leaves_nothing(
 
 def test_training_with_layer_drop_is_recorded_in_evaluation_mode() -> None:
     model = zoo.model("opt").train()
-    assert capture(model, zoo.inputs("opt", model)).graph.nodes
+    assert capture(model, zoo.inputs("opt")).graph.nodes
     assert all(module.training for module in model.modules())
 
 
 def test_grad_mode_does_not_matter() -> None:
     model = zoo.model("llama")
-    example = zoo.inputs("llama", model)
+    example = zoo.inputs("llama")
     with torch.no_grad():
         first = locate(capture(model, example))
     assert first == locate(capture(model, example))

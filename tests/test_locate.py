@@ -14,6 +14,8 @@ import upcycle
 import upcycle.weights
 from upcycle.ffn import FFN, Located
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, H = 8, 24
 
 

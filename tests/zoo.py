@@ -4,6 +4,7 @@ Their weights are drawn large enough that every FFN moves the output: a conversi
 would show. `test_rewrite.py` holds that.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +52,15 @@ def model(name: str) -> nn.Module:
     return dense.eval()
 
 
-def inputs(name: str, dense: nn.Module, seed: int = 1) -> ExampleInputs:
-    """Random inputs for `dense`."""
+@functools.cache
+def _example(name: str) -> ExampleInputs:
     make = ZOO[name].example
-    example = make() if make else find_example(dense)[0]
-    return randomised(example, vocabulary=VOCABULARY, seed=seed)
+    return make() if make else find_example(model(name))[0]
+
+
+def inputs(name: str, seed: int = 1) -> ExampleInputs:
+    """Random inputs for the model."""
+    return randomised(_example(name), vocabulary=VOCABULARY, seed=seed)
 
 
 def run(dense: nn.Module, example: ExampleInputs) -> torch.Tensor:

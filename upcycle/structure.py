@@ -71,7 +71,7 @@ class _Describer:
         )
 
     def _shared(self, thing: object) -> Hashable:
-        """Identity of what is used outside the block, too; a number for what is used twice in it."""
+        """What is used outside the block, too, by identity; what is used twice in it, by number."""
         key = id(thing)
         if self._uses[key] > self._used_here[key]:
             return key

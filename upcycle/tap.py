@@ -73,7 +73,9 @@ class TappedMoE(MoE):
     @property
     def weight(self) -> torch.Tensor:
         """Answers questions about dtype and device; holds nothing."""
-        return self.experts.down_proj.new_empty(0).as_subclass(_Absent)
+        empty = self.experts.down_proj.new_empty(0)
+        # Tensors of an exporter are subclasses already; fused paths step aside for them, too.
+        return empty.as_subclass(_Absent) if type(empty) is torch.Tensor else empty
 
     @property
     def bias(self) -> torch.Tensor | None:
