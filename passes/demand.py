@@ -24,11 +24,12 @@ import torch
 from torch import fx
 
 from upcycle.passes.hidden import Demand, Expansion, NotPointwiseError
-from upcycle.passes.linear import LinearMap, convolution_of, linear_map
+from upcycle.passes.linear import LinearMap, computed_linear, convolution_of, linear_map
 from upcycle.passes.operations import (
     AFFINE,
     CASTS,
     INPLACE,
+    KEEPS_ORDER,
     LAYOUT,
     NONLINEAR_MIXERS,
     SCALING_MIXERS,
@@ -82,7 +83,7 @@ class _Walk:
         return self._memo[key]
 
     def _value(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
-        linear = linear_map(node)
+        linear = linear_map(node) or computed_linear(node)
         if linear is not None:
             return self._expansion(linear, index_PC)
         if node.op == "get_attr" and node.meta["parameter"]:
@@ -131,11 +132,13 @@ class _Walk:
 
     def _expansion(self, linear: LinearMap, index_PC: torch.Tensor) -> _Value:
         shape = linear.node.meta["shape"]
-        order = torch.arange(math.prod(shape)).reshape(shape).movedim(linear.axis, -1).reshape(-1)
-        where = torch.empty_like(order)
-        where[order] = torch.arange(len(order))
-        position_PC = where[index_PC] // shape[linear.axis]
-        row_PC = where[index_PC] % shape[linear.axis]
+        if linear.axis != -1:  # count the elements with the axis of the map last
+            order = torch.arange(math.prod(shape)).reshape(shape).movedim(linear.axis, -1)
+            where = torch.empty(order.numel(), dtype=torch.long)
+            where[order.reshape(-1)] = torch.arange(order.numel())
+            index_PC = where[index_PC]
+        position_PC = index_PC // shape[linear.axis]
+        row_PC = index_PC % shape[linear.axis]
         if (row_PC != row_PC[:1]).any() or (position_PC != position_PC[:, :1]).any():
             self._mix("positions and neurons are mixed before the contraction", linear.node)
         for i, known in enumerate(self.demand.expansions):
@@ -153,6 +156,8 @@ class _Walk:
         self.demand.reshaped = True
         if any(isinstance(arg, fx.Node) for arg in (*node.args[1:], *node.kwargs.values())):
             raise NotPointwiseError(f"`{op_name(node.target)}` depends on another tensor", node)
+        if op_name(node.target) in KEEPS_ORDER:
+            return self.value(source, index_PC)
         shape = source.meta["shape"]
         where = torch.arange(math.prod(shape)).reshape(shape)
         target: Any = node.target
@@ -218,6 +223,9 @@ class _Walk:
         for arg in node.args:
             if isinstance(arg, fx.Node):
                 size, own = math.prod(arg.meta["shape"]), arg.meta["shape"]
+                if own == shape:
+                    args.append(self.value(arg, index_PC))
+                    continue
                 where = torch.arange(size).reshape(own).expand(shape).reshape(-1)
                 args.append(self.value(arg, where[index_PC]))
             else:

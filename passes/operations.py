@@ -6,6 +6,11 @@ LAYOUT = {
     "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
     "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
+# Of these, the ones that leave every element at its place in the flat order.
+KEEPS_ORDER = {
+    "alias", "clone", "contiguous", "detach", "flatten", "reshape", "squeeze", "unflatten",
+    "unsqueeze", "view",
+}  # fmt: skip
 CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "type"}
 # Operations that mix the hidden axis.
 NONLINEAR_MIXERS = {"softmax", "log_softmax", "softmin", "topk", "sort", "cummax"}

@@ -171,12 +171,12 @@ def plan(
     trust_remote_code: bool,
 ) -> None:
     """Show what a recipe would do to MODEL, and what it costs."""
-    from upcycle import driver, recipe_file, report
+    from upcycle import preview, recipe_file, report
     from upcycle.source import open_model
 
     loaded = recipe_file.load_recipe(recipe, overrides)
     source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-    planned, estimate = driver.plan_model(source, loaded, Path(recipe).name)
+    planned, estimate = preview.plan_model(source, loaded, Path(recipe).name)
     if as_json:
         console.print_json(report.plan_json(planned, estimate))
     else:
@@ -191,11 +191,11 @@ def plan(
 @_log
 def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bool) -> None:
     """List the dense FFNs of MODEL, and what only looks like one."""
-    from upcycle import driver, report
+    from upcycle import preview, report
     from upcycle.source import open_model
 
     source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-    located = driver.inspect_model(source)
+    located = preview.inspect_model(source)
     if as_json:
         console.print_json(report.located_json(located))
     else:

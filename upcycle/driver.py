@@ -11,11 +11,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from upcycle.compiler import convert
-from upcycle.costs import Costs, costs, model_size
+from upcycle.costs import costs, model_size
 from upcycle.emit import check_targets
 from upcycle.errors import UsageError
 from upcycle.evaluation import device_of, evaluation_for
-from upcycle.ffn import Located
 from upcycle.loading import load
 from upcycle.onnx_output import in_float32, verify_onnx
 from upcycle.passes.locate import locate_in
@@ -23,21 +22,8 @@ from upcycle.passes.plan import make_plan
 from upcycle.progress import Progress, silent, step
 from upcycle.recipe import Recipe
 from upcycle.source import DTYPES, Source
-from upcycle.spec import Plan
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, check_disk
 from upcycle.verification import END_TO_END, budget, check, compare_models, model_dtype
-
-
-def inspect_model(source: Source) -> Located:
-    """The FFNs and misses of a named model; no weight is read where a configuration is enough."""
-    return locate_in(source.skeleton(), source.example)
-
-
-def plan_model(source: Source, recipe: Recipe, recipe_name: str) -> tuple[Plan, Costs]:
-    """What a conversion would do and cost, from the configuration alone."""
-    skeleton = source.skeleton()
-    plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
-    return plan, costs(plan, *model_size(skeleton))
 
 
 def convert_model(

@@ -94,8 +94,12 @@ def _running_text(model: nn.Module, tokenizer: Any, text: str, what: str) -> Eva
     length = min(SENTENCE_TOKENS, len(ids) // 4, window)
     batch = ids[: 4 * length].reshape(4, length)
     extra = _decoder_inputs(model)
+    batches = [
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **extra}
+        for tokens in (batch, ids[None, :1])
+    ]
     return Evaluation(
-        [{"input_ids": batch, **extra}, {"input_ids": ids[None, :1], **extra}],
+        batches,
         windows=windows,
         what=what,
         prompts=[batch[i : i + 1, :PROMPT_TOKENS] for i in range(2)],

@@ -1,0 +1,24 @@
+"""What would be found and decided for a named model, from its configuration alone.
+
+Apart from the driver because it must answer at once: it imports nothing that writes or verifies.
+"""
+
+from upcycle.costs import Costs, costs, model_size
+from upcycle.ffn import Located
+from upcycle.passes.locate import locate_in
+from upcycle.passes.plan import make_plan
+from upcycle.recipe import Recipe
+from upcycle.source import Source
+from upcycle.spec import Plan
+
+
+def inspect_model(source: Source) -> Located:
+    """The FFNs and misses of a named model; no weight is read where a configuration is enough."""
+    return locate_in(source.skeleton(), source.example)
+
+
+def plan_model(source: Source, recipe: Recipe, recipe_name: str) -> tuple[Plan, Costs]:
+    """What a conversion would do and cost, from the configuration alone."""
+    skeleton = source.skeleton()
+    plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
+    return plan, costs(plan, *model_size(skeleton))
