@@ -18,6 +18,7 @@ LAYERS = {
     "upcycle.compiler": 5,
     "upcycle.costs": 5,
     "upcycle.driver": 5,
+    "upcycle.preview": 5,
     "upcycle.emit": 5,
     "upcycle.evaluation": 5,
     "upcycle.loading": 5,
