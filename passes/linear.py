@@ -85,6 +85,24 @@ def linear_map(node: fx.Node) -> LinearMap | None:
     return None
 
 
+def computed_linear(node: fx.Node) -> LinearMap | None:
+    """A linear map whose weight the forward computes from parameters; its weight has no name."""
+    if node.op != "call_function" or op_name(node.target) != "linear":
+        return None
+    x, weight = _arguments(list(node.args), dict(node.kwargs), "input", "weight")
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or parameter_of(weight):
+        return None
+    todo, seen = [weight], {weight}
+    while todo:
+        sources = todo.pop().all_input_nodes
+        todo += [source for source in sources if source not in seen]
+        seen.update(sources)
+    leaves = [leaf for leaf in seen if not leaf.all_input_nodes]
+    if all(leaf.op == "get_attr" and leaf.meta["parameter"] for leaf in leaves):
+        return LinearMap(node, x, "", None, False, -1)
+    return None
+
+
 def convolution_of(node: fx.Node) -> LinearMap | None:
     """A convolution of a batch with a parameter, whatever its kernel, as a map along axis 1."""
     dimensions = _CONVOLUTIONS.get(op_name(node.target))

@@ -15,7 +15,7 @@ from upcycle.inputs import find_example
 from upcycle.passes.activations import recognise, swapped
 from upcycle.passes.demand import trace
 from upcycle.passes.hidden import Demand, NotPointwiseError
-from upcycle.passes.linear import LinearMap, linear_map
+from upcycle.passes.linear import LinearMap, computed_linear, linear_map
 from upcycle.passes.region import (
     check_leaf_modules,
     check_no_escape,
@@ -49,7 +49,7 @@ def locate(program: Program) -> Located:
     for node in program.graph.nodes:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
             misses.append(Miss(node.meta["path"], "it is already a mixture of experts"))
-        contraction = linear_map(node) if node in live else None
+        contraction = (linear_map(node) or computed_linear(node)) if node in live else None
         if contraction is None:
             continue
         try:

@@ -44,7 +44,14 @@ def check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) 
 
 
 def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> None:
-    """The contraction may not be made of the weights of an expansion."""
+    """Each linear map must have a stored weight, and the contraction one of its own."""
+    if not all(linear.weight for linear in (*expansions, contraction)):
+        raise NotPointwiseError(
+            "its weight is computed in the forward (weight norm, dequantisation): write the result "
+            "into a plain parameter first",
+            contraction.node,
+            told=True,
+        )
     if contraction.weight in {e.weight for e in expansions}:
         raise NotPointwiseError(
             "its contraction and an expansion are one weight: untie them first",

@@ -362,6 +362,17 @@ def test_convolutions() -> None:
     assert find(pair(1), D, 4, 3).ffns == ()  # without a batch the channels are another axis
 
 
+def test_a_weight_that_the_forward_computes_is_to_be_materialised() -> None:
+    model = zoo.mlp(D, H, D)
+    for i in (0, 2):
+        torch.nn.utils.parametrizations.weight_norm(model[i])
+        assert "computed in the forward (weight norm" in reason(model)
+        if i == 0:
+            torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    torch.nn.utils.parametrize.remove_parametrizations(model[2], "weight")
+    assert only(model).d_ff == H
+
+
 def test_weights_tied_to_something_else() -> None:
     class Embedded(nn.Module):
         def __init__(self) -> None:
