@@ -24,7 +24,7 @@ FLAGS = {
     | {"--trust-remote-code", "--allow-pickle"},
     "plan": LOG | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"},
     "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
-    "verify": LOG | {"DENSE", "CONVERTED", "--json"},
+    "verify": LOG | {"DENSE", "CONVERTED", "--inputs", "--json", "--trust-remote-code"},
     "recipes": LOG | {"[NAME]"},
     "schema": LOG,
     "samples": LOG,

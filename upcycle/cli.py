@@ -205,15 +205,20 @@ def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bo
 @main.command()
 @click.argument("dense")
 @click.argument("converted", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@_inputs
 @_json
+@_trust
 @_log
-def verify(dense: str, converted: Path, as_json: bool) -> None:
+def verify(
+    dense: str, converted: Path, inputs: str | None, as_json: bool, trust_remote_code: bool
+) -> None:
     """Compare CONVERTED with the DENSE model that it was made from."""
     from upcycle import driver, report
     from upcycle.source import open_model
     from upcycle.verification import raise_if_failed
 
-    checked = driver.verify_paths(open_model(dense), converted)
+    source = open_model(dense, inputs=inputs, trust_remote_code=trust_remote_code)
+    checked = driver.verify_paths(source, converted)
     if as_json:
         console.print_json(checked)
     else:

@@ -82,11 +82,12 @@ def _from_config(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
     channels = getattr(vision, "num_channels", 3)
     mels = getattr(config, "num_mel_bins", 80)
     frames = 2 * getattr(config, "max_source_positions", 1500)
+    dtype = _float_dtype(model)
     known = {
         "input_ids": tokens,
-        "pixel_values": torch.zeros(BATCH, channels, height, width),
-        "input_features": torch.zeros(BATCH, mels, frames),
-        "input_values": torch.zeros(BATCH, 16000),
+        "pixel_values": torch.zeros(BATCH, channels, height, width, dtype=dtype),
+        "input_features": torch.zeros(BATCH, mels, frames, dtype=dtype),
+        "input_values": torch.zeros(BATCH, 16000, dtype=dtype),
     }
     if main not in known:
         return
@@ -110,7 +111,7 @@ def _from_layers(model: nn.Module) -> Iterator[tuple[torch.Tensor, ...]]:
         for p in parameters
     )
     count = max(required, 1)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = _float_dtype(model)
     for width, kind in _widths(model):
         if kind == "tokens":
             yield (torch.zeros(BATCH, LENGTH, dtype=torch.long),) * count
@@ -145,3 +146,7 @@ def _widths(model: nn.Module) -> Iterator[tuple[int, str]]:
         if parameter.dim() == 2:
             yield (parameter.shape[0], "features")
             yield (parameter.shape[1], "features")
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

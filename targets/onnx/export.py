@@ -54,7 +54,8 @@ def export_onnx(
         path: the file to write; files of `stored` are relative to its folder.
         stored: the tensors that are on disk.
         dynamic: names of the axes that may vary, by input and axis. Default: axis 0 is ``batch``,
-            and axis 1 of token ids, masks and [batch, sequence, width] tensors is ``sequence``.
+            and axis 1 of token ids, masks and [batch, sequence, width] tensors is ``sequence``,
+            or ``decoder_sequence`` for inputs of a decoder.
         input_names, output_names: names in the graph; default: those of the model's arguments and
             of the fields that it returns.
         form: ``fused`` uses the kernel ``com.microsoft::MoE`` where it computes the layer;
@@ -105,7 +106,7 @@ def _default_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     for name, tensor in inputs.items():
         axes[name] = {0: "batch"} if tensor.dim() > 0 else {}
         if tensor.dim() == (3 if tensor.is_floating_point() else 2):
-            axes[name][1] = "sequence"
+            axes[name][1] = "decoder_sequence" if name.startswith("decoder_") else "sequence"
     return axes
 
 
