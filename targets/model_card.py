@@ -30,8 +30,8 @@ LOADING: dict[str, tuple[str, str]] = {
         'model = {auto_class}.from_pretrained("path/to/this/directory")',
     ),
     "remote_code": (
-        "With transformers; the code in this directory is run. A tokenizer or processor that is here "
-        "wants `trust_remote_code=True` as well",
+        "With transformers; the code in this directory is run. A tokenizer or processor that is "
+        "here wants `trust_remote_code=True` as well",
         "from transformers import {auto_class}\n\n"
         "model = {auto_class}.from_pretrained(\n"
         '    "path/to/this/directory", trust_remote_code=True\n'

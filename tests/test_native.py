@@ -22,10 +22,6 @@ from transformers import (
     PreTrainedConfig,
     Qwen3Config,
 )
-from upcycle.targets.native import NATIVE, build_config, choose, entries, fit
-from upcycle.targets.native.layers import is_swiglu, layer_index
-from upcycle.targets.stored import Stored
-from upcycle.targets.tensor_file import read_tensors, write_tensors
 
 from upcycle import recipe
 from upcycle.errors import UsageError
@@ -33,6 +29,10 @@ from upcycle.ffn import FFN, Located, Projection
 from upcycle.moe import WeightRule
 from upcycle.pointwise import Pointwise
 from upcycle.spec import MoESpec, Plan
+from upcycle.targets.native import NATIVE, build_config, choose, entries, fit
+from upcycle.targets.native.layers import is_swiglu, layer_index
+from upcycle.targets.stored import Stored
+from upcycle.targets.tensor_file import read_tensors, write_tensors
 from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights, gather_experts, read_ffn
 
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")

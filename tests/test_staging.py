@@ -3,11 +3,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+from upcycle.errors import UsageError
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.model_card import LOADING, PROMISES, Check, model_card
 from upcycle.targets.staging import staged
-
-from upcycle.errors import UsageError
 
 
 def content(directory: Path) -> dict[str, str]:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from upcycle.errors import ResourceError, UpcycleError, UsageError
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import (
     DTYPE_NAMES,
@@ -15,8 +17,6 @@ from upcycle.targets.tensor_file import (
     read_tensors,
     write_tensors,
 )
-
-from upcycle.errors import ResourceError, UpcycleError, UsageError
 
 
 def entry(name: str, tensor: torch.Tensor, stack: str | None = None) -> TensorEntry:
