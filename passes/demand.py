@@ -154,7 +154,7 @@ class _Walk:
     ) -> _Value:
         source = _first(node)
         self.demand.reshaped = True
-        if any(isinstance(arg, fx.Node) for arg in (*node.args[1:], *node.kwargs.values())):
+        if len(node.all_input_nodes) > 1:
             raise NotPointwiseError(f"`{op_name(node.target)}` depends on another tensor", node)
         if op_name(node.target) in KEEPS_ORDER:
             return self.value(source, index_PC)

@@ -21,7 +21,7 @@ SCALING_MIXERS = {
     "sum", "var",
 }  # fmt: skip
 # Not pointwise for the analysis, but affine: a pair of linear maps around one is no FFN.
-AFFINE = {"batch_norm"}
+AFFINE = {"batch_norm", "pad"}
 # These may have a positional flag that says to work in place.
 INPLACE = {
     "celu", "elu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6",

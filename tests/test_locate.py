@@ -323,6 +323,13 @@ def test_what_only_looks_like_an_ffn_is_refused_with_the_reason(name: str) -> No
     assert any(words in miss.reason for miss in found.misses), found.misses
 
 
+def test_an_index_that_is_a_tensor_ends_the_walk() -> None:
+    def chosen(_: Any, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(z)[torch.arange(2), x.argmax(1)[:, 0]]
+
+    assert find(FFNLike(chosen)) == Located()
+
+
 def test_a_write_through_a_view_is_seen() -> None:
     assert find(FFNLike(write_through_view)).ffns == ()
 
