@@ -7,7 +7,7 @@ with a self-contained modeling file. Any other module becomes ``model.safetensor
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,9 @@ from upcycle.moe import MoE
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets import remote_code
 from upcycle.targets.native import NATIVE
-from upcycle.targets.native.native import NativeTarget, build_config, choose, entries
+from upcycle.targets.native.native import NativeTarget, OneLayer, build_config, choose, entries
 from upcycle.targets.stored import Stored
-from upcycle.targets.tensor_file import MAX_SHARD_SIZE, TensorEntry, write_tensors
+from upcycle.targets.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
 from upcycle.version import __version__
 from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights
 
@@ -50,6 +50,29 @@ class Checkpoint:
     runtimes: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Content:
+    """Where the numbers of a converted model come from.
+
+    Attributes:
+        tensor: a tensor outside the converted FFNs, by its name in the module.
+        layer: the weights of one MoE layer; asked for once, in the order of writing.
+    """
+
+    tensor: Callable[[str], torch.Tensor]
+    layer: Callable[[MoESpec], MoEWeights]
+
+
+def content_of(model: nn.Module, plan: Plan) -> Content:
+    """The numbers that a converted module holds now, trained or not."""
+    state = model.state_dict()
+    layers = {spec.ffn.path: layer for spec, layer in planned_layers(model, plan)}
+    return Content(
+        tensor=lambda name: state[name].detach().cpu().contiguous(),
+        layer=lambda spec: weights_of(layers[spec.ffn.path]),
+    )
+
+
 def native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, dict[str, str]]:
     """The native architecture that holds the plan, or None; and why the others do not."""
     if not isinstance(dense, PreTrainedModel):
@@ -64,21 +87,31 @@ def write_checkpoint(
     model: nn.Module,
     plan: Plan,
     *,
+    content: Content | None = None,
     factory: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    log: ShardLog | None = None,
 ) -> Checkpoint:
     """Write the weights and the configuration of a converted model.
 
     Args:
         directory: exists, and receives the files; a generation config that it has is kept.
-        model: the converted module; what it holds now is written, trained or not.
+        model: the converted module: names, order, shapes and configuration. On the meta device,
+            with `content`, the numbers are never in memory together.
         plan: how it was made.
+        content: the numbers; those of `model` if None.
         factory: ``package.module:callable`` that builds the dense module, for `upcycle.load`.
         max_shard_size: bytes of one file.
+        log: knows the files of an interrupted run that are whole.
     """
-    layers = {spec.ffn.path: layer for spec, layer in planned_layers(model, plan)}
+    content = content or content_of(model, plan)
+    target, reasons = native_target(model, plan)
+    if target is not None:
+        made = entries(target, _DenseNames(model, plan, content), plan, content.layer)
+    else:
+        made = _module_entries(model, plan, content)
+    stored = write_tensors(directory, made, max_shard_size=max_shard_size, log=log)
     if not isinstance(model, PreTrainedModel):
-        stored = write_tensors(directory, _module_entries(model), max_shard_size=max_shard_size)
         description = {
             "upcycle": __version__,
             "factory": factory,
@@ -87,16 +120,11 @@ def write_checkpoint(
         }
         _write_json(directory / UPCYCLE_JSON, description)
         return Checkpoint("module", type(model).__name__, stored)
-    target, reasons = native_target(model, plan)
     if target is not None:
-        tensors = _DenseNames(model, plan)
-        made = entries(target, tensors, plan, lambda spec: weights_of(layers[spec.ffn.path]))
-        stored = write_tensors(directory, made, max_shard_size=max_shard_size)
         config = build_config(target, model.config, plan, dtype=model.dtype)
         auto_class = "AutoModelForCausalLM"
         form, architecture = "native", target.model_type
     else:
-        stored = write_tensors(directory, _module_entries(model), max_shard_size=max_shard_size)
         config = remote_code.build_config(model, plan)
         (directory / remote_code.FILE).write_text(
             remote_code.modeling_file(model), encoding="utf-8"
@@ -145,43 +173,67 @@ class _DenseNames(Mapping[str, torch.Tensor]):
     A tensor of a converted FFN is there by name only: as an empty tensor of the right dtype.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        replaced = {spec.ffn.parameters[0]: spec for spec in plan.specs}
-        self._tensors: dict[str, torch.Tensor] = {}
-        layer_of = {spec.ffn.path: layer for spec, layer in planned_layers(model, plan)}
-        inside = {f"{spec.ffn.path}." for spec in plan.specs}
-        state = {n: t for n, t in _untied(model).items() if not n.startswith(tuple(inside))}
-        names = [*state, *replaced]
-        for name in sorted(names, key=_natural):
-            if name in replaced:
-                spec = replaced[name]
-                dtype = layer_of[spec.ffn.path].experts.down_proj.dtype
-                for parameter in spec.ffn.parameters:
-                    self._tensors[parameter] = torch.empty(0, dtype=dtype)
-            else:
-                self._tensors[name] = state[name]
+    def __init__(self, model: nn.Module, plan: Plan, content: Content) -> None:
+        self._content = content
+        self._replaced: dict[str, torch.dtype] = {}
+        inside = set()
+        for spec, layer in planned_layers(model, plan):
+            dtype = layer.experts.down_proj.dtype
+            self._replaced |= dict.fromkeys(spec.ffn.parameters, dtype)
+            inside.add(f"{spec.ffn.path}.")
+        kept = [name for name in _untied(model) if not name.startswith(tuple(inside))]
+        self._names = sorted([*kept, *self._replaced], key=_natural)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+        if name in self._replaced:
+            return torch.empty(0, dtype=self._replaced[name])
+        return self._content.tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._names)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
-def _module_entries(model: nn.Module) -> Iterator[TensorEntry]:
+def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[TensorEntry]:
+    """Every tensor under its name in the converted module; one layer's weights at a time."""
+    names = {layer: path for path, layer in model.named_modules() if isinstance(layer, MoE)}
+    layer_of = {names[layer]: (spec, layer) for spec, layer in planned_layers(model, plan)}
+    one_layer = OneLayer(content.layer)
+
+    def part(spec: MoESpec, layer: MoE, name: str) -> torch.Tensor:
+        return layer_tensors(layer, one_layer(spec))[name].detach().cpu().contiguous()
+
     for name, tensor in _untied(model).items():
-        yield TensorEntry(name, tuple(tensor.shape), tensor.dtype, partial(_on_cpu, tensor))
+        path = next((p for p in layer_of if name.startswith(f"{p}.")), None)
+        if path is None:
+            read = partial(content.tensor, name)
+            found = read()
+            yield TensorEntry(name, tuple(found.shape), found.dtype, read)
+        else:
+            spec, layer = layer_of[path]
+            read = partial(part, spec, layer, name.removeprefix(f"{path}."))
+            yield TensorEntry(name, tuple(tensor.shape), tensor.dtype, read)
 
 
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous()
+def layer_tensors(layer: MoE, weights: MoEWeights) -> dict[str, torch.Tensor]:
+    """The weights of a layer under their names in it, in its dtypes."""
+    experts, router, up = weights.experts, weights.router, f"experts.{layer.experts.up_name}"
+    given = {
+        "router.weight": router.weight_ED,
+        "router.bias": router.bias_E,
+        up: experts.up_EGD,
+        f"{up}_bias": experts.up_bias_EG,
+        "experts.down_proj": experts.down_EOI,
+        "output_bias": weights.output_bias_O,
+    }
+    held = layer.state_dict()
+    return {n: t.to(held[n].dtype) for n, t in given.items() if t is not None and n in held}
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -70,12 +70,25 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class ShardLog(Protocol):
+    """Remembers the finished files of a run, so that an interrupted one can be continued."""
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether the file was finished by an earlier run and is unchanged."""
+        ...
+
+    def finished(self, path: Path) -> None:
+        """Note that the file is whole."""
+        ...
+
+
 def write_tensors(
     directory: Path,
     entries: Iterable[TensorEntry],
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
     stem: str = "model",
+    log: ShardLog | None = None,
 ) -> dict[str, Stored]:
     """Write `entries`, in their order and without gaps, to one or several safetensors files.
 
@@ -91,6 +104,7 @@ def write_tensors(
         entries: what to write; names and stack names are unique.
         max_shard_size: bytes of tensors in one file.
         stem: first part of the file names.
+        log: knows which files are whole already; those are not read or written again.
 
     Returns:
         Where each tensor lies, by name; and each stack, by stack name, with shape [E, ...].
@@ -106,7 +120,13 @@ def write_tensors(
     stored: dict[str, Stored] = {}
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        stored |= _write_shard(directory / f"{stem}{suffix}.safetensors", shard)
+        path = directory / f"{stem}{suffix}.safetensors"
+        header, places = _layout(path.name, shard)
+        stored |= places
+        if log is None or not log.is_whole(path):
+            _write_shard(path, header, shard)
+            if log is not None:
+                log.finished(path)
     if len(shards) > 1:
         weight_map = {e.name: stored[e.name].file for shard in shards for e in shard}
         total = sum(entry.nbytes for shard in shards for entry in shard)
@@ -177,7 +197,8 @@ def _aligned(shard: list[TensorEntry]) -> list[TensorEntry]:
     return shard
 
 
-def _write_shard(path: Path, shard: list[TensorEntry]) -> dict[str, Stored]:
+def _layout(file: str, shard: list[TensorEntry]) -> tuple[bytes, dict[str, Stored]]:
+    """The bytes before the first tensor, and where each tensor will be."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in shard:
@@ -189,18 +210,25 @@ def _write_shard(path: Path, shard: list[TensorEntry]) -> dict[str, Stored]:
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    start = struct.pack("<Q", len(text)) + text
     stored: dict[str, Stored] = {}
+    offset = len(start)
+    for entry in shard:
+        _note(stored, entry, Stored(file, offset, entry.shape, entry.dtype))
+        offset += entry.nbytes
+    return start, stored
+
+
+def _write_shard(path: Path, header: bytes, shard: list[TensorEntry]) -> None:
     try:
         with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+            file.write(header)
             for entry in shard:
-                _note(stored, entry, Stored(path.name, file.tell(), entry.shape, entry.dtype))
                 _write_tensor(file, entry)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ResourceError(f"{path}: the disk became full; make room and run again") from error
-    return stored
 
 
 def _note(stored: dict[str, Stored], entry: TensorEntry, place: Stored) -> None:

@@ -178,7 +178,7 @@ def entries(
     Raises:
         UsageError: a tensor of a converted FFN is missing in `dense_tensors`.
     """
-    one_layer = _OneLayer(moe_weights)
+    one_layer = OneLayer(moe_weights)
     spec_of = {name: spec for spec in plan.specs for name in spec.ffn.parameters}
     for name, spec in spec_of.items():
         if name not in dense_tensors:
@@ -194,7 +194,7 @@ def entries(
             yield _dense_entry(name, dense_tensors)
 
 
-class _OneLayer:
+class OneLayer:
     """Calls `compute` for a spec, and again only after another spec was asked for."""
 
     def __init__(self, compute: Callable[[MoESpec], MoEWeights]) -> None:
@@ -202,6 +202,7 @@ class _OneLayer:
         self._last: tuple[MoESpec, MoEWeights] | None = None
 
     def __call__(self, spec: MoESpec) -> MoEWeights:
+        """The weights of one layer; kept until another is asked for."""
         if self._last is None or self._last[0] is not spec:
             self._last = None  # frees the layer before the next one is made
             self._last = (spec, self._compute(spec))
