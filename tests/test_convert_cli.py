@@ -64,7 +64,8 @@ def test_llama_becomes_mixtral(llama: Path, mixtral: Path) -> None:
         ours, theirs = model(ids).logits, dense(ids).logits
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     session = onnxruntime.InferenceSession(mixtral / "model.onnx")
-    (logits,) = session.run(["logits"], {"input_ids": ids.numpy()})
+    feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())}
+    (logits,) = session.run(["logits"], feeds)
     assert np.abs(logits - theirs.numpy()).max() <= 1e-5 * theirs.abs().max().item()
 
 
