@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -13,3 +14,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def log_restored() -> Iterator[None]:
+    """A command that a test runs in this process sends the log to stderr; the next test's does not."""
+    log = logging.getLogger("upcycle")
+    handlers, level = list(log.handlers), log.level
+    yield
+    log.handlers[:], log.level = handlers, level

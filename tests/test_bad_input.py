@@ -1,6 +1,5 @@
 """Whatever is wrong: one sentence, the right exit code, no traceback, and no file left behind."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -356,29 +355,30 @@ def test_an_interrupted_write_leaves_nothing(
 def test_ctrl_c_in_the_middle_of_writing(llama: Path, tmp_path: Path) -> None:
     """As a user does it: a signal to the process while it writes."""
     code = (
-        "import sys, time, upcycle.targets.tensor_file as t\n"
+        "import signal, sys, time, upcycle.targets.tensor_file as t\n"
+        # a shell that starts the tests in the background has it ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "write = t._write_tensor\n"
         "t._write_tensor = lambda *a: (write(*a), print('writing', flush=True), time.sleep(30))\n"
         "from upcycle.cli import main; main(sys.argv[1:])"
     )
     out = tmp_path / "out"
     arguments = ["convert", llama, "--recipe", "sparse-upcycling", "--out", out, "--no-verify"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "passive"},
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        assert list(tmp_path.glob("out.tmp-*"))
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "writing\n"
+            assert list(tmp_path.glob("out.tmp-*"))
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        finally:
             process.kill()
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "error: interrupted"
