@@ -18,7 +18,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def log_restored() -> Iterator[None]:
-    """A command that a test runs in this process sends the log to stderr; the next test's does not."""
+    """A command that a test runs in this process sends the log to stderr: for that test alone."""
     log = logging.getLogger("upcycle")
     handlers, level = list(log.handlers), log.level
     yield
