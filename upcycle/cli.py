@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from upcycle import console
-from upcycle.program import Program, size_in_bytes
+from upcycle.program import Program, collector_paused, size_in_bytes
 from upcycle.version import __version__
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -171,12 +171,13 @@ def plan(
     trust_remote_code: bool,
 ) -> None:
     """Show what a recipe would do to MODEL, and what it costs."""
-    from upcycle import preview, recipe_file, report
-    from upcycle.source import open_model
+    with collector_paused():
+        from upcycle import preview, recipe_file, report
+        from upcycle.source import open_model
 
-    loaded = recipe_file.load_recipe(recipe, overrides)
-    source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-    planned, estimate = preview.plan_model(source, loaded, Path(recipe).name)
+        loaded = recipe_file.load_recipe(recipe, overrides)
+        source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
+        planned, estimate = preview.plan_model(source, loaded, Path(recipe).name)
     if as_json:
         console.print_json(report.plan_json(planned, estimate))
     else:
@@ -191,11 +192,12 @@ def plan(
 @_log
 def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bool) -> None:
     """List the dense FFNs of MODEL, and what only looks like one."""
-    from upcycle import preview, report
-    from upcycle.source import open_model
+    with collector_paused():
+        from upcycle import preview, report
+        from upcycle.source import open_model
 
-    source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-    located = preview.inspect_model(source)
+        source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
+        located = preview.inspect_model(source)
     if as_json:
         console.print_json(report.located_json(located))
     else:
