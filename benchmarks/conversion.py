@@ -66,6 +66,7 @@ def main() -> None:
             wall, cpu, peak = measure([*command, *options, "--overwrite"])
             figures = (f"{wall:.1f}", f"{cpu:.1f}", f"{peak:.0f}", f"{size(out):.0f}")
             table.add_row(model, recipe, " ".join(options), *figures)
+            print(model, recipe, *options, *figures, file=sys.stderr)
     finally:
         shutil.rmtree(work)
     Console(width=140).print(table)

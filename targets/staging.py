@@ -31,11 +31,16 @@ def staged(out: Path, *, overwrite: bool = False, protect: Sequence[Path] = ()) 
     new.mkdir(parents=True)
     try:
         yield new
-        _check(out, overwrite, protect)
-        _move(new, out)
+        publish(new, out, overwrite=overwrite, protect=protect)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def publish(new: Path, out: Path, *, overwrite: bool, protect: Sequence[Path] = ()) -> None:
+    """Move the whole directory `new` to `out`, under the rules of `staged`."""
+    _check(out.absolute(), overwrite, protect)
+    _move(new, out.absolute())
 
 
 def _check(out: Path, overwrite: bool, protect: Sequence[Path]) -> None:

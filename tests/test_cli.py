@@ -21,6 +21,7 @@ FLAGS = {
     "convert": LOG
     | {"MODEL", "--recipe", "--set", "--out", "--target", "--calibration", "--inputs", "--device"}
     | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
+    | {"--stream", "--no-stream", "--resume"}
     | {"--trust-remote-code", "--allow-pickle"},
     "plan": LOG | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"},
     "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},

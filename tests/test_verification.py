@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import upcycle
 from upcycle import report
+from upcycle.checks import check
 from upcycle.cli import main
 from upcycle.compiler import Conversion, convert
 from upcycle.distinct import distinct_experts_error
@@ -28,7 +29,7 @@ from upcycle.moe import Experts, MoE, Router
 from upcycle.plain_json import json_text
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.verification import check, raise_if_failed, verify_layers
+from upcycle.verification import raise_if_failed, verify_layers
 
 
 def converted(name: str, recipe: str, *overrides: str) -> Conversion:

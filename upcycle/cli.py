@@ -106,6 +106,12 @@ def main() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @click.option("--verify/--no-verify", default=True, help="Compare with the dense model.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Convert piece by piece, for models larger than memory.  [default: if it must be]",
+)
+@click.option("--resume", is_flag=True, help="Go on with a streamed run that was interrupted.")
 @_trust
 @click.option(
     "--allow-pickle", is_flag=True, help="Read weights from .bin files, which can run code."

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from upcycle.capture import ExampleInputs
+from upcycle.checks import END_TO_END, check
 from upcycle.costs import costs, model_size
 from upcycle.emit import FILE_CHECKS, Emission, check_targets, emit
 from upcycle.evaluation import Evaluation, evaluation_for
@@ -28,15 +29,7 @@ from upcycle.spec import MoESpec, Plan
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.staging import staged
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE
-from upcycle.verification import (
-    END_TO_END,
-    budget,
-    check,
-    compare_models,
-    model_dtype,
-    raise_if_failed,
-    verify_layers,
-)
+from upcycle.verification import budget, compare_models, model_dtype, raise_if_failed, verify_layers
 from upcycle.version import __version__
 from upcycle.weights import MoEWeights, read_ffn
 

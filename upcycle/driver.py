@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from upcycle.checks import END_TO_END, check
 from upcycle.compiler import convert
 from upcycle.costs import costs, model_size
 from upcycle.emit import check_targets
@@ -22,8 +23,9 @@ from upcycle.passes.plan import make_plan
 from upcycle.progress import Progress, silent, step
 from upcycle.recipe import Recipe
 from upcycle.source import DTYPES, Source
+from upcycle.streaming import check_streamable, convert_streamed, must_stream
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, check_disk
-from upcycle.verification import END_TO_END, budget, check, compare_models, model_dtype
+from upcycle.verification import budget, compare_models, model_dtype
 
 
 def convert_model(
@@ -37,11 +39,15 @@ def convert_model(
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     verify: bool = True,
+    stream: bool | None = None,
+    resume: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Convert a named model into a directory and return the report, which is also written there.
 
-    Everything that can be refused is refused before the weights are read.
+    Everything that can be refused is refused before the weights are read. `stream` (also if it is
+    None and the memory is too small) works piece by piece, and `resume` goes on with a run of that
+    kind that was interrupted; see `upcycle.streaming`.
     """
     check_targets(targets, verify=verify)
     _check_out(out, source, overwrite=overwrite)
@@ -54,7 +60,21 @@ def convert_model(
         evaluation_for(skeleton, directory=source.directory, example=source.example, text=text)
     total, itemsize = model_size(skeleton)
     itemsize = itemsize if source.dtype is None else source.dtype.itemsize
-    check_disk(out, costs(plan, total, itemsize).bytes_on_disk)
+    estimate = costs(plan, total, itemsize)
+    check_disk(out, estimate.bytes_on_disk)
+    if stream or resume or (stream is None and source.directory and must_stream(estimate)):
+        check_streamable(source, targets)
+        return convert_streamed(
+            source,
+            plan,
+            skeleton,
+            out,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            resume=resume,
+            verify=verify,
+            progress=progress,
+        )
     del skeleton
     with step(progress, "loading"):
         model = source.load()

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.card import card
+from upcycle.checks import Check, check
 from upcycle.errors import UsageError
 from upcycle.evaluation import Evaluation
 from upcycle.loading import load
@@ -31,8 +32,6 @@ from upcycle.targets.checkpoint import Checkpoint, write_checkpoint
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.tensor_file import check_disk
 from upcycle.verification import (
-    Check,
-    check,
     compare_models,
     model_dtype,
     raise_if_failed,

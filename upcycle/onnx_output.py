@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from upcycle.capture import ExampleInputs
+from upcycle.checks import Check, check
 from upcycle.errors import UnsupportedError, VerificationError
 from upcycle.evaluation import Evaluation, comparable, device_of, outputs_of
 from upcycle.metrics import ROUNDING, distance
@@ -17,7 +18,7 @@ from upcycle.moe import MoE
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.onnx.compare import session
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.verification import Check, check, model_dtype
+from upcycle.verification import model_dtype
 
 ONNX_CHECK = "ONNX Runtime against PyTorch"
 

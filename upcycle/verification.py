@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from upcycle.capture import ExampleInputs
-from upcycle.distinct import distinct_experts_error
+from upcycle.checks import END_TO_END, Check
 from upcycle.errors import VerificationError
 from upcycle.evaluation import (
     NEW_TOKENS,
@@ -29,27 +29,12 @@ from upcycle.evaluation import (
     is_language_model,
     outputs_of,
 )
+from upcycle.layer_report import layer_checks, layer_report, random_tokens
 from upcycle.metrics import ROUNDING, LanguageModelDistance, distance
 from upcycle.modes import eval_mode
-from upcycle.moe import MoE, all_experts
-from upcycle.provenance import untraced_rows
+from upcycle.moe import MoE
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec
-from upcycle.weights import read_ffn
-
-Check = dict[str, Any]
-
-END_TO_END = "end to end"
-LAYER_CHECKS = {
-    "relative": "layer",
-    "all_experts_relative": "layer with all experts (K = N)",
-    "distinct_experts_relative": "layer with distinct experts",
-}
-
-
-def check(what: str, error: float, allowed: float) -> Check:
-    """One comparison; an error that is not a number fails."""
-    return {"what": what, "error": error, "allowed": allowed, "passed": bool(error <= allowed)}
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -97,48 +82,13 @@ def verify_layers(
     with _router_inputs([layer for _, layer in layers]) as seen:
         outputs_of(converted, evaluation.batches[0])
     for spec, layer in layers:
-        weights = read_ffn(spec.ffn, parameters)
         x_TD = seen.get(layer)
-        row: dict[str, Any] = {"path": spec.ffn.path, "promise": spec.promise}
-        if x_TD is None:  # the inputs do not reach it
-            row["inputs"] = "random tokens"
-            x_TD = _random_tokens(spec, layer)
-        if spec.ffn.path in provenance:
-            row["untraced_rows"] = untraced_rows(
-                spec.ffn, layer, provenance[spec.ffn.path], parameters
-            )
-        with torch.no_grad():
-            reference = weights(x_TD)
-            row |= distance(layer.tokens(x_TD), reference).to_json()
-            _, _, index = layer.router(x_TD)
-            with all_experts(layer):
-                whole = distance(layer.tokens(x_TD), reference)
-        load = torch.bincount(index.flatten(), minlength=spec.num_experts)
-        row["tokens_per_expert"] = load.tolist()
-        if spec.promise == "exact when K = N" or spec.top_k == spec.num_experts:
-            row["all_experts_relative"] = whole.relative
-        row["distinct_experts_relative"] = distinct_experts_error(layer, x_TD)
-        rows.append(row)
-    return rows, list(_layer_checks(rows, ROUNDING[model_dtype(dense)]))
-
-
-def _random_tokens(spec: MoESpec, layer: MoE) -> torch.Tensor:
-    drawn = torch.randn(64, spec.ffn.d_model, generator=spec.generator("verify"))
-    return drawn.to(layer.experts.down_proj)
-
-
-def _layer_checks(rows: list[dict[str, Any]], rounding: float) -> Iterator[Check]:
-    def worst(key: str, chosen: list[dict[str, Any]]) -> Iterator[Check]:
-        chosen = [row for row in chosen if key in row]
-        if chosen:
-            row = max(chosen, key=lambda r: r[key])
-            yield check(f"{LAYER_CHECKS[key]}, worst at {row['path']}", row[key], rounding)
-
-    untraced = sum(row.get("untraced_rows", 0) for row in rows)
-    yield check("rows that are not the dense rows they came from", untraced, 0)
-    yield from worst("relative", [row for row in rows if row["promise"] == "exact"])
-    yield from worst("all_experts_relative", rows)
-    yield from worst("distinct_experts_relative", rows)
+        row = {} if x_TD is not None else {"inputs": "random tokens"}  # the inputs do not reach it
+        if x_TD is None:
+            x_TD = random_tokens(spec, layer)
+        neuron_EI = provenance.get(spec.ffn.path)
+        rows.append(layer_report(spec, layer, x_TD, parameters, neuron_EI) | row)
+    return rows, list(layer_checks(rows, model_dtype(dense)))
 
 
 @contextmanager

@@ -232,10 +232,9 @@ def _moe_entries(
             return experts.down_EOI[expert].to(dtype)
         return experts.up_EGD[expert, role * width : (role + 1) * width].to(dtype)
 
-    name = target.router.format(layer=layer)
+    name, *stacks = stack_names(target, layer)
     yield TensorEntry(name, (spec.num_experts, d_model), dtype, router)
-    for role, word in enumerate(target.matrices):
-        stack = target.expert.format(layer=layer, expert="{expert}", matrix=word)
+    for role, (word, stack) in enumerate(zip(target.matrices, stacks, strict=True)):
         shape = (d_model, width) if role == 2 else (width, d_model)
         for expert in range(spec.num_experts):
             yield TensorEntry(
@@ -243,8 +242,17 @@ def _moe_entries(
                 shape=shape,
                 dtype=dtype,
                 read=partial(matrix, role, expert),
-                stack=stack.replace("{expert}.", ""),
+                stack=stack,
             )
+
+
+def stack_names(target: NativeTarget, layer: int | None) -> list[str]:
+    """Names of the router, and of gate, up and down of all experts as stacks [E, ...]."""
+    stacks = [
+        target.expert.format(layer=layer, expert="{expert}", matrix=word).replace("{expert}.", "")
+        for word in target.matrices
+    ]
+    return [target.router.format(layer=layer), *stacks]
 
 
 def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None:

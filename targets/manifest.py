@@ -1,0 +1,59 @@
+"""Which files of an interrupted run are whole, so that the next run can go on from there."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from upcycle.errors import UsageError
+
+FILE = "upcycle-manifest.json"
+
+
+class Manifest:
+    """A `ShardLog` in a file beside the shards: their SHA-256, and what run they belong to.
+
+    It is rewritten after each shard by a rename, so that it is never half a file.
+    """
+
+    def __init__(self, directory: Path, key: str) -> None:
+        """`key` says what is written; a manifest of anything else is refused.
+
+        Raises:
+            UsageError: the directory has the manifest of another run.
+        """
+        self._path = directory / FILE
+        self._key = key
+        self._whole: dict[str, str] = {}
+        if self._path.is_file():
+            try:
+                data = json.loads(self._path.read_text(encoding="utf-8"))
+            except ValueError:
+                data = {}
+            if data.get("key") != key:
+                raise UsageError(
+                    f"{directory}: it is left from another conversion (another model, recipe or "
+                    "version); remove it, or run without --resume"
+                )
+            self._whole = data["files"]
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether the file was finished and still has the bytes that it had then."""
+        known = self._whole.get(path.name)
+        return known is not None and path.is_file() and _sha256(path) == known
+
+    def finished(self, path: Path) -> None:
+        """Note that the file is whole."""
+        self._whole[path.name] = _sha256(path)
+        text = json.dumps({"key": self._key, "files": self._whole}, indent=2) + "\n"
+        beside = self._path.with_suffix(".tmp")
+        beside.write_text(text, encoding="utf-8")
+        beside.rename(self._path)
+
+    def remove(self) -> None:
+        """The run is over."""
+        self._path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,71 @@
+"""Tiers T0 and T1 of verification: one converted layer against its dense FFN."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from upcycle.checks import LAYER_CHECKS, Check, check
+from upcycle.distinct import distinct_experts_error
+from upcycle.metrics import ROUNDING, distance
+from upcycle.moe import MoE, all_experts
+from upcycle.provenance import untraced_rows
+from upcycle.spec import MoESpec
+from upcycle.weights import read_ffn
+
+
+@torch.no_grad()
+def layer_report(
+    spec: MoESpec,
+    layer: MoE,
+    x_TD: torch.Tensor,
+    parameters: Mapping[str, torch.Tensor],
+    neuron_EI: torch.Tensor | None,
+) -> dict[str, Any]:
+    """What was measured of one layer, as plain data.
+
+    Args:
+        spec: the plan of the layer.
+        layer: with its weights, in eval mode.
+        x_TD: tokens [T, D] to compare on.
+        parameters: of the dense model, by name.
+        neuron_EI: the dense neuron of each expert neuron, [E, I], -1 for padding; None where it
+            is not known, and then the rows are not traced.
+    """
+    row: dict[str, Any] = {"path": spec.ffn.path, "promise": spec.promise}
+    if neuron_EI is not None:
+        row["untraced_rows"] = untraced_rows(spec.ffn, layer, neuron_EI, parameters)
+    reference = read_ffn(spec.ffn, parameters)(x_TD)
+    row |= distance(layer.tokens(x_TD), reference).to_json()
+    _, _, index_TK = layer.router(x_TD)
+    with all_experts(layer):
+        whole = distance(layer.tokens(x_TD), reference)
+    load = torch.bincount(index_TK.flatten(), minlength=spec.num_experts)
+    row["tokens_per_expert"] = load.tolist()
+    if spec.promise == "exact when K = N" or spec.top_k == spec.num_experts:
+        row["all_experts_relative"] = whole.relative
+    row["distinct_experts_relative"] = distinct_experts_error(layer, x_TD)
+    return row
+
+
+def random_tokens(spec: MoESpec, layer: MoE) -> torch.Tensor:
+    """64 tokens of unit variance, the same for the same spec."""
+    drawn = torch.randn(64, spec.ffn.d_model, generator=spec.generator("verify"))
+    return drawn.to(layer.experts.down_proj)
+
+
+def layer_checks(rows: list[dict[str, Any]], dtype: torch.dtype) -> Iterator[Check]:
+    """The worst of each figure over all layers, against what rounding in `dtype` allows."""
+
+    def worst(key: str, chosen: list[dict[str, Any]]) -> Iterator[Check]:
+        chosen = [row for row in chosen if key in row]
+        if chosen:
+            row = max(chosen, key=lambda r: r[key])
+            what = f"{LAYER_CHECKS[key]}, worst at {row['path']}"
+            yield check(what, row[key], ROUNDING[dtype])
+
+    untraced = sum(row.get("untraced_rows", 0) for row in rows)
+    yield check("rows that are not the dense rows they came from", untraced, 0)
+    yield from worst("relative", [row for row in rows if row["promise"] == "exact"])
+    yield from worst("all_experts_relative", rows)
+    yield from worst("distinct_experts_relative", rows)

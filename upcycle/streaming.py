@@ -1,0 +1,256 @@
+"""Convert a checkpoint that does not fit in memory: one FFN and one tensor at a time.
+
+Names, order and shapes come from the model on the meta device, the numbers from the checkpoint's
+memory map. The same pure transform makes the weights of each layer, and the same writer writes the
+same bytes as a conversion in memory. Each layer is verified by itself, from the written file.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.card import card
+from upcycle.costs import Costs
+from upcycle.errors import UnsupportedError, UsageError
+from upcycle.layer_report import layer_checks, layer_report, random_tokens
+from upcycle.moe import MoE
+from upcycle.passes.transform import load_weights, transform
+from upcycle.plain_json import json_text
+from upcycle.progress import Progress, silent
+from upcycle.recipe_file import dump_recipe
+from upcycle.source import Source
+from upcycle.spec import MoESpec, Plan
+from upcycle.tap import install
+from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
+from upcycle.targets.companions import copy_companions
+from upcycle.targets.manifest import Manifest
+from upcycle.targets.read_back import read_layer
+from upcycle.targets.staging import publish
+from upcycle.targets.tensor_file import MAX_SHARD_SIZE
+from upcycle.targets.tensor_source import read_tensors
+from upcycle.verification import raise_if_failed
+from upcycle.version import __version__
+from upcycle.weights import MoEWeights, read_ffn
+
+
+def must_stream(costs: Costs) -> bool:
+    """Whether the dense and the converted model together would fill most of the free memory."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return costs.peak_bytes > 0.8 * free
+
+
+def check_streamable(source: Source, targets: Sequence[str]) -> None:
+    """Refuse what needs the whole model in memory.
+
+    Raises:
+        UsageError: the model is no directory of safetensors files, or another target was asked for.
+    """
+    if source.directory is None or source.dtype is not None or source.device != "cpu":
+        raise UsageError(
+            "a model that is converted piece by piece is a directory of safetensors files in its "
+            "own dtype, on the CPU; leave --dtype and --device out, or pass --no-stream"
+        )
+    if tuple(targets) != ("safetensors",):
+        raise UsageError(
+            "a model that is converted piece by piece is never whole in memory, and ONNX export "
+            "needs that; pass --target safetensors"
+        )
+
+
+def convert_streamed(
+    source: Source,
+    plan: Plan,
+    skeleton: nn.Module,
+    out: Path,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the converted checkpoint of a Hugging Face directory, and return the report.
+
+    Peak memory: one FFN, what it becomes, and the largest tensor.
+
+    Args:
+        source: a directory of safetensors files.
+        plan: what is converted.
+        skeleton: the dense model on the meta device; it is changed.
+        out: the directory; it is written as ``<out>.partial`` and renamed at the end.
+        max_shard_size: bytes of one file.
+        overwrite: replace `out` if it exists.
+        resume: go on with the ``<out>.partial`` of an interrupted run; else it is removed.
+        verify: trace and compare each layer as it was written (tiers T0 and T1).
+
+    Raises:
+        UnsupportedError: the checkpoint names its tensors otherwise than the model does.
+        VerificationError: a written layer is not what was promised.
+    """
+    assert source.directory is not None
+    tensors = _by_module_name(source, skeleton)
+    dtype = tensors[plan.specs[0].ffn.parameters[0]].dtype
+    converted = _converted_skeleton(skeleton, plan, dtype)
+    provenance: dict[str, torch.Tensor] = {}
+
+    def layer(spec: MoESpec) -> MoEWeights:
+        made = transform(read_ffn(spec.ffn, tensors), spec)
+        provenance[spec.ffn.path] = made.experts.neuron_EI
+        progress("converting", len(provenance), len(plan.specs))
+        return made
+
+    content = Content(tensor=tensors.__getitem__, layer=layer)
+    report = _header(source, plan, dtype)
+    with _resumable(out, resume=resume) as directory:
+        manifest = Manifest(directory, _key(source, plan, max_shard_size))
+        copy_companions(source.directory, directory)
+        written = write_checkpoint(
+            directory,
+            converted,
+            plan,
+            content=content,
+            max_shard_size=max_shard_size,
+            log=manifest,
+        )
+        report["checkpoint"] = {"form": written.form, "architecture": written.architecture}
+        if verify:
+            _verify(directory, plan, written, tensors, provenance, report, progress)
+            raise_if_failed(report)
+        _describe(directory, plan, written, report, out.name)
+        manifest.remove()
+        publish(directory, out, overwrite=overwrite, protect=[source.directory])
+    return report
+
+
+@contextmanager
+def _resumable(out: Path, *, resume: bool) -> Iterator[Path]:
+    """``<out>.partial``: it stays if the run is interrupted, and goes if the run fails."""
+    directory = out.absolute().with_name(f"{out.name}.partial")
+    if not resume:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield directory
+    except Exception:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _by_module_name(source: Source, skeleton: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The checkpoint under the names of the module; a prefix of the base model is seen through."""
+    assert source.directory is not None
+    tensors = read_tensors(source.directory)
+    tied: Mapping[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
+    wanted = [name for name, _ in skeleton.named_parameters() if name not in tied]
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    for rename in (str, lambda n: prefix + n, lambda n: n.removeprefix(prefix)):
+        if all(rename(name) in tensors for name in wanted):
+            return _Renamed(tensors, {name: rename(name) for name in _all_names(skeleton)})
+    lacking = next(name for name in wanted if name not in tensors)
+    raise UnsupportedError(
+        f"{source.directory}: the checkpoint has no tensor {lacking}, so it cannot be converted "
+        "piece by piece; convert it in memory (without --stream)"
+    )
+
+
+def _all_names(skeleton: nn.Module) -> list[str]:
+    return list(skeleton.state_dict())
+
+
+class _Renamed(Mapping[str, torch.Tensor]):
+    def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._names = {name: stored for name, stored in names.items() if stored in tensors}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _converted_skeleton(skeleton: nn.Module, plan: Plan, dtype: torch.dtype) -> nn.Module:
+    skeleton.to(dtype)
+    with torch.device("meta"):
+        layers = install(skeleton, [spec.site() for spec in plan.specs])
+    for layer in layers:
+        layer.to(dtype)
+        layer.router.to(torch.promote_types(dtype, torch.float32))
+    return skeleton
+
+
+def _key(source: Source, plan: Plan, max_shard_size: int) -> str:
+    """What a partial directory is a part of: version, model files, decisions, shard size."""
+    assert source.directory is not None
+    files = [*sorted(source.directory.glob("*.safetensors")), source.directory / "config.json"]
+    facts = [
+        __version__,
+        [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+        plan.recipe.model_dump(mode="json"),
+        [spec.site() for spec in plan.specs],
+        max_shard_size,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _header(source: Source, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "upcycle": __version__,
+        "model": source.name,
+        "recipe": plan.recipe_name,
+        "resolved_recipe": plan.recipe.model_dump(mode="json"),
+        "promise": plan.promise,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "streamed": "layer by layer; the whole model was not run",
+        "checks": [],
+    }
+
+
+def _verify(
+    directory: Path,
+    plan: Plan,
+    written: Checkpoint,
+    tensors: Mapping[str, torch.Tensor],
+    provenance: Mapping[str, torch.Tensor],
+    report: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Tiers T0 and T1 on each layer as it is in the file, with random tokens."""
+    rows = []
+    for i, spec in enumerate(plan.specs, start=1):
+        layer = MoE(copy.deepcopy(spec.layer_config())).eval()
+        made = read_layer(directory, written, spec)
+        layer.experts.to(made.experts.down_EOI.dtype)
+        if layer.output_bias is not None:
+            layer.output_bias.data = layer.output_bias.data.to(made.experts.down_EOI.dtype)
+        load_weights(layer, made)
+        neuron_EI = provenance.get(spec.ffn.path)
+        if neuron_EI is None:  # its file was whole already
+            neuron_EI = transform(read_ffn(spec.ffn, tensors), spec).experts.neuron_EI
+        x_TD = random_tokens(spec, layer)
+        rows.append(layer_report(spec, layer, x_TD, tensors, neuron_EI))
+        progress("verifying", i, len(plan.specs))
+    report["layers"] = rows
+    report["checks"] += layer_checks(rows, made.experts.down_EOI.dtype)
+
+
+def _describe(
+    directory: Path, plan: Plan, written: Checkpoint, report: dict[str, Any], name: str
+) -> None:
+    (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
+    (directory / "report.json").write_text(json_text(report), encoding="utf-8")
+    text = card(name, plan, written, ["safetensors"], report)
+    (directory / "README.md").write_text(text, encoding="utf-8")
