@@ -72,6 +72,7 @@ def model_card(
     runtimes: Mapping[str, str] | None = None,
     licence: str | None = None,
     notes: Sequence[str] = (),
+    library: str = "transformers",
 ) -> str:
     """The text of the card.
 
@@ -87,9 +88,10 @@ def model_card(
         runtimes: other software and how it runs the model, from the documentation of each.
         licence: licence of the base model, if known.
         notes: further paragraphs.
+        library: what loads it, in the words of the Hub.
     """
     sections = [
-        _front_matter(base_model, licence),
+        _front_matter(base_model, licence, library),
         f"# {name}",
         f"A sparse Mixture of Experts, made from the dense model {_code(base_model)} by upcycle "
         f"with the recipe {_code(recipe_name)}.",
@@ -112,8 +114,8 @@ def model_card(
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
 
 
-def _front_matter(base_model: str, licence: str | None) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- moe", "- upcycle"]
+def _front_matter(base_model: str, licence: str | None, library: str) -> str:
+    lines = ["---", f"library_name: {library}", "tags:", "- moe", "- upcycle"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("."):
         lines += [f"base_model: {base_model}"]
     if licence:

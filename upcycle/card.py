@@ -27,20 +27,36 @@ def card(
         targets: what was asked for.
         report: as `upcycle.compiler.convert` and `upcycle.emit.emit` fill it in.
     """
-    checks = [model_card.Check(c["what"], c["error"], c["allowed"]) for c in report["checks"]]
     return model_card.model_card(
         name=name,
-        base_model=report["model"],
-        promise=plan.promise,
-        recipe_name=plan.recipe_name,
-        recipe_text=dump_recipe(plan.recipe),
-        numbers=dict(_numbers(plan, report)),
-        checks=checks,
+        **_common(plan, report),
         targets=[written.form] + (["onnx"] if "onnx" in targets else []),
         auto_class=written.auto_class,
         runtimes=written.runtimes,
         notes=list(_notes(plan, targets)),
     )
+
+
+def onnx_card(name: str, plan: Plan, report: Mapping[str, Any]) -> str:
+    """README.md of a converted ONNX file; arguments as for `card`."""
+    return model_card.model_card(
+        name=name,
+        **_common(plan, report),
+        targets=["onnx"],
+        notes=list(_notes(plan, ["onnx"])),
+        library="onnx",
+    )
+
+
+def _common(plan: Plan, report: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "base_model": report["model"],
+        "promise": plan.promise,
+        "recipe_name": plan.recipe_name,
+        "recipe_text": dump_recipe(plan.recipe),
+        "numbers": dict(_numbers(plan, report)),
+        "checks": [model_card.Check(c["what"], c["error"], c["allowed"]) for c in report["checks"]],
+    }
 
 
 def _numbers(plan: Plan, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
@@ -27,9 +27,12 @@ from upcycle.streaming import check_streamable, convert_streamed, must_stream
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, check_disk
 from upcycle.verification import budget, compare_models, model_dtype
 
+if TYPE_CHECKING:
+    from upcycle.onnx_source import OnnxSource
+
 
 def convert_model(
-    source: Source,
+    source: "Source | OnnxSource",
     recipe: Recipe,
     *,
     recipe_name: str,
@@ -51,6 +54,23 @@ def convert_model(
     """
     check_targets(targets, verify=verify)
     _check_out(out, source, overwrite=overwrite)
+    if not isinstance(source, Source):
+        from upcycle.onnx_convert import convert_onnx
+
+        for option, given in (("--calibration", calibration), ("--stream", stream or resume)):
+            if given:
+                raise UsageError(f"{option}: it does not apply to an ONNX file; leave it out")
+        return convert_onnx(
+            source,
+            recipe,
+            recipe_name=recipe_name,
+            out=out,
+            targets=targets,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            verify=verify,
+            progress=progress,
+        )
     text = _text(calibration)
     with step(progress, "capturing"):
         skeleton = source.skeleton()
@@ -101,7 +121,7 @@ def convert_model(
     return result.report
 
 
-def _check_out(out: Path, source: Source, *, overwrite: bool) -> None:
+def _check_out(out: Path, source: "Source | OnnxSource", *, overwrite: bool) -> None:
     """Refuse now what `staged` would refuse after the work."""
     if not os.path.lexists(out):
         return
@@ -139,10 +159,14 @@ def read_report(directory: Path) -> Mapping[str, Any]:
     raise UsageError(f"{path}: not a report of upcycle; convert the model again")
 
 
-def verify_paths(dense: Source, converted: Path) -> dict[str, Any]:
+def verify_paths(dense: "Source | OnnxSource", converted: Path) -> dict[str, Any]:
     """Compare a written model with its dense one, as a user would load it (tiers T2 and T4)."""
     report = dict(read_report(converted))
     recipe = Recipe.model_validate_json(json.dumps(report["resolved_recipe"]))
+    if not isinstance(dense, Source):
+        from upcycle.onnx_convert import verify_onnx_files
+
+        return verify_onnx_files(dense, converted, report, recipe)
     if dense.dtype is None:  # as it was loaded for the conversion
         dense = replace(dense, dtype=DTYPES[report["dtype"]])
     reference = dense.load()

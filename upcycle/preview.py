@@ -3,6 +3,8 @@
 Apart from the driver because it must answer at once: it imports nothing that writes or verifies.
 """
 
+from typing import TYPE_CHECKING
+
 from upcycle.costs import Costs, costs, model_size
 from upcycle.ffn import Located
 from upcycle.passes.locate import locate_in
@@ -11,14 +13,24 @@ from upcycle.recipe import Recipe
 from upcycle.source import Source
 from upcycle.spec import Plan
 
+if TYPE_CHECKING:
+    from upcycle.onnx_source import OnnxSource
 
-def inspect_model(source: Source) -> Located:
+
+def inspect_model(source: "Source | OnnxSource") -> Located:
     """The FFNs and misses of a named model; no weight is read where a configuration is enough."""
+    if not isinstance(source, Source):
+        return source.found.located
     return locate_in(source.skeleton(), source.example)
 
 
-def plan_model(source: Source, recipe: Recipe, recipe_name: str) -> tuple[Plan, Costs]:
+def plan_model(
+    source: "Source | OnnxSource", recipe: Recipe, recipe_name: str
+) -> tuple[Plan, Costs]:
     """What a conversion would do and cost, from the configuration alone."""
+    if not isinstance(source, Source):
+        plan = source.plan(recipe, recipe_name)
+        return plan, source.costs(plan)
     skeleton = source.skeleton()
     plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
     return plan, costs(plan, *model_size(skeleton))

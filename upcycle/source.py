@@ -6,7 +6,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -17,6 +17,9 @@ from upcycle.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError
 from upcycle.quiet import quiet
 from upcycle.targets.tensor_source import read_tensors
+
+if TYPE_CHECKING:
+    from upcycle.onnx_source import OnnxSource
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
           "float16": torch.float16}  # fmt: skip
@@ -132,7 +135,7 @@ def open_model(
     allow_pickle: bool = False,
     dtype: str | None = None,
     device: str | None = None,
-) -> Source:
+) -> "Source | OnnxSource":
     """Find the model that MODEL names; no weight is read.
 
     Raises:
@@ -142,6 +145,9 @@ def open_model(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
     directory: Path | None = None
+    if model.endswith(".onnx") and not Path(model).is_dir():
+        elsewhere = device not in (None, "cpu")
+        return _open_onnx(model, inputs, {"--dtype": dtype, "--device": elsewhere})
     if model.startswith(samples.PREFIX):
         directory = samples.path(model)
     elif Path(model).exists():
@@ -170,6 +176,14 @@ def open_model(
     if directory is not None:
         _check_dense(directory, read_config(directory, trust_remote_code=trust_remote_code))
     return source
+
+
+def _open_onnx(model: str, inputs: str | None, options: dict[str, object]) -> "OnnxSource":
+    from upcycle.onnx_source import open_onnx  # onnx is not imported for other models
+
+    wanted = "a dict of tensors or arrays"
+    example = call_named(inputs, dict, wanted) if inputs else None
+    return open_onnx(model, example, options)
 
 
 def read_config(directory: Path, *, trust_remote_code: bool) -> Any:

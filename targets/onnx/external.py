@@ -35,6 +35,7 @@ _TYPES = {
     torch.uint8: ir.DataType.UINT8,
     torch.int8: ir.DataType.INT8,
 }
+TORCH_TYPES = {onnx: dtype for dtype, onnx in _TYPES.items()}
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -176,7 +177,7 @@ def _replace(
     value: ir.Value, match: Match, head: Nodes, shared: dict[str, ir.Value], directory: Path
 ) -> None:
     if match.name not in shared:
-        shared[match.name] = _external(match, directory)
+        shared[match.name] = stored_value(match.name, match.stored, directory)
     new = shared[match.name]
     # Nodes are kept apart by the name of the value, which is unique in the graph.
     if match.cast:
@@ -186,19 +187,19 @@ def _replace(
     ir.convenience.replace_all_uses_with(value, new)
 
 
-def _external(match: Match, directory: Path) -> ir.Value:
-    stored, dtype = match.stored, _TYPES[match.stored.dtype]
-    shape = ir.Shape(stored.shape)
+def stored_value(name: str, stored: Stored, directory: Path) -> ir.Value:
+    """An initializer that is read from where it is stored, in a file of `directory`."""
+    dtype, shape = _TYPES[stored.dtype], ir.Shape(stored.shape)
     tensor = ir.ExternalTensor(
         stored.file,
         stored.offset,
         math.prod(stored.shape) * stored.dtype.itemsize,
         dtype,
         shape=shape,
-        name=match.name,
+        name=name,
         base_dir=directory,
     )
-    return ir.Value(name=match.name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
 
 
 def _write(values: list[ir.Value], path: Path) -> None:

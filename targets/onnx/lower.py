@@ -58,9 +58,10 @@ def lower(
         model.opset_imports[bodies.OWN] = 1
     else:
         model.opset_imports.pop(bodies.OWN, None)
+    model.opset_imports[""] = max(OPSET, model.opset_imports.get("", OPSET))
     for function in functions:
+        function.opset_imports[""] = model.opset_imports[""]
         model.functions[function.identifier()] = function
-    model.opset_imports[""] = OPSET
 
 
 def _scopes(node: ir.Node) -> dict[str, str]:

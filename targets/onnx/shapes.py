@@ -1,0 +1,116 @@
+"""Shapes of the tensors of a foreign graph, with a small number for each dynamic axis."""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from itertools import chain
+
+import onnx
+import onnx_ir as ir
+
+Shape = tuple[int, ...]
+# For the dynamic axes in their order: distinct, so that no two are taken for each other.
+_SIZES = (2, 11, 7, 5, 13, 3)
+_IMAGE = 224  # rows and columns of a [batch, channels, rows, columns] input
+_BIG = 1024  # elements; larger weights have nothing to tell about shapes
+
+
+def axis_sizes(model: ir.Model) -> dict[str, Shape]:
+    """A full shape for each input of the graph.
+
+    Axes of one name get one size; a sum of names, as in ``past + sequence``, the sum. The past of
+    a cache is empty.
+    """
+    known: dict[str, int] = {}
+    shapes: dict[str, Shape] = {}
+    unnamed = 0
+    for value in model.graph.inputs:
+        dims: list[int | str] = []
+        for axis, size in enumerate(value.shape or ()):
+            label = size if isinstance(size, int) else size.value
+            if label is None or label == "" or (isinstance(label, int) and label < 0):
+                label, unnamed = f"axis_{unnamed}", unnamed + 1
+            if isinstance(label, str) and len(value.shape or ()) == 4 and axis > 1:
+                is_image = value.dtype is not None and value.dtype.is_floating_point()
+                if is_image and "past" not in f"{label} {value.name}":
+                    known.setdefault(label, _IMAGE)
+            dims.append(label)
+        shapes[str(value.name)] = tuple(
+            size if isinstance(size, int) else _evaluate(size, known) for size in dims
+        )
+    return shapes
+
+
+def _evaluate(label: str, known: dict[str, int]) -> int:
+    names = re.findall(r"[A-Za-z_]\w*", label)
+    if len(names) < 2 and "+" not in label:
+        if label not in known:
+            taken = sum(size in _SIZES for size in known.values())
+            is_past = label.startswith("past") and "+" not in label
+            known[label] = 0 if is_past else _SIZES[min(taken, len(_SIZES) - 1)]
+        return known[label]
+    parts = [part.strip() for part in label.split("+")]
+    return sum(int(part) if part.isdigit() else _evaluate(part, known) for part in parts if part)
+
+
+def infer_shapes(model: ir.Model, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shape of each tensor that onnx can tell for these shapes of the inputs, by name."""
+    proto = _without_weights(model)
+    sizes = _sizes_by_label(model, inputs)
+    for value in chain(proto.graph.input, proto.graph.output, proto.graph.value_info):
+        if value.type.HasField("tensor_type"):
+            _fix(value, inputs.get(value.name), sizes)
+    with contextlib.suppress(onnx.shape_inference.InferenceError):  # what the file says is left
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    shapes: dict[str, Shape] = {}
+    for value in chain(proto.graph.input, proto.graph.output, proto.graph.value_info):
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+            shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
+    return shapes
+
+
+def _without_weights(model: ir.Model) -> onnx.ModelProto:
+    """The graph with its large initializers as inputs, so that no weight is copied."""
+    large = [v for v in model.graph.initializers.values() if _elements(v) > _BIG]
+    tensors = [(value, value.const_value) for value in large]
+    try:
+        for value in large:
+            del model.graph.initializers[str(value.name)]
+            model.graph.inputs.append(value)
+        return ir.to_proto(model)
+    finally:
+        for value, tensor in tensors:
+            model.graph.inputs.remove(value)
+            value.const_value = tensor
+            model.graph.register_initializer(value)
+
+
+def _elements(value: ir.Value) -> int:
+    if value.const_value is None:
+        return 0
+    if value.shape is None:
+        value.shape = ir.Shape(value.const_value.shape.numpy())
+    if value.type is None:
+        value.type = ir.TensorType(value.const_value.dtype)
+    return int(value.const_value.size)
+
+
+def _sizes_by_label(model: ir.Model, inputs: Mapping[str, Shape]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for value in model.graph.inputs:
+        for axis, size in zip(value.shape or (), inputs[str(value.name)], strict=True):
+            if not isinstance(axis, int) and axis.value:
+                sizes[str(axis.value)] = size
+    return sizes
+
+
+def _fix(value: onnx.ValueInfoProto, shape: Shape | None, sizes: Mapping[str, int]) -> None:
+    """Put numbers for the names of axes; a name that no input has becomes unknown."""
+    for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+        if shape is not None:
+            dim.dim_value = shape[axis]
+        elif dim.dim_param in sizes:
+            dim.dim_value = sizes[dim.dim_param]
+        elif not dim.HasField("dim_value"):
+            dim.Clear()

@@ -1,0 +1,117 @@
+"""ONNX in, ONNX out: convert a file into a directory, and verify it in ONNX Runtime."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.card import onnx_card
+from upcycle.errors import UsageError
+from upcycle.onnx_rewrite import FILE, write_converted
+from upcycle.onnx_source import OnnxSource
+from upcycle.onnx_verify import compare_outputs, end_to_end, feeds_for, verify_onnx_layers
+from upcycle.plain_json import json_text
+from upcycle.progress import Progress, step
+from upcycle.recipe import Recipe
+from upcycle.recipe_file import dump_recipe
+from upcycle.spec import Plan
+from upcycle.targets.onnx.external import TORCH_TYPES
+from upcycle.targets.onnx.running import run
+from upcycle.targets.staging import staged
+from upcycle.targets.tensor_file import check_disk
+from upcycle.verification import raise_if_failed
+from upcycle.version import __version__
+
+
+def convert_onnx(
+    source: OnnxSource,
+    recipe: Recipe,
+    *,
+    recipe_name: str,
+    out: Path,
+    targets: Sequence[str],
+    max_shard_size: int,
+    overwrite: bool,
+    verify: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Convert an ONNX file into a directory and return the report, which is also written there.
+
+    Peak memory: the graph with the weights inside the file, one FFN, and what it becomes.
+
+    Raises:
+        UsageError: the file is broken, or another target than ONNX is asked for.
+        UnsupportedError: no FFN can be converted, or ONNX Runtime cannot run the file.
+        PlanError: the recipe does not fit.
+        VerificationError: the result is further from the dense file than promised.
+    """
+    if "onnx" not in targets:
+        raise UsageError("--target safetensors: an ONNX file becomes an ONNX file; leave it out")
+    with step(progress, "capturing"):
+        plan = source.plan(recipe, recipe_name)
+        report = _header(source, plan)
+    check_disk(out, report["costs"]["bytes_on_disk"])
+    feeds, dense = feeds_for(source, recipe.seed), {}
+    if verify:
+        with step(progress, "running the dense file"):
+            dense = run(source.path, feeds)
+    with staged(out, overwrite=overwrite, protect=[source.path]) as directory:
+        stored, neurons = write_converted(
+            source, plan, directory, max_shard_size=max_shard_size, progress=progress
+        )
+        if verify:
+            rows, checks = verify_onnx_layers(
+                source,
+                plan,
+                directory / FILE,
+                stored=stored,
+                neurons=neurons,
+                feeds=feeds,
+                progress=progress,
+            )
+            found = compare_outputs(dense, run(directory / FILE, feeds), feeds)
+            checks.append(end_to_end(recipe, found["relative"], _dtype(source, plan)))
+            worst = max(rows, key=lambda row: row["relative"])
+            where = {"layer": worst["path"], "relative": worst["relative"]}
+            report |= {"layers": rows, "end_to_end": found, "largest_error_at": where}
+            report["checks"] += checks
+            raise_if_failed(report)
+        (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
+        (directory / "report.json").write_text(json_text(report), encoding="utf-8")
+        text = onnx_card(out.absolute().name, plan, report)
+        (directory / "README.md").write_text(text, encoding="utf-8")
+    return report
+
+
+def verify_onnx_files(
+    source: OnnxSource, converted: Path, report: dict[str, Any], recipe: Recipe
+) -> dict[str, Any]:
+    """Compare a written file with the dense one again (tier T2); returns `report` with that."""
+    path = converted / FILE
+    if not path.is_file():
+        raise UsageError(f"{converted}: it has no {FILE} to compare with {source.path.name}")
+    feeds = feeds_for(source, recipe.seed)
+    found = compare_outputs(run(source.path, feeds), run(path, feeds), feeds)
+    dtype: torch.dtype = getattr(torch, report["dtype"])
+    checks = [end_to_end(recipe, found["relative"], dtype)]
+    kept = {k: v for k, v in report.items() if k not in ("largest_error_at", "layers")}
+    return kept | {"end_to_end": found, "checks": checks}
+
+
+def _dtype(source: OnnxSource, plan: Plan) -> torch.dtype:
+    return TORCH_TYPES[source.found.weights.dtype(plan.specs[0].ffn.contraction.weight)]
+
+
+def _header(source: OnnxSource, plan: Plan) -> dict[str, Any]:
+    return {
+        "upcycle": __version__,
+        "model": source.label,
+        "recipe": plan.recipe_name,
+        "resolved_recipe": plan.recipe.model_dump(mode="json"),
+        "promise": plan.promise,
+        "dtype": str(_dtype(source, plan)).removeprefix("torch."),
+        "torch": torch.__version__,
+        "costs": source.costs(plan).to_json(),
+        "checks": [],
+    }

@@ -1,0 +1,152 @@
+"""Write the converted file: one FFN at a time is read, turned into experts and dropped."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+
+from upcycle.moe import MoE
+from upcycle.onnx_source import OnnxSource
+from upcycle.passes.transform import transform
+from upcycle.progress import Progress
+from upcycle.spec import MoESpec, Plan
+from upcycle.targets.onnx.external import Store, stored_value
+from upcycle.targets.onnx.insert import Tensors, insert_layer, unique_keys
+from upcycle.targets.onnx.lower import lower
+from upcycle.targets.stored import Stored
+from upcycle.targets.tensor_file import TensorEntry, write_tensors
+from upcycle.weights import MoEWeights, read_ffn
+
+FILE, DATA, EXPERTS = "model.onnx", "model.onnx.data", "experts"
+INLINE_BYTES = 1 << 30  # of weights that were inside the file; a file of 2 GB cannot be written
+
+
+def write_converted(
+    source: OnnxSource,
+    plan: Plan,
+    directory: Path,
+    *,
+    max_shard_size: int,
+    progress: Progress,
+) -> tuple[dict[str, Stored], dict[str, torch.Tensor]]:
+    """Write ``model.onnx`` and ``experts.safetensors``; the graph of `source` is used up.
+
+    Weights that were in external files, and are still used, go to ``model.onnx.data``.
+
+    Returns:
+        Where each tensor of the experts is; and for each FFN the dense neuron behind each expert
+        neuron, [E, I].
+    """
+    model, found = source.model, source.found
+    neurons: dict[str, torch.Tensor] = {}
+
+    @lru_cache(maxsize=1)
+    def made(index: int) -> MoEWeights:
+        spec = plan.specs[index]
+        weights = transform(read_ffn(spec.ffn, found.weights), spec)
+        neurons[spec.ffn.path] = weights.experts.neuron_EI
+        progress("converting", index + 1, len(plan.specs))
+        return weights
+
+    entries = [e for i, spec in enumerate(plan.specs) for e in _entries(spec, i, made)]
+    stored = write_tensors(directory, entries, max_shard_size=max_shard_size, stem=EXPERTS)
+    keys = unique_keys({spec.ffn.path: len(found.regions[spec.ffn.path]) for spec in plan.specs})
+    layers: dict[str, MoE] = {}
+    replaced: dict[ir.Value, ir.Value] = {}
+    for spec in plan.specs:
+        with torch.device("meta"):
+            layer = MoE(spec.layer_config())
+        tensors = _tensors(source, spec, stored, directory)
+        for key, region in zip(keys[spec.ffn.path], found.regions[spec.ffn.path], strict=True):
+            x = replaced.get(region.x, region.x)  # the output of an FFN may be the input of one
+            new = insert_layer(model, key, layer, tensors, x=x, output=region.output)
+            replaced[region.output] = new
+            layers[key] = layer
+    common.RemoveUnusedNodesPass()(model)
+    lower(model, layers, Store(directory, {}), form="fused", gelu="exact")
+    common.RemoveUnusedNodesPass()(model)
+    _keep_beside(model, directory)
+    ir.save(model, directory / FILE)
+    return stored, neurons
+
+
+def _entries(spec: MoESpec, index: int, made: Callable[[int], MoEWeights]) -> Iterator[TensorEntry]:
+    """The tensors of one layer, of which only the shapes are known yet."""
+    ffn, count = spec.ffn, spec.num_experts
+    rows = len(ffn.expansions) * spec.width
+    shapes: dict[str, tuple[int, ...]] = {
+        "up": (count, rows, ffn.d_model),
+        "down": (count, ffn.d_out, spec.width),
+        "router": (count, ffn.d_model),
+    }
+    if any(p.bias for p in ffn.expansions):
+        shapes["up_bias"] = (count, rows)
+    if spec.router.bias:
+        shapes["router_bias"] = (count,)
+
+    def read(name: str) -> torch.Tensor:
+        weights = made(index)
+        tensor = {
+            "up": weights.experts.up_EGD,
+            "down": weights.experts.down_EOI,
+            "up_bias": weights.experts.up_bias_EG,
+            "router": weights.router.weight_ED,
+            "router_bias": weights.router.bias_E,
+        }[name]
+        assert tensor is not None
+        return tensor
+
+    for name, shape in shapes.items():
+        yield TensorEntry(
+            f"{ffn.path}.{name}",
+            shape,
+            torch.float32,
+            lambda name=name: read(name),  # type: ignore[misc]
+        )
+
+
+def _tensors(
+    source: OnnxSource, spec: MoESpec, stored: dict[str, Stored], directory: Path
+) -> Tensors:
+    path, bias = spec.ffn.path, spec.ffn.contraction.bias
+
+    def value(name: str) -> ir.Value | None:
+        full = f"{path}.{name}"
+        return stored_value(full, stored[full], directory) if full in stored else None
+
+    router, up, down = value("router"), value("up"), value("down")
+    assert router is not None
+    assert up is not None
+    assert down is not None
+    return Tensors(
+        router=router,
+        up=up,
+        down=down,
+        router_bias=value("router_bias"),
+        up_bias=value("up_bias"),
+        output_bias=source.found.weights.value(bias) if bias else None,
+    )
+
+
+def _keep_beside(model: ir.Model, directory: Path) -> None:
+    """Copy weights from the external files of the source, tensor by tensor."""
+    values = [v for graph in model.graphs() for v in graph.initializers.values()]
+    foreign, inline = [], []
+    for value in values:
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            inline.append(value)
+        elif Path(tensor.base_dir) != directory:
+            foreign.append(value)
+    sizes = [value.const_value.nbytes for value in inline if value.const_value is not None]
+    if sum(sizes) > INLINE_BYTES:
+        foreign += inline
+    tensors = [value.const_value for value in foreign if value.const_value is not None]
+    if not tensors:
+        return
+    written = ir.external_data.convert_tensors_to_external(tensors, directory, DATA)
+    for value, tensor in zip(foreign, written, strict=True):
+        value.const_value = tensor

@@ -1,0 +1,171 @@
+"""Verify a converted ONNX file in ONNX Runtime, layer by layer and as a whole.
+
+- T0 and T1: as for a module, on the activations that ONNX Runtime hands to each layer; and what the
+  nodes of the layer return against the layer in torch.
+- T2: all outputs against those of the dense file.
+- T4: onnx's checker, with inferred shapes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.checks import END_TO_END, Check, check
+from upcycle.errors import UsageError, VerificationError
+from upcycle.layer_report import layer_checks, layer_report, random_tokens
+from upcycle.metrics import ROUNDING, distance
+from upcycle.moe import MoE
+from upcycle.onnx_source import OnnxSource
+from upcycle.passes.transform import load_weights
+from upcycle.progress import Progress
+from upcycle.recipe import Recipe
+from upcycle.spec import MoESpec, Plan
+from upcycle.targets.onnx.external import Store
+from upcycle.targets.onnx.feeds import Array, describe, draw_inputs, given_inputs
+from upcycle.targets.onnx.opening import check_graph
+from upcycle.targets.onnx.running import run
+from upcycle.targets.stored import Stored
+from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights
+
+NODES, CHECKER = "nodes of a layer against the layer", "complaints of the ONNX checker"
+# A token whose last chosen and best refused expert are nearer than this, relative to the largest
+# score, may be routed either way by two correct computations.
+_TIE = 1e-5
+
+
+def feeds_for(source: OnnxSource, seed: int) -> dict[str, Array]:
+    """What both files are run on: given by the user, or drawn.
+
+    Raises:
+        UsageError: the user's inputs lack one of the graph's.
+    """
+    if source.example is None:
+        return draw_inputs(source.model, seed=seed)
+    try:
+        return given_inputs(source.model, source.example)
+    except KeyError as error:
+        names = ", ".join(str(value.name) for value in source.model.graph.inputs)
+        raise UsageError(f"--inputs: {error.args[0]} is missing; the inputs are {names}") from error
+
+
+def compare_outputs(
+    dense: Mapping[str, Array], converted: Mapping[str, Array], feeds: Mapping[str, Array]
+) -> dict[str, Any]:
+    """Tier T2: the distance of every float output, and the worst of them."""
+    outputs: dict[str, Any] = {}
+    for name, reference in dense.items():
+        if name not in converted or converted[name].shape != reference.shape:
+            raise VerificationError(
+                f"the converted file does not return {name} {list(reference.shape)}"
+            )
+        if reference.dtype.kind == "f" and reference.size:
+            ours, theirs = torch.from_numpy(converted[name]), torch.from_numpy(reference)
+            outputs[name] = distance(ours, theirs).to_json()
+    if not outputs:
+        raise VerificationError("the file returns no float tensor that could be compared")
+    worst = max(found["relative"] for found in outputs.values())
+    return {"inputs": describe(feeds), "outputs": outputs, "relative": worst}
+
+
+def end_to_end(recipe: Recipe, relative: float, dtype: torch.dtype) -> Check:
+    """Tier T2 against what the recipe allows, which is never less than rounding."""
+    return check(END_TO_END, relative, max(recipe.verify.max_relative_error, ROUNDING[dtype]))
+
+
+def verify_onnx_layers(
+    source: OnnxSource,
+    plan: Plan,
+    path: Path,
+    *,
+    stored: Mapping[str, Stored],
+    neurons: Mapping[str, torch.Tensor],
+    feeds: Mapping[str, Array],
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Tiers T0, T1 and T4; one layer is in memory at a time.
+
+    Args:
+        source: the dense file, for its weights.
+        plan: what was converted.
+        path: the converted file.
+        stored: where the tensors of its experts are.
+        neurons: FFN path -> dense neuron of each expert neuron, [E, I], -1 for padding.
+        feeds: inputs of the file.
+        progress: called after each layer.
+    """
+    regions = {spec.ffn.path: source.found.regions[spec.ffn.path][0] for spec in plan.specs}
+    names = [name for region in regions.values() for name in (region.x_name, region.output_name)]
+    seen = run(path, feeds, names)
+    store = Store(path.parent, {})
+    rows = []
+    for i, spec in enumerate(plan.specs, start=1):
+        layer = _layer(spec, source, stored, store)
+        region = regions[spec.ffn.path]
+        x_TD = _tokens(seen[region.x_name], spec)
+        given = {} if len(x_TD) else {"inputs": "random tokens"}
+        nodes: dict[str, float] = {}
+        if len(x_TD):
+            y_TO = _tokens(seen[region.output_name], spec)
+            nodes["nodes_relative"] = _nodes_error(layer, x_TD, y_TO)
+        else:
+            x_TD = random_tokens(spec, layer)
+        row = layer_report(spec, layer, x_TD, source.found.weights, neurons[spec.ffn.path])
+        rows.append(row | given | nodes)
+        progress("verifying", i, len(plan.specs))
+    checks = list(layer_checks(rows, torch.float32))
+    measured = [row for row in rows if "nodes_relative" in row]
+    if measured:
+        worst = max(measured, key=lambda row: row["nodes_relative"])
+        what = f"{NODES}, worst at {worst['path']}"
+        checks.append(check(what, worst["nodes_relative"], ROUNDING[_dtype(seen, regions)]))
+    if not check_graph(source.path):  # else the checker has something against the dense file, too
+        checks.append(check(CHECKER, float(bool(check_graph(path))), 0))
+    return rows, checks
+
+
+def _dtype(seen: Mapping[str, Array], regions: Mapping[str, Any]) -> torch.dtype:
+    region = next(iter(regions.values()))
+    return torch.from_numpy(seen[region.output_name]).dtype
+
+
+def _tokens(array: Array, spec: MoESpec) -> torch.Tensor:
+    """Activations as tokens [T, D] in float32."""
+    tensor = torch.from_numpy(array).float().movedim(spec.ffn.axis, -1)
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _layer(spec: MoESpec, source: OnnxSource, stored: Mapping[str, Stored], store: Store) -> MoE:
+    """The layer in torch, with the weights that were written."""
+
+    def read(name: str) -> torch.Tensor:
+        return store.read(stored[f"{spec.ffn.path}.{name}"])
+
+    def maybe(name: str) -> torch.Tensor | None:
+        return read(name) if f"{spec.ffn.path}.{name}" in stored else None
+
+    bias = spec.ffn.contraction.bias
+    layer = MoE(spec.layer_config()).eval()
+    experts = ExpertWeights(
+        up_EGD=read("up"),
+        up_bias_EG=maybe("up_bias"),
+        down_EOI=read("down"),
+        neuron_EI=torch.empty(0),
+    )
+    router = RouterWeights(read("router"), maybe("router_bias"))
+    output_bias = source.found.weights[bias] if bias else None
+    load_weights(layer, MoEWeights(experts, router, output_bias))
+    return layer
+
+
+@torch.no_grad()
+def _nodes_error(layer: MoE, x_TD: torch.Tensor, y_TO: torch.Tensor) -> float:
+    """How far the nodes are from the layer, on tokens whose choice of experts is clear."""
+    logits_TE = layer.router(x_TD)[0].double()
+    k = layer.router.top_k
+    if k < logits_TE.shape[1]:
+        top = logits_TE.topk(k + 1).values
+        clear_T = top[:, k - 1] - top[:, k] > _TIE * logits_TE.abs().max()
+        x_TD, y_TO = x_TD[clear_T], y_TO[clear_T]
+    return distance(y_TO, layer.tokens(x_TD)).relative if len(x_TD) else 0.0
