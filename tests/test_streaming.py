@@ -181,3 +181,12 @@ def test_what_needs_the_whole_model_is_refused(
     assert result.exit_code == 2
     assert sentence in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["--stream", "--no-stream"])
+def test_copies_that_are_all_chosen_are_no_split(llama: Path, tmp_path: Path, how: str) -> None:
+    """With all experts at weight one, two copies are twice the FFN; only splits must be it."""
+    options = ["--recipe", "sparse-upcycling", "--set", "experts.count=2", how]
+    result = convert(llama, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "all experts" not in result.output

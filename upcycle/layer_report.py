@@ -9,6 +9,7 @@ from upcycle.checks import LAYER_CHECKS, Check, check
 from upcycle.distinct import distinct_experts_error
 from upcycle.metrics import ROUNDING, distance
 from upcycle.moe import MoE, all_experts
+from upcycle.passes.experts import EXPERTS
 from upcycle.provenance import untraced_rows
 from upcycle.spec import MoESpec
 from upcycle.weights import read_ffn
@@ -42,7 +43,7 @@ def layer_report(
         whole = distance(layer.tokens(x_TD), reference)
     load = torch.bincount(index_TK.flatten(), minlength=spec.num_experts)
     row["tokens_per_expert"] = load.tolist()
-    if spec.promise == "exact when K = N" or spec.top_k == spec.num_experts:
+    if EXPERTS[spec.experts.method].kind == "split":
         row["all_experts_relative"] = whole.relative
     row["distinct_experts_relative"] = distinct_experts_error(layer, x_TD)
     return row

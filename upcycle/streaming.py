@@ -5,7 +5,6 @@ memory map. The same pure transform makes the weights of each layer, and the sam
 same bytes as a conversion in memory. Each layer is verified by itself, from the written file.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -23,14 +22,14 @@ from upcycle.costs import Costs
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
 from upcycle.moe import MoE
-from upcycle.passes.transform import load_weights, transform
+from upcycle.passes.transform import transform
 from upcycle.plain_json import json_text
 from upcycle.progress import Progress, silent
 from upcycle.recipe_file import dump_recipe
-from upcycle.source import Source
+from upcycle.source import DTYPES, Source
 from upcycle.spec import MoESpec, Plan
 from upcycle.tap import install
-from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
+from upcycle.targets.checkpoint import Checkpoint, Content, layer_tensors, write_checkpoint
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.manifest import Manifest
 from upcycle.targets.read_back import read_layer
@@ -231,12 +230,7 @@ def _verify(
     """Tiers T0 and T1 on each layer as it is in the file, with random tokens."""
     rows = []
     for i, spec in enumerate(plan.specs, start=1):
-        layer = MoE(copy.deepcopy(spec.layer_config())).eval()
-        made = read_layer(directory, written, spec)
-        layer.experts.to(made.experts.down_EOI.dtype)
-        if layer.output_bias is not None:
-            layer.output_bias.data = layer.output_bias.data.to(made.experts.down_EOI.dtype)
-        load_weights(layer, made)
+        layer = _layer(spec, read_layer(directory, written, spec))
         neuron_EI = provenance.get(spec.ffn.path)
         if neuron_EI is None:  # its file was whole already
             neuron_EI = transform(read_ffn(spec.ffn, tensors), spec).experts.neuron_EI
@@ -244,7 +238,17 @@ def _verify(
         rows.append(layer_report(spec, layer, x_TD, tensors, neuron_EI))
         progress("verifying", i, len(plan.specs))
     report["layers"] = rows
-    report["checks"] += layer_checks(rows, made.experts.down_EOI.dtype)
+    report["checks"] += layer_checks(rows, DTYPES[report["dtype"]])
+
+
+def _layer(spec: MoESpec, made: MoEWeights) -> MoE:
+    """The layer around weights that are in memory already, without a copy of them."""
+    with torch.device("meta"):
+        layer = MoE(spec.layer_config()).eval()
+    layer.to(made.experts.down_EOI.dtype)
+    layer.router.to(made.router.weight_ED.dtype)
+    layer.load_state_dict(layer_tensors(layer, made), assign=True)
+    return layer
 
 
 def _describe(
