@@ -127,7 +127,8 @@ def _dynamic_quantisation(g: Reader, node: ir.Node) -> dict[ir.Value, fx.Node]:
     (x,) = _inputs(node, 1)
     if x is None:
         raise NoTorchCallError("no data")
-    return {node.outputs[0]: g.emit(torch.clone, g.node_of(x))}
+    found = {node.outputs[0]: g.emit(torch.clone, g.node_of(x))}
+    return found | {value: g.unknown_number() for value in node.outputs[1:]}
 
 
 def _quantised(data: int, weight: int, kind: str = "int8", *, rows: bool = False) -> Translation:

@@ -1,10 +1,48 @@
-"""Where in the exported model a node of an ONNX graph comes from, by what exporters write into it."""
+"""How the nodes of an ONNX graph are called: their operation, and where in the model they are."""
 
 import ast
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import onnx_ir as ir
 
 from upcycle.targets.onnx.lower import SCOPES
+
+# Names that the analysis knows for operations that it does not look into.
+_NAMES = {
+    "BatchNormalization": "batch_norm",
+    "GroupNormalization": "group_norm",
+    "InstanceNormalization": "instance_norm",
+    "LayerNormalization": "layer_norm",
+    "LogSoftmax": "log_softmax",
+    "LpNormalization": "normalize",
+    "MoE": "grouped_mm",
+    "QMoE": "grouped_mm",
+    "RMSNormalization": "rms_norm",
+    "ReduceL2": "norm",
+    "ReduceLogSumExp": "logsumexp",
+    "ReduceMax": "amax",
+    "ReduceMean": "mean",
+    "ReduceSum": "sum",
+    "SimplifiedLayerNormalization": "rms_norm",
+}
+
+
+def torch_name(op_type: str) -> str:
+    """The name of an operation that has no torch call here, as the analysis knows it."""
+    return _NAMES.get(op_type, op_type)
+
+
+@cache
+def opaque_call(name: str) -> Callable[..., Any]:
+    """A target of this name for a node of the graph, which is never run."""
+
+    def call(*args: Any) -> Any:
+        raise AssertionError("the graph is a view, it does not run")
+
+    call.__name__ = name
+    return call
 
 
 def path_of(node: ir.Node) -> str:

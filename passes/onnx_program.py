@@ -9,36 +9,17 @@ FFN does not depend on it.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from upcycle.passes.onnx_names import added_weights, path_of
+from upcycle.passes.onnx_names import added_weights, opaque_call, path_of, torch_name
 from upcycle.recorder import Call, Program, op_name
 from upcycle.targets.onnx.external import TORCH_TYPES
 
 STANDARD = ("", "ai.onnx")
-# Names that the analysis knows for operations that it does not look into.
-_NAMES = {
-    "BatchNormalization": "batch_norm",
-    "GroupNormalization": "group_norm",
-    "InstanceNormalization": "instance_norm",
-    "LayerNormalization": "layer_norm",
-    "LogSoftmax": "log_softmax",
-    "LpNormalization": "normalize",
-    "MoE": "grouped_mm",
-    "QMoE": "grouped_mm",
-    "RMSNormalization": "rms_norm",
-    "ReduceL2": "norm",
-    "ReduceLogSumExp": "logsumexp",
-    "ReduceMax": "amax",
-    "ReduceMean": "mean",
-    "ReduceSum": "sum",
-    "SimplifiedLayerNormalization": "rms_norm",
-}
 
 
 class NoTorchCallError(Exception):
@@ -124,7 +105,7 @@ class Reader:
         results = made if isinstance(made, dict) else {node.outputs[0]: made} if made else {}
         if not all(self._fits(value, result) for value, result in results.items()):
             results = {}
-        name = _NAMES.get(node.op_type, node.op_type)
+        name = torch_name(node.op_type)
         for value in node.outputs:
             if value not in results:
                 results[value] = self.opaque(name, *self._all_inputs(node))
@@ -192,7 +173,7 @@ class Reader:
 
     def opaque(self, name: str, *args: fx.Node, shape: tuple[int, ...] | None = None) -> fx.Node:
         """Add a call that the analysis does not look into."""
-        node = self.graph.create_node("call_function", _named(name), args, {}, name=name)
+        node = self.graph.create_node("call_function", opaque_call(name), args, {}, name=name)
         node.meta.update(shape=shape or (), known=shape is not None, path=self.path)
         node.meta["dtype"] = torch.float32
         return node
@@ -239,6 +220,12 @@ class Reader:
         node = self.graph.create_node("get_attr", name)
         node.meta.update(shape=shape, known=True, parameter=name, path=self.path, value=source)
         node.meta["dtype"] = TORCH_TYPES.get(tensor.dtype, torch.float32)
+        return node
+
+    def unknown_number(self) -> fx.Node:
+        """A number that is no parameter, and that no walk looks behind."""
+        node = self.graph.create_node("get_attr", "constant")
+        node.meta.update(shape=(), known=True, parameter="", path=self.path, dtype=torch.float32)
         return node
 
     def data(self, value: ir.Value, width: int, rank: int = 3) -> fx.Node:
@@ -289,12 +276,3 @@ class Reader:
 
 def _shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     return tuple(int(size) for size in tensor.shape.numpy())
-
-
-@cache
-def _named(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        raise AssertionError("the graph is a view, it does not run")
-
-    call.__name__ = name
-    return call

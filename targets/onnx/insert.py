@@ -49,7 +49,7 @@ def insert_layer(
     for value in (v for v in vars(tensors).values() if v is not None):
         if value.producer() is None and value.name not in graph.initializers:
             graph.register_initializer(value)
-    n = Nodes(f"{key}/")
+    n = Nodes(f"{key}/route/")  # the names of `lower` start with the key alone
     rank, axis = len(x.shape or ()), layer.config["axis"]
     narrow = x.dtype if x.dtype not in (None, ir.DataType.FLOAT) else None
     tokens = n("Cast", x, to=ir.DataType.FLOAT.value, name="tokens") if narrow else x
