@@ -61,7 +61,7 @@ def _apply(g: Reader, value: ir.Value | None, weight: fx.Node, *, rank: int = 3)
     """``x @ weight``, which is ``linear`` where the weight is computed."""
     if value is None or g.is_constant(value):
         raise NoTorchCallError("no data")
-    x = g.data(value, weight.meta["shape"][0], rank)
+    x = g.data(value, weight, weight.meta["shape"][0], rank)
     if parameter_of(weight) is None:
         return g.emit(F.linear, x, g.emit(torch.t, weight))
     return g.emit(torch.matmul, x, weight)
@@ -89,7 +89,7 @@ def _gemm(g: Reader, node: ir.Node) -> fx.Node:
     is_bias = bias.op == "get_attr" and bias.meta["shape"] == weight.meta["shape"][1:]
     if not is_bias or found is None or x is None or g.is_constant(x):
         return g.emit(torch.add, _apply(g, x, weight, rank=2), bias)
-    return g.emit(torch.addmm, bias, g.data(x, weight.meta["shape"][0], 2), weight)
+    return g.emit(torch.addmm, bias, g.data(x, weight, weight.meta["shape"][0], 2), weight)
 
 
 def _convolution(g: Reader, node: ir.Node) -> fx.Node:
@@ -119,7 +119,7 @@ def _einsum(g: Reader, node: ir.Node) -> fx.Node:
     g.claim_path(str(g.source_of(w).name), node)
     weight = g.node_of(w)
     width = weight.meta["shape"][letters.index(left[-1])] if left[-1:] in letters else 1
-    return g.emit(torch.einsum, equation, g.data(x, width, len(left)), weight)
+    return g.emit(torch.einsum, equation, g.data(x, weight, width, len(left)), weight)
 
 
 def _dynamic_quantisation(g: Reader, node: ir.Node) -> dict[ir.Value, fx.Node]:

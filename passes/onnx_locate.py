@@ -16,20 +16,23 @@ from upcycle.passes.onnx_ops import OPERATIONS
 from upcycle.passes.onnx_program import OnnxProgram, read_program
 from upcycle.passes.region import output_of
 from upcycle.targets.onnx.external import tensor_of
-from upcycle.targets.onnx.shapes import axis_sizes, infer_shapes
+from upcycle.targets.onnx.shapes import axis_sizes, infer
 
 
 @dataclass(frozen=True)
 class Region:
     """A place in the graph where an FFN is applied: from the tensor `x` to the tensor `output`.
 
-    The names stay those of the tensors that a conversion puts in their place.
+    The names stay those of the tensors that a conversion puts in their place. `rank` and `dtype`
+    are those of `x`.
     """
 
     x: ir.Value
     output: ir.Value
     x_name: str
     output_name: str
+    rank: int
+    dtype: torch.dtype
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -80,8 +83,8 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
     Args:
         model: as `upcycle.targets.onnx.opening.open_graph` returns it.
     """
-    shapes = infer_shapes(model, axis_sizes(model))
-    program = read_program(model, shapes, OPERATIONS)
+    inferred = infer(model, axis_sizes(model))
+    program = read_program(model, inferred, OPERATIONS)
     found = locate(program.program)
     ffns = tuple(
         replace(ffn, path=ffn.path or ffn.contraction.module, placement="inline")
@@ -108,4 +111,5 @@ def _regions(graph: fx.Graph, ffn: FFN) -> Iterator[Region]:
         x = trace(contraction.x, contraction.axis).expansions[0].linear.x
         output, _ = output_of(contraction)
         values = x.meta["value"], output.meta["value"]
-        yield Region(*values, *(str(value.name) for value in values))
+        names = (str(value.name) for value in values)
+        yield Region(*values, *names, len(x.meta["shape"]), x.meta["dtype"])

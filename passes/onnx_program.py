@@ -18,6 +18,7 @@ from torch import fx
 from upcycle.passes.onnx_names import added_weights, opaque_call, path_of, torch_name
 from upcycle.recorder import Call, Program, op_name
 from upcycle.targets.onnx.external import TORCH_TYPES
+from upcycle.targets.onnx.shapes import Inferred
 
 STANDARD = ("", "ai.onnx")
 
@@ -55,17 +56,17 @@ Translation = Callable[["Reader", ir.Node], fx.Node | dict[ir.Value, fx.Node]]
 
 def read_program(
     model: ir.Model,
-    shapes: Mapping[str, tuple[int, ...]],
+    inferred: Inferred,
     operations: Mapping[tuple[str, str], Translation],
 ) -> OnnxProgram:
     """Translate the graph of `model`.
 
     Args:
         model: at a recent opset, without functions.
-        shapes: of its tensors, as far as they are known.
+        inferred: shapes and types of its tensors, as far as they are known.
         operations: how to translate a node of a domain and type; all others are opaque.
     """
-    reader = Reader(shapes)
+    reader = Reader(inferred)
     for value in model.graph.inputs:
         reader.bind(value, reader.graph.placeholder(str(value.name)))
     for node in model.graph:
@@ -78,13 +79,13 @@ def read_program(
 class Reader:
     """Builds the program, node by node."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, inferred: Inferred) -> None:
         self.graph = fx.Graph()
         self.program = Program(self.graph)
         self.parameters: dict[str, Parameter] = {}
         self.quantised: dict[str, str] = {}
         self.path = ""
-        self._shapes = shapes
+        self._shapes, self._types = inferred.shapes, inferred.types
         self._nodes: dict[ir.Value, fx.Node] = {}
         self._names: dict[tuple[ir.Value, str], str] = {}
         self._owner: dict[str, str] = {}  # path of a linear map -> its weight
@@ -135,8 +136,10 @@ class Reader:
         shape = self._shapes.get(str(value.name))
         if "shape" not in node.meta or not node.meta["known"]:
             node.meta.update(shape=shape or (), known=shape is not None)
-        if value.dtype is not None:
-            node.meta["dtype"] = TORCH_TYPES.get(value.dtype, torch.float32)
+        dtype = value.dtype or self._types.get(str(value.name))
+        if dtype is not None:
+            node.meta["dtype"] = TORCH_TYPES.get(dtype, torch.float32)
+        node.meta["typed"] = dtype is not None
         node.meta.setdefault("dtype", torch.float32)
         node.meta.setdefault("path", self.path)
         node.meta["value"] = value
@@ -228,9 +231,11 @@ class Reader:
         node.meta.update(shape=(), known=True, parameter="", path=self.path, dtype=torch.float32)
         return node
 
-    def data(self, value: ir.Value, width: int, rank: int = 3) -> fx.Node:
+    def data(self, value: ir.Value, weight: fx.Node, width: int, rank: int = 3) -> fx.Node:
         """The node of the data of a linear map; if its shape is not known, it may be any."""
         node = self.node_of(value)
+        if not node.meta.get("typed"):
+            node.meta["dtype"] = weight.meta["dtype"]
         if not node.meta["known"]:
             node.meta.update(shape=(*(2, 3)[3 - rank :], width), known=True)
         return node

@@ -13,8 +13,8 @@ from upcycle.onnx_source import OnnxSource
 from upcycle.passes.transform import transform
 from upcycle.progress import Progress
 from upcycle.spec import MoESpec, Plan
-from upcycle.targets.onnx.external import Store, stored_value
-from upcycle.targets.onnx.insert import Tensors, insert_layer, unique_keys
+from upcycle.targets.onnx.external import ONNX_TYPES, Store, stored_value
+from upcycle.targets.onnx.insert import Place, Tensors, insert_layer, unique_keys
 from upcycle.targets.onnx.lower import lower
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import TensorEntry, write_tensors
@@ -62,8 +62,8 @@ def write_converted(
         tensors = _tensors(source, spec, stored, directory)
         for key, region in zip(keys[spec.ffn.path], found.regions[spec.ffn.path], strict=True):
             x = replaced.get(region.x, region.x)  # the output of an FFN may be the input of one
-            new = insert_layer(model, key, layer, tensors, x=x, output=region.output)
-            replaced[region.output] = new
+            place = Place(x, region.output, region.rank, ONNX_TYPES[region.dtype])
+            replaced[region.output] = insert_layer(model, key, layer, tensors, place)
             layers[key] = layer
     common.RemoveUnusedNodesPass()(model)
     lower(model, layers, Store(directory, {}), form="fused", gelu="exact")

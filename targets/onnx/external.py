@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 INLINE_BYTES = 1024  # below this a tensor stays in the .onnx file
 INLINE_INDEX_BYTES = 65536  # the same for positions, masks and shapes, which no checkpoint holds
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_TYPES = {
+ONNX_TYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
@@ -35,7 +35,7 @@ _TYPES = {
     torch.uint8: ir.DataType.UINT8,
     torch.int8: ir.DataType.INT8,
 }
-TORCH_TYPES = {onnx: dtype for dtype, onnx in _TYPES.items()}
+TORCH_TYPES = {onnx: dtype for dtype, onnx in ONNX_TYPES.items()}
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -124,7 +124,7 @@ def tensor_of(value: ir.Value) -> torch.Tensor | None:
     raw = getattr(const, "raw", None)
     if isinstance(raw, torch.Tensor):
         return raw.detach()
-    if const is None or const.dtype not in _TYPES.values():
+    if const is None or const.dtype not in ONNX_TYPES.values():
         return None
     array = const.numpy()
     if array.dtype.name == "bfloat16":
@@ -189,7 +189,7 @@ def _replace(
 
 def stored_value(name: str, stored: Stored, directory: Path) -> ir.Value:
     """An initializer that is read from where it is stored, in a file of `directory`."""
-    dtype, shape = _TYPES[stored.dtype], ir.Shape(stored.shape)
+    dtype, shape = ONNX_TYPES[stored.dtype], ir.Shape(stored.shape)
     tensor = ir.ExternalTensor(
         stored.file,
         stored.offset,

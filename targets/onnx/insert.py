@@ -29,29 +29,40 @@ class Tensors:
     output_bias: ir.Value | None = None
 
 
-def insert_layer(
-    model: ir.Model, key: str, layer: MoE, tensors: Tensors, *, x: ir.Value, output: ir.Value
-) -> ir.Value:
-    """Make what reads `output` read a layer of `x`; the nodes between them are left without use.
+@dataclass(frozen=True)
+class Place:
+    """Where a layer goes: the tensor `x` that it reads, and the `output` that it replaces.
+
+    `rank` and `dtype` (float32 or a narrower one) are those of `x`.
+    """
+
+    x: ir.Value
+    output: ir.Value
+    rank: int
+    dtype: ir.DataType
+
+
+def insert_layer(model: ir.Model, key: str, layer: MoE, tensors: Tensors, place: Place) -> ir.Value:
+    """Make what reads the output read a layer of `x`; the nodes between are left without use.
 
     Args:
         model: the graph; changed in place.
         key: name of the layer, unique in the graph.
         layer: its shapes and options; may be on the meta device.
         tensors: its weights; what is not in the graph yet becomes an initializer.
-        x: the input, float32 or float16, with the axis that the layer works along.
-        output: the tensor that is replaced.
+        place: where it goes.
 
     Returns:
-        The tensor in the place of `output`, with its name.
+        The tensor in the place of the output, with its name.
     """
     graph = model.graph
     for value in (v for v in vars(tensors).values() if v is not None):
         if value.producer() is None and value.name not in graph.initializers:
             graph.register_initializer(value)
     n = Nodes(f"{key}/route/")  # the names of `lower` start with the key alone
-    rank, axis = len(x.shape or ()), layer.config["axis"]
-    narrow = x.dtype if x.dtype not in (None, ir.DataType.FLOAT) else None
+    rank, axis = place.rank, layer.config["axis"]
+    narrow = place.dtype != ir.DataType.FLOAT
+    x = place.x
     tokens = n("Cast", x, to=ir.DataType.FLOAT.value, name="tokens") if narrow else x
     if axis == 1:  # a convolution of [batch, channels, ...]
         tokens = n("Transpose", tokens, perm=[0, *range(2, rank), 1])
@@ -71,8 +82,8 @@ def insert_layer(
     if axis == 1:
         y = n("Transpose", y, perm=[0, rank - 1, *range(1, rank - 1)])
     if narrow:
-        y = n("Cast", y, to=narrow.value)
-    _take_place(graph, output, n, y)
+        y = n("Cast", y, to=place.dtype.value)
+    _take_place(graph, place.output, n, y)
     return y
 
 
@@ -99,7 +110,8 @@ def _route(n: Nodes, x_TD: ir.Value, router: Router, tensors: Tensors) -> ir.Val
 
 def _single(n: Nodes, value: ir.Value) -> ir.Value:
     """The tensor in float32, in which the layer computes."""
-    if value.dtype in (None, ir.DataType.FLOAT):
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.dtype == ir.DataType.FLOAT:
         return value
     return n("Cast", value, to=ir.DataType.FLOAT.value, name=f"{value.name}/float32")
 

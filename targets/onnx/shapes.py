@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 
 import onnx
@@ -53,8 +54,16 @@ def _evaluate(label: str, known: dict[str, int]) -> int:
     return sum(int(part) if part.isdigit() else _evaluate(part, known) for part in parts if part)
 
 
-def infer_shapes(model: ir.Model, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shape of each tensor that onnx can tell for these shapes of the inputs, by name."""
+@dataclass(frozen=True)
+class Inferred:
+    """Shapes and element types of the tensors that onnx can tell of, by name."""
+
+    shapes: Mapping[str, Shape]
+    types: Mapping[str, ir.DataType]
+
+
+def infer(model: ir.Model, inputs: Mapping[str, Shape]) -> Inferred:
+    """What onnx can tell of the tensors inside, for these shapes of the inputs."""
     proto = _without_weights(model)
     sizes = _sizes_by_label(model, inputs)
     for value in chain(proto.graph.input, proto.graph.output, proto.graph.value_info):
@@ -63,11 +72,14 @@ def infer_shapes(model: ir.Model, inputs: Mapping[str, Shape]) -> dict[str, Shap
     with contextlib.suppress(onnx.shape_inference.InferenceError):  # what the file says is left
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     shapes: dict[str, Shape] = {}
+    types: dict[str, ir.DataType] = {}
     for value in chain(proto.graph.input, proto.graph.output, proto.graph.value_info):
         tensor = value.type.tensor_type
+        if tensor.elem_type:
+            types[value.name] = ir.DataType(tensor.elem_type)
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
             shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
-    return shapes
+    return Inferred(shapes, types)
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
