@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from upcycle.passes.hidden import Demand, Expansion, NotPointwiseError
+from upcycle.passes.hidden import Demand, Expansion, NotPointwiseError, data_of, dropout_of
 from upcycle.passes.linear import LinearMap, computed_linear, convolution_of, linear_map
 from upcycle.passes.operations import (
     AFFINE,
@@ -32,6 +32,7 @@ from upcycle.passes.operations import (
     KEEPS_ORDER,
     LAYOUT,
     NONLINEAR_MIXERS,
+    OF_TWO,
     SCALING_MIXERS,
 )
 from upcycle.pointwise import OPS
@@ -96,6 +97,8 @@ class _Walk:
         if node.op != "call_function":
             raise NotPointwiseError("it reads an input of the model", node)
         name = op_name(node.target)
+        if name in OF_TWO and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+            name = OF_TWO[name]
         if name == "getitem_of":
             producer, item = node.args
             assert isinstance(producer, fx.Node)
@@ -106,14 +109,16 @@ class _Walk:
         if name in LAYOUT:
             return self._layout(node, index_PC, lambda out: out)
         if name == "dropout":
-            self.demand.dropout = max(self.demand.dropout, dropout_probability(node))
-            return self.value(_first(node), index_PC)
+            self.demand.dropout = max(self.demand.dropout, dropout_of(node))
+            return self.value(data_of(node), index_PC)
         if name in CASTS:
-            return self._cast(node, self.value(_first(node), index_PC))
+            return self._cast(node, self.value(data_of(node), index_PC))
         if name == "glu":
             return self._glu(node, index_PC)
         if name in OPS or name in {"rdiv", "rpow"}:
             return self._pointwise(node, name, index_PC)
+        if name == "where":
+            return self._where(node, index_PC)
         if convolution_of(node) is not None:
             return self._convolution(node, index_PC)
         return self._opaque(node, node, index_PC)
@@ -152,7 +157,7 @@ class _Walk:
     def _layout(
         self, node: fx.Node, index_PC: torch.Tensor, pick: Callable[[Any], torch.Tensor]
     ) -> _Value:
-        source = _first(node)
+        source = data_of(node)
         self.demand.reshaped = True
         if len(node.all_input_nodes) > 1:
             raise NotPointwiseError(f"`{op_name(node.target)}` depends on another tensor", node)
@@ -170,14 +175,14 @@ class _Walk:
     def _cast(self, node: fx.Node, ref: _Value) -> _Value:
         """A cast to the dtype of the linear maps stays one if the model's dtype is changed."""
         dtype = node.meta["dtype"]
-        if not isinstance(ref, str) or _first(node).meta["dtype"] == dtype:
+        if not isinstance(ref, str) or data_of(node).meta["dtype"] == dtype:
             return ref
         if dtype == self.demand.expansions[0].linear.node.meta["dtype"]:
             return self._step("cast_like", (ref, "z0"))
         return self._step("cast", (ref, str(dtype).removeprefix("torch.")))
 
     def _glu(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
-        source = _first(node)
+        source = data_of(node)
         shape = source.meta["shape"]
         axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
         self.demand.reshaped = True
@@ -195,6 +200,13 @@ class _Walk:
             if isinstance(weight, fx.Node) and weight.meta["shape"][1] == 1:  # depthwise
                 return self.value(linear.x, index_PC)
         return self._expansion(linear, index_PC)
+
+    def _where(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
+        """A choice between tensors: refused, but the walk goes on through them."""
+        self._mix("`where` is not known to be pointwise", node)
+        nodes = [arg for arg in node.args[1:] if isinstance(arg, fx.Node)]
+        branches = [n for n in nodes if n.meta["shape"] == node.meta["shape"]]
+        return self._step("where", tuple(self.value(branch, index_PC) for branch in branches))
 
     def _opaque(self, node: fx.Node, out: fx.Node, index_PC: torch.Tensor) -> _Value:
         """An operation that is not pointwise; go on through it where it has one tensor to read."""
@@ -283,16 +295,3 @@ class _Walk:
             (op, tuple(plain(arg) for arg in args), kwargs)
             for op, args, kwargs in self.demand.steps
         ]
-
-
-def dropout_probability(node: fx.Node) -> float:
-    """The probability of a dropout call, however it is spelled."""
-    probability: Any = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-    return float(probability)
-
-
-def _first(node: fx.Node) -> fx.Node:
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        raise NotPointwiseError(f"`{op_name(node.target)}` makes a tensor of its own", node)
-    return source

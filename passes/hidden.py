@@ -1,12 +1,14 @@
 """What is known about the hidden tensor of a candidate FFN, and why it is none."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
 from upcycle.passes.linear import LinearMap
 from upcycle.pointwise import Step
+from upcycle.recorder import op_name
 
 
 class NotPointwiseError(Exception):
@@ -52,3 +54,17 @@ class Demand:
     reshaped: bool = False
     mixing: NotPointwiseError | None = None
     learned: NotPointwiseError | None = None
+
+
+def data_of(node: fx.Node) -> fx.Node:
+    """The tensor that a call works on, its first argument."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        raise NotPointwiseError(f"`{op_name(node.target)}` makes a tensor of its own", node)
+    return source
+
+
+def dropout_of(node: fx.Node) -> float:
+    """The probability of a dropout call, however it is spelled."""
+    probability: Any = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    return float(probability)

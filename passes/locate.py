@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from upcycle.caches import caches_cleared
 from upcycle.capture import ExampleInputs, capture
 from upcycle.ffn import FFN, Located, Miss, Projection
 from upcycle.inputs import find_example
@@ -83,7 +84,8 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
     def captured(repeat_blocks: bool) -> Program:
         if example is None:
             return find_example(model, repeat_blocks=repeat_blocks)[1]
-        return capture(model, example, repeat_blocks=repeat_blocks)
+        with caches_cleared(model):
+            return capture(model, example, repeat_blocks=repeat_blocks)
 
     program = captured(repeat_blocks=True)
     located = locate(program)

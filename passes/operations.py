@@ -12,6 +12,8 @@ KEEPS_ORDER = {
     "unsqueeze", "view",
 }  # fmt: skip
 CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "type"}
+# Reductions that are pointwise if they are given two tensors.
+OF_TWO = {"max": "maximum", "min": "minimum"}
 # Operations that mix the hidden axis.
 NONLINEAR_MIXERS = {"softmax", "log_softmax", "softmin", "topk", "sort", "cummax"}
 # The same, but a pair of linear maps around one is still linear, up to a factor for each token.

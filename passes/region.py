@@ -4,8 +4,7 @@ import torch
 from torch import fx
 
 from upcycle.ffn import FFN, Kind, Placement, Projection
-from upcycle.passes.demand import dropout_probability
-from upcycle.passes.hidden import Demand, NotPointwiseError
+from upcycle.passes.hidden import Demand, NotPointwiseError, dropout_of
 from upcycle.passes.linear import LinearMap
 from upcycle.passes.operations import LINEAR
 from upcycle.pointwise import Pointwise
@@ -131,7 +130,7 @@ def _dropout_between(output: fx.Node, end: fx.Node) -> float | None:
         if end.op != "call_function" or op_name(end.target) not in _VIEWS:
             return None
         if op_name(end.target) == "dropout":
-            more = dropout_probability(end)
+            more = dropout_of(end)
             total += more - total * more
         source = end.args[0]
         assert isinstance(source, fx.Node)

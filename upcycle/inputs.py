@@ -1,36 +1,49 @@
 """Example inputs for a model, guessed in a fixed order; and random ones of the same form.
 
 Only shapes and dtypes matter for capture, and every guess is checked by a forward on fake tensors,
-which costs no arithmetic.
+which costs no arithmetic. Models of transformers say a lot about what they read (`model_inputs`);
+of any other module the layers do. Where a forward says what it misses, it gets it.
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
+from upcycle.caches import caches_cleared
 from upcycle.capture import ExampleInputs, capture
 from upcycle.errors import CaptureError
+from upcycle.model_inputs import BATCH, LENGTH, combinations, shapes_of
 from upcycle.recorder import Program
 
-# Sizes that differ from each other, so that a mix-up of axes shows.
-BATCH, LENGTH, DECODER_LENGTH = 2, 7, 5
+# A model of transformers that refuses every combination is rarely served by its layers' widths.
+_LAYER_GUESSES = 4
+# Integers that are no tokens: what they may be depends on the model, and zeros are accepted.
+_NO_TOKENS = re.compile(r"mask|bbox|box|type|position|shape|grid|thw|freq|static|lengths|num_")
 
 
 def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[ExampleInputs, Program]:
     """The first guess that `model` accepts, and what its forward did.
 
     Raises:
-        CaptureError: no guess fits; the message names the last failure.
+        CaptureError: no guess fits; the message names the first failure.
     """
     failure: CaptureError | None = None
-    for example in _guesses(model):
-        try:
-            return example, capture(model, example, repeat_blocks=repeat_blocks)
-        except CaptureError as error:
-            failure = failure or error
+    seen: set[str] = set()
+    for guess in _guesses(model):
+        example: ExampleInputs | None = guess
+        while example is not None and _form(example) not in seen:
+            seen.add(_form(example))
+            try:
+                with caches_cleared(model):
+                    return example, capture(model, example, repeat_blocks=repeat_blocks)
+            except CaptureError as error:
+                failure = failure or error
+                example = _completed(model, example, str(error))
     name = type(model).__name__
     raise failure or CaptureError(
         f"{name}: no example input could be guessed from its forward "
@@ -49,11 +62,13 @@ def randomised(example: ExampleInputs, *, vocabulary: int, seed: int) -> Example
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: object, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
+            return value
+        if "mask" in str(name):
             return value
         if value.is_floating_point():
             return torch.randn(value.shape, generator=generator).to(value.dtype)
-        if value.dtype == torch.bool or "mask" in str(name):
+        if _NO_TOKENS.search(str(name)):
             return value
         return torch.randint(0, vocabulary, value.shape, generator=generator)
 
@@ -62,45 +77,43 @@ def randomised(example: ExampleInputs, *, vocabulary: int, seed: int) -> Example
     return tuple(draw(i, value) for i, value in enumerate(example))
 
 
+def _form(example: ExampleInputs) -> str:
+    items = example.items() if isinstance(example, Mapping) else enumerate(example)
+    return repr([(k, (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in items])
+
+
 def _guesses(model: nn.Module) -> Iterator[ExampleInputs]:
     config = getattr(model, "config", None)
-    if config is not None and hasattr(model, "main_input_name"):
-        yield from _from_config(model, config)
-        dummy = getattr(model, "dummy_inputs", None)
-        if isinstance(dummy, dict):
-            yield dummy
-    yield from _from_layers(model)
-
-
-def _from_config(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
-    """Transformers models say what they read in `main_input_name` and in their configuration."""
-    main = str(model.main_input_name)
-    tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    channels = getattr(vision, "num_channels", 3)
-    mels = getattr(config, "num_mel_bins", 80)
-    frames = 2 * getattr(config, "max_source_positions", 1500)
-    dtype = _float_dtype(model)
-    known = {
-        "input_ids": tokens,
-        "pixel_values": torch.zeros(BATCH, channels, height, width, dtype=dtype),
-        "input_features": torch.zeros(BATCH, mels, frames, dtype=dtype),
-        "input_values": torch.zeros(BATCH, 16000, dtype=dtype),
-    }
-    if main not in known:
+    if config is None or not hasattr(model, "main_input_name"):
+        yield from _from_layers(model)
         return
-    parameters = inspect.signature(model.forward).parameters
-    example: dict[str, Any] = {main: known[main]}
-    if "pixel_values" in parameters and main == "input_ids" and hasattr(config, "vision_config"):
-        example["pixel_values"] = known["pixel_values"]
-    if "use_cache" in parameters:
-        example["use_cache"] = False
-    if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
-        decoder = torch.zeros(BATCH, DECODER_LENGTH, dtype=torch.long)
-        yield {**example, "decoder_input_ids": decoder}
-    yield example
+    yield from combinations(model, config, _float_dtype(model))
+    try:
+        dummy = getattr(model, "dummy_inputs", None)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a property that computes
+        dummy = None
+    if isinstance(dummy, dict):
+        yield dummy
+    yield from islice(_from_layers(model), _LAYER_GUESSES)
+
+
+def _completed(model: nn.Module, example: ExampleInputs, message: str) -> ExampleInputs | None:
+    """`example` with the arguments that the failure of a forward names, if their form is known."""
+    config = getattr(model, "config", None)
+    if config is None or not isinstance(example, Mapping):
+        return None
+    named = set(re.findall(r"\w+", message))
+    missing = [
+        name
+        for name in inspect.signature(model.forward).parameters
+        if name in named and name not in example
+    ]
+    more = {}
+    for name in missing:
+        value = next(shapes_of(name, config, _float_dtype(model)), None)
+        if value is not None:
+            more[name] = value
+    return {**example, **more} if more else None
 
 
 def _from_layers(model: nn.Module) -> Iterator[tuple[torch.Tensor, ...]]:
