@@ -33,6 +33,7 @@ class Case:
         activation: of each of them.
         example: inputs, where the guess would not do.
         generates: it is a decoder with a cache.
+        misses: how many regions are refused, or None where that says nothing of the architecture.
     """
 
     build: Callable[[], nn.Module]
@@ -41,13 +42,19 @@ class Case:
     activation: str
     example: Callable[[], ExampleInputs] | None = None
     generates: bool = False
+    misses: int | None = None
 
 
 def model(name: str) -> nn.Module:
     """The dense model, in evaluation mode, the same for every call."""
+    return drawn(ZOO[name])
+
+
+def drawn(case: Case) -> nn.Module:
+    """The model of a case, in evaluation mode, the same for every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        dense = ZOO[name].build()
+        dense = case.build()
         _draw(dense)
     return dense.eval()
 
@@ -76,7 +83,7 @@ def _draw(dense: nn.Module) -> None:
     """Matrices that keep the size of what they map, small biases, and no layer scale near zero."""
     for parameter in dense.parameters():
         if parameter.dim() > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5)
+            parameter.normal_(0, max(parameter[0].numel(), 1) ** -0.5)
         elif parameter.abs().max() == 0:
             parameter.normal_(0, 0.1)
         elif parameter.abs().max() < 0.1:

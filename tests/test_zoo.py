@@ -1,0 +1,59 @@
+"""Every architecture of the zoo: its FFNs, all of them and nothing else, can be converted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from zoo_facts import ARCHITECTURES, OTHERS, facts_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[1]
+# The float32 budget of `upcycle.metrics.ROUNDING`, whose derivation is there.
+RELATIVE = 1e-5
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_its_ffns_are_found_and_converted(name: str) -> None:
+    case = ARCHITECTURES[name]
+    facts = facts_of(name)
+    assert len(facts.found) == case.ffns
+    assert (facts.placement, facts.activation) == (case.placement, case.activation)
+    assert case.misses in (None, facts.misses)
+    weights = [name for ffn in facts.found for name in ffn.parameters]
+    assert len(weights) == len(set(weights))
+    assert [weight for weight in weights if OTHERS.search(weight)] == []
+    if facts.converted is None:
+        return
+    assert facts.error is not None
+    assert facts.error < RELATIVE
+    assert facts.sensitivity is not None
+    assert facts.sensitivity > 1e-2  # so that a small error says something
+    if case.generates:
+        prompt = torch.randint(3, zoo.VOCABULARY, (1, 5), generator=torch.manual_seed(0))
+        tokens = [
+            model.generate(prompt, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+            for model in (facts.model, facts.converted)
+        ]
+        assert torch.equal(*tokens)
+
+
+def test_the_table_lists_exactly_the_zoo() -> None:
+    assert len(ARCHITECTURES) >= 75
+    lines = (ROOT / "docs/architectures.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line][2:]
+    assert [row[0] for row in rows] == sorted(ARCHITECTURES)
+    for name, _, found, activation, placement, *_ in rows:
+        case = ARCHITECTURES[name]
+        assert found == f"{case.ffns} / {case.ffns}"
+        assert (activation, placement) == (case.activation or "-", case.placement or "-")
+
+
+def test_the_script_of_the_table_says_how_it_is_used() -> None:
+    script = ROOT / "benchmarks/architectures.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--check" in done.stdout
