@@ -2,16 +2,22 @@
 
 import builtins
 import json
+import re
+import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_files
+import onnx_ir
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
+from click.testing import CliRunner
+from onnx import helper
 
+from upcycle.cli import main
 from upcycle.driver import convert_model, verify_paths
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ffn import Located
@@ -186,6 +192,21 @@ def test_the_directory_is_complete_and_loads_anywhere(tmp_path: Path) -> None:
     assert sum(len(t.raw_data) for t in left) < dense / 10  # the dense FFNs are gone
 
 
+def test_the_page_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "onnx-in.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.S | re.M)
+    (commands,) = re.findall(r"^```sh\n(.*?)^```", page, flags=re.S | re.M)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "docs/onnx-in.md", "exec"), {})
+    for line in (*commands.splitlines(), "upcycle verify mlp.onnx mlp-moe"):
+        result = CliRunner().invoke(main, shlex.split(line)[1:], standalone_mode=False)
+        assert result.exception is None, line
+    files = {file.name for file in (tmp_path / "mlp-moe").iterdir()}
+    assert {"model.onnx", "experts.safetensors"} < files
+
+
 def test_plan_reads_sizes(tmp_path: Path) -> None:
     source = open_model(str(onnx_files.by_hand(tmp_path / "dense.onnx", "relu")))
     plan, costs = plan_model(source, load_recipe("sparse-upcycling"), "sparse-upcycling")
@@ -350,14 +371,8 @@ def test_a_wrong_expert_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def swapped(name: str, stored: Any, directory: Path) -> Any:
         value = right(name, stored, directory)
         if name.endswith(".up"):
-            numbers = value.const_value.numpy()[::-1].copy()
-            value.const_value = numpy_helper.from_array(numbers, name) and onnx_tensor(numbers)
+            value.const_value = onnx_ir.tensor(value.const_value.numpy()[::-1].copy())
         return value
-
-    def onnx_tensor(numbers: np.ndarray[Any, Any]) -> Any:
-        import onnx_ir
-
-        return onnx_ir.tensor(numbers)
 
     monkeypatch.setattr(onnx_rewrite, "stored_value", swapped)
     with pytest.raises(VerificationError, match="verification failed"):

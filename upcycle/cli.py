@@ -67,8 +67,8 @@ _recipe = _options(
 def main() -> None:
     """Turn dense networks into sparse Mixtures of Experts.
 
-    MODEL is a Hugging Face directory, sample:NAME (see `upcycle samples`) or a Python function
-    that returns an nn.Module, as package.module:callable.
+    MODEL is a Hugging Face directory, an .onnx file, sample:NAME (see `upcycle samples`) or a
+    Python function that returns an nn.Module, as package.module:callable.
     """
 
 

@@ -156,12 +156,12 @@ def open_model(
         if not (directory / "config.json").is_file():
             raise UsageError(
                 f"{model}: not a model directory, it has no config.json; MODEL is a Hugging Face "
-                "directory, sample:NAME or package.module:callable"
+                "directory, an .onnx file, sample:NAME or package.module:callable"
             )
     elif ":" not in model:
         raise UsageError(
-            f"{model}: there is no such directory; MODEL is a Hugging Face directory, sample:NAME "
-            "or package.module:callable"
+            f"{model}: there is no such directory; MODEL is a Hugging Face directory, an .onnx "
+            "file, sample:NAME or package.module:callable"
         )
     example = call_named(inputs, (dict, tuple), "a dict or a tuple of tensors") if inputs else None
     source = Source(

@@ -28,6 +28,7 @@ def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> di
         ) from error
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of each weight
     options.log_severity_level = 4  # what matters comes as an exception
     try:
         model = _with_outputs(path, extra) if extra else path
