@@ -21,7 +21,8 @@ from upcycle.moe import MoE
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets import remote_code
 from upcycle.targets.native import NATIVE
-from upcycle.targets.native.native import NativeTarget, OneLayer, build_config, choose, entries
+from upcycle.targets.native.native import NativeTarget, build_config, choose
+from upcycle.targets.native.tensors import OneLayer, entries
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
 from upcycle.version import __version__

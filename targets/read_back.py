@@ -10,7 +10,7 @@ from upcycle.spec import MoESpec
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.layers import layer_index
-from upcycle.targets.native.native import stack_names
+from upcycle.targets.native.tensors import stack_names
 from upcycle.targets.stored import Stored
 from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights
 

@@ -17,9 +17,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def log_restored() -> Iterator[None]:
-    """A command that a test runs in this process sends the log to stderr: for that test alone."""
+def quiet_log() -> None:
+    """A command that an earlier test, or a fixture, ran in this process sends the log to stderr."""
     log = logging.getLogger("upcycle")
-    handlers, level = list(log.handlers), log.level
-    yield
-    log.handlers[:], log.level = handlers, level
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)

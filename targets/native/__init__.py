@@ -5,8 +5,9 @@ A checkpoint in such an architecture needs no code of ours. One file per archite
 """
 
 from upcycle.targets.native.mixtral import MIXTRAL
-from upcycle.targets.native.native import NativeTarget, build_config, choose, entries, fit
+from upcycle.targets.native.native import NativeTarget, build_config, choose, fit
 from upcycle.targets.native.qwen3_moe import QWEN3_MOE
+from upcycle.targets.native.tensors import entries
 
 __all__ = ["NATIVE", "NativeTarget", "build_config", "choose", "entries", "fit"]
 
