@@ -110,6 +110,6 @@ def _regions(graph: fx.Graph, ffn: FFN) -> Iterator[Region]:
             continue
         x = trace(contraction.x, contraction.axis).expansions[0].linear.x
         output, _ = output_of(contraction)
-        values = x.meta["value"], output.meta["value"]
-        names = (str(value.name) for value in values)
-        yield Region(*values, *names, len(x.meta["shape"]), x.meta["dtype"])
+        value, out = x.meta["value"], output.meta["value"]
+        rank, dtype = len(x.meta["shape"]), x.meta["dtype"]
+        yield Region(value, out, str(value.name), str(out.name), rank, dtype)
