@@ -94,7 +94,7 @@ def _running_text(model: nn.Module, tokenizer: Any, text: str, what: str) -> Eva
     length = min(SENTENCE_TOKENS, len(ids) // 4, window)
     batch = ids[: 4 * length].reshape(4, length)
     extra = _decoder_inputs(model)
-    batches = [
+    batches: list[ExampleInputs] = [
         {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **extra}
         for tokens in (batch, ids[None, :1])
     ]
