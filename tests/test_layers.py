@@ -44,6 +44,8 @@ LAYERS = {
     "upcycle.console": 2,
     "upcycle.distinct": 2,
     "upcycle.inputs": 2,
+    "upcycle.model_inputs": 2,
+    "upcycle.caches": 2,
     "upcycle.metrics": 2,
     "upcycle.places": 2,
     "upcycle.provenance": 2,
