@@ -9,6 +9,8 @@ import torch
 import zoo
 from zoo_facts import ARCHITECTURES, OTHERS, facts_of
 
+from upcycle.inputs import find_example, randomised
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,23 @@ def test_its_ffns_are_found_and_converted(name: str) -> None:
             for model in (facts.model, facts.converted)
         ]
         assert torch.equal(*tokens)
+
+
+def test_random_inputs_keep_what_is_no_token() -> None:
+    example = {
+        "input_ids": torch.zeros(2, 50, dtype=torch.long),
+        "bbox": torch.zeros(2, 50, 4, dtype=torch.long),
+        "past_observed_mask": torch.ones(2, 9),
+        "past_values": torch.zeros(2, 9),
+    }
+    drawn = randomised(example, vocabulary=zoo.VOCABULARY, seed=0)
+    same = {name for name, tensor in example.items() if torch.equal(tensor, drawn[name])}
+    assert same == {"bbox", "past_observed_mask"}
+
+
+def test_a_forward_that_says_what_it_misses_gets_it() -> None:
+    example, _ = find_example(zoo.drawn(ARCHITECTURES["bros"]))
+    assert list(example) == ["input_ids", "bbox"]
 
 
 def test_the_table_lists_exactly_the_zoo() -> None:

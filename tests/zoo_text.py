@@ -64,6 +64,7 @@ T5ISH = {**T5, **T5_START, "num_decoder_layers": 2}
 ENCODERS: dict[str, Case] = {
     "bert_generation": _encoder("BertGenerationEncoder"),
     "bigbird": _encoder("BigBirdModel", "gelu_tanh", attention_type="original_full"),
+    "bros": _encoder("BrosModel", hidden_size=64, intermediate_size=128),
     "camembert": _encoder("CamembertModel"),
     "convbert": _encoder("ConvBertModel", embedding_size=D),
     "data2vec_text": _encoder("Data2VecTextModel"),

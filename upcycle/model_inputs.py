@@ -6,6 +6,7 @@ usual shapes; each is offered in turn.
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -38,9 +39,9 @@ def combinations(model: nn.Module, config: Any, dtype: torch.dtype) -> Iterator[
     if "use_cache" in parameters:
         base["use_cache"] = False
     for extra in _companions(main, set(parameters) - needed, config):
-        more = {name: next(shapes_of(name, config, dtype)) for name in extra}
-        for value in shapes_of(main, config, dtype):
-            yield {main: value, **more, **base}
+        names = (main, *extra)
+        for values in itertools.product(*(shapes_of(name, config, dtype) for name in names)):
+            yield {**dict(zip(names, values, strict=True)), **base}
 
 
 def _companions(main: str, optional: set[str], config: Any) -> Iterator[tuple[str, ...]]:
@@ -56,9 +57,11 @@ def _companions(main: str, optional: set[str], config: Any) -> Iterator[tuple[st
     yield ()
     if paired and "decoder_input_values" in optional:
         yield ("decoder_input_values",)
+    if f"{main}_mask" in optional:
+        yield (f"{main}_mask",)
     for name in ("pixel_values", "input_features", "input_values", "bbox"):
         if name in optional and name != main:
-            yield (name,)
+            yield (name, "is_longer") if "is_longer" in optional else (name,)
 
 
 def shapes_of(name: str, config: Any, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -71,6 +74,8 @@ def shapes_of(name: str, config: Any, dtype: torch.dtype) -> Iterator[torch.Tens
         encoder = name.startswith("encoder")
         width = _number(config, *(["encoder_hidden_size"] if encoder else []), *_WIDTHS) or 0
         shapes = iter([(BATCH, LENGTH, width)]) if width else iter(())
+    elif name.removesuffix("_mask") in _SHAPES:
+        shapes = ((BATCH, shape[-1]) for shape in _SHAPES[name.removesuffix("_mask")](config))
     elif name.endswith(("_ids", "_mask", "tokens", "labels")):
         length = DECODER_LENGTH if name.startswith("decoder") else LENGTH
         shapes = iter([(BATCH, length)])
@@ -100,7 +105,7 @@ def _images(config: Any) -> Iterator[tuple[int, ...]]:
         yield (BATCH, frames, channels, height, width)
     yield (BATCH, channels, height, width)
     if not frames:
-        yield (BATCH, 1, channels, height, width)
+        yield (BATCH, 2, channels, height, width)  # pairs
     patch = _first(part, config, "patch_size") or 16
     if isinstance(patch, int):  # flattened patches
         yield (BATCH, (height // patch) * (width // patch), channels * patch * patch)
