@@ -18,6 +18,7 @@ from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
 
 TOKENS = 32
+NEURONS = 1024  # in float64 at a time
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ def _reference(
     layer: MoE, x_TD: torch.Tensor, logits_TE: torch.Tensor, index_TK: torch.Tensor
 ) -> torch.Tensor:
     """Every expert on every token in float64, of which the chosen ones are added up."""
-    config, experts = layer.config, layer.experts
+    config = layer.config
     p_TK = logits_TE.gather(1, index_TK).exp()
     if config["weights"] == "one":
         p_TK = torch.ones_like(p_TK)
@@ -103,10 +104,23 @@ def _reference(
     pointwise = Pointwise.from_json(config["pointwise"])
     total_TO = x_TD.new_zeros(len(x_TD), config["d_out"])
     for expert in range(config["num_experts"]):
-        z_TG = x_TD @ experts.up_EGD[expert].double().t()
-        if experts.up_bias_EG is not None:
-            z_TG = z_TG + experts.up_bias_EG[expert].double()
-        hidden_TI = pointwise(*z_TG.chunk(pointwise.arity, dim=1))
-        y_TO = hidden_TI @ experts.down_proj[expert].double().t()
-        total_TO += weight_TE[:, expert, None] * y_TO
+        for start in range(0, config["width"], NEURONS):
+            y_TO = _neurons(layer, pointwise, expert, start, x_TD)
+            total_TO += weight_TE[:, expert, None] * y_TO
     return total_TO if layer.output_bias is None else total_TO + layer.output_bias.double()
+
+
+def _neurons(
+    layer: MoE, pointwise: Pointwise, expert: int, start: int, x_TD: torch.Tensor
+) -> torch.Tensor:
+    """What some neurons of one expert add: few at a time, as they are in float64."""
+    experts, width = layer.experts, layer.config["width"]
+    stop = min(start + NEURONS, width)
+    z = []
+    for i in range(pointwise.arity):
+        rows = slice(i * width + start, i * width + stop)
+        z_TI = x_TD @ experts.up_EGD[expert, rows].double().t()
+        if experts.up_bias_EG is not None:
+            z_TI = z_TI + experts.up_bias_EG[expert, rows].double()
+        z.append(z_TI)
+    return pointwise(*z) @ experts.down_proj[expert, :, start:stop].double().t()
