@@ -1,6 +1,6 @@
 """Peak memory of a streamed conversion, on a model several times larger than what it may use.
 
-    python benchmarks/streaming.py [--gigabytes 3]
+    python benchmarks/streaming.py [--gigabytes 4.5]
 
 Writes a Llama checkpoint of generated bfloat16 weights, converts it piece by piece (copies, and a
 split by key clustering), and prints wall time and peak memory. The peak is that of anonymous
@@ -85,7 +85,7 @@ def anonymous(pid: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--gigabytes", type=float, default=4.5)
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     try:
