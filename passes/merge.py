@@ -7,18 +7,20 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from upcycle.errors import UnsupportedError
 from upcycle.ffn import FFN, Projection
+from upcycle.layer_weights import weights_of
 from upcycle.moe import MoE
 from upcycle.passes.transform import merge_to_dense
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, read_ffn
+from upcycle.weights import FFNWeights, Provenance, read_ffn
 
 
 def merge(
     dense: nn.Module,
     converted: nn.Module,
     layers: Mapping[str, tuple[MoESpec, MoE]],
-    provenance: Mapping[str, torch.Tensor],
+    provenance: Mapping[str, Provenance],
 ) -> nn.Module:
     """A dense model with the weights that `converted` has now, trained or not.
 
@@ -29,7 +31,7 @@ def merge(
         dense: the model that was converted; gives the architecture and is left alone.
         converted: its conversion.
         layers: FFN path -> the planned layer and the module that it became.
-        provenance: FFN path -> dense neuron of each expert neuron, [E, I], -1 for padding.
+        provenance: FFN path -> the dense neurons behind its layer.
 
     Returns:
         A new module of the class of `dense`.
@@ -55,16 +57,16 @@ def merge(
 def _merged(
     spec: MoESpec,
     layer: MoE,
-    neuron_EI: torch.Tensor,
+    provenance: Provenance,
     parameters: Mapping[str, torch.Tensor],
 ) -> FFNWeights:
-    experts = ExpertWeights(
-        up_EGD=layer.experts.up_EGD,
-        up_bias_EG=layer.experts.up_bias_EG,
-        down_EOI=layer.experts.down_proj,
-        neuron_EI=neuron_EI,
-    )
-    whole = merge_to_dense(experts, read_ffn(spec.ffn, parameters))
+    if layer.low_rank is not None:
+        raise UnsupportedError(
+            f"{spec.ffn.path}: the layer has a low-rank term, which no dense FFN holds; convert "
+            "without `compensate.low_rank` to merge it later"
+        )
+    weights = weights_of(layer, provenance)
+    whole = merge_to_dense(weights.experts, read_ffn(spec.ffn, parameters), weights.shared)
     return replace(whole, down_bias_O=layer.output_bias)
 
 

@@ -90,7 +90,10 @@ def _few(paths: Sequence[str]) -> str:
 
 
 def _num_experts(experts: recipe.Experts) -> int:
-    return experts.count * (experts.granularity if experts.method == "granular" else 1)
+    """Routed experts of the layer."""
+    if experts.method == "granular":
+        return experts.count * experts.granularity
+    return experts.count - experts.shared
 
 
 def _spec(ffn: FFN, recipe: Recipe, *, layer: int) -> MoESpec:
@@ -98,19 +101,26 @@ def _spec(ffn: FFN, recipe: Recipe, *, layer: int) -> MoESpec:
     experts, router = recipe.experts, recipe.router
     num_experts = _num_experts(experts)
     kind = EXPERTS[experts.method].kind
-    parts = {"copies": 1, "slices": experts.granularity, "split": num_experts}[kind]
+    shared = {
+        "split": round(ffn.d_ff * experts.shared / experts.count),
+        "residual": ffn.d_ff,
+    }.get(kind, 0)
+    whole = ffn.d_ff - shared if kind == "split" else ffn.d_ff
+    parts = {"slices": experts.granularity, "split": num_experts, "subsets": num_experts}
     top_k = num_experts if router.top_k == "all" else router.top_k
     scale = num_experts / top_k if router.scale == "n_over_k" else router.scale
     return MoESpec(
         ffn=ffn,
         experts=experts,
         router=router,
+        compensate=recipe.compensate,
         num_experts=num_experts,
-        width=-(-ffn.d_ff // parts),
+        width=-(-whole // parts.get(kind, 1)),
+        shared=shared,
         top_k=top_k,
         scale=scale,
         promise=promise_of(
-            experts, router, ffn.pointwise, num_experts=num_experts, top_k=top_k, scale=scale
+            recipe, ffn.pointwise, num_experts=num_experts, top_k=top_k, scale=scale
         ),
         seed=_seed(recipe.seed, layer),
     )
@@ -125,14 +135,24 @@ def _seed(seed: int, layer: int) -> int:
 def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
     """Everything that keeps one FFN from becoming the layer that the recipe asks for."""
     experts, router = recipe.experts, recipe.router
+    method, gate = EXPERTS[experts.method], GATES[router.method]
+    kind = method.kind
+    if experts.shared >= experts.count or (experts.shared and kind != "split"):
+        return [
+            f"{experts.shared} of {experts.count} experts cannot be shared; "
+            + (
+                f"set `experts.shared` below {experts.count}"
+                if kind == "split"
+                else f"`experts.method: {experts.method}` has none, leave `experts.shared` out"
+            )
+        ]
     num_experts = _num_experts(experts)
-    kind = EXPERTS[experts.method].kind
     top_k = num_experts if router.top_k == "all" else router.top_k
+    most = num_experts + (router.nulls if router.select == "null" else 0)
     problems = []
-    if top_k > num_experts:
+    if top_k > most:
         problems.append(
-            f"a token cannot visit {top_k} of {num_experts} experts; "
-            f"set `router.top_k` to {num_experts} or less"
+            f"a token cannot visit {top_k} of {most} experts; set `router.top_k` to {most} or less"
         )
     if kind == "split" and experts.count > ffn.d_ff:
         problems.append(
@@ -141,13 +161,15 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
         )
     if kind == "slices":
         problems += _granular_problems(ffn, experts, top_k)
-    if kind not in GATES[router.method].kinds and not (kind == "copies" and num_experts == 1):
-        problems.append(f"`router.method: {router.method}` {GATES[router.method].needs}")
+    if kind not in gate.kinds and not (kind == "copies" and num_experts == 1):
+        problems.append(f"`router.method: {router.method}` {gate.otherwise}")
     if router.tied and router.method != "avg_key":
         problems.append(
             "`router.tied` recomputes the router from the mean keys of the experts; "
             "set `router.method: avg_key`, or leave `tied` out"
         )
+    if router.tied and router.select == "null":
+        problems.append("a tied router has no rows for null experts; leave `router.tied` out")
     return problems
 
 

@@ -1,12 +1,13 @@
 """Rewrite: a copy of the dense module with an MoE layer in the place of each planned FFN."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
-from upcycle.passes.transform import load_weights
+from upcycle.layer_weights import load_weights
+from upcycle.moe import MoE
 from upcycle.spec import MoESpec
 from upcycle.tap import install
 from upcycle.weights import MoEWeights
@@ -28,17 +29,28 @@ def rewrite(
         The copy, in the dtype, device and training mode of `model`.
     """
     specs = list(specs)
-    converted = _copy_without(model, {name for spec in specs for name in spec.ffn.parameters})
-    layers = install(converted, [spec.site() for spec in specs])
+    converted, layers = with_empty_layers(model, specs)
     for spec, layer in zip(specs, layers, strict=True):
-        made = weights(spec)
-        experts = made.experts
-        layer.experts.to(device=experts.down_EOI.device, dtype=experts.down_EOI.dtype)
-        if layer.output_bias is not None:
-            layer.output_bias = nn.Parameter(layer.output_bias.detach().to(experts.down_EOI))
-        layer.router.to(device=experts.down_EOI.device)
-        load_weights(layer, made)
+        fill(layer, weights(spec))
     return converted
+
+
+def with_empty_layers(model: nn.Module, specs: Sequence[MoESpec]) -> tuple[nn.Module, list[MoE]]:
+    """A copy of `model` with layers of zeros, and those, in the order of `specs`."""
+    converted = _copy_without(model, {name for spec in specs for name in spec.ffn.parameters})
+    return converted, install(converted, [spec.site() for spec in specs])
+
+
+def fill(layer: MoE, made: MoEWeights) -> None:
+    """Put weights into a layer, which takes their device and dtype; routers stay in float32."""
+    down = made.experts.down_EOI
+    layer.router.to(device=down.device)
+    for part in (layer.experts, layer.shared_expert, layer.low_rank):
+        if part is not None:
+            part.to(device=down.device, dtype=down.dtype)
+    if layer.output_bias is not None:
+        layer.output_bias = nn.Parameter(layer.output_bias.detach().to(down))
+    load_weights(layer, made)
 
 
 def _copy_without(model: nn.Module, names: set[str]) -> nn.Module:

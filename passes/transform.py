@@ -1,4 +1,4 @@
-"""Make the weights of one MoE layer, put them into the layer, and take a split back.
+"""Make the weights of one MoE layer, and take a split back.
 
 Shape suffixes: E experts, I neurons of an expert, F neurons of the FFN, D d_model, M expansions,
 O d_out.
@@ -6,15 +6,16 @@ O d_out.
 
 import torch
 
-from upcycle.errors import UnsupportedError, UsageError
-from upcycle.moe import MoE
+from upcycle.activations import Activations
+from upcycle.errors import UnsupportedError
+from upcycle.passes.compensate import compensate
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.gates import GATES
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights
 
 
-def transform(ffn: FFNWeights, spec: MoESpec) -> MoEWeights:
+def transform(ffn: FFNWeights, spec: MoESpec, data: Activations | None = None) -> MoEWeights:
     """Build experts and router for one dense FFN: a pure function of its arguments.
 
     What it promises is ``spec.promise``.
@@ -22,43 +23,28 @@ def transform(ffn: FFNWeights, spec: MoESpec) -> MoEWeights:
     Args:
         ffn: the dense weights, in one float dtype, which the experts keep.
         spec: the decision, from `upcycle.passes.plan.make_plan`.
+        data: what the FFN was given in calibration; needed if `upcycle.passes.needs` says so.
 
     Returns:
         Experts, a float32 router, and the output bias of the FFN, which the layer adds once.
         Memory: the experts, and what their method says.
     """
-    experts = EXPERTS[spec.experts.method].build(ffn, spec, generator=spec.generator("experts"))
-    router = GATES[spec.router.method].build(ffn, experts, spec, generator=spec.generator("router"))
-    return MoEWeights(experts=experts, router=router, output_bias_O=ffn.down_bias_O)
+    make_experts = EXPERTS[spec.experts.method].build
+    make_router = GATES[spec.router.method].build
+    parts = make_experts(ffn, spec, generator=spec.generator("experts"), data=data)
+    router = dict(make_router(ffn, parts, spec, generator=spec.generator("router"), data=data))
+    config = spec.router_config()
+    if config["balance"]:
+        router["selection_bias"] = torch.zeros(spec.num_experts + config["nulls"])
+    if config["weights"] == "gain":
+        router["gain"] = torch.zeros(spec.num_experts)
+    made = MoEWeights(parts.experts, router, ffn.down_bias_O, parts.shared)
+    return compensate(made, ffn, spec, data) if data is not None else made
 
 
-@torch.no_grad()
-def load_weights(layer: MoE, weights: MoEWeights) -> None:
-    """Copy the weights into the runtime layer, in the dtype and on the device of the layer.
-
-    Raises:
-        UsageError: the layer was made for another shape, or has a tensor that the weights lack.
-    """
-    experts, router = layer.experts, layer.router
-    for name, to, given in (
-        ("up projection", experts.up_EGD, weights.experts.up_EGD),
-        ("up bias", experts.up_bias_EG, weights.experts.up_bias_EG),
-        ("down projection", experts.down_proj, weights.experts.down_EOI),
-        ("router", router.weight, weights.router.weight_ED),
-        ("router bias", router.bias, weights.router.bias_E),
-        ("output bias", layer.output_bias, weights.output_bias_O),
-    ):
-        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (to, given)]
-        if shapes[0] != shapes[1]:
-            raise UsageError(
-                f"the {name} is {shapes[0]} in the layer and {shapes[1]} in the weights; "
-                "make the layer from the `layer_config()` of the spec that made the weights"
-            )
-        if to is not None and given is not None:
-            to.copy_(given)
-
-
-def merge_to_dense(experts: ExpertWeights, ffn: FFNWeights) -> FFNWeights:
+def merge_to_dense(
+    experts: ExpertWeights, ffn: FFNWeights, shared: ExpertWeights | None = None
+) -> FFNWeights:
     """Put the experts of a split back together, each neuron in its old place, without padding.
 
     Right after the split the result is the dense FFN bit for bit; after training it is the layer
@@ -68,6 +54,7 @@ def merge_to_dense(experts: ExpertWeights, ffn: FFNWeights) -> FFNWeights:
         experts: made by a split method, then possibly trained; one float dtype, which is kept.
         ffn: the FFN that they were made from; only its activation, its shapes and its output bias
             are read.
+        shared: the shared expert, if there is one.
 
     Returns:
         A dense FFN in new memory; `down_bias_O` is that of `ffn`.
@@ -79,26 +66,34 @@ def merge_to_dense(experts: ExpertWeights, ffn: FFNWeights) -> FFNWeights:
         Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908
     """
     arity, d_ff, d_model = ffn.up_MFD.shape
-    num_experts, width = experts.neuron_EI.shape
-    neuron = experts.neuron_EI.flatten()
-    slots = (neuron >= 0).nonzero().squeeze(1)
-    slot_F = slots[neuron[slots].argsort()]
-    is_split = torch.equal(neuron[slot_F], torch.arange(d_ff))
+    groups = [experts] if shared is None else [shared, experts]
+    neuron_S = torch.cat([group.neuron_EI.flatten() for group in groups])
+    slots = (neuron_S >= 0).nonzero().squeeze(1)
+    slot_F = slots[neuron_S[slots].argsort()]
+    is_split = torch.equal(neuron_S[slot_F], torch.arange(d_ff))
     if not is_split or experts.up_scale != 1 or experts.down_scale != 1:
         raise UnsupportedError(
             "only the experts of a split make up one dense FFN; copies and slices of copies "
             "cannot be merged"
         )
-    up_MSD = experts.up_EGD.reshape(num_experts, arity, width, d_model).transpose(0, 1)
-    bias_MF = None
-    if experts.up_bias_EG is not None:
-        bias_MS = experts.up_bias_EG.reshape(num_experts, arity, width).transpose(0, 1)
-        bias_MF = bias_MS.reshape(arity, -1)[:, slot_F]
-    down_OEI = experts.down_EOI.transpose(0, 1)
+
+    def rows(group: ExpertWeights) -> torch.Tensor:
+        num_experts, width = group.neuron_EI.shape
+        up_EMID = group.up_EGD.reshape(num_experts, arity, width, d_model)
+        return up_EMID.transpose(0, 1).reshape(arity, -1, d_model)
+
+    def biases(group: ExpertWeights) -> torch.Tensor:
+        assert group.up_bias_EG is not None
+        return group.up_bias_EG.reshape(len(group.neuron_EI), arity, -1).transpose(0, 1).flatten(1)
+
+    def columns(group: ExpertWeights) -> torch.Tensor:
+        return group.down_EOI.transpose(0, 1).flatten(1)
+
+    has_bias = experts.up_bias_EG is not None
     return FFNWeights(
         pointwise=ffn.pointwise,
-        up_MFD=up_MSD.reshape(arity, -1, d_model)[:, slot_F],
-        up_bias_MF=bias_MF,
-        down_OF=down_OEI.reshape(len(down_OEI), -1)[:, slot_F],
+        up_MFD=torch.cat([rows(group) for group in groups], dim=1)[:, slot_F],
+        up_bias_MF=torch.cat([biases(g) for g in groups], dim=1)[:, slot_F] if has_bias else None,
+        down_OF=torch.cat([columns(group) for group in groups], dim=1)[:, slot_F],
         down_bias_O=ffn.down_bias_O,
     )

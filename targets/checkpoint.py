@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from upcycle.layer_weights import layer_tensors, weights_of
 from upcycle.moe import MoE
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets import remote_code
@@ -26,7 +27,7 @@ from upcycle.targets.native.tensors import OneLayer, entries
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
 from upcycle.version import __version__
-from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights
+from upcycle.weights import MoEWeights
 
 UPCYCLE_JSON = "upcycle.json"
 
@@ -128,7 +129,7 @@ def write_checkpoint(
     else:
         config = remote_code.build_config(model, plan)
         (directory / remote_code.FILE).write_text(
-            remote_code.modeling_file(model), encoding="utf-8"
+            remote_code.modeling_file(model, plan), encoding="utf-8"
         )
         auto_class = remote_code.auto_classes(model)[0]
         form, architecture = "remote_code", config["model_type"]
@@ -149,23 +150,6 @@ def planned_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[MoESpec, MoE]
         layer = model.get_submodule(where)
         assert isinstance(layer, MoE)
         yield spec, layer
-
-
-def weights_of(layer: MoE) -> MoEWeights:
-    """The tensors of a layer, as they are now and without a copy; without their provenance."""
-    experts = layer.experts
-    shape = (experts.num_experts, experts.intermediate_dim)
-    bias = layer.router.bias
-    return MoEWeights(
-        experts=ExpertWeights(
-            up_EGD=experts.up_EGD.detach(),
-            up_bias_EG=None if experts.up_bias_EG is None else experts.up_bias_EG.detach(),
-            down_EOI=experts.down_proj.detach(),
-            neuron_EI=torch.full(shape, -1),
-        ),
-        router=RouterWeights(layer.router.weight.detach(), None if bias is None else bias.detach()),
-        output_bias_O=None if layer.output_bias is None else layer.output_bias.detach(),
-    )
 
 
 class _DenseNames(Mapping[str, torch.Tensor]):
@@ -220,21 +204,6 @@ def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[
             spec, layer = layer_of[path]
             read = partial(part, spec, layer, name.removeprefix(f"{path}."))
             yield TensorEntry(name, tuple(tensor.shape), tensor.dtype, read)
-
-
-def layer_tensors(layer: MoE, weights: MoEWeights) -> dict[str, torch.Tensor]:
-    """The weights of a layer under their names in it, in its dtypes."""
-    experts, router, up = weights.experts, weights.router, f"experts.{layer.experts.up_name}"
-    given = {
-        "router.weight": router.weight_ED,
-        "router.bias": router.bias_E,
-        up: experts.up_EGD,
-        f"{up}_bias": experts.up_bias_EG,
-        "experts.down_proj": experts.down_EOI,
-        "output_bias": weights.output_bias_O,
-    }
-    held = layer.state_dict()
-    return {n: t.to(held[n].dtype) for n, t in given.items() if t is not None and n in held}
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:

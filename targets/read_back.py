@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from upcycle.layer_weights import empty_layer, weights_of
 from upcycle.spec import MoESpec
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.layers import layer_index
 from upcycle.targets.native.tensors import stack_names
 from upcycle.targets.stored import Stored
-from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights
+from upcycle.weights import ExpertWeights, MoEWeights
 
 
 def read_stored(directory: Path, stored: Stored) -> torch.Tensor:
@@ -34,24 +35,16 @@ def read_layer(directory: Path, written: Checkpoint, spec: MoESpec) -> MoEWeight
     def read(name: str) -> torch.Tensor:
         return read_stored(directory, written.stored[name])
 
-    def optional(name: str) -> torch.Tensor | None:
-        return read(name) if name in written.stored else None
-
-    padding = torch.full((spec.num_experts, spec.width), -1)
     if written.form == "native":
         target = NATIVE[written.architecture]
         router, *matrices = stack_names(target, layer_index(spec.ffn))
         gate_EID, up_EID, down_EDI = (read(name) for name in matrices)
+        padding = torch.full((spec.num_experts, spec.width), -1)
         experts = ExpertWeights(torch.cat([gate_EID, up_EID], dim=1), None, down_EDI, padding)
-        return MoEWeights(experts, RouterWeights(read(router).float()), None)
+        return MoEWeights(experts, {"weight": read(router).float()}, None)
     site = spec.site()
     path = site["path"] if site["placement"] == "module" else site["contraction"]
-    up = f"{path}.experts." + ("up_proj" if spec.ffn.pointwise.arity == 1 else "gate_up_proj")
-    experts = ExpertWeights(
-        up_EGD=read(up),
-        up_bias_EG=optional(f"{up}_bias"),
-        down_EOI=read(f"{path}.experts.down_proj"),
-        neuron_EI=padding,
-    )
-    router_weights = RouterWeights(read(f"{path}.router.weight"), optional(f"{path}.router.bias"))
-    return MoEWeights(experts, router_weights, optional(f"{path}.output_bias"))
+    layer = empty_layer(spec.layer_config())
+    held = {name: read(f"{path}.{name}") for name in layer.state_dict()}
+    layer.load_state_dict(held, assign=True)
+    return weights_of(layer)

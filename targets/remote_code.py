@@ -1,6 +1,6 @@
 """A self-contained modeling file for an architecture that has no native MoE twin.
 
-The file is the source text of upcycle's own layer (`pointwise.py`, `moe.py`, `tap.py`) and a
+The file is the source text of upcycle's own layer, with the kinds of routers that it has, and a
 subclass of the dense transformers class that puts the layers in place when it is built, from the
 description in ``config.json``. It needs transformers and torch, not upcycle. Experts are stored
 fused, so no weight converter is needed.
@@ -15,14 +15,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+import upcycle.experts
 import upcycle.moe
 import upcycle.pointwise
+import upcycle.routing
+import upcycle.selection
 import upcycle.tap
-from upcycle.spec import Plan
+from upcycle.routers import ROUTERS
+from upcycle.spec import Plan, router_kind
 from upcycle.version import __version__
 
 FILE = "modeling_upcycle.py"
-_SOURCES: tuple[ModuleType, ...] = (upcycle.pointwise, upcycle.moe, upcycle.tap)
+_BEFORE: tuple[ModuleType, ...] = (upcycle.pointwise, upcycle.selection, upcycle.routing)
+_AFTER: tuple[ModuleType, ...] = (upcycle.experts, upcycle.moe, upcycle.tap)
 
 _CLASSES = '''
 class {config}({dense_config}):
@@ -51,17 +56,23 @@ def class_names(model: PreTrainedModel) -> tuple[str, str]:
     return f"Upcycle{type(model.config).__name__}", f"Upcycle{type(model).__name__}"
 
 
-def modeling_file(model: PreTrainedModel) -> str:
-    """Source text of the modeling file; models of the same class give the same text."""
+def modeling_file(model: PreTrainedModel, plan: Plan) -> str:
+    """Source text of the modeling file; the same class and kinds of routers give the same text."""
     dense_config, dense = type(model.config), type(model)
     config_name, model_name = class_names(model)
+    kinds = {kind: ROUTERS[kind] for kind in sorted({router_kind(s.router) for s in plan.specs})}
+    homes = [m for m in map(inspect.getmodule, kinds.values()) if m and m not in _BEFORE]
     imports: set[str] = set()
-    bodies: list[str] = []
-    for module in _SOURCES:
+
+    def body(module: ModuleType) -> str:
         lines = inspect.getsource(module).split('"""', 2)[2]
         found = re.findall(r"^(?:from|import) .*$", lines, flags=re.MULTILINE)
-        imports |= {line for line in found if "upcycle" not in line}
-        bodies.append(re.sub(r"^(?:from|import) .*\n", "", lines, flags=re.MULTILINE).strip())
+        imports.update(line for line in found if "upcycle" not in line)
+        return re.sub(r"^(?:from|import) .*\n", "", lines, flags=re.MULTILINE).strip()
+
+    table = ", ".join(f'"{kind}": {cls.__name__}' for kind, cls in kinds.items())
+    bodies = [body(module) for module in dict.fromkeys([*_BEFORE, *homes])]
+    bodies += [f"ROUTERS = {{{table}}}", *map(body, _AFTER)]
     imports |= {_import(dense_config), _import(dense)}
     plain = sorted(line for line in imports if line.startswith("import"))
     classes = _CLASSES.format(

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from upcycle.ffn import FFN, Located, Projection
+from upcycle.layer_weights import load_weights
 from upcycle.moe import MoE
 from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import load_weights, transform
+from upcycle.passes.transform import transform
 from upcycle.pointwise import Pointwise
 from upcycle.recipe import Experts, Recipe, Router
 from upcycle.spec import MoESpec

@@ -45,17 +45,21 @@ def moe(
     layer = MoE(
         {
             "num_experts": num_experts,
-            "top_k": top_k,
             "width": width,
             "d_model": d_model,
             "d_out": d_out or d_model,
             "pointwise": pointwise.to_json(),
             "up_bias": bias,
             "output_bias": bias,
-            "weights": weights,
-            "router_bias": bias,
-            "tied": False,
-            "scale": scale,
+            "router": {
+                "kind": "linear",
+                "num_experts": num_experts,
+                "d_model": d_model,
+                "select": {"rule": "top_k", "k": top_k},
+                "weights": weights,
+                "scale": scale,
+                "bias": bias,
+            },
             "hidden_dropout": 0.1,
             "output_dropout": 0.1,
         }

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from upcycle.ffn import Located
-from upcycle.moe import MoE, WeightRule
+from upcycle.moe import MoE
 from upcycle.passes.plan import make_plan
-from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights, RouterWeights
+from upcycle.routing import WeightRule
+from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 TOKENS = 33
@@ -21,7 +22,7 @@ TOKENS = 33
 
 def distinct(
     name: str, rule: WeightRule, dtype: torch.dtype, *, bias: bool, d_out: int
-) -> tuple[list[FFNWeights], RouterWeights, MoE]:
+) -> tuple[list[FFNWeights], MoE]:
     """Four unrelated experts of 8 neurons, a router with bias, and the layer of them; top 2."""
     ffns = [
         numerics.random_ffn(name, d_ff=8, d_out=d_out, bias=bias, dtype=dtype, seed=seed)
@@ -29,10 +30,10 @@ def distinct(
     ]
     hoisted = ffns[0].down_bias_O
     ffns = [dataclasses.replace(ffn, down_bias_O=None) for ffn in ffns]
-    router = RouterWeights(
-        numerics.random_tokens(4, 16, torch.float32, seed=2) / 4,
-        numerics.random_tokens(1, 4, torch.float32, seed=3)[0] / 4,
-    )
+    router = {
+        "weight": numerics.random_tokens(4, 16, torch.float32, seed=2) / 4,
+        "bias": numerics.random_tokens(1, 4, torch.float32, seed=3)[0] / 4,
+    }
     experts = ExpertWeights(
         up_EGD=torch.stack([ffn.up_MFD.flatten(0, 1) for ffn in ffns]),
         up_bias_EG=torch.stack(
@@ -54,16 +55,15 @@ def distinct(
 
 
 def naive(
-    ffns: list[FFNWeights], router: RouterWeights, rule: WeightRule, x_TD: torch.Tensor
+    ffns: list[FFNWeights], router: dict[str, torch.Tensor], rule: WeightRule, x_TD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token by token, in float64 and Python: the outputs [T, O] and the weights [T, E]."""
     *experts, with_bias = ffns
-    assert router.bias_E is not None
     rows, weights = [], []
     for x_D in x_TD.double():
         logits = [
             math.fsum((row_D.double() * x_D).tolist()) + bias
-            for row_D, bias in zip(router.weight_ED, router.bias_E.double().tolist(), strict=True)
+            for row_D, bias in zip(router["weight"], router["bias"].double().tolist(), strict=True)
         ]
         odds = [math.exp(logit) for logit in logits]
         chosen = sorted(range(4), key=lambda e: -odds[e])[:2]

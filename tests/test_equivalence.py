@@ -8,10 +8,12 @@ import torch
 
 from upcycle.errors import PlanError, UnsupportedError, UsageError
 from upcycle.ffn import Located
-from upcycle.moe import MoE, WeightRule, all_experts
+from upcycle.layer_weights import load_weights
+from upcycle.moe import MoE, all_experts
 from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import load_weights, merge_to_dense, transform
+from upcycle.passes.transform import merge_to_dense, transform
 from upcycle.recipe import Recipe
+from upcycle.routing import WeightRule
 from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights, MoEWeights
 
@@ -244,7 +246,7 @@ def test_weights_of_another_layer_are_refused() -> None:
     ffn = numerics.random_ffn("gelu")
     spec, _, _ = numerics.convert(ffn, copies("renormalised", 2))
     _, other, _ = numerics.convert(ffn, split("random", 4, "normal"))
-    with pytest.raises(UsageError, match=r"up projection is \(4, 48, 16\) in the layer"):
+    with pytest.raises(UsageError, match=r"experts\.up_proj is \(4, 48, 16\) in the layer"):
         load_weights(MoE(spec.layer_config()), other)
 
 
@@ -258,10 +260,10 @@ def test_layers_draw_differently_and_the_same_seed_gives_the_same_bytes() -> Non
 
     (first, a), (second, b) = run(0)
     assert first.seed != second.seed
-    assert not torch.equal(a.router.weight_ED, b.router.weight_ED)
+    assert not torch.equal(a.router["weight"], b.router["weight"])
     assert not torch.equal(a.experts.neuron_EI, b.experts.neuron_EI)
     for (_, one), (_, again), (_, other) in zip(run(0), run(0), run(1), strict=True):
-        assert one.router.weight_ED.numpy().tobytes() == again.router.weight_ED.numpy().tobytes()
+        assert one.router["weight"].numpy().tobytes() == again.router["weight"].numpy().tobytes()
         assert one.experts.up_EGD.numpy().tobytes() == again.experts.up_EGD.numpy().tobytes()
-        assert not torch.equal(one.router.weight_ED, other.router.weight_ED)
+        assert not torch.equal(one.router["weight"], other.router["weight"])
         assert not torch.equal(one.experts.neuron_EI, other.experts.neuron_EI)

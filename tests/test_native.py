@@ -26,8 +26,8 @@ from transformers import (
 from upcycle import recipe
 from upcycle.errors import UsageError
 from upcycle.ffn import FFN, Located, Projection
-from upcycle.moe import WeightRule
 from upcycle.pointwise import Pointwise
+from upcycle.routing import WeightRule
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets.native import NATIVE, build_config, choose, entries, fit
 from upcycle.targets.native.layers import is_swiglu, layer_index
@@ -178,7 +178,7 @@ class Reference(nn.Module):
 
     def __init__(self, weights: MoEWeights, top_k: int, renormalise: bool) -> None:
         super().__init__()
-        self.router_ED = weights.router.weight_ED.double()
+        self.router_ED = weights.router["weight"].double()
         self.up_EGD = weights.experts.up_EGD.double()
         self.down_EOI = weights.experts.down_EOI.double()
         self.top_k, self.renormalise = top_k, renormalise

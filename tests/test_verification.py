@@ -23,10 +23,12 @@ from upcycle.cli import main
 from upcycle.compiler import Conversion, convert
 from upcycle.distinct import distinct_experts_error
 from upcycle.errors import VerificationError
+from upcycle.experts import Experts
 from upcycle.metrics import ROUNDING
 from upcycle.modes import eval_mode
-from upcycle.moe import Experts, MoE, Router
+from upcycle.moe import MoE
 from upcycle.plain_json import json_text
+from upcycle.routing import Router
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.verification import raise_if_failed, verify_layers

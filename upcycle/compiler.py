@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcycle.activations import Activations
+from upcycle.calibration import CalibrationData, calibration_data
 from upcycle.capture import ExampleInputs
 from upcycle.checks import END_TO_END, check
 from upcycle.costs import costs, model_size
@@ -16,10 +18,12 @@ from upcycle.emit import FILE_CHECKS, Emission, check_targets, emit
 from upcycle.evaluation import Evaluation, evaluation_for
 from upcycle.ffn import Located
 from upcycle.modes import eval_mode
+from upcycle.passes.calibrate import calibrate
 from upcycle.passes.locate import locate_in
 from upcycle.passes.merge import merge
+from upcycle.passes.needs import needs
 from upcycle.passes.plan import make_plan
-from upcycle.passes.rewrite import rewrite
+from upcycle.passes.rewrite import fill, rewrite, with_empty_layers
 from upcycle.passes.transform import transform
 from upcycle.progress import Progress, silent, step
 from upcycle.recipe import Recipe
@@ -31,7 +35,7 @@ from upcycle.targets.staging import staged
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE
 from upcycle.verification import budget, compare_models, model_dtype, raise_if_failed, verify_layers
 from upcycle.version import __version__
-from upcycle.weights import MoEWeights, read_ffn
+from upcycle.weights import MoEWeights, Provenance, read_ffn
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Conversion:
         plan: what was found and decided.
         report: what verification measured; without checks if it was not run.
         dense: the module that was converted, unchanged.
-        provenance: FFN path -> dense neuron behind each expert neuron [E, I], -1 for padding.
+        provenance: FFN path -> the dense neurons behind its layer.
         source: where the dense model comes from.
         example: inputs that the user gave.
         text: what a language or embedding model is verified on, if the user gave one.
@@ -53,7 +57,7 @@ class Conversion:
     plan: Plan
     report: dict[str, Any]
     dense: nn.Module = field(repr=False)
-    provenance: dict[str, torch.Tensor] = field(repr=False)
+    provenance: dict[str, Provenance] = field(repr=False)
     source: Source | None = None
     example: ExampleInputs | None = field(default=None, repr=False)
     text: str | None = field(default=None, repr=False)
@@ -180,16 +184,13 @@ def convert(
     if located is None:
         located = locate_in(model, example_inputs)
     plan = make_plan(located, resolved, recipe_name=name)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    provenance: dict[str, torch.Tensor] = {}
-
-    def weights(spec: MoESpec) -> MoEWeights:
-        made = transform(read_ffn(spec.ffn, parameters), spec)
-        provenance[spec.ffn.path] = made.experts.neuron_EI
-        progress("converting", len(provenance), len(plan.specs))
-        return made
-
-    converted = rewrite(model, plan.specs, weights)
+    data = None
+    if needs(plan.recipe):
+        directory = source.directory if source else None
+        data = calibration_data(
+            model, plan.recipe.calibration, directory=directory, text=calibration
+        )
+    converted, provenance = convert_layers(model, plan, data, progress)
     report = _header(plan, model, source)
     result = Conversion(
         converted, plan, report, model, provenance, source, example_inputs, calibration
@@ -199,6 +200,40 @@ def convert(
             _verify(result)
         raise_if_failed(report)
     return result
+
+
+def convert_layers(
+    model: nn.Module, plan: Plan, data: CalibrationData | None, progress: Progress = silent
+) -> tuple[nn.Module, dict[str, Provenance]]:
+    """A converted copy of `model`, and FFN path -> the dense neurons behind its layer.
+
+    Args:
+        model: the dense model; left alone.
+        plan: what each FFN becomes.
+        data: what to show to the methods; None if they need nothing.
+        progress: called after each layer.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    provenance: dict[str, Provenance] = {}
+
+    def make(spec: MoESpec, seen: Activations | None = None) -> MoEWeights:
+        made = transform(read_ffn(spec.ffn, parameters), spec, seen)
+        provenance[spec.ffn.path] = made.provenance
+        progress("converting", len(provenance), len(plan.specs))
+        return made
+
+    if data is None:
+        return rewrite(model, plan.specs, make), provenance
+    converted, layers = with_empty_layers(model, plan.specs)
+    calibrate(
+        converted,
+        list(zip(plan.specs, layers, strict=True)),
+        data.batches,
+        dense=lambda spec: read_ffn(spec.ffn, parameters),
+        visit=lambda spec, layer, seen: fill(layer, make(spec, seen)),
+        sequential=plan.recipe.calibration.sequential,
+    )
+    return converted, provenance
 
 
 def _header(plan: Plan, model: nn.Module, source: Source | None) -> dict[str, Any]:

@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from upcycle.ffn import FFN
+from upcycle.layer_weights import empty_layer
 from upcycle.spec import MoESpec, Plan
+
+ROUTED = ("experts.up_proj", "experts.gate_up_proj", "experts.down_proj")
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,25 @@ def model_size(model: nn.Module) -> tuple[int, int]:
 
 
 def layer_parameters(spec: MoESpec, experts: int) -> int:
-    """Parameters of one MoE layer, counting `experts` of its experts and the whole router."""
-    ffn = spec.ffn
-    expert = _multiply_adds(ffn, spec.width)
-    if any(p.bias for p in ffn.expansions):
-        expert += len(ffn.expansions) * spec.width
-    router = 0 if spec.router.tied else spec.num_experts * ffn.d_model
-    if spec.router.bias:
-        router += spec.num_experts
-    return experts * expert + router + (ffn.d_out if ffn.contraction.bias else 0)
+    """Parameters of one MoE layer, counting `experts` of its routed experts and all the rest."""
+    parameters = dict(empty_layer(spec.layer_config()).named_parameters())
+    sizes = {name: tensor.numel() for name, tensor in parameters.items()}
+    routed = sum(size for name, size in sizes.items() if name.startswith("experts."))
+    return sum(sizes.values()) - routed + routed // spec.num_experts * experts
 
 
 def layer_flops(spec: MoESpec) -> int:
-    """FLOPs per token of one MoE layer: its chosen experts and its router."""
-    router = spec.num_experts * spec.ffn.d_model
-    return 2 * (spec.top_k * _multiply_adds(spec.ffn, spec.width) + router)
+    """FLOPs per token of one MoE layer, in its linear maps: two for each weight that a token meets.
+
+    Counted with `top_k` routed experts, which is the most that a token visits under some rules of
+    selection, and the mean under others.
+    """
+    state = empty_layer(spec.layer_config()).state_dict()
+    weights = {n: t.numel() for n, t in state.items() if t.ndim > 1 and t.is_floating_point()}
+    routed = {name: size for name, size in weights.items() if name in ROUTED}
+    every = sum(weights.values()) - sum(routed.values())
+    visited = sum(routed.values()) // spec.num_experts * spec.top_k
+    return 2 * int(every + visited)
 
 
 def _multiply_adds(ffn: FFN, neurons: int) -> int:

@@ -37,12 +37,22 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> 
     x_TD = x_TD[:TOKENS]
     probe = copy.deepcopy(layer)
     _make_distinct(probe, x_TD, torch.Generator().manual_seed(seed))
-    _, _, index_TK = probe.router(x_TD)
-    logits_TE = _logits(probe, x_TD)
-    if not _has_best_scores(probe, x_TD, logits_TE, index_TK):
-        return math.inf
-    expected_TO = _reference(probe, x_TD.double(), logits_TE, index_TK)
+    _, weights_TK, index_TK = probe.router(x_TD)
+    weights_TK = weights_TK.double()
+    if _has_own_scores(probe):
+        logits_TE = _logits(probe, x_TD)
+        if not _has_best_scores(probe, x_TD, logits_TE, index_TK):
+            return math.inf
+        weights_TK = _weights(probe, logits_TE, index_TK)
+    expected_TO = _reference(probe, x_TD.double(), weights_TK, index_TK)
     return distance(probe.tokens(x_TD), expected_TO).relative
+
+
+def _has_own_scores(layer: MoE) -> bool:
+    """Whether scores and weights can be had here without the code of the router."""
+    config = layer.config["router"]
+    is_best = config["select"]["rule"] == "top_k" and not config["balance"]
+    return config["kind"] == "linear" and is_best and config["weights"] != "gain"
 
 
 def _make_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> None:
@@ -58,6 +68,8 @@ def _make_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -
     experts.down_proj.mul_(factors(num_experts, 1, experts.intermediate_dim))
     if experts.up_bias_EG is not None:
         experts.up_bias_EG.mul_(factors(num_experts, rows))
+    if not _has_own_scores(layer):
+        return
     length = x_TD.double().norm(dim=-1).mean().item() or 1.0
     drawn_ED = torch.randn(num_experts, d_model, generator=generator, dtype=torch.float64)
     layer.router.weight.copy_(drawn_ED / length)
@@ -73,13 +85,13 @@ def _has_best_scores(
     layer: MoE, x_TD: torch.Tensor, logits_TE: torch.Tensor, index_TK: torch.Tensor
 ) -> bool:
     """Whether each row of `index_TK` has the K best experts, up to rounding of the scores."""
-    config = layer.config
-    if index_TK.shape != (len(x_TD), config["top_k"]):
+    config, k = layer.config, layer.config["router"]["select"]["k"]
+    if index_TK.shape != (len(x_TD), k):
         return False
     chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_TK, True)
-    if not bool((chosen_TE.sum(1) == config["top_k"]).all()):
+    if not bool((chosen_TE.sum(1) == k).all()):
         return False
-    if config["top_k"] == config["num_experts"]:
+    if k == config["num_experts"]:
         return True
     worst_T = logits_TE.masked_fill(~chosen_TE, math.inf).amin(1)
     best_left_T = logits_TE.masked_fill(chosen_TE, -math.inf).amax(1)
@@ -88,11 +100,9 @@ def _has_best_scores(
     return bool((worst_T >= best_left_T - rounding_T).all())
 
 
-def _reference(
-    layer: MoE, x_TD: torch.Tensor, logits_TE: torch.Tensor, index_TK: torch.Tensor
-) -> torch.Tensor:
-    """Every expert on every token in float64, of which the chosen ones are added up."""
-    config = layer.config
+def _weights(layer: MoE, logits_TE: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+    """The weights of the chosen experts by their definition, in float64."""
+    config = layer.config["router"]
     p_TK = logits_TE.gather(1, index_TK).exp()
     if config["weights"] == "one":
         p_TK = torch.ones_like(p_TK)
@@ -100,14 +110,40 @@ def _reference(
         p_TK = p_TK / logits_TE.exp().sum(1, keepdim=True)
     else:
         p_TK = p_TK / p_TK.sum(1, keepdim=True)
-    weight_TE = torch.zeros_like(logits_TE).scatter(1, index_TK, p_TK * config["scale"])
+    weights_TK: torch.Tensor = p_TK * config["scale"]
+    return weights_TK
+
+
+def _reference(
+    layer: MoE, x_TD: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
+) -> torch.Tensor:
+    """Every expert on every token in float64, of which the chosen ones are added up."""
+    config = layer.config
+    weight_TE = x_TD.new_zeros(len(x_TD), config["num_experts"]).scatter(1, index_TK, weights_TK)
     pointwise = Pointwise.from_json(config["pointwise"])
     total_TO = x_TD.new_zeros(len(x_TD), config["d_out"])
     for expert in range(config["num_experts"]):
         for start in range(0, config["width"], NEURONS):
             y_TO = _neurons(layer, pointwise, expert, start, x_TD)
             total_TO += weight_TE[:, expert, None] * y_TO
-    return total_TO if layer.output_bias is None else total_TO + layer.output_bias.double()
+    return total_TO + _for_every_token(layer, pointwise, x_TD)
+
+
+def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> torch.Tensor:
+    """The shared expert, the low-rank term and the bias, in float64."""
+    tensors = {name: t.double() for name, t in layer.state_dict().items() if t.is_floating_point()}
+    total_TO: torch.Tensor = x_TD.new_zeros(len(x_TD), layer.config["d_out"])
+    if layer.shared_expert is not None:
+        up = f"shared_expert.{layer.shared_expert.up_name}"
+        z_TG = x_TD @ tensors[f"{up}.weight"].t() + tensors.get(f"{up}.bias", 0.0)
+        hidden = pointwise(*z_TG.chunk(pointwise.arity, dim=-1))
+        total_TO = total_TO + hidden @ tensors["shared_expert.down_proj.weight"].t()
+    if layer.low_rank is not None:
+        v_RD, u_OR = tensors["low_rank.0.weight"], tensors["low_rank.1.weight"]
+        total_TO = total_TO + x_TD @ v_RD.t() @ u_OR.t()
+    bias_O = tensors.get("output_bias", torch.zeros(()).double())
+    everything_TO: torch.Tensor = total_TO + bias_O
+    return everything_TO
 
 
 def _neurons(

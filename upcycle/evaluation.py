@@ -1,6 +1,6 @@
 """What a conversion is verified on: real text where there is a tokenizer, else random inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from transformers import AutoTokenizer, PreTrainedModel
 
 from upcycle import samples
 from upcycle.capture import ExampleInputs
 from upcycle.errors import UsageError
 from upcycle.inputs import find_example, randomised
+from upcycle.text_inputs import (
+    WINDOW,
+    check_tokens,
+    fixed_inputs,
+    is_language_model,
+    longest,
+    tokenizer_in,
+)
 
 MIN_CHARACTERS = 200
 SENTENCES, SENTENCE_TOKENS = 16, 64
-WINDOW, WINDOWS = 512, 4
+WINDOWS = 4
 PROMPT_TOKENS, NEW_TOKENS = 8, 24
 
 
@@ -61,7 +68,7 @@ def evaluation_for(
     if example is not None:
         return Evaluation([example], what="the given inputs")
     tokenizer = (
-        _tokenizer(directory) if getattr(model, "main_input_name", "") == "input_ids" else None
+        tokenizer_in(directory) if getattr(model, "main_input_name", "") == "input_ids" else None
     )
     if tokenizer is None:
         if text is not None:
@@ -86,14 +93,14 @@ def evaluation_for(
 
 
 def _running_text(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evaluation:
-    window = min(WINDOW, _longest(model))
+    window = min(WINDOW, longest(model))
     ids = tokenizer(text[: 16 * WINDOW * WINDOWS], return_tensors="pt", verbose=False).input_ids[0]
-    _check_tokens(model, ids)
+    check_tokens(model, ids)
     count = min(len(ids) // window, WINDOWS)
     windows = ids[: count * window].reshape(count, window) if count else None
     length = min(SENTENCE_TOKENS, len(ids) // 4, window)
     batch = ids[: 4 * length].reshape(4, length)
-    extra = _decoder_inputs(model)
+    extra = fixed_inputs(model)
     batches: list[ExampleInputs] = [
         {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **extra}
         for tokens in (batch, ids[None, :1])
@@ -113,13 +120,13 @@ def _sentences(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evalua
         lines[:: max(len(lines) // SENTENCES, 1)][:SENTENCES],
         padding=tokenizer.pad_token is not None,
         truncation=True,
-        max_length=min(SENTENCE_TOKENS, _longest(model)),
+        max_length=min(SENTENCE_TOKENS, longest(model)),
         return_tensors="pt" if tokenizer.pad_token is not None else None,
     )
     if tokenizer.pad_token is None:  # then one sentence, which needs no padding
         encoded = {name: torch.tensor(rows[:1]) for name, rows in encoded.items()}
-    _check_tokens(model, encoded["input_ids"])
-    extra = _decoder_inputs(model)
+    check_tokens(model, encoded["input_ids"])
+    extra = fixed_inputs(model)
     batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     single = {name: tensor[:1, :1] for name, tensor in batch.items()}
     one = {n: t[:1] if isinstance(t, torch.Tensor) else t for n, t in extra.items()}
@@ -128,29 +135,6 @@ def _sentences(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evalua
         for n, t in extra.items()
     }
     return Evaluation([{**batch, **many}, {**single, **one}], what=what)
-
-
-def _longest(model: nn.Module) -> int:
-    """Tokens that the model has positions for, as far as its configuration says."""
-    config: Any = getattr(model, "config", None)
-    named = (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions"))
-    return min((n for n in named if isinstance(n, int) and n > 0), default=WINDOW)
-
-
-def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocabulary is not None and ids.numel() and int(ids.max()) >= vocabulary:
-        raise UsageError(
-            f"the tokenizer gives token {int(ids.max())} and the model has {vocabulary}; is it the "
-            "tokenizer of another model?"
-        )
-
-
-def is_language_model(model: nn.Module) -> bool:
-    """Whether its logits predict the next token of its input."""
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        return False
-    return not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
 
 
 def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tensor]:
@@ -205,24 +189,3 @@ def _in_dtype_of(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
 
     cast_inputs: ExampleInputs = pytree.tree_map_only(torch.Tensor, cast, inputs)
     return cast_inputs
-
-
-def _decoder_inputs(model: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    extra: dict[str, Any] = {}
-    if getattr(config, "is_encoder_decoder", False):
-        start = config.decoder_start_token_id or 0
-        extra["decoder_input_ids"] = torch.full((1, 4), start)
-    if getattr(config, "use_cache", None) is not None:
-        extra["use_cache"] = False
-    return extra
-
-
-def _tokenizer(directory: Path | None) -> Any:
-    names: Sequence[str] = ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json")
-    if directory is None or not any((directory / name).is_file() for name in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise UsageError(f"{directory}: its tokenizer cannot be loaded: {error}") from error

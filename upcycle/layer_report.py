@@ -10,9 +10,9 @@ from upcycle.distinct import distinct_experts_error
 from upcycle.metrics import ROUNDING, distance
 from upcycle.moe import MoE, all_experts
 from upcycle.passes.experts import EXPERTS
-from upcycle.provenance import untraced_rows
+from upcycle.provenance import lost_neurons, untraced_rows
 from upcycle.spec import MoESpec
-from upcycle.weights import read_ffn
+from upcycle.weights import Provenance, read_ffn
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def layer_report(
     layer: MoE,
     x_TD: torch.Tensor,
     parameters: Mapping[str, torch.Tensor],
-    neuron_EI: torch.Tensor | None,
+    origin: Provenance | None,
 ) -> dict[str, Any]:
     """What was measured of one layer, as plain data.
 
@@ -30,21 +30,23 @@ def layer_report(
         layer: with its weights, in eval mode.
         x_TD: tokens [T, D] to compare on.
         parameters: of the dense model, by name.
-        neuron_EI: the dense neuron of each expert neuron, [E, I], -1 for padding; None where it
-            is not known, and then the rows are not traced.
+        origin: the dense neurons behind the layer; None where they are not known, and then the
+            rows are not traced.
     """
     row: dict[str, Any] = {"path": spec.ffn.path, "promise": spec.promise}
-    if neuron_EI is not None:
-        row["untraced_rows"] = untraced_rows(spec.ffn, layer, neuron_EI, parameters)
+    is_split = EXPERTS[spec.experts.method].kind == "split"
+    if origin is not None:
+        row["untraced_rows"] = untraced_rows(spec, layer, origin, parameters)
+        if is_split:
+            row["lost_neurons"] = lost_neurons(spec, origin)
     reference = read_ffn(spec.ffn, parameters)(x_TD)
     row |= distance(layer.tokens(x_TD), reference).to_json()
-    _, _, index_TK = layer.router(x_TD)
-    with all_experts(layer):
-        whole = distance(layer.tokens(x_TD), reference)
-    load = torch.bincount(index_TK.flatten(), minlength=spec.num_experts)
+    _, weights_TK, index_TK = layer.router(x_TD)
+    load = torch.bincount(index_TK[weights_TK != 0], minlength=spec.num_experts)
     row["tokens_per_expert"] = load.tolist()
-    if EXPERTS[spec.experts.method].kind == "split":
-        row["all_experts_relative"] = whole.relative
+    if is_split and not spec.compensate.any:
+        with all_experts(layer):
+            row["all_experts_relative"] = distance(layer.tokens(x_TD), reference).relative
     row["distinct_experts_relative"] = distinct_experts_error(layer, x_TD)
     return row
 
@@ -67,6 +69,8 @@ def layer_checks(rows: list[dict[str, Any]], dtype: torch.dtype) -> Iterator[Che
 
     untraced = sum(row.get("untraced_rows", 0) for row in rows)
     yield check("rows that are not the dense rows they came from", untraced, 0)
+    lost = sum(row.get("lost_neurons", 0) for row in rows)
+    yield check("dense neurons that are not exactly once in the layer", lost, 0)
     yield from worst("relative", [row for row in rows if row["promise"] == "exact"])
     yield from worst("all_experts_relative", rows)
     yield from worst("distinct_experts_relative", rows)

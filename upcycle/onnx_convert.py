@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from upcycle.card import onnx_card
-from upcycle.errors import UsageError
+from upcycle.errors import UnsupportedError, UsageError
 from upcycle.onnx_rewrite import FILE, write_converted
 from upcycle.onnx_source import OnnxSource
 from upcycle.onnx_verify import compare_outputs, end_to_end, feeds_for, verify_onnx_layers
@@ -51,13 +51,14 @@ def convert_onnx(
     with step(progress, "capturing"):
         plan = source.plan(recipe, recipe_name)
         report = _header(source, plan)
+    _check_plain(plan)
     check_disk(out, report["costs"]["bytes_on_disk"])
     feeds, dense = feeds_for(source, recipe.seed), {}
     if verify:
         with step(progress, "running the dense file"):
             dense = run(source.path, feeds)
     with staged(out, overwrite=overwrite, protect=[source.path]) as directory:
-        stored, neurons = write_converted(
+        stored, origins = write_converted(
             source, plan, directory, max_shard_size=max_shard_size, progress=progress
         )
         if verify:
@@ -66,7 +67,7 @@ def convert_onnx(
                 plan,
                 directory / FILE,
                 stored=stored,
-                neurons=neurons,
+                origins=origins,
                 feeds=feeds,
                 progress=progress,
             )
@@ -97,6 +98,17 @@ def verify_onnx_files(
     checks = [end_to_end(recipe, found["relative"], dtype)]
     kept = {k: v for k, v in report.items() if k not in ("largest_error_at", "layers")}
     return kept | {"end_to_end": found, "checks": checks}
+
+
+def _check_plain(plan: Plan) -> None:
+    """Refuse layers whose parts cannot be put into a foreign graph yet."""
+    for spec in plan.specs:
+        if not spec.is_plain or spec.compensate.any:
+            raise UnsupportedError(
+                f"{spec.ffn.path}: in an ONNX file a layer has experts, chosen as the best `top_k` "
+                "of linear scores, and no shared expert and no compensation; use another recipe, "
+                "or convert the model that the file was exported from"
+            )
 
 
 def _dtype(source: OnnxSource, plan: Plan) -> torch.dtype:

@@ -18,7 +18,7 @@ from upcycle.targets.onnx.insert import Place, Tensors, insert_layer, unique_key
 from upcycle.targets.onnx.lower import lower
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import TensorEntry, write_tensors
-from upcycle.weights import MoEWeights, read_ffn
+from upcycle.weights import MoEWeights, Provenance, read_ffn
 
 FILE, DATA, EXPERTS = "model.onnx", "model.onnx.data", "experts"
 INLINE_BYTES = 1 << 30  # of weights that were inside the file; a file of 2 GB cannot be written
@@ -31,23 +31,23 @@ def write_converted(
     *,
     max_shard_size: int,
     progress: Progress,
-) -> tuple[dict[str, Stored], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Stored], dict[str, Provenance]]:
     """Write ``model.onnx`` and ``experts.safetensors``; the graph of `source` is used up.
 
     Weights that were in external files, and are still used, go to ``model.onnx.data``.
 
     Returns:
-        Where each tensor of the experts is; and for each FFN the dense neuron behind each expert
-        neuron, [E, I].
+        Where each tensor of the experts is; and for each FFN the dense neurons behind its
+        layer.
     """
     model, found = source.model, source.found
-    neurons: dict[str, torch.Tensor] = {}
+    origins: dict[str, Provenance] = {}
 
     @lru_cache(maxsize=1)
     def made(index: int) -> MoEWeights:
         spec = plan.specs[index]
         weights = transform(read_ffn(spec.ffn, found.weights), spec)
-        neurons[spec.ffn.path] = weights.experts.neuron_EI
+        origins[spec.ffn.path] = weights.provenance
         progress("converting", index + 1, len(plan.specs))
         return weights
 
@@ -70,7 +70,7 @@ def write_converted(
     common.RemoveUnusedNodesPass()(model)
     _keep_beside(model, directory)
     ir.save(model, directory / FILE)
-    return stored, neurons
+    return stored, origins
 
 
 def _entries(spec: MoESpec, index: int, made: Callable[[int], MoEWeights]) -> Iterator[TensorEntry]:
@@ -93,8 +93,8 @@ def _entries(spec: MoESpec, index: int, made: Callable[[int], MoEWeights]) -> It
             "up": weights.experts.up_EGD,
             "down": weights.experts.down_EOI,
             "up_bias": weights.experts.up_bias_EG,
-            "router": weights.router.weight_ED,
-            "router_bias": weights.router.bias_E,
+            "router": weights.router["weight"],
+            "router_bias": weights.router.get("bias"),
         }[name]
         assert tensor is not None
         return tensor

@@ -15,10 +15,10 @@ import torch
 from upcycle.checks import END_TO_END, Check, check
 from upcycle.errors import UsageError, VerificationError
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
+from upcycle.layer_weights import load_weights
 from upcycle.metrics import ROUNDING, distance
 from upcycle.moe import MoE
 from upcycle.onnx_source import OnnxSource
-from upcycle.passes.transform import load_weights
 from upcycle.progress import Progress
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec, Plan
@@ -27,7 +27,7 @@ from upcycle.targets.onnx.feeds import Array, describe, draw_inputs, given_input
 from upcycle.targets.onnx.opening import check_graph
 from upcycle.targets.onnx.running import run
 from upcycle.targets.stored import Stored
-from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights
+from upcycle.weights import ExpertWeights, MoEWeights, Provenance
 
 NODES, CHECKER = "nodes of a layer against the layer", "complaints of the ONNX checker"
 # A token whose last chosen and best refused expert are nearer than this, relative to the largest
@@ -80,7 +80,7 @@ def verify_onnx_layers(
     path: Path,
     *,
     stored: Mapping[str, Stored],
-    neurons: Mapping[str, torch.Tensor],
+    origins: Mapping[str, Provenance],
     feeds: Mapping[str, Array],
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], list[Check]]:
@@ -91,7 +91,7 @@ def verify_onnx_layers(
         plan: what was converted.
         path: the converted file.
         stored: where the tensors of its experts are.
-        neurons: FFN path -> dense neuron of each expert neuron, [E, I], -1 for padding.
+        origins: FFN path -> the dense neurons behind its layer.
         feeds: inputs of the file.
         progress: called after each layer.
     """
@@ -111,7 +111,7 @@ def verify_onnx_layers(
             nodes["nodes_relative"] = _nodes_error(layer, x_TD, y_TO)
         else:
             x_TD = random_tokens(spec, layer)
-        row = layer_report(spec, layer, x_TD, source.found.weights, neurons[spec.ffn.path])
+        row = layer_report(spec, layer, x_TD, source.found.weights, origins[spec.ffn.path])
         rows.append(row | given | nodes)
         progress("verifying", i, len(plan.specs))
     checks = list(layer_checks(rows, torch.float32))
@@ -153,7 +153,9 @@ def _layer(spec: MoESpec, source: OnnxSource, stored: Mapping[str, Stored], stor
         down_EOI=read("down"),
         neuron_EI=torch.empty(0),
     )
-    router = RouterWeights(read("router"), maybe("router_bias"))
+    router = {"weight": read("router")}
+    if (router_bias := maybe("router_bias")) is not None:
+        router["bias"] = router_bias
     output_bias = source.found.weights[bias] if bias else None
     load_weights(layer, MoEWeights(experts, router, output_bias))
     return layer
@@ -163,7 +165,7 @@ def _layer(spec: MoESpec, source: OnnxSource, stored: Mapping[str, Stored], stor
 def _nodes_error(layer: MoE, x_TD: torch.Tensor, y_TO: torch.Tensor) -> float:
     """How far the nodes are from the layer, on tokens whose choice of experts is clear."""
     logits_TE = layer.router(x_TD)[0].double()
-    k = layer.router.top_k
+    k = layer.router.config["select"]["k"]
     if k < logits_TE.shape[1]:
         top = logits_TE.topk(k + 1).values
         clear_T = top[:, k - 1] - top[:, k] > _TIE * logits_TE.abs().max()

@@ -10,43 +10,77 @@ import torch
 
 from upcycle.ffn import FFN
 from upcycle.moe import MoE
+from upcycle.spec import MoESpec
+from upcycle.weights import Provenance
 
 ROWS = 1024  # in float64 at a time
 
 
 def untraced_rows(
-    ffn: FFN, layer: MoE, neuron_EI: torch.Tensor, parameters: Mapping[str, torch.Tensor]
+    spec: MoESpec, layer: MoE, origin: Provenance, parameters: Mapping[str, torch.Tensor]
 ) -> int:
-    """How many expert neurons are not their dense neuron, times one factor for each matrix.
+    """How many neurons of a layer are not their dense neuron, times one factor for each matrix.
 
     Bit for bit where the factor is one, else up to the rounding of the product. Padding must be
-    zero. Memory: 1024 rows in float64.
+    zero. Neurons that were drawn anew are not looked at, nor are contractions that were fitted.
+    Memory: 1024 rows in float64.
 
     Args:
-        ffn: the dense FFN.
-        layer: what it became.
-        neuron_EI: the dense neuron of each expert neuron, [E, I]; -1 for padding.
+        spec: the plan of the layer.
+        layer: what the FFN became.
+        origin: the dense neuron of each of its neurons.
         parameters: of the dense model, by name.
     """
-    wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
-    for made_EID, dense_FD in _matrices(ffn, layer, parameters):
-        wrong_EI |= _wrong(made_EID, dense_FD, neuron_EI.to(dense_FD.device)).to(wrong_EI.device)
-    return int(wrong_EI.sum())
+    dense = list(_dense_matrices(spec.ffn, parameters))
+    wrong = 0
+    for made, neuron_EI in (
+        (_routed_matrices(layer), origin.expert_EI),
+        (_shared_matrices(layer), origin.shared_S[None]),
+    ):
+        if not neuron_EI.numel():
+            continue
+        wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
+        for i, (made_EID, dense_FD) in enumerate(zip(made, dense, strict=True)):
+            if i == len(dense) - 1 and spec.compensate.changes_down:
+                continue
+            here = neuron_EI.to(dense_FD.device)
+            wrong_EI |= _wrong(made_EID, dense_FD, here).to(wrong_EI.device)
+        wrong += int((wrong_EI & (neuron_EI >= -1)).sum())
+    return wrong
 
 
-def _matrices(
-    ffn: FFN, layer: MoE, parameters: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each matrix of the experts [E, I, D] with the dense one [F, D]: a row per neuron."""
-    experts = layer.experts
-    up_EGD, width = experts.up_EGD.detach(), experts.intermediate_dim
-    for i, projection in enumerate(ffn.expansions):
+def lost_neurons(spec: MoESpec, origin: Provenance) -> int:
+    """How many neurons of the dense FFN are not exactly once in the layer."""
+    neuron_S = torch.cat([origin.expert_EI.flatten(), origin.shared_S])
+    times_F = torch.bincount(neuron_S[neuron_S >= 0], minlength=spec.ffn.d_ff)
+    return int((times_F != 1).sum())
+
+
+def _dense_matrices(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each matrix of the dense FFN with a row for each neuron, [F, D]; the contraction last."""
+    for projection in ffn.expansions:
         stored = parameters[projection.weight].detach()
         stored = (stored.t() if projection.transposed else stored).flatten(1)
-        yield up_EGD[:, i * width : (i + 1) * width], stored[slice(*projection.rows)]
+        yield stored[slice(*projection.rows)]
     down = parameters[ffn.contraction.weight].detach()
-    columns_FO = down if ffn.contraction.transposed else down.flatten(1).t()
-    yield experts.down_proj.detach().transpose(1, 2), columns_FO
+    yield down if ffn.contraction.transposed else down.flatten(1).t()
+
+
+def _routed_matrices(layer: MoE) -> list[torch.Tensor]:
+    """The same matrices of the routed experts, [E, I, D]."""
+    experts = layer.experts
+    ups = torch.split(experts.up_EGD.detach(), experts.intermediate_dim, dim=1)
+    return [*ups, experts.down_proj.detach().transpose(1, 2)]
+
+
+def _shared_matrices(layer: MoE) -> list[torch.Tensor]:
+    """The same matrices of the shared expert, [1, S, D]."""
+    shared = layer.shared_expert
+    if shared is None:
+        return []
+    down_OS = shared.down_proj.weight.detach()
+    ups = torch.split(shared.up.weight.detach(), down_OS.shape[1])
+    return [matrix[None] for matrix in (*ups, down_OS.t())]
 
 
 def _wrong(made_EID: torch.Tensor, dense_FD: torch.Tensor, neuron_EI: torch.Tensor) -> torch.Tensor:

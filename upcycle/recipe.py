@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from upcycle.moe import WeightRule
+from upcycle.routing import WeightRule
 
 
 class Section(BaseModel):
@@ -34,10 +34,32 @@ class Layers(Section):
 class Experts(Section):
     """How experts are made from a dense FFN."""
 
-    method: Literal["copy", "granular", "contiguous", "random", "cluster"] = Field(
-        description="copy: whole FFNs; granular: slices of copies; others: parts of one FFN"
+    method: Literal[
+        "copy",
+        "noise",
+        "drop",
+        "svd",
+        "granular",
+        "zero_routed",
+        "from_checkpoints",
+        "contiguous",
+        "random",
+        "cluster",
+        "coactivation",
+        "importance",
+        "gradient_domain",
+        "activation_carve",
+        "universal_specialised",
+    ] = Field(description="whole FFNs, slices of copies, or parts of one FFN; see the methods")
+    count: int = Field(
+        ge=1, description="experts, shared ones included; for granular, copies of the FFN"
     )
-    count: int = Field(ge=1, description="experts; for granular, copies of the FFN")
+    shared: int = Field(
+        0, ge=0, description="splits: how many of the experts are merged into one for every token"
+    )
+    shared_by: Literal["norm", "rate", "contribution", "importance", "first"] = Field(
+        "norm", description="splits: which neurons are shared, those with the largest ..."
+    )
     granularity: int = Field(1, ge=1, description="granular: slices that each copy is cut into")
     scale: Literal["down", "up_down", "even"] = Field(
         "down", description="granular: which matrices carry the factor that undoes the averaging"
@@ -45,24 +67,113 @@ class Experts(Section):
     features: Literal["gate", "up", "both"] = Field(
         "gate", description="cluster: which rows describe a neuron; a plain FFN has only one kind"
     )
+    metric: Literal["cosine", "l2"] = Field(
+        "cosine", description="cluster: compare the rows scaled to length one, or as they are"
+    )
+    markers: int = Field(
+        10, ge=1, description="coactivation, activation_carve: neurons marked active in a token"
+    )
+    ratio: float = Field(
+        0.5, ge=0, le=1, description="drop: part of the neurons that is drawn anew"
+    )
+    index_set: Literal["neuron", "matrix"] = Field(
+        "neuron", description="drop: redraw the same neurons in every matrix, or others in each"
+    )
+    noise: float = Field(
+        0.01, ge=0, description="noise, svd: standard deviation, relative to the weights"
+    )
+    rank: int = Field(64, ge=1, description="svd: directions of each matrix that stay as they are")
+    sharing: Literal["independent", "inner", "inter"] = Field(
+        "independent", description="gradient_domain: may experts share neurons"
+    )
+    sources: tuple[str, ...] = Field(
+        (), description="from_checkpoints: models of the same shape, one expert each"
+    )
+    merge: Literal["mean", "first"] | int = Field(
+        "mean", description="from_checkpoints: where everything but the FFNs comes from"
+    )
 
 
 class Router(Section):
     """How tokens find their experts."""
 
-    method: Literal["normal", "virtual_group", "avg_key", "centroid"] = Field(
-        description="random rows; the same for the slices of a copy; or made from the experts"
-    )
+    method: Literal[
+        "normal",
+        "zero",
+        "uniform",
+        "virtual_group",
+        "avg_key",
+        "centroid",
+        "ridge",
+        "mlp",
+        "representative",
+        "kmeans_lsq",
+        "random_fixed",
+        "hash",
+        "assigned",
+        "noisy_topk",
+        "cosine",
+        "oracle",
+    ] = Field(description="how the scores of the experts are made; see the methods")
     top_k: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        description="experts that a token visits"
+        description="experts that a token visits, besides the shared one"
     )
     weights: WeightRule = Field(description="how the outputs of the visited experts are weighted")
-    std: float = Field(0.02, ge=0, description="normal, virtual_group: standard deviation")
+    select: Literal["top_k", "top_p", "entropy", "null", "expert_choice", "all"] = Field(
+        "top_k", description="which experts a token visits; most rules use `top_k` as a bound"
+    )
+    mass: float = Field(0.4, ge=0, le=1, description="top_p, entropy: probability to reach")
+    above: float = Field(0.9, description="entropy: visit all experts above this entropy")
+    q: float = Field(1.1, gt=0, le=2, description="entropy: index of the Tsallis entropy")
+    nulls: int = Field(0, ge=0, description="null: experts that do nothing")
+    balance: bool = Field(
+        False, description="add a bias to the selection alone, which balances the load in training"
+    )
+    std: float = Field(
+        0.02, ge=0, description="normal, uniform, virtual_group, noisy_topk: standard deviation"
+    )
+    hidden: int = Field(0, ge=0, description="mlp: width of the hidden layer; 0 is one per expert")
+    ridge: float = Field(
+        0.01, gt=0, description="ridge: penalty, relative to the mean variance of the input"
+    )
     bias: bool = Field(False, description="add a bias, which starts at zero")
     tied: bool = Field(
         False, description="avg_key: recompute the rows from the experts in training"
     )
     scale: float | Literal["n_over_k"] = Field(1.0, description="factor on the expert weights")
+
+
+class Compensate(Section):
+    """What stands in for the neurons that a token does not visit; closed form, from calibration."""
+
+    scale: bool = Field(False, description="one factor on the output")
+    affine: bool = Field(False, description="a factor and an offset for each output")
+    mean: bool = Field(False, description="the mean of what was dropped")
+    low_rank: int = Field(0, ge=0, description="rank of a linear map of the input")
+    refit: bool = Field(False, description="fit the down projections again, on the chosen neurons")
+    ridge: float = Field(
+        0.01, gt=0, description="penalty of the fits, relative to the mean variance of the inputs"
+    )
+
+    @property
+    def changes_down(self) -> bool:
+        """Whether the down projections are no longer those of the dense FFN."""
+        return self.scale or self.affine or self.refit
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is switched on."""
+        return self.scale or self.affine or self.mean or self.refit or self.low_rank > 0
+
+
+class Calibration(Section):
+    """What the methods that look at activations are shown."""
+
+    tokens: int = Field(16384, ge=1, description="tokens of text; or 256 times as many images")
+    length: int = Field(512, ge=1, description="tokens of one sequence")
+    sequential: bool = Field(
+        True, description="each layer sees what the converted layers before it give"
+    )
 
 
 class Verify(Section):
@@ -80,5 +191,7 @@ class Recipe(Section):
     layers: Layers = Layers()
     experts: Experts
     router: Router
+    compensate: Compensate = Compensate()
+    calibration: Calibration = Calibration()
     verify: Verify = Verify()
     seed: int = Field(0, ge=0, description="seed of every random draw")

@@ -18,10 +18,11 @@ class MoESpec:
 
     Attributes:
         ffn: the FFN.
-        experts, router: the recipe's sections, with what is special to the methods.
-        num_experts: experts of the layer (copies times granularity for granular upcycling).
-        width: neurons of one expert, zero padding included.
-        top_k: experts that a token visits.
+        experts, router, compensate: the recipe's sections, with what is special to the methods.
+        num_experts: routed experts (copies times granularity for granular upcycling).
+        width: neurons of one routed expert, zero padding included.
+        shared: neurons of the shared expert, which every token visits.
+        top_k: routed experts that a token visits, at most; `select` may leave some out.
         scale: factor on the expert weights at run time.
         promise: what the algebra of the method says about equality with the dense FFN.
         seed: seed of this layer's random draws; differs from layer to layer.
@@ -30,8 +31,10 @@ class MoESpec:
     ffn: FFN
     experts: recipe.Experts
     router: recipe.Router
+    compensate: recipe.Compensate
     num_experts: int
     width: int
+    shared: int
     top_k: int
     scale: float
     promise: Promise
@@ -43,23 +46,53 @@ class MoESpec:
         # torch's CPU generator reads the low 32 bits of a seed only.
         return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer is the best `top_k` of experts by linear scores, and nothing else."""
+        router = self.router_config()
+        is_best = router["select"]["rule"] == "top_k" and not router["balance"]
+        rules = ("one", "renormalised", "renorm_detach", "softmax")
+        has_more = self.shared or self.compensate.low_rank
+        linear = router["kind"] == "linear" and router["weights"] in rules
+        return linear and is_best and not has_more
+
+    def router_config(self) -> dict[str, Any]:
+        """The configuration of the runtime router, as `upcycle.routing.Router` takes it."""
+        router = self.router
+        more: dict[str, dict[str, Any]] = {
+            "top_p": {"mass": router.mass},
+            "entropy": {"mass": router.mass, "above": router.above, "q": router.q},
+            "null": {"nulls": router.nulls},
+        }
+        return {
+            "kind": router_kind(router),
+            "num_experts": self.num_experts,
+            "d_model": self.ffn.d_model,
+            "select": {"rule": router.select, "k": self.top_k, **more.get(router.select, {})},
+            "weights": router.weights,
+            "scale": self.scale,
+            "bias": router.bias,
+            "tied": router.tied,
+            "balance": router.balance,
+            "nulls": router.nulls if router.select == "null" else 0,
+        }
+
     def layer_config(self) -> dict[str, Any]:
         """The configuration of the runtime layer, as `upcycle.moe.MoE` takes it."""
         ffn = self.ffn
+        is_moved = self.compensate.mean or self.compensate.affine
         return {
             "num_experts": self.num_experts,
-            "top_k": self.top_k,
             "width": self.width,
+            "shared": self.shared,
+            "low_rank": self.compensate.low_rank,
             "d_model": ffn.d_model,
             "d_out": ffn.d_out,
             "axis": ffn.axis,
             "pointwise": ffn.pointwise.to_json(),
             "up_bias": any(p.bias for p in ffn.expansions),
-            "output_bias": ffn.contraction.bias is not None,
-            "weights": self.router.weights,
-            "router_bias": self.router.bias,
-            "tied": self.router.tied,
-            "scale": self.scale,
+            "output_bias": ffn.contraction.bias is not None or is_moved,
+            "router": self.router_config(),
             "hidden_dropout": ffn.hidden_dropout,
             "output_dropout": ffn.output_dropout,
         }
@@ -74,6 +107,15 @@ class MoESpec:
             "tap_widths": list(self.ffn.tap_widths),
             "layer": self.layer_config(),
         }
+
+
+_KINDS = {"mlp": "mlp", "representative": "neurons", "hash": "table", "assigned": "table"}
+_KINDS |= {"noisy_topk": "noisy", "cosine": "cosine", "oracle": "oracle"}
+
+
+def router_kind(router: recipe.Router) -> str:
+    """The runtime router that a method of the recipe makes; most are linear."""
+    return _KINDS.get(router.method, "linear")
 
 
 @dataclass(frozen=True)

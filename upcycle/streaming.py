@@ -21,6 +21,7 @@ from upcycle.card import card
 from upcycle.costs import Costs
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
+from upcycle.layer_weights import empty_layer
 from upcycle.moe import MoE
 from upcycle.passes.transform import transform
 from upcycle.plain_json import json_text
@@ -29,7 +30,7 @@ from upcycle.recipe_file import dump_recipe
 from upcycle.source import DTYPES, Source
 from upcycle.spec import MoESpec, Plan
 from upcycle.tap import install
-from upcycle.targets.checkpoint import Checkpoint, Content, layer_tensors, write_checkpoint
+from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.manifest import Manifest
 from upcycle.targets.read_back import read_layer
@@ -38,7 +39,7 @@ from upcycle.targets.tensor_file import MAX_SHARD_SIZE
 from upcycle.targets.tensor_source import read_tensors
 from upcycle.verification import raise_if_failed
 from upcycle.version import __version__
-from upcycle.weights import MoEWeights, read_ffn
+from upcycle.weights import MoEWeights, Provenance, read_ffn
 
 
 def must_stream(costs: Costs) -> bool:
@@ -99,11 +100,11 @@ def convert_streamed(
     tensors = _by_module_name(source, skeleton)
     dtype = tensors[plan.specs[0].ffn.parameters[0]].dtype
     converted = _converted_skeleton(skeleton, plan, dtype)
-    provenance: dict[str, torch.Tensor] = {}
+    provenance: dict[str, Provenance] = {}
 
     def layer(spec: MoESpec) -> MoEWeights:
         made = transform(read_ffn(spec.ffn, tensors), spec)
-        provenance[spec.ffn.path] = made.experts.neuron_EI
+        provenance[spec.ffn.path] = made.provenance
         progress("converting", len(provenance), len(plan.specs))
         return made
 
@@ -223,7 +224,7 @@ def _verify(
     plan: Plan,
     written: Checkpoint,
     tensors: Mapping[str, torch.Tensor],
-    provenance: Mapping[str, torch.Tensor],
+    provenance: Mapping[str, Provenance],
     report: dict[str, Any],
     progress: Progress,
 ) -> None:
@@ -231,11 +232,11 @@ def _verify(
     rows = []
     for i, spec in enumerate(plan.specs, start=1):
         layer = _layer(spec, read_layer(directory, written, spec))
-        neuron_EI = provenance.get(spec.ffn.path)
-        if neuron_EI is None:  # its file was whole already
-            neuron_EI = transform(read_ffn(spec.ffn, tensors), spec).experts.neuron_EI
+        origin = provenance.get(spec.ffn.path)
+        if origin is None:  # its file was whole already
+            origin = transform(read_ffn(spec.ffn, tensors), spec).provenance
         x_TD = random_tokens(spec, layer)
-        rows.append(layer_report(spec, layer, x_TD, tensors, neuron_EI))
+        rows.append(layer_report(spec, layer, x_TD, tensors, origin))
         progress("verifying", i, len(plan.specs))
     report["layers"] = rows
     report["checks"] += layer_checks(rows, DTYPES[report["dtype"]])
@@ -243,11 +244,8 @@ def _verify(
 
 def _layer(spec: MoESpec, made: MoEWeights) -> MoE:
     """The layer around weights that are in memory already, without a copy of them."""
-    with torch.device("meta"):
-        layer = MoE(spec.layer_config()).eval()
-    layer.to(made.experts.down_EOI.dtype)
-    layer.router.to(made.router.weight_ED.dtype)
-    layer.load_state_dict(layer_tensors(layer, made), assign=True)
+    layer = empty_layer(spec.layer_config())
+    layer.load_state_dict(made.tensors(), assign=True)
     return layer
 
 

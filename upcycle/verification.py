@@ -26,7 +26,6 @@ from upcycle.evaluation import (
     Evaluation,
     device_of,
     evaluation_for,
-    is_language_model,
     outputs_of,
 )
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
@@ -35,6 +34,8 @@ from upcycle.modes import eval_mode
 from upcycle.moe import MoE
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec
+from upcycle.text_inputs import is_language_model
+from upcycle.weights import Provenance
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -69,13 +70,13 @@ def verify_layers(
     dense: nn.Module,
     converted: nn.Module,
     layers: list[tuple[MoESpec, MoE]],
-    provenance: Mapping[str, torch.Tensor],
+    provenance: Mapping[str, Provenance],
     evaluation: Evaluation,
 ) -> tuple[list[dict[str, Any]], list[Check]]:
     """Tiers T0 and T1.
 
     Args:
-        provenance: FFN path -> dense neuron of each expert neuron, [E, I], -1 for padding.
+        provenance: FFN path -> the dense neurons behind its layer.
     """
     parameters = dict(dense.named_parameters(remove_duplicate=False))
     rows: list[dict[str, Any]] = []
@@ -86,8 +87,8 @@ def verify_layers(
         row = {} if x_TD is not None else {"inputs": "random tokens"}  # the inputs do not reach it
         if x_TD is None:
             x_TD = random_tokens(spec, layer)
-        neuron_EI = provenance.get(spec.ffn.path)
-        rows.append(layer_report(spec, layer, x_TD, parameters, neuron_EI) | row)
+        origin = provenance.get(spec.ffn.path)
+        rows.append(layer_report(spec, layer, x_TD, parameters, origin) | row)
     return rows, list(layer_checks(rows, model_dtype(dense)))
 
 

@@ -5,7 +5,7 @@ expert, G = M * I rows of an expert's fused expansion.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,10 +29,24 @@ class FFNWeights:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The dense FFN at `x` [..., D]; returns [..., O], in the dtype of `x`."""
+        return torch.nn.functional.linear(self.hidden(x), self.down_OF, self.down_bias_O)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The activations of the neurons at `x` [..., D]; [..., F]."""
         z = [torch.nn.functional.linear(x, up_FD) for up_FD in self.up_MFD]
         if self.up_bias_MF is not None:
             z = [z_F + bias_F for z_F, bias_F in zip(z, self.up_bias_MF, strict=True)]
-        return torch.nn.functional.linear(self.pointwise(*z), self.down_OF, self.down_bias_O)
+        return self.pointwise(*z)
+
+    def of_neurons(self, neuron_F: torch.Tensor) -> "FFNWeights":
+        """The FFN that has only the neurons `neuron_F`, int64, in that order."""
+        bias_MF = self.up_bias_MF
+        return replace(
+            self,
+            up_MFD=self.up_MFD[:, neuron_F],
+            up_bias_MF=None if bias_MF is None else bias_MF[:, neuron_F],
+            down_OF=self.down_OF[:, neuron_F],
+        )
 
     def to(self, dtype: torch.dtype) -> "FFNWeights":
         """The same FFN in another float dtype."""
@@ -75,20 +89,66 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
-class RouterWeights:
-    """A linear router: ``logits = weight_ED x + bias_E``, float32."""
+class Provenance:
+    """The dense neuron behind each neuron of a layer.
 
-    weight_ED: torch.Tensor
-    bias_E: torch.Tensor | None = None
+    Attributes:
+        expert_EI: [E, I] int64; -1 is zero padding and -2 a neuron drawn anew.
+        shared_S: [S] int64, of the shared expert; empty if there is none.
+    """
+
+    expert_EI: torch.Tensor
+    shared_S: torch.Tensor
 
 
 @dataclass(frozen=True)
 class MoEWeights:
-    """Everything that one MoE layer holds."""
+    """Everything that one MoE layer holds.
+
+    Attributes:
+        experts: the routed experts.
+        router: the tensors of the router by their names in it, float32 or int64; for a linear one
+            ``weight`` [E, D] and perhaps ``bias`` [E].
+        output_bias_O: added once, or None.
+        shared: the shared expert as a single expert, or None.
+        low_rank: ``(V_RD, U_OR)`` of the term ``U V x`` that every token gets, or None.
+    """
 
     experts: ExpertWeights
-    router: RouterWeights
+    router: Mapping[str, torch.Tensor]
     output_bias_O: torch.Tensor | None
+    shared: ExpertWeights | None = None
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def provenance(self) -> Provenance:
+        """The dense neurons that the layer was made of."""
+        none = torch.empty(0, dtype=torch.int64)
+        shared_S = none if self.shared is None else self.shared.neuron_EI[0]
+        return Provenance(self.experts.neuron_EI, shared_S)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor under its name in `upcycle.moe.MoE`; nothing is copied."""
+
+        experts, shared = self.experts, self.shared
+        up = "gate_up_proj" if experts.up_EGD.shape[1] > experts.down_EOI.shape[2] else "up_proj"
+        named: dict[str, torch.Tensor | None] = {
+            **{f"router.{name}": tensor for name, tensor in self.router.items()},
+            f"experts.{up}": experts.up_EGD,
+            f"experts.{up}_bias": experts.up_bias_EG,
+            "experts.down_proj": experts.down_EOI,
+            "output_bias": self.output_bias_O,
+        }
+        if shared is not None:
+            bias_EG = shared.up_bias_EG
+            named |= {
+                f"shared_expert.{up}.weight": shared.up_EGD[0],
+                f"shared_expert.{up}.bias": None if bias_EG is None else bias_EG[0],
+                "shared_expert.down_proj.weight": shared.down_EOI[0],
+            }
+        if self.low_rank is not None:
+            named |= {f"low_rank.{i}.weight": tensor for i, tensor in enumerate(self.low_rank)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def gather_experts(

@@ -2,11 +2,13 @@
 
 import torch
 
+from upcycle.activations import Activations
 from upcycle.passes.experts.balanced import balanced_clusters
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal, group_sizes
+from upcycle.passes.experts.split import split
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
+from upcycle.weights import FFNWeights
 
 
 def features_of(ffn: FFNWeights, which: str) -> torch.Tensor:
@@ -21,7 +23,13 @@ def features_of(ffn: FFNWeights, which: str) -> torch.Tensor:
     return unit_FG
 
 
-def cluster(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> ExpertWeights:
+def cluster(
+    ffn: FFNWeights,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> torch.Tensor:
     """Group the neurons by balanced k-means on their keys, the input rows scaled to length one.
 
     The dense output is the sum over all experts and the output bias, so the layer is exact when
@@ -32,10 +40,11 @@ def cluster(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> Ex
         spec: `num_experts` is E, at most F; `width` is F / E rounded up; ``experts.features``
             names the rows to compare.
         generator: draws the first centroids.
+        data: unused.
 
     Returns:
-        E experts of `width` neurons, the last ones padded with one neuron of zeros where E does
-        not divide F. Memory: that of the dense FFN and the padding, and while it runs a float32
+        The neurons of each expert, [E, `width`], -1 as padding where E does not divide F. Memory
+        of the experts: that of the dense FFN and the padding, and while it runs a float32
         copy of the features.
 
     Source:
@@ -46,13 +55,13 @@ def cluster(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> Ex
     features_FD = features_of(ffn, spec.experts.features)
     labels_F = balanced_clusters(features_FD, sizes, generator=generator)
     order_F = labels_F.argsort(stable=True)
-    return gather_experts(ffn, deal(order_F, spec.num_experts, spec.width))
+    return deal(order_F, spec.num_experts, spec.width)
 
 
 CLUSTER = ExpertMethod(
     name="cluster",
     kind="split",
-    build=cluster,
+    build=split(cluster),
     paper='Zhang et al., "MoEfication", 2021',
     source="https://arxiv.org/abs/2110.01786",
 )

@@ -2,13 +2,21 @@
 
 import torch
 
+from upcycle.activations import Activations
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal
+from upcycle.passes.experts.split import split
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
+from upcycle.weights import FFNWeights
 
 
-def contiguous(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> ExpertWeights:
+def contiguous(
+    ffn: FFNWeights,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> torch.Tensor:
     """Cut the neurons into consecutive blocks.
 
     The dense output is the sum over all experts and the output bias, so the layer is exact when
@@ -18,22 +26,23 @@ def contiguous(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) ->
         ffn: any dense FFN, in one float dtype, which is kept.
         spec: `num_experts` is E, at most F; `width` is F / E rounded up.
         generator: unused.
+        data: unused.
 
     Returns:
-        E experts of `width` neurons, the last ones padded with one neuron of zeros where E does
-        not divide F. Memory: that of the dense FFN, and the padding.
+        The neurons of each expert, [E, `width`], -1 as padding where E does not divide F. Memory
+        of the experts: that of the dense FFN, and the padding.
 
     Source:
         Zhao et al., "FactorLLM", 2024, https://arxiv.org/abs/2408.11855
     """
     d_ff = ffn.up_MFD.shape[1]
-    return gather_experts(ffn, deal(torch.arange(d_ff), spec.num_experts, spec.width))
+    return deal(torch.arange(d_ff), spec.num_experts, spec.width)
 
 
 CONTIGUOUS = ExpertMethod(
     name="contiguous",
     kind="split",
-    build=contiguous,
+    build=split(contiguous),
     paper='Zhao et al., "FactorLLM", 2024',
     source="https://arxiv.org/abs/2408.11855",
 )

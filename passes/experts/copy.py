@@ -2,12 +2,19 @@
 
 import torch
 
-from upcycle.passes.experts.method import ExpertMethod
+from upcycle.activations import Activations
+from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
+from upcycle.weights import FFNWeights, gather_experts
 
 
-def copy(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> ExpertWeights:
+def copy(
+    ffn: FFNWeights,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> Parts:
     """Repeat the dense FFN as every expert.
 
     The layer computes ``sum_k w_k FFN(x)``, so it is exact for every router and every top_k if the
@@ -17,6 +24,7 @@ def copy(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> Exper
         ffn: any dense FFN, in one float dtype, which is kept.
         spec: `num_experts` is E.
         generator: unused.
+        data: unused.
 
     Returns:
         E experts of width F. Memory: E times the dense FFN.
@@ -25,7 +33,7 @@ def copy(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> Exper
         Komatsuzaki et al., "Sparse Upcycling", 2022, https://arxiv.org/abs/2212.05055
     """
     d_ff = ffn.up_MFD.shape[1]
-    return gather_experts(ffn, torch.arange(d_ff).repeat(spec.num_experts, 1))
+    return Parts(gather_experts(ffn, torch.arange(d_ff).repeat(spec.num_experts, 1)))
 
 
 COPY = ExpertMethod(

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 
 from upcycle import recipe
-from upcycle.passes.experts.method import ExpertMethod
+from upcycle.activations import Activations
+from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.pointwise import Pointwise
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
+from upcycle.weights import FFNWeights, gather_experts
 
 # f(c z) = c^degree f(z) for every c > 0.
 _DEGREE = {"relu": 1, "leaky_relu": 1, "relu2": 2, "reglu": 2, "bilinear": 2}
@@ -73,7 +74,13 @@ def placement_is_exact(scale: str, pointwise: Pointwise) -> bool:
     return pointwise.name in _DEGREE
 
 
-def granular(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> ExpertWeights:
+def granular(
+    ffn: FFNWeights,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> Parts:
     """Cut each copy of the FFN into G contiguous slices, and scale them.
 
     Exact if T is a multiple of G, the router is ``virtual_group``, the weights are not ``softmax``
@@ -86,6 +93,7 @@ def granular(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> E
         ffn: any dense FFN, in one float dtype, which is kept.
         spec: ``experts.count`` is E, ``experts.granularity`` is G and divides F, `top_k` is T.
         generator: unused.
+        data: unused.
 
     Returns:
         E * G experts of width F / G, scaled. Memory: E times the dense FFN.
@@ -99,9 +107,10 @@ def granular(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> E
     neuron_EI = torch.arange(d_ff).reshape(slices, -1).repeat(copies, 1)
     total = total_scale(spec.experts, spec.router, spec.top_k)
     up_scale, down_scale, scale_gate = placement(spec.experts.scale, ffn.pointwise, total)
-    return gather_experts(
+    experts = gather_experts(
         ffn, neuron_EI, up_scale=up_scale, down_scale=down_scale, scale_gate=scale_gate
     )
+    return Parts(experts)
 
 
 GRANULAR = ExpertMethod(

@@ -5,19 +5,38 @@ from typing import Literal, Protocol
 
 import torch
 
+from upcycle.activations import Activations
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights
 
-Kind = Literal["copies", "slices", "split"]
+Kind = Literal["copies", "altered", "slices", "residual", "split", "subsets"]
+Need = Literal["activations", "gradients"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The experts of one layer, and its shared expert as a single expert, if it has one."""
+
+    experts: ExpertWeights
+    shared: ExpertWeights | None = None
 
 
 class BuildExperts(Protocol):
-    """Makes experts: a pure function of the dense weights, the decision and the random draws."""
+    """Makes experts: a pure function of dense weights, decision, random draws and activations."""
 
     def __call__(
-        self, ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator
-    ) -> ExpertWeights:
-        """Build the experts of one layer; `generator` makes every random draw."""
+        self,
+        ffn: FFNWeights,
+        spec: MoESpec,
+        *,
+        generator: torch.Generator,
+        data: Activations | None,
+    ) -> Parts:
+        """Build the experts of one layer.
+
+        `generator` makes every random draw; `data` is what the FFN was given in calibration, where
+        the method needs it or it was run for another reason.
+        """
         ...
 
 
@@ -27,12 +46,15 @@ class ExpertMethod:
 
     Attributes:
         name: the word in a recipe.
-        kind: ``copies`` (each expert is the whole FFN), ``slices`` (each expert is a slice of a
-            copy) or ``split`` (the experts share the neurons of one FFN, each neuron once). The
-            promise of a plan and the gates that make sense follow from it.
+        kind: what the promise of a plan and the gates that make sense follow from: ``copies`` (each
+            expert is the whole FFN), ``altered`` (the same, but changed), ``slices`` (each expert
+            is a slice of a copy), ``residual`` (the FFN is the shared expert and the others add
+            nothing yet), ``split`` (the experts share the neurons of one FFN, each neuron once) or
+            ``subsets`` (the same, but neurons may be in several experts, or in none).
         build: the method.
         paper: where it was published.
         source: address of the paper.
+        needs: what it has to be shown: ``activations``, ``gradients``.
     """
 
     name: str
@@ -40,3 +62,4 @@ class ExpertMethod:
     build: BuildExperts
     paper: str
     source: str
+    needs: frozenset[Need] = frozenset()

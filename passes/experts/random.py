@@ -2,13 +2,21 @@
 
 import torch
 
+from upcycle.activations import Activations
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal
+from upcycle.passes.experts.split import split
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
+from upcycle.weights import FFNWeights
 
 
-def random(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> ExpertWeights:
+def random(
+    ffn: FFNWeights,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> torch.Tensor:
     """Cut a random permutation of the neurons into blocks.
 
     The dense output is the sum over all experts and the output bias, so the layer is exact when
@@ -18,23 +26,24 @@ def random(ffn: FFNWeights, spec: MoESpec, *, generator: torch.Generator) -> Exp
         ffn: any dense FFN, in one float dtype, which is kept.
         spec: `num_experts` is E, at most F; `width` is F / E rounded up.
         generator: draws the permutation.
+        data: unused.
 
     Returns:
-        E experts of `width` neurons, the last ones padded with one neuron of zeros where E does
-        not divide F. Memory: that of the dense FFN, and the padding.
+        The neurons of each expert, [E, `width`], -1 as padding where E does not divide F. Memory
+        of the experts: that of the dense FFN, and the padding.
 
     Source:
         Zhu et al., "LLaMA-MoE", 2024 (Independent, random), https://arxiv.org/abs/2406.16554
     """
     d_ff = ffn.up_MFD.shape[1]
     order_F = torch.randperm(d_ff, generator=generator)
-    return gather_experts(ffn, deal(order_F, spec.num_experts, spec.width))
+    return deal(order_F, spec.num_experts, spec.width)
 
 
 RANDOM = ExpertMethod(
     name="random",
     kind="split",
-    build=random,
+    build=split(random),
     paper='Zhu et al., "LLaMA-MoE", 2024',
     source="https://arxiv.org/abs/2406.16554",
 )

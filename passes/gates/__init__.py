@@ -9,6 +9,7 @@ from upcycle.passes.gates.avg_key import AVG_KEY
 from upcycle.passes.gates.centroid import CENTROID
 from upcycle.passes.gates.method import GateMethod
 from upcycle.passes.gates.normal import NORMAL
+from upcycle.passes.gates.ridge import RIDGE
 from upcycle.passes.gates.virtual_group import VIRTUAL_GROUP
 
 GATES: Final[dict[str, GateMethod]] = {
@@ -16,6 +17,7 @@ GATES: Final[dict[str, GateMethod]] = {
     "virtual_group": VIRTUAL_GROUP,
     "avg_key": AVG_KEY,
     "centroid": CENTROID,
+    "ridge": RIDGE,
 }
 
 __all__ = ["GATES", "GateMethod"]

@@ -2,14 +2,21 @@
 
 import torch
 
-from upcycle.passes.gates.method import GateMethod, zero_bias
+from upcycle.activations import Activations
+from upcycle.passes.experts.method import Parts
+from upcycle.passes.gates.method import GateMethod, linear
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, RouterWeights
+from upcycle.weights import FFNWeights
 
 
 def centroid(
-    ffn: FFNWeights, experts: ExpertWeights, spec: MoESpec, *, generator: torch.Generator
-) -> RouterWeights:
+    ffn: FFNWeights,
+    parts: Parts,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> dict[str, torch.Tensor]:
     """Make each router row the mean of the expert's keys, each scaled to length one.
 
     The centre of the cluster that `experts.method: cluster` finds. Padding is not counted. The
@@ -18,27 +25,29 @@ def centroid(
 
     Args:
         ffn: unused.
-        experts: E experts; the keys are the first I rows of `up_EGD`.
+        parts: E routed experts; the keys are the first I rows of `up_EGD`.
         spec: ``router.bias``.
         generator: unused.
+        data: unused.
 
     Returns:
-        Weight [E, D] and, if ``router.bias``, zeros [E]; float32.
+        ``weight`` [E, D] and, if ``router.bias``, ``bias`` of zeros [E]; float32.
 
     Source:
         Zhang et al., "MoEfication", 2021, https://arxiv.org/abs/2110.01786
     """
+    experts = parts.experts
     width = experts.neuron_EI.shape[1]
     key_EID = torch.nn.functional.normalize(experts.up_EGD[:, :width].float(), dim=-1)
     count_E1 = (experts.neuron_EI >= 0).sum(1, keepdim=True)
-    return RouterWeights(key_EID.sum(1) / count_E1, zero_bias(spec))
+    return linear(key_EID.sum(1) / count_E1, spec)
 
 
 CENTROID = GateMethod(
     name="centroid",
     build=centroid,
-    kinds=frozenset({"split"}),
-    needs="averages the keys of each expert, and copies would all get the same row; "
+    kinds=frozenset({"split", "subsets"}),
+    otherwise="averages the keys of each expert, and copies would all get the same row; "
     "use `router.method: normal` or `virtual_group`, or an expert method that splits",
     paper='Zhang et al., "MoEfication", 2021',
     source="https://arxiv.org/abs/2110.01786",

@@ -1,27 +1,36 @@
-"""What a gate method is: a function from a dense FFN and its experts to a linear router."""
+"""What a gate method is: a function from a dense FFN and its experts to the tensors of a router."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol, get_args
 
 import torch
 
-from upcycle.passes.experts.method import Kind
+from upcycle.activations import Activations
+from upcycle.passes.experts.method import Kind, Need, Parts
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, RouterWeights
+from upcycle.weights import FFNWeights
+
+ALL_KINDS: Final[frozenset[Kind]] = frozenset(get_args(Kind))
 
 
 class BuildRouter(Protocol):
-    """Makes a router: a pure function of weights, decision and random draws; float32."""
+    """Makes a router: a pure function of weights, decision, random draws and activations."""
 
     def __call__(
         self,
         ffn: FFNWeights,
-        experts: ExpertWeights,
+        parts: Parts,
         spec: MoESpec,
         *,
         generator: torch.Generator,
-    ) -> RouterWeights:
-        """Build the router of one layer; `generator` makes every random draw."""
+        data: Activations | None,
+    ) -> Mapping[str, torch.Tensor]:
+        """Build the router of one layer: its tensors by their names in the runtime router.
+
+        `generator` makes every random draw; `data` is what the FFN was given in calibration, where
+        the method needs it or it was run for another reason.
+        """
         ...
 
 
@@ -33,19 +42,30 @@ class GateMethod:
         name: the word in a recipe.
         build: the method.
         kinds: the kinds of experts that it makes sense for.
-        needs: what `kinds` means, to end the sentence "<name> ...".
+        otherwise: why it does not for the others, to end the sentence "<name> ...".
         paper: where it was published.
         source: address of the paper.
+        needs: what it has to be shown: ``activations``, ``gradients``.
     """
 
     name: str
     build: BuildRouter
     kinds: frozenset[Kind]
-    needs: str
+    otherwise: str
     paper: str
     source: str
+    needs: frozenset[Need] = frozenset()
 
 
-def zero_bias(spec: MoESpec) -> torch.Tensor | None:
-    """The bias that a new router starts with, [E] float32, or None if the recipe wants none."""
-    return torch.zeros(spec.num_experts) if spec.router.bias else None
+def linear(weight_ED: torch.Tensor, spec: MoESpec) -> dict[str, torch.Tensor]:
+    """The tensors of a linear router, with a bias of zeros if the recipe wants one.
+
+    Null experts start as copies of the true rows, in turn
+    (Zeng et al., "AdaMoE", 2024, https://arxiv.org/abs/2406.13233).
+    """
+    nulls = spec.router_config()["nulls"]
+    if nulls:
+        copies = torch.arange(nulls) % len(weight_ED)
+        weight_ED = torch.cat([weight_ED, weight_ED[copies]])
+    bias = {"bias": torch.zeros(len(weight_ED))} if spec.router.bias else {}
+    return {"weight": weight_ED, **bias}

@@ -2,14 +2,21 @@
 
 import torch
 
-from upcycle.passes.gates.method import GateMethod, zero_bias
+from upcycle.activations import Activations
+from upcycle.passes.experts.method import Parts
+from upcycle.passes.gates.method import ALL_KINDS, GateMethod, linear
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, RouterWeights
+from upcycle.weights import FFNWeights
 
 
 def normal(
-    ffn: FFNWeights, experts: ExpertWeights, spec: MoESpec, *, generator: torch.Generator
-) -> RouterWeights:
+    ffn: FFNWeights,
+    parts: Parts,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> dict[str, torch.Tensor]:
     """Draw every row from N(0, std^2), independently.
 
     Says nothing about the input yet: tokens are spread over the experts by chance, and stay with
@@ -17,26 +24,27 @@ def normal(
 
     Args:
         ffn: the dense FFN; only its input width D is read.
-        experts: unused.
+        parts: unused.
         spec: `num_experts` is E; ``router.std`` is the standard deviation.
         generator: draws the rows.
+        data: unused.
 
     Returns:
-        Weight [E, D] and, if ``router.bias``, zeros [E]; float32.
+        ``weight`` [E, D] and, if ``router.bias``, ``bias`` of zeros [E]; float32.
 
     Source:
         Komatsuzaki et al., "Sparse Upcycling", 2022, https://arxiv.org/abs/2212.05055
     """
     shape = (spec.num_experts, ffn.up_MFD.shape[-1])
     weight_ED = spec.router.std * torch.randn(shape, generator=generator)
-    return RouterWeights(weight_ED, zero_bias(spec))
+    return linear(weight_ED, spec)
 
 
 NORMAL = GateMethod(
     name="normal",
     build=normal,
-    kinds=frozenset({"copies", "slices", "split"}),
-    needs="works with every expert method",
+    kinds=ALL_KINDS,
+    otherwise="works with every expert method",
     paper='Komatsuzaki et al., "Sparse Upcycling", 2022',
     source="https://arxiv.org/abs/2212.05055",
 )

@@ -2,14 +2,21 @@
 
 import torch
 
-from upcycle.passes.gates.method import GateMethod, zero_bias
+from upcycle.activations import Activations
+from upcycle.passes.experts.method import Parts
+from upcycle.passes.gates.method import GateMethod, linear
 from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, RouterWeights
+from upcycle.weights import FFNWeights
 
 
 def virtual_group(
-    ffn: FFNWeights, experts: ExpertWeights, spec: MoESpec, *, generator: torch.Generator
-) -> RouterWeights:
+    ffn: FFNWeights,
+    parts: Parts,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> dict[str, torch.Tensor]:
     """Draw one row for each copy from N(0, std^2), and give it to all G slices of the copy.
 
     Equal rows give equal logits, so the top T = G * t experts are t whole copies. In float32 two
@@ -18,12 +25,14 @@ def virtual_group(
 
     Args:
         ffn: the dense FFN; only its input width D is read.
-        experts: unused.
+        parts: unused.
         spec: ``experts.count`` copies of ``experts.granularity`` slices; ``router.std``.
         generator: draws the rows.
+        data: unused.
 
     Returns:
-        Weight [E * G, D], expert ``e * G + g`` with row e, and, if ``router.bias``, zeros; float32.
+        ``weight`` [E * G, D], expert ``e * G + g`` with row e, and, if ``router.bias``, ``bias`` of
+        zeros; float32.
 
     Source:
         He et al., "Upcycling Large Language Models into Mixture of Experts", 2024,
@@ -32,14 +41,14 @@ def virtual_group(
     shape = (spec.experts.count, ffn.up_MFD.shape[-1])
     row_ED = spec.router.std * torch.randn(shape, generator=generator)
     weight_ED = row_ED.repeat_interleave(spec.experts.granularity, dim=0)
-    return RouterWeights(weight_ED, zero_bias(spec))
+    return linear(weight_ED, spec)
 
 
 VIRTUAL_GROUP = GateMethod(
     name="virtual_group",
     build=virtual_group,
     kinds=frozenset({"slices"}),
-    needs="gives the slices of a copy one row, so it needs `experts.method: granular`",
+    otherwise="gives the slices of a copy one row, so it needs `experts.method: granular`",
     paper='He et al., "Upcycling Large Language Models into Mixture of Experts", 2024',
     source="https://arxiv.org/abs/2410.07524",
 )

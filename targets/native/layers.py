@@ -6,8 +6,8 @@ from collections.abc import Collection
 import torch
 
 from upcycle.ffn import FFN
-from upcycle.moe import WeightRule
 from upcycle.pointwise import Pointwise
+from upcycle.routing import WeightRule
 from upcycle.spec import MoESpec, Plan
 
 # Gate, up and down of a decoder layer, as Llama, Mistral and Qwen name them.
@@ -87,11 +87,19 @@ def _ffn_reason(ffn: FFN) -> str | None:
 
 def _router_reason(spec: MoESpec, weight_rules: Collection[WeightRule]) -> str | None:
     router = spec.router
+    if spec.shared:
+        return "it has no shared expert"
+    if spec.compensate.low_rank:
+        return "it has no low-rank term; set `compensate.low_rank: 0`"
+    if spec.layer_config()["output_bias"]:
+        return "it has no output bias, which `compensate` makes"
     if router.weights not in weight_rules:
         known = " or ".join(f"`{rule}`" for rule in weight_rules)
         if router.weights == "one":
             return f"its router cannot give every chosen expert the weight one; it does {known}"
         return f"its router does not follow weights `{router.weights}`; it does {known}"
+    if not spec.is_plain:
+        return "its router takes the best `top_k` of linear scores, and this one does not"
     if router.bias:
         return "its router has no bias; set `router.bias: false`"
     if router.tied:

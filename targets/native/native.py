@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from upcycle.moe import WeightRule
+from upcycle.routing import WeightRule
 from upcycle.spec import Plan
 from upcycle.targets.native.layers import layer_index, plan_reason
 

@@ -85,7 +85,7 @@ def _moe_entries(
     d_model, width = spec.ffn.d_model, spec.width
 
     def router() -> torch.Tensor:
-        return weights(spec).router.weight_ED.to(dtype)
+        return weights(spec).router["weight"].to(dtype)
 
     def matrix(role: int, expert: int) -> torch.Tensor:
         experts = weights(spec).experts

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from upcycle.moe import MoE, Router
+from upcycle.moe import MoE
+from upcycle.routing import Router
 from upcycle.targets.onnx.nodes import Nodes
 from upcycle.targets.onnx.symbolic import OPAQUE
 
@@ -91,7 +92,7 @@ def _route(n: Nodes, x_TD: ir.Value, router: Router, tensors: Tensors) -> ir.Val
     """What `Router.forward` computes, as a weight for each expert; zero where it is not chosen."""
     rows = [tensors.router] + ([] if tensors.router_bias is None else [tensors.router_bias])
     logits_TE = n("Gemm", x_TD, *rows, transB=1, name="router")
-    count = n.const([router.top_k])
+    count = n.const([router.config["select"]["k"]])
     top_TK, index_TK = n.many("TopK", logits_TE, count, outputs=2, axis=-1, name="chosen")
     if router.weights == "one":
         one = ir.tensor(np.array([router.scale], np.float32))

@@ -13,7 +13,7 @@ import torch
 from upcycle.moe import MoE
 from upcycle.targets.onnx import bodies
 from upcycle.targets.onnx.external import Store, tensor_of
-from upcycle.targets.onnx.forms import Form, Fused, Gelu, fused_form, total_weight
+from upcycle.targets.onnx.forms import Form, Fused, Gelu, fused_form, most_visited, total_weight
 from upcycle.targets.onnx.nodes import OPSET, Nodes
 from upcycle.targets.onnx.symbolic import OPAQUE
 
@@ -93,7 +93,7 @@ def _fused(
         bias_EG = n("ConstantOfShape", n.const(list(experts.up_EGD.shape[:2])))
     scores_TE = n("Log", n("Max", weights_TE, n.const(_FLOOR)), name="scores")
     attributes = {
-        "k": layer.router.top_k,
+        "k": most_visited(layer),
         "activation_type": fused.activation,
         "normalize_routing_weights": 1,
         "swiglu_fusion": int(fused.gated),  # all attributes of the function: evaluators want them

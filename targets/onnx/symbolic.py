@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from upcycle.errors import UnsupportedError
-from upcycle.moe import Experts, MoE
+from upcycle.experts import Experts
+from upcycle.moe import MoE
 
 OPAQUE = ("upcycle", "MoE")
 

@@ -1,0 +1,52 @@
+"""What one FFN was given on the calibration set.
+
+Shape suffixes: T tokens, D d_model, F neurons, N domains.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from upcycle.weights import FFNWeights
+
+CHUNK = 2048  # tokens at a time: hidden activations are never kept, they are computed again
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The inputs of one FFN, without padding, in the dtype of the model.
+
+    Attributes:
+        x: the tokens in chunks [t, D], as they came.
+        id_T: the token of the vocabulary at each place, int64, or None where there is none.
+        domain_T: the group of texts that each token belongs to, int64, or None.
+        importance_NF: mean over the tokens of a domain of ``|h dL/dh|`` for each neuron, float32;
+            None unless gradients were asked for.
+    """
+
+    x: tuple[torch.Tensor, ...]
+    id_T: torch.Tensor | None = None
+    domain_T: torch.Tensor | None = None
+    importance_NF: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.x))
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """The tokens in float32, [t, D] with t at most 2048, always in the same order."""
+        for x_TD in self.x:
+            for some_TD in torch.split(x_TD, CHUNK):
+                yield some_TD.float()
+
+    def hidden(self, ffn: FFNWeights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens [t, D] with the hidden activations of `ffn` on them [t, F], float32."""
+        ffn = ffn.to(torch.float32)
+        for x_TD in self.chunks():
+            yield x_TD, ffn.hidden(x_TD)
+
+    def of_neurons(self, neuron_F: torch.Tensor) -> "Activations":
+        """The same for an FFN that has only some of the neurons."""
+        if self.importance_NF is None:
+            return self
+        return replace(self, importance_NF=self.importance_NF[:, neuron_F])

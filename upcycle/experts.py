@@ -1,0 +1,183 @@
+"""The experts of an MoE layer.
+
+They follow the experts interface of transformers 5 (fused 3-D weights and
+``forward(hidden_states, top_k_index, top_k_weights)``), so its kernels, expert parallelism, PEFT
+and the backends of other runtimes can use them as they are.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
+G = arity * I.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from upcycle.pointwise import Pointwise
+
+
+class Activation(nn.Module):
+    """`Pointwise` as a module, with the dropout that the dense FFN had on its hidden layer."""
+
+    def __init__(self, pointwise: Pointwise, dropout: float) -> None:
+        super().__init__()
+        self.pointwise = pointwise
+        self.dropout = dropout
+
+    def forward(self, *z: torch.Tensor) -> torch.Tensor:
+        """As `Pointwise.__call__`, then dropout."""
+        return F.dropout(self.pointwise(*z), self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return self.pointwise.name
+
+
+class Experts(nn.Module):
+    """E experts of I neurons each, stored as 3-D tensors.
+
+    Gated: `gate_up_proj` [E, 2I, D] (gate rows first); plain: `up_proj` [E, I, D]; then
+    `down_proj` [E, O, I]; optional `*_bias`. Which kernel runs is
+    ``config._experts_implementation``, a name that transformers knows, or ``eager``.
+    """
+
+    has_post_expert_norm = False
+    is_transposed = False
+    is_concatenated = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        width: int,
+        d_out: int,
+        *,
+        pointwise: Pointwise,
+        bias: bool,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_dim = d_model
+        self.intermediate_dim = width
+        self.has_gate = pointwise.arity > 1
+        self.has_bias = bias
+        self._is_expert_parallel = False
+        self.act_fn = Activation(pointwise, dropout)
+        # The kernels of transformers take the output width from the input: d_out = d_model only.
+        self.config = SimpleNamespace(
+            _experts_implementation="grouped_mm" if d_out == d_model else "eager"
+        )
+        self.up_name = "gate_up_proj" if self.has_gate else "up_proj"
+        rows = pointwise.arity * width
+        self.register_parameter(self.up_name, nn.Parameter(torch.zeros(num_experts, rows, d_model)))
+        if bias:
+            up_bias = nn.Parameter(torch.zeros(num_experts, rows))
+            self.register_parameter(f"{self.up_name}_bias", up_bias)
+        self.down_proj = nn.Parameter(torch.zeros(num_experts, d_out, width))
+
+    @property
+    def up_EGD(self) -> torch.Tensor:
+        """The fused expansions, [E, arity * I, D]."""
+        weight: torch.Tensor = getattr(self, self.up_name)
+        return weight
+
+    @property
+    def up_bias_EG(self) -> torch.Tensor | None:
+        """The biases of the expansions, [E, arity * I], or None."""
+        bias: torch.Tensor | None = getattr(self, f"{self.up_name}_bias", None)
+        return bias
+
+    @property
+    def down_proj_bias(self) -> torch.Tensor:
+        """Zeros [E, O]: the interface wants it beside an up bias; the layer adds the real one."""
+        return self.down_proj.new_zeros(self.down_proj.shape[:2])
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.act_fn(*gate_up.chunk(self.act_fn.pointwise.arity, dim=-1))
+        return hidden
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens [T, D], index [T, K] int64, weights [T, K] -> [T, O], in the tokens' dtype."""
+        name = self.config._experts_implementation
+        if name == "grouped_mm" and not self._fits_grouped_mm():
+            name = "eager"
+        if name != "eager":
+            kernel = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(self).eager_forward)
+        elif torch.compiler.is_compiling():  # shapes may not depend on the routing
+            kernel = type(self).masked_forward
+        else:
+            kernel = type(self).eager_forward
+        out: torch.Tensor = kernel(self, hidden_states, top_k_index, top_k_weights)
+        return out
+
+    def _fits_grouped_mm(self) -> bool:
+        """torch's grouped_mm: no float64, and rows whose length in bytes is a multiple of 16."""
+        size = self.down_proj.element_size()
+        widths = (self.hidden_dim, self.intermediate_dim, self.up_EGD.shape[1])
+        return size <= 4 and all(width * size % 16 == 0 for width in widths)
+
+    def _expert(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
+        up_bias_EG = self.up_bias_EG
+        bias = None if up_bias_EG is None else up_bias_EG[expert]
+        hidden = self._apply_gate(F.linear(x_TD, self.up_EGD[expert], bias))
+        return F.linear(hidden, self.down_proj[expert])
+
+    def eager_forward(
+        self, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """One expert after the other: the reference that the kernels are held against."""
+        out_TO = weights_TK.new_zeros(len(x_TD), self.down_proj.shape[1])
+        for expert in range(self.num_experts):
+            token, slot = torch.where((index_TK == expert) & (weights_TK != 0))
+            y = self._expert(expert, x_TD[token]) * weights_TK[token, slot, None]
+            out_TO = out_TO.index_add(0, token, y.to(out_TO.dtype))
+        return out_TO.to(x_TD.dtype)
+
+    def masked_forward(
+        self, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Every expert on every token, weighted: shapes that do not depend on the routing."""
+        out_TO = weights_TK.new_zeros(len(x_TD), self.down_proj.shape[1])
+        for expert in range(self.num_experts):
+            weight_T1 = (weights_TK * (index_TK == expert)).sum(-1, keepdim=True)
+            out_TO = out_TO + self._expert(expert, x_TD) * weight_T1
+        return out_TO.to(x_TD.dtype)
+
+
+class SharedExpert(nn.Module):
+    """The neurons that every token visits, as one FFN without an output bias, [T, D] -> [T, O]."""
+
+    def __init__(
+        self,
+        d_model: int,
+        width: int,
+        d_out: int,
+        *,
+        pointwise: Pointwise,
+        bias: bool,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.act_fn = Activation(pointwise, dropout)
+        self.up_name = "gate_up_proj" if pointwise.arity > 1 else "up_proj"
+        rows = pointwise.arity * width
+        setattr(self, self.up_name, nn.Linear(d_model, rows, bias=bias))
+        self.down_proj = nn.Linear(width, d_out, bias=False)
+
+    @property
+    def up(self) -> nn.Linear:
+        """The fused expansions, [arity * S, D]."""
+        linear: nn.Linear = getattr(self, self.up_name)
+        return linear
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The sum over the shared neurons."""
+        z_TG = self.up(x_TD)
+        hidden_TI = self.act_fn(*z_TG.chunk(self.act_fn.pointwise.arity, dim=-1))
+        out: torch.Tensor = self.down_proj(hidden_TI)
+        return out

@@ -1,0 +1,128 @@
+"""The router of an MoE layer: how tokens find their experts.
+
+A router is three things, which combine freely: *scores* for each token and expert (this class and
+its subclasses in `upcycle.routers`), a *selection* of experts (`upcycle.selection`), and a *rule*
+for the weights of the selected ones.
+
+Shape suffixes: T tokens, D d_model, E experts, K chosen experts at most.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from upcycle.selection import Selected, everything, select
+
+WeightRule = Literal["renormalised", "softmax", "one", "renorm_detach", "gain"]
+
+
+class Router(nn.Module):
+    """Chooses experts for each token by scores that are linear in it.
+
+    The scores are computed in float32 (float64 for float64 tokens). Weight rules, with p the
+    softmax over all experts and S the chosen set:
+
+    - ``renormalised``: p / sum of p over S. Sums to one.
+    - ``softmax``: p. Sums to less than one.
+    - ``one``: 1 for each chosen expert.
+    - ``renorm_detach``: as renormalised, but no gradient through the sum, so that the router gets
+      a gradient from the task even while all experts are equal.
+    - ``gain``: 1 + g p with one trained g per expert, which starts at zero
+      (Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416).
+
+    ``scale`` multiplies the weights. With ``balance`` a bias, which is no parameter, is added to p
+    for the selection and not for the weights, and may be moved to spread the load
+    (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, https://arxiv.org/abs/2408.15664).
+
+    A ``tied`` linear router has no parameter: its rows are the mean expert keys (the rows that the
+    activation reads), refreshed on every training step
+    (Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908).
+
+    Args:
+        config: plain data, as ``MoESpec.layer_config()["router"]`` makes it: ``kind``,
+            ``num_experts``, ``d_model``, ``select``, ``weights``, ``scale``, ``balance``,
+            ``nulls``, and what the kind needs.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts: int = config["num_experts"]
+        self.top_k: int = config["select"]["k"]
+        self.weights: WeightRule = config["weights"]
+        self.scale: float = config["scale"]
+        self.tied: bool = config.get("tied", False)
+        self.all_experts = False
+        rows = self.num_experts + config.get("nulls", 0)
+        self.make(rows, config["d_model"], config)
+        if config.get("balance"):
+            self.register_buffer("selection_bias", torch.zeros(rows))
+        if self.weights == "gain":
+            self.gain = nn.Parameter(torch.zeros(self.num_experts))
+
+    selection_bias: torch.Tensor
+
+    def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
+        """Make the parameters that `scores` reads, for `rows` experts."""
+        weight = torch.zeros(rows, d_model)
+        if self.tied:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(rows)) if config.get("bias") else None
+
+    def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Tokens in float32 or float64 -> logits [T, E] (null experts last)."""
+        bias = None if self.bias is None else self.bias.to(x_TD.dtype)
+        return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
+
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns logits [T, E], weights [T, K] and index [T, K] of the chosen experts.
+
+        A token that visits fewer than K experts has zeros among its weights.
+        """
+        logits_TE = self.scores(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
+        true_TE = logits_TE[:, : self.num_experts]
+        if self.all_experts:
+            index_TK, _ = everything(true_TE, k=self.num_experts)
+            return true_TE, torch.ones_like(true_TE), index_TK
+        index_TK, kept_TK = self.choose(logits_TE)
+        weights_TK = self._weigh(logits_TE, index_TK, kept_TK)
+        return true_TE, weights_TK * self.scale, index_TK
+
+    def choose(self, logits_TE: torch.Tensor) -> Selected:
+        """The experts of each token, as `upcycle.selection` describes them."""
+        if self.config.get("balance"):
+            logits_TE = logits_TE.softmax(-1) + self.selection_bias.to(logits_TE.dtype)
+        return select(logits_TE, self.config["select"])
+
+    def _weigh(
+        self, logits_TE: torch.Tensor, index_TK: torch.Tensor, kept_TK: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.weights == "one":
+            weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
+        elif self.weights == "renormalised" and kept_TK is None:
+            return logits_TE.gather(-1, index_TK).softmax(-1)
+        else:
+            weights_TK = logits_TE.softmax(-1).gather(-1, index_TK)
+        if kept_TK is not None:
+            weights_TK = weights_TK * kept_TK
+        if self.weights in ("renormalised", "renorm_detach"):
+            total_T1 = weights_TK.sum(-1, keepdim=True)
+            total_T1 = total_T1.clamp(min=torch.finfo(total_T1.dtype).tiny)  # no expert at all
+            weights_TK = weights_TK / (
+                total_T1.detach() if self.weights == "renorm_detach" else total_T1
+            )
+        elif self.weights == "gain":
+            gain_TK = self.gain.to(weights_TK.dtype)[index_TK]
+            weights_TK = 1 + gain_TK * weights_TK
+            weights_TK = weights_TK if kept_TK is None else weights_TK * kept_TK
+        return weights_TK
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        config = self.config
+        shape = f"num_experts={self.num_experts}, d_model={config['d_model']}"
+        return f"{shape}, select={config['select']}, weights={self.weights}, tied={self.tied}"

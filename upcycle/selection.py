@@ -1,0 +1,109 @@
+"""Which experts a token visits, from the scores of a router.
+
+Each rule takes scores [T, E] in float32 or float64 and returns `index` [T, K] int64, distinct in a
+row, and `kept` [T, K] bool, or None where every entry counts. A token that visits fewer than K
+experts, or none, has entries that are not kept.
+
+Shape suffixes: T tokens, E experts, K chosen experts at most.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Selected = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def top_k(scores_TE: torch.Tensor, *, k: int) -> Selected:
+    """The k best experts."""
+    return scores_TE.topk(k, dim=-1).indices, None
+
+
+def everything(scores_TE: torch.Tensor, *, k: int) -> Selected:
+    """All experts."""
+    index_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
+    return index_E.expand(scores_TE.shape), None
+
+
+def top_p(scores_TE: torch.Tensor, *, k: int, mass: float) -> Selected:
+    """The fewest best experts whose probability exceeds `mass`, one at least and k at most.
+
+    Huang et al., "Harder Tasks Need More Experts", 2024, https://arxiv.org/abs/2403.07652
+    """
+    p_TK, index_TK = scores_TE.softmax(-1).topk(k, dim=-1)
+    before_TK = p_TK.cumsum(-1) - p_TK
+    return index_TK, before_TK <= mass
+
+
+def entropy(scores_TE: torch.Tensor, *, k: int, mass: float, above: float, q: float) -> Selected:
+    """All experts where the router is unsure, else those within `mass`, and k at least.
+
+    Unsure is a Tsallis entropy of index `q`, divided by that of the uniform distribution, over
+    `above`. Unlike `top_p` the expert that crosses `mass` is left out, as in the authors' code.
+    Li et al., "DynMoLE", 2025, https://arxiv.org/abs/2504.00661
+    """
+    p_TE = scores_TE.softmax(-1)
+    count = p_TE.shape[-1]
+    sorted_TE, index_TE = p_TE.topk(count, dim=-1)
+    kept_TE = sorted_TE.cumsum(-1) <= mass
+    kept_TE = kept_TE | (torch.arange(count, device=p_TE.device) < k)
+    return index_TE, kept_TE | (tsallis_entropy(p_TE, q) > above)[:, None]
+
+
+def tsallis_entropy(p_TE: torch.Tensor, q: float) -> torch.Tensor:
+    """Tsallis entropy of index q of each row over that of the uniform row, in [0, 1]; q = 1 is
+    Shannon's."""
+    count = p_TE.shape[-1]
+    if count == 1:
+        return p_TE.new_zeros(len(p_TE))
+    if q == 1:
+        tiny = torch.finfo(p_TE.dtype).tiny
+        return -(p_TE * p_TE.clamp(min=tiny).log()).sum(-1) / math.log(count)
+    entropy_T: torch.Tensor = (1 - p_TE.pow(q).sum(-1)) / (1 - float(count) ** (1 - q))
+    return entropy_T
+
+
+def null(scores_TE: torch.Tensor, *, k: int, nulls: int) -> Selected:
+    """Of the k best, those that are not among the last `nulls`, which stand for doing nothing.
+
+    A tie goes to the true expert.
+    Zeng et al., "AdaMoE", 2024, https://arxiv.org/abs/2406.13233
+    """
+    count = scores_TE.shape[1] - nulls
+    best_TK = scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    chosen_TE = torch.zeros_like(scores_TE).scatter(-1, best_TK, 1.0)[:, :count] > 0
+    hidden_TE = scores_TE[:, :count].masked_fill(~chosen_TE, -torch.inf)
+    index_TK = hidden_TE.topk(min(k, count), dim=-1).indices
+    return index_TK, chosen_TE.gather(-1, index_TK)
+
+
+def expert_choice(scores_TE: torch.Tensor, *, k: int) -> Selected:
+    """Each expert takes its T * k / E best tokens, one at least: k experts a token on average.
+
+    What a token gets depends on the other tokens, so it is for encoders.
+    Zhou et al., "Mixture-of-Experts with Expert Choice Routing", 2022,
+    https://arxiv.org/abs/2202.09368
+    """
+    tokens, count = scores_TE.shape
+    p_TE = scores_TE.softmax(-1)
+    rank_TE = p_TE.sort(dim=0, descending=True, stable=True).indices.sort(dim=0).indices
+    index_E = torch.arange(count, device=scores_TE.device)
+    return index_E.expand(scores_TE.shape), rank_TE * count < tokens * k
+
+
+SELECT: dict[str, Callable[..., Selected]] = {
+    "top_k": top_k,
+    "all": everything,
+    "top_p": top_p,
+    "entropy": entropy,
+    "null": null,
+    "expert_choice": expert_choice,
+}
+
+
+def select(scores_TE: torch.Tensor, config: dict[str, Any]) -> Selected:
+    """Apply the rule ``config["rule"]`` with the other entries as its arguments."""
+    arguments = {name: value for name, value in config.items() if name != "rule"}
+    return SELECT[config["rule"]](scores_TE, **arguments)

@@ -1,0 +1,60 @@
+"""Text as the inputs of a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from upcycle.errors import UsageError
+
+WINDOW = 512
+
+
+def longest(model: nn.Module) -> int:
+    """Tokens that the model has positions for, as far as its configuration says."""
+    config: Any = getattr(model, "config", None)
+    named = (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions"))
+    return min((n for n in named if isinstance(n, int) and n > 0), default=WINDOW)
+
+
+def check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
+    """Raise UsageError unless all tokens are in the vocabulary of the model."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is not None and ids.numel() and int(ids.max()) >= vocabulary:
+        raise UsageError(
+            f"the tokenizer gives token {int(ids.max())} and the model has {vocabulary}; is it the "
+            "tokenizer of another model?"
+        )
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether its logits predict the next token of its input."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return False
+    return not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+
+
+def fixed_inputs(model: nn.Module) -> dict[str, Any]:
+    """The arguments besides the text that a model wants: no cache, the start of a decoder."""
+    config: Any = getattr(model, "config", None)
+    extra: dict[str, Any] = {}
+    if getattr(config, "is_encoder_decoder", False):
+        start = config.decoder_start_token_id or 0
+        extra["decoder_input_ids"] = torch.full((1, 4), start)
+    if getattr(config, "use_cache", None) is not None:
+        extra["use_cache"] = False
+    return extra
+
+
+def tokenizer_in(directory: Path | None) -> Any:
+    """The tokenizer that lies in `directory`, or None."""
+    names: Sequence[str] = ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json")
+    if directory is None or not any((directory / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise UsageError(f"{directory}: its tokenizer cannot be loaded: {error}") from error
