@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from upcycle.ffn import Miss
 from upcycle.passes.linear import LinearMap
 from upcycle.pointwise import Step
 from upcycle.recorder import op_name
@@ -21,6 +22,12 @@ class NotPointwiseError(Exception):
         super().__init__(reason)
         self.node = node
         self.told = told
+
+
+def miss_at(node: fx.Node, reason: str, *, path: str | None = None) -> Miss:
+    """The refusal that shows at `node`; the module is the node's own, unless `path` is given."""
+    where = node.meta["path"] if path is None else path
+    return Miss(where, reason, node.name, node.meta.get("source", ""))
 
 
 @dataclass

@@ -1,9 +1,12 @@
 """Recognise a linear map in a captured graph, however it is spelled."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
 
 from upcycle.recorder import op_name
 
@@ -20,9 +23,10 @@ class LinearMap:
     Attributes:
         node: the call.
         x: the node of its data input.
-        weight, bias: names of parameters.
+        weight, bias: names of parameters; the weight has none if it is not stored as it is.
         transposed: the weight is stored ``[in, out]``.
         axis: the axis of x and y that the map works along (1 for convolutions, else the last).
+        packing: how the weight is stored where it is quantised, else empty.
     """
 
     node: fx.Node
@@ -31,6 +35,7 @@ class LinearMap:
     bias: str | None
     transposed: bool
     axis: int
+    packing: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,21 +91,70 @@ def linear_map(node: fx.Node) -> LinearMap | None:
 
 
 def computed_linear(node: fx.Node) -> LinearMap | None:
-    """A linear map whose weight the forward computes from parameters; its weight has no name."""
-    if node.op != "call_function" or op_name(node.target) != "linear":
+    """A linear map whose weight no parameter holds as it is; the map's weight has no name.
+
+    Either the forward computes the weight from parameters, or an operation of another library
+    reads it in a form of its own.
+    """
+    if node.op != "call_function":
         return None
-    x, weight = _arguments(list(node.args), dict(node.kwargs), "input", "weight")
+    if isinstance(node.target, OpOverload | OpOverloadPacket):
+        return _foreign(node)
+    name = op_name(node.target)
+    if name not in {"linear", "matmul", "mm"}:
+        return None
+    x, weight = (*node.args, *node.kwargs.values())[:2]
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or parameter_of(weight):
         return None
-    todo, seen = [weight], {weight}
+    if x.op == "get_attr" or len(weight.meta["shape"]) != 2:
+        return None
+    stored = _stored_behind(weight)
+    if not stored:
+        return None
+    return LinearMap(node, x, "", None, False, -1, _packing(stored, weight.meta["shape"]))
+
+
+def _stored_behind(node: fx.Node) -> list[fx.Node]:
+    """The parameters that `node` is computed from; none if it is computed from other data, too."""
+    todo, seen = [node], {node}
     while todo:
         sources = todo.pop().all_input_nodes
         todo += [source for source in sources if source not in seen]
         seen.update(sources)
-    leaves = [leaf for leaf in seen if not leaf.all_input_nodes]
-    if all(leaf.op == "get_attr" and leaf.meta["parameter"] for leaf in leaves):
-        return LinearMap(node, x, "", None, False, -1)
-    return None
+    if any(leaf.op == "placeholder" for leaf in seen):
+        return []
+    return [leaf for leaf in seen if leaf.op == "get_attr" and leaf.meta["parameter"]]
+
+
+def _foreign(node: fx.Node) -> LinearMap | None:
+    """An operator of another library that maps the last axis of one tensor, as linear maps do."""
+    target: Any = node.target
+    packet = target.overloadpacket if isinstance(target, OpOverload) else target
+    operator = str(packet._qualified_op_name)
+    inputs = [source for source in node.all_input_nodes if "shape" in source.meta]
+    data = [source for source in inputs if source.op != "get_attr" and not _stored_behind(source)]
+    if operator.partition("::")[0] in {"aten", "prims"} or len(data) != 1:
+        return None
+    x, shape = data[0], node.meta.get("shape", ())
+    if not shape or x.meta["shape"][:-1] != shape[:-1] or not x.meta["dtype"].is_floating_point:
+        return None
+    stored = [leaf for source in inputs if source is not x for leaf in _stored_behind(source)]
+    if not stored and "linear" not in operator:
+        return None
+    packing = _packing(stored, (x.meta["shape"][-1], shape[-1])) or "packed"
+    return LinearMap(node, x, "", None, False, -1, f"{packing} for `{operator}`")
+
+
+def _packing(stored: list[fx.Node], shape: Sequence[int]) -> str:
+    """``int4`` and the like if the largest of the parameters holds a matrix of `shape` as integers.
+
+    Parameters are told by their size: eight numbers of four bits are one of 32.
+    """
+    whole = [leaf for leaf in stored if not leaf.meta["dtype"].is_floating_point]
+    if not whole:
+        return ""
+    bits = max(8 * leaf.meta["dtype"].itemsize * math.prod(leaf.meta["shape"]) for leaf in whole)
+    return f"int{round(bits / math.prod(shape))}"
 
 
 def convolution_of(node: fx.Node) -> LinearMap | None:

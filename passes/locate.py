@@ -15,7 +15,7 @@ from upcycle.ffn import FFN, Located, Miss, Projection
 from upcycle.inputs import find_example
 from upcycle.passes.activations import recognise, swapped
 from upcycle.passes.demand import trace
-from upcycle.passes.hidden import Demand, NotPointwiseError
+from upcycle.passes.hidden import Demand, NotPointwiseError, miss_at
 from upcycle.passes.linear import LinearMap, computed_linear, linear_map
 from upcycle.passes.region import (
     check_leaf_modules,
@@ -49,7 +49,7 @@ def locate(program: Program) -> Located:
     live = _live_nodes(program.graph)
     for node in program.graph.nodes:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
-            misses.append(Miss(node.meta["path"], "it is already a mixture of experts"))
+            misses.append(miss_at(node, "it is already a mixture of experts"))
         contraction = (linear_map(node) or computed_linear(node)) if node in live else None
         if contraction is None:
             continue
@@ -58,7 +58,8 @@ def locate(program: Program) -> Located:
             ffn = _ffn(program, contraction, demand, live)
         except NotPointwiseError as reason:
             if reason.told:
-                misses.append(Miss(contraction.node.meta["path"], str(reason)))
+                path = contraction.node.meta["path"]
+                misses.append(miss_at(reason.node, str(reason), path=path))
             continue
         found.setdefault(ffn.parameters, ffn)
         maps = {expansion.linear.node for expansion in demand.expansions}
@@ -68,7 +69,8 @@ def locate(program: Program) -> Located:
         reader = read_elsewhere(program.graph, ffn, uses[ffn.parameters], live)
         if reader is not None:
             kept.remove(ffn)
-            misses.append(Miss(ffn.path, reader))
+            node, why = reader
+            misses.append(miss_at(node, why, path=ffn.path))
     used = {p.module for ffn in kept for p in (*ffn.expansions, ffn.contraction)}
     told = [miss for miss in misses if miss.path not in used]
     ffns = _with_distinct_paths(with_replays(program, kept))

@@ -296,7 +296,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "adapter": (
         Lora(F.relu, a=nn.Linear(D, 2), b=nn.Linear(2, H)),
-        "its linear maps read different inputs (a low-rank adapter?",
+        "its linear maps read different inputs (a low-rank adapter on an expansion?",
     ),
     "tied": (Tied(), "its contraction and an expansion are one weight"),
     "mixed": (

@@ -104,10 +104,29 @@ class FFN:
 
 @dataclass(frozen=True)
 class Miss:
-    """A place that looks like an FFN and is none, and why."""
+    """A place that looks like an FFN and is none, and why.
+
+    Attributes:
+        path: the module, which is the contraction where the linear maps lie in several.
+        reason: one sentence.
+        node: name of the node of the captured graph where it shows; in a block that repeats
+            another, of the node there. Empty if it shows in the parameters alone.
+        source: ``file.py:line`` of the model that made the node; empty if torch's code did.
+    """
 
     path: str
     reason: str
+    node: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
+
+    def to_json(self) -> dict[str, str]:
+        """The miss as ``upcycle inspect --json`` prints it."""
+        return {
+            "path": self.path,
+            "reason": self.reason,
+            "node": self.node,
+            "source": self.source,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Record torch calls as a graph: the data that `upcycle.capture` returns, and what makes it."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ class Program:
     """What a forward did.
 
     Attributes:
-        graph: a node for each torch call; ``node.meta`` has `shape`, `dtype` and `path`, the
-            innermost module in whose forward it ran. Parameters and buffers are ``get_attr``.
+        graph: a node for each torch call; ``node.meta`` has `shape`, `dtype`, `path`, the
+            innermost module in whose forward it ran, and `source`, the ``file.py:line`` of the
+            model that made it. Parameters and buffers are ``get_attr``.
         calls: module path -> its calls.
         replays: path of a recorded block -> paths of the siblings that repeat it.
     """
@@ -136,6 +139,7 @@ class Recorder(TorchFunctionMode):
             to_node(dict(kwargs)),
             name=op_name(target),
         )
+        node.meta["source"] = _source()
         if isinstance(out, torch.Tensor):
             self._bind(out, node)
             return node
@@ -176,6 +180,16 @@ class Recorder(TorchFunctionMode):
                 if id(view) not in direct:
                     old = self._node[id(view)]
                     self._bind(view, self.graph.call_function(overwritten, (old, node)))
+
+
+def _source() -> str:
+    """The innermost line of the model's own code that is running: not torch's, not ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name != "functional_call":
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in {"torch", "upcycle"}:
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 def _storage(tensor: torch.Tensor) -> int:
