@@ -102,6 +102,8 @@ def test_an_unknown_operation_is_refused() -> None:
             "silu",
         ),
         ((("sin", ("z0",), {}),), "custom"),
+        ((("hardtanh", ("z0",), {"min_val": 0.0, "max_val": 6.0}),), "custom"),  # ReLU6
+        ((("clamp", ("z0", 0.0, 20.0), {}),), "custom"),
     ],
 )
 def test_activations_are_recognised_by_what_they_compute(steps: tuple[Any, ...], name: str) -> None:
