@@ -44,6 +44,7 @@ LAYERS = {
     "upcycle.console": 2,
     "upcycle.distinct": 2,
     "upcycle.inputs": 2,
+    "upcycle.known": 2,
     "upcycle.model_inputs": 2,
     "upcycle.caches": 2,
     "upcycle.metrics": 2,
@@ -61,6 +62,7 @@ LAYERS = {
     # 1: data, and the layer that a converted model contains
     "upcycle.errors": 1,
     "upcycle.ffn": 1,
+    "upcycle.kept": 1,
     "upcycle.modes": 1,
     "upcycle.moe": 1,
     "upcycle.plain_json": 1,
