@@ -24,11 +24,13 @@ import torch
 from torch import fx
 
 from upcycle.passes.hidden import Demand, Expansion, NotPointwiseError, data_of, dropout_of
+from upcycle.passes.layout import numbered, run_layout, source_of_join
 from upcycle.passes.linear import LinearMap, computed_linear, convolution_of, linear_map
 from upcycle.passes.operations import (
     AFFINE,
     CASTS,
     INPLACE,
+    JOINS,
     KEEPS_ORDER,
     LAYOUT,
     NONLINEAR_MIXERS,
@@ -51,8 +53,10 @@ class _Stored:
 _Value = str | float | _Stored
 
 
-def trace(hidden: fx.Node, axis: int) -> Demand:
+def trace(hidden: fx.Node, axis: int, columns: tuple[int, int] | None = None) -> Demand:
     """Walk back from `hidden`, the data input of a contraction along `axis`.
+
+    With `columns`, ``(start, stop)``, only those of its columns are the hidden tensor.
 
     Raises:
         NotPointwiseError: it is nothing like the hidden tensor of an FFN.
@@ -60,7 +64,8 @@ def trace(hidden: fx.Node, axis: int) -> Demand:
     walk = _Walk(Demand())
     shape = hidden.meta["shape"]
     grid = torch.arange(math.prod(shape)).reshape(shape).movedim(axis, -1)
-    ref = walk.value(hidden, grid.reshape(-1, shape[axis]))
+    grid = grid.reshape(-1, shape[axis])[:, slice(*columns or (None,))]
+    ref = walk.value(hidden, grid)
     if not walk.demand.expansions:
         raise NotPointwiseError("no linear map feeds it", hidden)
     if not walk.demand.steps or ref != f"t{len(walk.demand.steps) - 1}":
@@ -80,6 +85,9 @@ class _Walk:
         if key not in self._memo:
             if node.op == "call_function":
                 self.demand.visited.add(node)
+                size = math.prod(node.meta["shape"])
+                taken = self.demand.taken.setdefault(node, torch.zeros(size, dtype=torch.bool))
+                taken[index_PC] = True
             self._memo[key] = self._value(node, index_PC)
         return self._memo[key]
 
@@ -108,6 +116,9 @@ class _Walk:
             return self._opaque(producer, node, index_PC)
         if name in LAYOUT:
             return self._layout(node, index_PC, lambda out: out)
+        if name in JOINS:
+            self.demand.reshaped = True
+            return self.value(*source_of_join(node, index_PC))
         if name == "dropout":
             self.demand.dropout = max(self.demand.dropout, dropout_of(node))
             return self.value(data_of(node), index_PC)
@@ -159,17 +170,9 @@ class _Walk:
     ) -> _Value:
         source = data_of(node)
         self.demand.reshaped = True
-        if len(node.all_input_nodes) > 1:
-            raise NotPointwiseError(f"`{op_name(node.target)}` depends on another tensor", node)
-        if op_name(node.target) in KEEPS_ORDER:
+        if op_name(node.target) in KEEPS_ORDER and len(node.all_input_nodes) == 1:
             return self.value(source, index_PC)
-        shape = source.meta["shape"]
-        where = torch.arange(math.prod(shape)).reshape(shape)
-        target: Any = node.target
-        if getattr(target, "__name__", "") == "__get__":
-            moved = pick(target(where))
-        else:
-            moved = pick(target(where, *node.args[1:], **node.kwargs))
+        moved = pick(run_layout(node, numbered(source)))
         return self.value(source, moved.reshape(-1)[index_PC])
 
     def _cast(self, node: fx.Node, ref: _Value) -> _Value:
@@ -183,10 +186,9 @@ class _Walk:
 
     def _glu(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
         source = data_of(node)
-        shape = source.meta["shape"]
-        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+        axis: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
         self.demand.reshaped = True
-        halves = torch.arange(math.prod(shape)).reshape(shape).chunk(2, axis)  # type: ignore[arg-type]
+        halves = numbered(source).chunk(2, axis)
         up, gate = (self.value(source, half.reshape(-1)[index_PC]) for half in halves)
         return self._step("mul", (up, self._step("sigmoid", (gate,))))
 

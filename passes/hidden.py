@@ -46,6 +46,7 @@ class Demand:
     Attributes:
         expansions: in the order of first use.
         steps: the pointwise program on them; only to be run if there is no refusal.
+        taken: node -> which of its elements the hidden tensor needs, in flat order.
         visited: every node between the expansions and the contraction, expansions included.
         biases: index of an expansion -> name of a per-neuron parameter added to it.
         dropout: probability of the dropout met on the way.
@@ -55,6 +56,7 @@ class Demand:
 
     expansions: list[Expansion] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    taken: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     visited: set[fx.Node] = field(default_factory=set)
     biases: dict[int, str] = field(default_factory=dict)
     dropout: float = 0.0

@@ -18,6 +18,11 @@ from upcycle.passes.region import output_of
 from upcycle.targets.onnx.external import tensor_of
 from upcycle.targets.onnx.shapes import axis_sizes, infer
 
+SHARED = (
+    "its linear maps also compute something else (a fused projection of attention and MLP): "
+    "convert the model that the file was exported from"
+)
+
 
 @dataclass(frozen=True)
 class Region:
@@ -89,8 +94,10 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
     ffns = tuple(
         replace(ffn, path=ffn.path or ffn.contraction.module, placement="inline")
         for ffn in found.ffns
+        if not ffn.shared
     )
     misses = [replace(miss, reason=_reason(miss, program)) for miss in found.misses]
+    misses += [Miss(ffn.contraction.module, SHARED) for ffn in found.ffns if ffn.shared]
     regions = {ffn.path: tuple(_regions(program.program.graph, ffn)) for ffn in ffns}
     return OnnxLocated(Located(ffns, tuple(misses)), regions, Weights(program))
 

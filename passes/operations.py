@@ -6,7 +6,8 @@ LAYOUT = {
     "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
     "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
-# Of these, the ones that leave every element at its place in the flat order.
+JOINS = {"cat", "concat", "concatenate", "stack"}
+# Of the layout operations, the ones that leave every element at its place in the flat order.
 KEEPS_ORDER = {
     "alias", "clone", "contiguous", "detach", "flatten", "reshape", "squeeze", "unflatten",
     "unsqueeze", "view",

@@ -5,8 +5,8 @@ from torch import fx
 
 from upcycle.ffn import FFN, Kind, Placement, Projection
 from upcycle.passes.hidden import Demand, NotPointwiseError, dropout_of
-from upcycle.passes.linear import LinearMap, linear_map
-from upcycle.passes.operations import CASTS, LINEAR
+from upcycle.passes.linear import LinearMap
+from upcycle.passes.operations import LINEAR
 from upcycle.pointwise import Pointwise
 from upcycle.recorder import Program, op_name
 
@@ -29,19 +29,6 @@ def check_one_input(demand: Demand, contraction: LinearMap) -> None:
         raise NotPointwiseError(
             "positions are reordered before the contraction", contraction.node, told=True
         )
-
-
-def check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) -> None:
-    """Nothing outside the region may read a hidden tensor."""
-    region = demand.visited | {contraction.node}
-    for node in demand.visited:
-        for user in node.users:
-            if user in live and user not in region:
-                reason = f"its hidden tensor is also {_reader(user)}"
-                if _is_adapter(user, contraction):
-                    reason = "a low-rank adapter lies on its contraction: merge it first"
-                where = contraction.node if user.op == "output" else user
-                raise NotPointwiseError(reason, where, told=True)
 
 
 def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> None:
@@ -67,35 +54,6 @@ def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> No
             contraction.node,
             told=True,
         )
-
-
-def _is_adapter(reader: fx.Node, contraction: LinearMap) -> bool:
-    """Whether `reader` begins a pair of narrow linear maps beside the contraction."""
-    down = _next_linear(reader)
-    up = _next_linear(next(iter(down.node.users), None)) if down else None
-    if down is None or up is None:
-        return False
-    rank = down.node.meta["shape"][down.axis]
-    if up.node.meta["shape"] != contraction.node.meta["shape"]:
-        return False
-    widths = (down.x.meta["shape"][down.axis], up.node.meta["shape"][up.axis])
-    return bool(rank < min(widths))
-
-
-def _next_linear(node: fx.Node | None) -> LinearMap | None:
-    """The linear map at `node`, or after the dropouts and casts that begin there."""
-    while node is not None and linear_map(node) is None:
-        if op_name(node.target) not in CASTS | _VIEWS or len(node.users) != 1:
-            return None
-        node = next(iter(node.users))
-    return None if node is None else linear_map(node)
-
-
-def _reader(user: fx.Node) -> str:
-    if user.op == "output":
-        return "an output of the model"
-    where = user.meta.get("path")
-    return f"read by `{op_name(user.target)}` in " + (f"`{where}`" if where else "the model itself")
 
 
 def is_nonlinear(program: Pointwise) -> bool:

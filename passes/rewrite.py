@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from upcycle.kept import read_kept
 from upcycle.passes.transform import load_weights
 from upcycle.spec import MoESpec
 from upcycle.tap import install
@@ -28,6 +29,7 @@ def rewrite(
         The copy, in the dtype, device and training mode of `model`.
     """
     specs = list(specs)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     converted = _copy_without(model, {name for spec in specs for name in spec.ffn.parameters})
     layers = install(converted, [spec.site() for spec in specs])
     for spec, layer in zip(specs, layers, strict=True):
@@ -38,7 +40,15 @@ def rewrite(
             layer.output_bias = nn.Parameter(layer.output_bias.detach().to(experts.down_EOI))
         layer.router.to(device=experts.down_EOI.device)
         load_weights(layer, made)
+        for kept in spec.ffn.kept:
+            _set(converted, kept.name, read_kept(kept, parameters))
     return converted
+
+
+def _set(model: nn.Module, name: str, numbers: torch.Tensor) -> None:
+    """Give a parameter these numbers, in their dtype and on their device."""
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, nn.Parameter(numbers))
 
 
 def _copy_without(model: nn.Module, names: set[str]) -> nn.Module:

@@ -46,7 +46,8 @@ def _matrices(
         yield up_EGD[:, i * width : (i + 1) * width], stored[slice(*projection.rows)]
     down = parameters[ffn.contraction.weight].detach()
     columns_FO = down if ffn.contraction.transposed else down.flatten(1).t()
-    yield experts.down_proj.detach().transpose(1, 2), columns_FO
+    columns = slice(*ffn.contraction.columns or (None,))
+    yield experts.down_proj.detach().transpose(1, 2), columns_FO[columns]
 
 
 def _wrong(made_EID: torch.Tensor, dense_FD: torch.Tensor, neuron_EI: torch.Tensor) -> torch.Tensor:
