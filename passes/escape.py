@@ -50,7 +50,7 @@ class _Outside:
                 continue
             name = op_name(user.target)
             if name == "getitem_of":
-                self.follow(user, hidden[user.args[1]])  # type: ignore[index]
+                self.follow(user, hidden[user.args[1]])
             elif name in LAYOUT and len(user.all_input_nodes) == 1:
                 self.follow(user, run_layout(user, hidden))
             elif user in self._inside:

@@ -110,10 +110,14 @@ def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _ffn_at(program: Program, contraction: LinearMap, live: set[fx.Node]) -> tuple[FFN, Demand]:
-    """The FFN that ends at `contraction`: all its columns, or those of one tensor of a `cat`."""
-    parts = [0, *accumulate(joined_widths(contraction.x, contraction.axis))]
+    """The FFN that ends at `contraction`: all its columns, or those of one tensor of a `cat`.
+
+    Of several such tensors the widest is taken; the contraction keeps the columns of the others.
+    """
+    ends = accumulate(joined_widths(contraction.x, contraction.axis), initial=0)
+    parts = sorted(pairwise(ends), key=lambda part: part[0] - part[1])
     refusal: NotPointwiseError | None = None
-    for columns in (None, *pairwise(parts)):
+    for columns in (None, *parts):
         try:
             demand = trace(contraction.x, contraction.axis, columns)
             return _ffn(program, contraction, demand, live, columns), demand

@@ -29,7 +29,7 @@ class Region:
     """A place in the graph where an FFN is applied: from the tensor `x` to the tensor `output`.
 
     The names stay those of the tensors that a conversion puts in their place. `rank` and `dtype`
-    are those of `x`.
+    are those of `x`. What is `inside` a branch or a body cannot be an output of the file.
     """
 
     x: ir.Value
@@ -38,6 +38,7 @@ class Region:
     output_name: str
     rank: int
     dtype: torch.dtype
+    inside: bool
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -106,6 +107,8 @@ def _reason(miss: Miss, program: OnnxProgram) -> str:
     kind = program.quantised.get(miss.path)
     if kind is not None:
         return f"its weights are quantised ({kind}): start from the file with float weights"
+    if "only a part is the FFN's" in miss.reason:  # a bias is always a node of its own here
+        return SHARED
     return re.sub(r"in the forward \([^)]*\).*", "in the graph: fold its constants first",
                   miss.reason)  # fmt: skip
 
@@ -119,4 +122,6 @@ def _regions(graph: fx.Graph, ffn: FFN) -> Iterator[Region]:
         output, _ = output_of(contraction)
         value, out = x.meta["value"], output.meta["value"]
         rank, dtype = len(x.meta["shape"]), x.meta["dtype"]
-        yield Region(value, out, str(value.name), str(out.name), rank, dtype)
+        owner = out.graph
+        inside = isinstance(owner, ir.Graph) and owner.parent_node is not None
+        yield Region(value, out, str(value.name), str(out.name), rank, dtype, inside)

@@ -183,7 +183,7 @@ class PartialTap(nn.Module):
 
 def _taps(layer: TappedMoE, site: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     """What goes in the place of each expansion."""
-    paths, kept = site["expansions"], site.get("kept")
+    paths, kept = site["expansions"], site.get("kept") or {}
     widths = site.get("tap_widths") or [0] * len(paths)
     for i, (path, width) in enumerate(zip(paths, widths, strict=True)):
         taken = kept["rows"][i] if kept else [[0, width]]
