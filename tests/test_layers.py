@@ -44,6 +44,7 @@ LAYERS = {
     "upcycle.console": 2,
     "upcycle.distinct": 2,
     "upcycle.inputs": 2,
+    "upcycle.input_shapes": 2,
     "upcycle.known": 2,
     "upcycle.model_inputs": 2,
     "upcycle.caches": 2,
