@@ -99,7 +99,7 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
     )
     misses = [replace(miss, reason=_reason(miss, program)) for miss in found.misses]
     misses += [Miss(ffn.contraction.module, SHARED) for ffn in found.ffns if ffn.shared]
-    regions = {ffn.path: tuple(_regions(program.program.graph, ffn)) for ffn in ffns}
+    regions = {ffn.path: tuple(_regions(program.program.graph, ffn, model.graph)) for ffn in ffns}
     return OnnxLocated(Located(ffns, tuple(misses)), regions, Weights(program))
 
 
@@ -113,7 +113,7 @@ def _reason(miss: Miss, program: OnnxProgram) -> str:
                   miss.reason)  # fmt: skip
 
 
-def _regions(graph: fx.Graph, ffn: FFN) -> Iterator[Region]:
+def _regions(graph: fx.Graph, ffn: FFN, main: ir.Graph) -> Iterator[Region]:
     for node in graph.nodes:
         contraction = linear_map(node)
         if contraction is None or contraction.weight != ffn.contraction.weight:
@@ -122,6 +122,6 @@ def _regions(graph: fx.Graph, ffn: FFN) -> Iterator[Region]:
         output, _ = output_of(contraction)
         value, out = x.meta["value"], output.meta["value"]
         rank, dtype = len(x.meta["shape"]), x.meta["dtype"]
-        owner = out.graph
-        inside = isinstance(owner, ir.Graph) and owner.parent_node is not None
+        producer = out.producer()
+        inside = producer is not None and producer.graph is not main
         yield Region(value, out, str(value.name), str(out.name), rank, dtype, inside)

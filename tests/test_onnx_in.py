@@ -391,4 +391,4 @@ def test_subgraphs_that_read_a_hidden_tensor_are_readers(tmp_path: Path) -> None
     total = graph.op("If", yes, then_branch=branch, else_branch=branch)
     path = onnx_files.write(tmp_path / "dense.onnx", graph, graph.op("Add", y, total))
     (miss,) = located(path).misses
-    assert "its hidden tensor is also read by `If`" in miss.reason
+    assert "its hidden tensor is also read by `sum`" in miss.reason

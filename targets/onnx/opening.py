@@ -4,7 +4,7 @@ Weights in external files are not read: onnx_ir maps them when they are asked fo
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,8 @@ def open_graph(path: Path) -> ir.Model:
     """The graph of an ONNX file at opset `OPSET` or later, without functions.
 
     Initializers that are also inputs of the graph, as files before IR version 4 have them, become
-    plain initializers.
+    plain initializers; those of subgraphs move to the main graph. No two tensors have one name,
+    wherever they are.
 
     Raises:
         UsageError: the file is no ONNX file, its graph is broken, or external data is missing.
@@ -47,6 +48,8 @@ def open_graph(path: Path) -> ir.Model:
             common.InlinePass()(model)
         if version < OPSET:
             _raise_opset(path, model, version)
+        _name_apart(model)
+        common.LiftSubgraphInitializersToMainGraphPass()(model)
     return model
 
 
@@ -64,7 +67,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
         raise UsageError(f"{path}: not an ONNX file, or a truncated one") from error
     if not proto.ir_version or not proto.graph.node or not proto.opset_import:
         raise UsageError(f"{path}: not an ONNX file, or an empty one")
-    _check_order(path, proto)
+    _check_order(path, proto.graph)
     return proto
 
 
@@ -94,23 +97,42 @@ def _opset(path: Path, proto: onnx.ModelProto) -> int:
     return int(versions[0])
 
 
-def _check_order(path: Path, proto: onnx.ModelProto) -> None:
-    """Every tensor must be made once, before it is read: so a graph has no cycle."""
-    graph = proto.graph
+def _check_order(path: Path, graph: onnx.GraphProto, outside: Set[str] = frozenset()) -> None:
+    """Every tensor must be made once, before it is read: so a graph has no cycle.
+
+    A subgraph also reads what was made `outside` of it.
+    """
     broken = f"{path}: the graph is not valid:"
-    made = {value.name for value in (*graph.input, *graph.initializer)}
+    made = {value.name for value in (*graph.input, *graph.initializer)} | outside
     made |= {tensor.values.name for tensor in graph.sparse_initializer}
     later = {output for node in graph.node for output in node.output}
     for node in graph.node:
         for name in (name for name in node.input if name and name not in made):
             why = "before it is made, or in a cycle" if name in later else "and nothing makes it"
             raise UsageError(f"{broken} the {node.op_type} node {node.name!r} reads {name!r} {why}")
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                _check_order(path, inner, made)
         for name in filter(None, node.output):
             if name in made:
                 raise UsageError(f"{broken} the tensor {name!r} is made twice")
             made.add(name)
     if lost := [value.name for value in graph.output if value.name not in made]:
         raise UsageError(f"{broken} nothing makes its output {lost[0]!r}")
+
+
+def _name_apart(model: ir.Model) -> None:
+    """Rename tensors in subgraphs: the two branches of an If may use the same names."""
+    taken: set[str] = set()
+    for graph in (model.graph, *model.graph.subgraphs()):
+        made = [*graph.inputs, *graph.initializers.values()]
+        made += [value for node in graph for value in node.outputs]
+        for value in (value for value in made if value.name):
+            name, count = str(value.name), 0
+            while value.name in taken:
+                count += 1
+                value.name = f"{name}/{count}"
+            taken.add(str(value.name))
 
 
 def _check_external(path: Path, model: ir.Model) -> None:
