@@ -64,6 +64,32 @@ class Demand:
     mixing: NotPointwiseError | None = None
     learned: NotPointwiseError | None = None
 
+    def mix(self, reason: str, node: fx.Node) -> None:
+        """Note that the hidden axis is mixed; the first reason stays."""
+        self.mixing = self.mixing or NotPointwiseError(reason, node, told=True)
+
+    def learn(self, reason: str, node: fx.Node) -> None:
+        """Note that the nonlinearity reads numbers of its own; the first reason stays."""
+        self.learned = self.learned or NotPointwiseError(reason, node, told=True)
+
+    def name_biased(self) -> None:
+        """Call every biased expansion z again, if it is used with its bias everywhere."""
+        used = {
+            arg for op, args, _ in self.steps for arg in (args[:1] if op == "cast_like" else args)
+        }
+        for i, name in self.biases.items():
+            if f"z{i}" in used:
+                node = self.expansions[i].linear.node
+                self.learn(f"it reads a linear map with and without the bias `{name}`", node)
+
+        def plain(arg: Any) -> Any:
+            biased = isinstance(arg, str) and arg[0] == "b" and arg[1:].isdigit()
+            return f"z{arg[1:]}" if biased else arg
+
+        self.steps = [
+            (op, tuple(plain(arg) for arg in args), kwargs) for op, args, kwargs in self.steps
+        ]
+
 
 def data_of(node: fx.Node) -> fx.Node:
     """The tensor that a call works on, its first argument."""

@@ -13,6 +13,7 @@ from upcycle.recorder import op_name
 # Operations that hand a parameter on without changing its numbers, but for transposition.
 _TRANSPOSES = {"t", "T", "mT", "transpose"}
 _PASSES = {"detach", "clone", "contiguous", "to", "float", "type_as", "data"}
+_REPEATS = {"expand", "broadcast_to", "unsqueeze", "getitem"}  # for the batches of bmm
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 
 
@@ -53,22 +54,39 @@ def parameter_of(arg: object) -> _Parameter | None:
         name = arg.meta["parameter"]
         return _Parameter(name, False, len(arg.meta["shape"])) if name else None
     name = op_name(arg.target)
-    if arg.op != "call_function" or name not in _TRANSPOSES | _PASSES or not arg.args:
+    if arg.op != "call_function" or len(arg.all_input_nodes) != 1 or not arg.args:
         return None
-    found = parameter_of(arg.args[0])
+    if name not in _TRANSPOSES | _PASSES | _REPEATS:
+        return None
+    source = arg.args[0]
+    found = parameter_of(source)
     if found is None:
         return None
+    if name in _REPEATS:
+        assert isinstance(source, fx.Node)
+        return found if _same_matrix(arg, source, found.ndim) else None
     flips = name in _TRANSPOSES
     if flips and found.ndim != 2:
         return None
     return _Parameter(found.name, found.transposed != flips, found.ndim)
 
 
+def _same_matrix(node: fx.Node, source: fx.Node, ndim: int) -> bool:
+    """Whether `node` only puts axes before a parameter, along which it is the same."""
+    if op_name(node.target) == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if any(i is not None and i is not Ellipsis and i != slice(None) for i in index):
+            return False
+    shapes = [n.meta["shape"][len(n.meta["shape"]) - ndim :] for n in (node, source)]
+    return ndim > 0 and shapes[0] == shapes[1]
+
+
 def linear_map(node: fx.Node) -> LinearMap | None:
     """The linear map that `node` applies to data with a parameter, or None if it is none.
 
-    Known spellings: linear; addmm, mm, matmul, ``@`` and einsum with a parameter on the right;
-    convolutions with kernel size one, one group, stride one and no padding.
+    Known spellings: linear; addmm, baddbmm, mm, bmm, matmul, ``@`` and tensordot with a parameter
+    on the right; einsum with one; convolutions with kernel size one, one group, stride one and no
+    padding.
     """
     if node.op != "call_function":
         return None
@@ -80,11 +98,13 @@ def linear_map(node: fx.Node) -> LinearMap | None:
     if name == "linear":
         x, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")
         return _make(node, x, weight, bias, transposed=False)
-    if name in {"matmul", "mm"}:
-        x, weight = _arguments(args, kwargs, "input", "mat2" if name == "mm" else "other")
+    if name in {"matmul", "mm", "bmm"}:
+        x, weight = _arguments(args, kwargs, "input", "other" if name == "matmul" else "mat2")
         return _make(node, x, weight, None, transposed=True)
-    if name == "addmm" and len(args) == 3 and not kwargs:
+    if name in {"addmm", "baddbmm"} and len(args) == 3 and not kwargs:
         return _make(node, args[1], args[2], args[0], transposed=True)
+    if name == "tensordot":
+        return _tensordot(node)
     if name == "einsum":
         return _einsum(node)
     return None
@@ -194,8 +214,23 @@ def _make(
     return LinearMap(node, x, found.name, bias_name, transposed != found.transposed, axis)
 
 
+def _tensordot(node: fx.Node) -> LinearMap | None:
+    """Over the last axis of the data and one of the weight."""
+    x, weight, dims = _arguments(list(node.args), dict(node.kwargs), "a", "b", "dims")
+    if not isinstance(x, fx.Node) or isinstance(dims, fx.Node):
+        return None
+    if dims == 1:
+        dims = ([-1], [0])
+    if not isinstance(dims, list | tuple) or any(len(_all(axes)) != 1 for axes in dims):
+        return None
+    (of_x,), (of_weight,) = map(_all, dims)
+    if of_x % len(x.meta["shape"]) != len(x.meta["shape"]) - 1:
+        return None
+    return _make(node, x, weight, None, transposed=of_weight % 2 == 0)
+
+
 def _einsum(node: fx.Node) -> LinearMap | None:
-    """``...d,df->...f`` and ``...d,fd->...f`` in any letters."""
+    """``...d,df->...f``, ``...d,fd->...f`` and ``bd...,df->bf...``, in any letters and order."""
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
@@ -203,12 +238,20 @@ def _einsum(node: fx.Node) -> LinearMap | None:
         return None
     inputs, _, output = equation.replace(" ", "").partition("->")
     data, _, weight = inputs.partition(",")
-    if len(weight) != 2 or not data or data[-1] not in weight or "." in weight:
+    if parameter_of(operands[0]) is not None:
+        data, weight, operands = weight, data, operands[::-1]
+    shared = set(data) & set(weight)
+    if len(weight) != 2 or len(shared) != 1 or "." in weight or len(set(weight)) != 2:
         return None
-    new = weight.replace(data[-1], "")
-    if len(new) != 1 or new in data or output != data[:-1] + new:
+    (old,) = shared
+    new = weight.replace(old, "")
+    if output != data.replace(old, new) or data.count(old) != 1:
         return None
-    return _make(node, operands[0], operands[1], None, transposed=weight[0] == data[-1])
+    place = data.index(old)
+    if data[-1] != old and (place != 1 or "." in data[:place]):
+        return None
+    axis = -1 if data[-1] == old else 1
+    return _make(node, operands[0], operands[1], None, transposed=weight[0] == old, axis=axis)
 
 
 def _reads_one_position(node: fx.Node) -> bool:

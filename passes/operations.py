@@ -13,6 +13,16 @@ KEEPS_ORDER = {
     "unsqueeze", "view",
 }  # fmt: skip
 CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "type"}
+# Pointwise operations on truth values, which a program holds as ones and zeros.
+TRUTH = {
+    "ge": "ge", "greater": "gt", "greater_equal": "ge", "gt": "gt", "le": "le", "less": "lt",
+    "less_equal": "le", "lt": "lt", "and": "logical_and", "bitwise_and": "logical_and",
+    "logical_and": "logical_and", "or": "logical_or", "bitwise_or": "logical_or",
+    "logical_or": "logical_or", "invert": "logical_not", "bitwise_not": "logical_not",
+    "logical_not": "logical_not",
+}  # fmt: skip
+# Operations that fill a tensor with one number.
+FILLS = {"full", "full_like", "ones", "ones_like", "scalar_tensor", "tensor", "zeros", "zeros_like"}
 # Reductions that are pointwise if they are given two tensors.
 OF_TWO = {"max": "maximum", "min": "minimum"}
 # Operations that mix the hidden axis.

@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "cumsum": (FFNLike(lambda m, z, x: F.relu(z).cumsum(-1)), "`cumsum` mixes the hidden axis"),
     "prelu": (
         FFNLike(lambda m, z, x: F.prelu(z, m.slope), slope=nn.Parameter(torch.ones(1))),
-        "`prelu` is not known to be pointwise",
+        "its nonlinearity has a parameter of its own (`inner.slope`)",
     ),
     "scale": (
         FFNLike(lambda m, z, x: F.relu(z) * m.scale, scale=nn.Parameter(torch.ones(H))),

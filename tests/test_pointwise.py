@@ -17,7 +17,12 @@ MORE: dict[str, list[tuple[Any, ...]]] = {
     "rsub": [(1.0,), ("other",)],
     "hardtanh": [(-0.3, 0.3)],
     "leaky_relu": [(0.2,)],
-    **{name: [("other",)] for name in ("cast_like", "maximum", "minimum")},
+    "where": [("other", "other"), ("other", 0.7)],
+    **{
+        name: [("other",)]
+        for name in ("cast_like", "maximum", "minimum", "logical_and", "logical_or")
+    },
+    **{name: [("other",), (0.7,)] for name in ("ge", "gt", "le", "lt")},
     **{name: [("other",), (0.7,)] for name in ("add", "sub", "mul", "div")},
 }
 CASES = [(name, more) for name in sorted(OPS) for more in MORE.get(name, [()])]

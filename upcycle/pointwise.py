@@ -27,6 +27,15 @@ def _cast_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.to(like.dtype)
 
 
+def _comparison(compare: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Ones and zeros in the dtype of the data: a step has no other type than a float."""
+    return lambda x, y: compare(x, y).to(x.dtype)
+
+
+def _where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
+    return torch.where(condition != 0, x, y)
+
+
 # Every operation that is known to be pointwise. `tests/test_pointwise.py` perturbs one element and
 # checks for each entry that no other element moves.
 OPS: dict[str, Callable[..., torch.Tensor]] = {
@@ -41,13 +50,22 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "elu": F.elu,
     "erf": torch.erf,
     "exp": torch.exp,
+    "expm1": torch.expm1,
+    "ge": _comparison(torch.ge),
     "gelu": F.gelu,
+    "gt": _comparison(torch.gt),
     "hardsigmoid": F.hardsigmoid,
     "hardswish": F.hardswish,
     "hardtanh": F.hardtanh,
+    "le": _comparison(torch.le),
     "leaky_relu": F.leaky_relu,
     "log": torch.log,
+    "log1p": torch.log1p,
+    "logical_and": lambda x, y: x * y,
+    "logical_not": lambda x: 1 - x,
+    "logical_or": torch.maximum,
     "logsigmoid": F.logsigmoid,
+    "lt": _comparison(torch.lt),
     "maximum": torch.maximum,
     "minimum": torch.minimum,
     "mish": F.mish,
@@ -71,6 +89,7 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "sub": torch.sub,
     "tanh": torch.tanh,
     "tanhshrink": F.tanhshrink,
+    "where": _where,
 }
 
 

@@ -78,6 +78,14 @@ def _cast(n: Nodes, x: ir.Value, dtype: str) -> ir.Value:
     return n("Cast", n("Cast", x, to=types[dtype].value), to=ir.DataType.FLOAT.value)
 
 
+def _comparison(op_type: str) -> Operation:
+    return lambda n, x, y: n("Cast", n(op_type, x, y), to=ir.DataType.FLOAT.value)
+
+
+def _where(n: Nodes, condition: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    return n("Where", n("Cast", condition, to=ir.DataType.BOOL.value), x, y)
+
+
 # Keyword and positional arguments that are attributes or choices, and not numbers to compute with.
 _RAW = {"approximate", "rounding_mode", "dtype", "threshold"}
 _RAW_OPS = {"cast", "celu", "elu", "leaky_relu"}
@@ -94,13 +102,22 @@ OPERATIONS: dict[str, Operation] = {
     "elu": _with_slope("Elu", "alpha", 1.0),
     "erf": _plain("Erf"),
     "exp": _plain("Exp"),
+    "expm1": lambda n, x: n("Sub", n("Exp", x), n.const(1.0)),
+    "ge": _comparison("GreaterOrEqual"),
     "gelu": _gelu,
+    "gt": _comparison("Greater"),
     "hardsigmoid": lambda n, x: n("HardSigmoid", x, alpha=1 / 6, beta=0.5),
     "hardswish": _plain("HardSwish"),
     "hardtanh": _hardtanh,
+    "le": _comparison("LessOrEqual"),
     "leaky_relu": _with_slope("LeakyRelu", "negative_slope", 0.01),
     "log": _plain("Log"),
+    "log1p": lambda n, x: n("Log", n("Add", x, n.const(1.0))),
+    "logical_and": _plain("Mul"),
+    "logical_not": lambda n, x: n("Sub", n.const(1.0), x),
+    "logical_or": _plain("Max"),
     "logsigmoid": lambda n, x: n("Neg", n("Softplus", n("Neg", x))),
+    "lt": _comparison("Less"),
     "maximum": _plain("Max"),
     "minimum": _plain("Min"),
     "mish": _plain("Mish"),
@@ -124,6 +141,7 @@ OPERATIONS: dict[str, Operation] = {
     "sub": _sub,
     "tanh": _plain("Tanh"),
     "tanhshrink": lambda n, x: n("Sub", x, n("Tanh", x)),
+    "where": _where,
 }
 
 
