@@ -1,4 +1,4 @@
-"""Tensors of one number, which a model's code makes on the way, and reasons for what is no such."""
+"""Numbers in a model's code that are no weights, and why an operation is none of an FFN's."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from upcycle.passes.operations import FILLS
+from upcycle.passes.probe import moves_others
 from upcycle.pointwise import OPS
 from upcycle.recorder import op_name
 
@@ -30,11 +31,22 @@ def number_of(op: str, args: tuple[Any, ...]) -> float:
     return float(OPS[op](*(torch.tensor(arg, dtype=torch.float64) for arg in args)))
 
 
-def why_opaque(node: fx.Node) -> str:
-    """Why an operation of one tensor, which is not known to be pointwise, is refused."""
+def why_opaque(node: fx.Node, data: fx.Node | None = None) -> str:
+    """Why an operation that is not known to be pointwise is refused.
+
+    Where it makes of the tensor `data` one of the same shape, it is tried out.
+    """
     name = op_name(node.target)
     if name != "batch_norm":
-        return f"`{name}` is not known to be pointwise"
+        moves = None if data is None else moves_others(node, data)
+        if moves is None:
+            return f"`{name}` is not known to be pointwise"
+        if moves:
+            return f"`{name}` is not pointwise: an element that was moved moved others"
+        return (
+            f"`{name}` seems to be pointwise, but no converted model could store it: write it with "
+            "the operations of `upcycle.pointwise.OPS`"
+        )
     training = node.args[5] if len(node.args) > 5 else node.kwargs.get("training", False)
     if training:
         return "`batch_norm` normalises over the batch in training: call `eval()` and fold it first"

@@ -224,9 +224,11 @@ class _Walk:
         if data[0].meta.get("shape") != out.meta["shape"]:
             if name not in SCALING_MIXERS:
                 raise NotPointwiseError(reason, node)
+            if (index_PC != index_PC[:, :1]).any():
+                reason = f"`{name}` mixes positions"
             self.demand.mix(reason, node)
             return 1.0  # a factor that all columns share
-        self.demand.mix(reason, node)
+        self.demand.mix(reason if mixes else why_opaque(node, data[0]), node)
         ref = self.value(data[0], index_PC)
         return ref if name in SCALING_MIXERS | AFFINE else self._step(name, (ref,))
 

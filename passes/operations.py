@@ -38,7 +38,7 @@ AFFINE = {"batch_norm", "pad"}
 # These may have a positional flag that says to work in place.
 INPLACE = {
     "celu", "elu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6",
-    "selu", "silu",
+    "selu", "silu", "threshold",
 }  # fmt: skip
 # A program of these alone is linear in its expansions; so is one that multiplies by a number.
 LINEAR = {"add", "sub", "rsub", "neg", "cast", "cast_like"}

@@ -17,6 +17,9 @@ MORE: dict[str, list[tuple[Any, ...]]] = {
     "rsub": [(1.0,), ("other",)],
     "hardtanh": [(-0.3, 0.3)],
     "leaky_relu": [(0.2,)],
+    "hardshrink": [(), (0.2,)],
+    "softshrink": [(), (0.2,)],
+    "threshold": [(0.4, 0.3)],
     "where": [("other", "other"), ("other", 0.7)],
     **{
         name: [("other",)]

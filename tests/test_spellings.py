@@ -167,3 +167,35 @@ def test_parameters_of_the_nonlinearity_are_named() -> None:
     assert "its nonlinearity has a parameter of its own (`inner.ia3`)" in reason(ia3)
     each = nn.Sequential(nn.Linear(D, H), nn.PReLU(1), nn.Linear(H, D))
     assert "its nonlinearity has a parameter of its own (`inner.1.weight`)" in reason(each)
+
+
+def test_an_operation_that_no_rule_knows_is_tried_out() -> None:
+    bessel = FFNLike(lambda m, z, x: torch.special.i0(z))
+    assert "`special_i0` seems to be pointwise, but no converted model could store" in reason(
+        bessel
+    )
+    rolled = FFNLike(lambda m, z, x: torch.fft.fftshift(F.relu(z), -1))
+    assert "`fft_fftshift` is not pointwise: an element that was moved moved" in reason(rolled)
+    drawn = FFNLike(lambda m, z, x: torch.rrelu(z, training=True))
+    assert "`rrelu` is not known to be pointwise" in reason(drawn)
+
+
+def test_a_function_of_its_own_is_seen_through() -> None:
+    class Swish(torch.autograd.Function):
+        """An activation with a gradient written by hand."""
+
+        @staticmethod
+        def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(z)
+            return z * torch.sigmoid(z)
+
+    by_hand = FFNLike(lambda m, z, x: Swish.apply(z))
+    assert only(by_hand).pointwise.name == "silu"
+    check_split(FFNLike(lambda m, z, x: Swish.apply(z)))
+
+
+def test_a_norm_over_positions_is_not_said_to_be_one_over_neurons() -> None:
+    over_space = FFNLike(lambda m, z, x: F.relu(z) / F.relu(z).norm(dim=1, keepdim=True))
+    assert "`norm` mixes positions" in reason(over_space)
+    over_neurons = FFNLike(lambda m, z, x: F.relu(z) / F.relu(z).norm(dim=-1, keepdim=True))
+    assert "`norm` mixes the hidden axis" in reason(over_neurons)
