@@ -36,7 +36,7 @@ def open_graph(path: Path) -> ir.Model:
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises types of its own, and KeyErrors, for broken graphs
-        raise UsageError(f"{path}: the graph is not valid: {_first_line(error)}") from error
+        raise UsageError(f"{path}: the graph is not valid: {_root(error)}") from error
     _check_external(path, model)
     for graph in model.graphs():
         ir.external_data.set_base_dir(graph, path.parent.absolute())
@@ -45,7 +45,10 @@ def open_graph(path: Path) -> ir.Model:
         model.graph.inputs.remove(value)
     with _quiet():
         if model.functions:
-            common.InlinePass()(model)
+            try:
+                common.InlinePass()(model)
+            except Exception as error:  # onnx_ir's own types: a function that calls itself
+                raise UsageError(f"{path}: its functions are not valid: {_root(error)}") from error
         if version < OPSET:
             _raise_opset(path, model, version)
         _name_apart(model)
@@ -164,16 +167,33 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 
 
 def _raise_opset(path: Path, model: ir.Model, version: int) -> None:
-    reason = ""
+    reason = _unknown_operation(model)
     try:
         ConvertVersionPass(target_version=OPSET, fallback=True)(model)
     except Exception as error:  # the converter's own types, and whatever its adapters stumble over
-        reason = f" ({_first_line(error)})"
+        reason = reason or f" ({_first_line(error)})"
     if model.opset_imports.get("", 0) != OPSET:
         raise UnsupportedError(
             f"{path}: its opset {version} cannot be raised to {OPSET}{reason}; export the model "
             "again with a newer one"
         )
+
+
+def _unknown_operation(model: ir.Model) -> str:
+    """The first node that no converter can know, in words."""
+    for node in model.graph.all_nodes():
+        if node.domain in STANDARD and not onnx.defs.has(node.op_type):
+            return f" (the node {node.name!r} is no ONNX operation: {node.op_type!r})"
+        if node.domain not in STANDARD and node.domain not in model.opset_imports:
+            return f" (the domain {node.domain!r} of the node {node.name!r} has no version)"
+    return ""
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what was behind an error."""
+    while behind := error.__cause__ or error.__context__:
+        error = behind
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
