@@ -23,17 +23,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from upcycle.passes.constants import filled_with, number_of, why_not_linear, why_opaque
 from upcycle.passes.hidden import Demand, Expansion, NotPointwiseError, data_of, dropout_of
+from upcycle.passes.layout import numbered, run_layout, source_of_join
 from upcycle.passes.linear import LinearMap, computed_linear, convolution_of, linear_map
 from upcycle.passes.operations import (
     AFFINE,
     CASTS,
     INPLACE,
+    JOINS,
     KEEPS_ORDER,
     LAYOUT,
     NONLINEAR_MIXERS,
     OF_TWO,
     SCALING_MIXERS,
+    TRUTH,
 )
 from upcycle.pointwise import OPS
 from upcycle.recorder import op_name, replayed_block
@@ -51,8 +55,10 @@ class _Stored:
 _Value = str | float | _Stored
 
 
-def trace(hidden: fx.Node, axis: int) -> Demand:
+def trace(hidden: fx.Node, axis: int, columns: tuple[int, int] | None = None) -> Demand:
     """Walk back from `hidden`, the data input of a contraction along `axis`.
+
+    With `columns`, ``(start, stop)``, only those of its columns are the hidden tensor.
 
     Raises:
         NotPointwiseError: it is nothing like the hidden tensor of an FFN.
@@ -60,12 +66,13 @@ def trace(hidden: fx.Node, axis: int) -> Demand:
     walk = _Walk(Demand())
     shape = hidden.meta["shape"]
     grid = torch.arange(math.prod(shape)).reshape(shape).movedim(axis, -1)
-    ref = walk.value(hidden, grid.reshape(-1, shape[axis]))
+    grid = grid.reshape(-1, shape[axis])[:, slice(*columns or (None,))]
+    ref = walk.value(hidden, grid)
     if not walk.demand.expansions:
         raise NotPointwiseError("no linear map feeds it", hidden)
     if not walk.demand.steps or ref != f"t{len(walk.demand.steps) - 1}":
         raise NotPointwiseError("there is no nonlinearity between the linear maps", hidden)
-    walk.name_biased()
+    walk.demand.name_biased()
     return walk.demand
 
 
@@ -80,6 +87,9 @@ class _Walk:
         if key not in self._memo:
             if node.op == "call_function":
                 self.demand.visited.add(node)
+                size = math.prod(node.meta["shape"])
+                taken = self.demand.taken.setdefault(node, torch.zeros(size, dtype=torch.bool))
+                taken[index_PC] = True
             self._memo[key] = self._value(node, index_PC)
         return self._memo[key]
 
@@ -89,10 +99,16 @@ class _Walk:
             return self._expansion(linear, index_PC)
         if node.op == "get_attr" and node.meta["parameter"]:
             if (index_PC != index_PC[:1]).any():
-                self._mix("its hidden tensor meets a parameter that depends on the position", node)
+                self.demand.mix(
+                    "its hidden tensor meets a parameter that depends on the position", node
+                )
             return _Stored(node.meta["parameter"], index_PC[0])
+        if node.op == "call_function" and (number := filled_with(node)) is not None:
+            return number
         if not node.all_input_nodes and node.op != "placeholder":
-            self._learn("its nonlinearity reads a tensor that is no parameter of the model", node)
+            self.demand.learn(
+                "its nonlinearity reads a tensor that is no parameter of the model", node
+            )
             return 1.0
         if node.op != "call_function":
             raise NotPointwiseError("it reads an input of the model", node)
@@ -108,6 +124,9 @@ class _Walk:
             return self._opaque(producer, node, index_PC)
         if name in LAYOUT:
             return self._layout(node, index_PC, lambda out: out)
+        if name in JOINS:
+            self.demand.reshaped = True
+            return self.value(*source_of_join(node, index_PC))
         if name == "dropout":
             self.demand.dropout = max(self.demand.dropout, dropout_of(node))
             return self.value(data_of(node), index_PC)
@@ -115,25 +134,21 @@ class _Walk:
             return self._cast(node, self.value(data_of(node), index_PC))
         if name == "glu":
             return self._glu(node, index_PC)
-        if name in OPS or name in {"rdiv", "rpow"}:
+        if node.meta["dtype"] is torch.bool:  # arithmetic on truth values is something else
+            name = TRUTH.get(name, "bool " + name)
+        if name == "prelu":
+            return self._prelu(node, index_PC)
+        if name in OPS or name in {"rdiv", "rpow", "masked_fill"}:
             return self._pointwise(node, name, index_PC)
-        if name == "where":
-            return self._where(node, index_PC)
         if convolution_of(node) is not None:
             return self._convolution(node, index_PC)
         return self._opaque(node, node, index_PC)
 
     def _step(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> _Value:
         if not any(isinstance(arg, str) and arg[0] in "zbt" for arg in args):
-            return 1.0  # made of numbers alone: only in a region that is refused
+            return number_of(op, args)
         self.demand.steps.append((op, args, kwargs or {}))
         return f"t{len(self.demand.steps) - 1}"
-
-    def _mix(self, reason: str, node: fx.Node) -> None:
-        self.demand.mixing = self.demand.mixing or NotPointwiseError(reason, node, told=True)
-
-    def _learn(self, reason: str, node: fx.Node) -> None:
-        self.demand.learned = self.demand.learned or NotPointwiseError(reason, node, told=True)
 
     def _expansion(self, linear: LinearMap, index_PC: torch.Tensor) -> _Value:
         shape = linear.node.meta["shape"]
@@ -145,11 +160,11 @@ class _Walk:
         position_PC = index_PC // shape[linear.axis]
         row_PC = index_PC % shape[linear.axis]
         if (row_PC != row_PC[:1]).any() or (position_PC != position_PC[:, :1]).any():
-            self._mix("positions and neurons are mixed before the contraction", linear.node)
+            self.demand.mix("positions and neurons are mixed before the contraction", linear.node)
         for i, known in enumerate(self.demand.expansions):
             if known.linear == linear and torch.equal(known.rows, row_PC[0]):
                 if not torch.equal(known.positions, position_PC[:, 0]):
-                    self._mix("its nonlinearity reads several positions", linear.node)
+                    self.demand.mix("its nonlinearity reads several positions", linear.node)
                 return f"z{i}"
         self.demand.expansions.append(Expansion(linear, row_PC[0], position_PC[:, 0]))
         return f"z{len(self.demand.expansions) - 1}"
@@ -159,17 +174,9 @@ class _Walk:
     ) -> _Value:
         source = data_of(node)
         self.demand.reshaped = True
-        if len(node.all_input_nodes) > 1:
-            raise NotPointwiseError(f"`{op_name(node.target)}` depends on another tensor", node)
-        if op_name(node.target) in KEEPS_ORDER:
+        if op_name(node.target) in KEEPS_ORDER and len(node.all_input_nodes) == 1:
             return self.value(source, index_PC)
-        shape = source.meta["shape"]
-        where = torch.arange(math.prod(shape)).reshape(shape)
-        target: Any = node.target
-        if getattr(target, "__name__", "") == "__get__":
-            moved = pick(target(where))
-        else:
-            moved = pick(target(where, *node.args[1:], **node.kwargs))
+        moved = pick(run_layout(node, numbered(source)))
         return self.value(source, moved.reshape(-1)[index_PC])
 
     def _cast(self, node: fx.Node, ref: _Value) -> _Value:
@@ -183,10 +190,9 @@ class _Walk:
 
     def _glu(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
         source = data_of(node)
-        shape = source.meta["shape"]
-        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+        axis: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
         self.demand.reshaped = True
-        halves = torch.arange(math.prod(shape)).reshape(shape).chunk(2, axis)  # type: ignore[arg-type]
+        halves = numbered(source).chunk(2, axis)
         up, gate = (self.value(source, half.reshape(-1)[index_PC]) for half in halves)
         return self._step("mul", (up, self._step("sigmoid", (gate,))))
 
@@ -194,36 +200,35 @@ class _Walk:
         """A convolution that reads several positions, as an expansion or within the hidden part."""
         linear = convolution_of(node)
         assert linear is not None
-        self._mix(f"`{op_name(node.target)}` has a kernel larger than one or groups", node)
+        self.demand.mix(why_not_linear(node), node)
         if linear.x.meta["shape"] == node.meta["shape"] and node.args[1:]:
             weight = node.args[1]
             if isinstance(weight, fx.Node) and weight.meta["shape"][1] == 1:  # depthwise
                 return self.value(linear.x, index_PC)
         return self._expansion(linear, index_PC)
 
-    def _where(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
-        """A choice between tensors: refused, but the walk goes on through them."""
-        self._mix("`where` is not known to be pointwise", node)
-        nodes = [arg for arg in node.args[1:] if isinstance(arg, fx.Node)]
-        branches = [n for n in nodes if n.meta["shape"] == node.meta["shape"]]
-        return self._step("where", tuple(self.value(branch, index_PC) for branch in branches))
+    def _prelu(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
+        slope = node.args[1]
+        assert isinstance(slope, fx.Node)
+        self._own_parameter(str(slope.meta.get("parameter")), node)
+        return self._step("leaky_relu", (self.value(data_of(node), index_PC),))
 
     def _opaque(self, node: fx.Node, out: fx.Node, index_PC: torch.Tensor) -> _Value:
         """An operation that is not pointwise; go on through it where it has one tensor to read."""
         name = op_name(node.target)
         data = [n for n in node.all_input_nodes if not (n.op == "get_attr" and n.meta["parameter"])]
         mixes = name in NONLINEAR_MIXERS | SCALING_MIXERS
-        reason = (
-            f"`{name}` mixes the hidden axis" if mixes else f"`{name}` is not known to be pointwise"
-        )
+        reason = f"`{name}` mixes the hidden axis" if mixes else why_opaque(node)
         if len(data) != 1 or node.target is replayed_block:
             raise NotPointwiseError(reason, node)
         if data[0].meta.get("shape") != out.meta["shape"]:
             if name not in SCALING_MIXERS:
                 raise NotPointwiseError(reason, node)
-            self._mix(reason, node)
+            if (index_PC != index_PC[:, :1]).any():
+                reason = f"`{name}` mixes positions"
+            self.demand.mix(reason, node)
             return 1.0  # a factor that all columns share
-        self._mix(reason, node)
+        self.demand.mix(reason if mixes else why_opaque(node, data[0]), node)
         ref = self.value(data[0], index_PC)
         return ref if name in SCALING_MIXERS | AFFINE else self._step(name, (ref,))
 
@@ -232,7 +237,10 @@ class _Walk:
         if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
             raise NotPointwiseError(f"`{name}` depends on another tensor", node)
         args: list[Any] = []
-        for arg in node.args:
+        given = list(node.args)
+        if name == "masked_fill":
+            name, given = "where", [given[1], given[2], given[0]]
+        for arg in given:
             if isinstance(arg, fx.Node):
                 size, own = math.prod(arg.meta["shape"]), arg.meta["shape"]
                 if own == shape:
@@ -269,29 +277,8 @@ class _Walk:
             ):
                 self.demand.biases[i] = stored[0].name
                 return f"b{i}"
-        self._learn(f"its nonlinearity has a parameter of its own (`{stored[0].name}`)", node)
+        self._own_parameter(stored[0].name, node)
         return rest[0] if rest else 1.0
 
-    def name_biased(self) -> None:
-        """Call every biased expansion z again, if it is used with its bias everywhere."""
-        used = {
-            arg
-            for op, args, _ in self.demand.steps
-            for arg in (args[:1] if op == "cast_like" else args)
-        }
-        for i, name in self.demand.biases.items():
-            if f"z{i}" in used:
-                node = self.demand.expansions[i].linear.node
-                self._learn(f"it reads a linear map with and without the bias `{name}`", node)
-
-        def plain(arg: Any) -> Any:
-            return (
-                f"z{arg[1:]}"
-                if isinstance(arg, str) and arg[0] == "b" and arg[1:].isdigit()
-                else arg
-            )
-
-        self.demand.steps = [
-            (op, tuple(plain(arg) for arg in args), kwargs)
-            for op, args, kwargs in self.demand.steps
-        ]
+    def _own_parameter(self, name: str, node: fx.Node) -> None:
+        self.demand.learn(f"its nonlinearity has a parameter of its own (`{name}`)", node)

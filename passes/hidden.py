@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from upcycle.ffn import Miss
 from upcycle.passes.linear import LinearMap
 from upcycle.pointwise import Step
 from upcycle.recorder import op_name
@@ -21,6 +22,12 @@ class NotPointwiseError(Exception):
         super().__init__(reason)
         self.node = node
         self.told = told
+
+
+def miss_at(node: fx.Node, reason: str, *, path: str | None = None) -> Miss:
+    """The refusal that shows at `node`; the module is the node's own, unless `path` is given."""
+    where = node.meta["path"] if path is None else path
+    return Miss(where, reason, node.name, node.meta.get("source", ""))
 
 
 @dataclass
@@ -39,6 +46,7 @@ class Demand:
     Attributes:
         expansions: in the order of first use.
         steps: the pointwise program on them; only to be run if there is no refusal.
+        taken: node -> which of its elements the hidden tensor needs, in flat order.
         visited: every node between the expansions and the contraction, expansions included.
         biases: index of an expansion -> name of a per-neuron parameter added to it.
         dropout: probability of the dropout met on the way.
@@ -48,12 +56,39 @@ class Demand:
 
     expansions: list[Expansion] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    taken: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     visited: set[fx.Node] = field(default_factory=set)
     biases: dict[int, str] = field(default_factory=dict)
     dropout: float = 0.0
     reshaped: bool = False
     mixing: NotPointwiseError | None = None
     learned: NotPointwiseError | None = None
+
+    def mix(self, reason: str, node: fx.Node) -> None:
+        """Note that the hidden axis is mixed; the first reason stays."""
+        self.mixing = self.mixing or NotPointwiseError(reason, node, told=True)
+
+    def learn(self, reason: str, node: fx.Node) -> None:
+        """Note that the nonlinearity reads numbers of its own; the first reason stays."""
+        self.learned = self.learned or NotPointwiseError(reason, node, told=True)
+
+    def name_biased(self) -> None:
+        """Call every biased expansion z again, if it is used with its bias everywhere."""
+        used = {
+            arg for op, args, _ in self.steps for arg in (args[:1] if op == "cast_like" else args)
+        }
+        for i, name in self.biases.items():
+            if f"z{i}" in used:
+                node = self.expansions[i].linear.node
+                self.learn(f"it reads a linear map with and without the bias `{name}`", node)
+
+        def plain(arg: Any) -> Any:
+            biased = isinstance(arg, str) and arg[0] == "b" and arg[1:].isdigit()
+            return f"z{arg[1:]}" if biased else arg
+
+        self.steps = [
+            (op, tuple(plain(arg) for arg in args), kwargs) for op, args, kwargs in self.steps
+        ]
 
 
 def data_of(node: fx.Node) -> fx.Node:

@@ -6,6 +6,7 @@ expansions. No name of a class or of a module is looked at.
 
 from collections import Counter
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 from torch import fx, nn
 
@@ -15,11 +16,12 @@ from upcycle.ffn import FFN, Located, Miss, Projection
 from upcycle.inputs import find_example
 from upcycle.passes.activations import recognise, swapped
 from upcycle.passes.demand import trace
-from upcycle.passes.hidden import Demand, NotPointwiseError
+from upcycle.passes.escape import check_no_escape
+from upcycle.passes.hidden import Demand, NotPointwiseError, miss_at
+from upcycle.passes.layout import joined_widths
 from upcycle.passes.linear import LinearMap, computed_linear, linear_map
 from upcycle.passes.region import (
     check_leaf_modules,
-    check_no_escape,
     check_one_input,
     check_own_weights,
     common_path,
@@ -49,16 +51,16 @@ def locate(program: Program) -> Located:
     live = _live_nodes(program.graph)
     for node in program.graph.nodes:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
-            misses.append(Miss(node.meta["path"], "it is already a mixture of experts"))
+            misses.append(miss_at(node, "it is already a mixture of experts"))
         contraction = (linear_map(node) or computed_linear(node)) if node in live else None
         if contraction is None:
             continue
         try:
-            demand = trace(contraction.x, contraction.axis)
-            ffn = _ffn(program, contraction, demand, live)
+            ffn, demand = _ffn_at(program, contraction, live)
         except NotPointwiseError as reason:
             if reason.told:
-                misses.append(Miss(contraction.node.meta["path"], str(reason)))
+                path = contraction.node.meta["path"]
+                misses.append(miss_at(reason.node, str(reason), path=path))
             continue
         found.setdefault(ffn.parameters, ffn)
         maps = {expansion.linear.node for expansion in demand.expansions}
@@ -68,7 +70,8 @@ def locate(program: Program) -> Located:
         reader = read_elsewhere(program.graph, ffn, uses[ffn.parameters], live)
         if reader is not None:
             kept.remove(ffn)
-            misses.append(Miss(ffn.path, reader))
+            node, why = reader
+            misses.append(miss_at(node, why, path=ffn.path))
     used = {p.module for ffn in kept for p in (*ffn.expansions, ffn.contraction)}
     told = [miss for miss in misses if miss.path not in used]
     ffns = _with_distinct_paths(with_replays(program, kept))
@@ -106,7 +109,31 @@ def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
     return live
 
 
-def _ffn(program: Program, contraction: LinearMap, demand: Demand, live: set[fx.Node]) -> FFN:
+def _ffn_at(program: Program, contraction: LinearMap, live: set[fx.Node]) -> tuple[FFN, Demand]:
+    """The FFN that ends at `contraction`: all its columns, or those of one tensor of a `cat`.
+
+    Of several such tensors the widest is taken; the contraction keeps the columns of the others.
+    """
+    ends = accumulate(joined_widths(contraction.x, contraction.axis), initial=0)
+    parts = sorted(pairwise(ends), key=lambda part: part[0] - part[1])
+    refusal: NotPointwiseError | None = None
+    for columns in (None, *parts):
+        try:
+            demand = trace(contraction.x, contraction.axis, columns)
+            return _ffn(program, contraction, demand, live, columns), demand
+        except NotPointwiseError as reason:
+            refusal = reason if refusal is None or reason.told else refusal
+    assert refusal is not None
+    raise refusal
+
+
+def _ffn(
+    program: Program,
+    contraction: LinearMap,
+    demand: Demand,
+    live: set[fx.Node],
+    columns: tuple[int, int] | None,
+) -> FFN:
     expansions = [e.linear for e in demand.expansions]
     pointwise = Pointwise(len(expansions), tuple(demand.steps))
     if not is_nonlinear(pointwise):
@@ -119,7 +146,7 @@ def _ffn(program: Program, contraction: LinearMap, demand: Demand, live: set[fx.
     if demand.learned is not None:
         raise demand.learned
     check_own_weights(expansions, contraction)
-    check_no_escape(demand, contraction, live)
+    shared = check_no_escape(demand, contraction, live) or columns is not None
     projections = [projection_of(demand, i) for i in range(len(expansions))]
     named = recognise(pointwise)
     if named.name == "custom" and named.arity == 2:
@@ -129,7 +156,7 @@ def _ffn(program: Program, contraction: LinearMap, demand: Demand, live: set[fx.
     output, bias = output_of(contraction)
     d_out = contraction.node.meta["shape"][contraction.axis]
     d_model = expansions[0].x.meta["shape"][expansions[0].axis]
-    d_ff = contraction.x.meta["shape"][contraction.axis]
+    d_ff = len(demand.expansions[0].rows)
     path = contraction.node.meta["path"]
     owner = common_path([p.module for p in projections] + [path])
     placement, dropout = placement_of(program, owner, expansions[0].x, output)
@@ -139,7 +166,7 @@ def _ffn(program: Program, contraction: LinearMap, demand: Demand, live: set[fx.
         placement="module",
         expansions=tuple(projections),
         contraction=Projection(
-            path, contraction.weight, bias, contraction.transposed, (0, d_out, 1)
+            path, contraction.weight, bias, contraction.transposed, (0, d_out, 1), columns
         ),
         pointwise=named,
         d_model=d_model,
@@ -149,23 +176,28 @@ def _ffn(program: Program, contraction: LinearMap, demand: Demand, live: set[fx.
         hidden_dropout=demand.dropout,
         output_dropout=dropout,
     )
-    if placement == "module" and owner:
+    if placement == "module" and owner and not shared:
         return ffn
     check_leaf_modules(program, ffn, [*(e.node for e in expansions), output])
-    return replace(
-        ffn, placement=spread_of(ffn), output_dropout=0.0, tap_widths=_tap_widths(demand)
-    )
+    ffn = replace(ffn, placement=spread_of(ffn), output_dropout=0.0)
+    if demand.reshaped or shared:
+        widths = {e.node.meta["path"]: e.node.meta["shape"][e.axis] for e in expansions}
+        ffn = replace(ffn, tap_widths=tuple(widths[p.module] for p in _modules(ffn)))
+    if not shared:
+        return ffn
+    if demand.biases:
+        raise NotPointwiseError(
+            "a projection of which only a part is the FFN's has its bias elsewhere: put it into "
+            "the linear map",
+            contraction.node,
+            told=True,
+        )
+    return replace(ffn, shared=True, hidden_width=contraction.x.meta["shape"][contraction.axis])
 
 
-def _tap_widths(demand: Demand) -> tuple[int, ...]:
-    """Widths of the expansions' outputs where the model reshapes them, so that taps keep them."""
-    if not demand.reshaped:
-        return ()
-    widths = {
-        e.linear.node.meta["path"]: e.linear.node.meta["shape"][e.linear.axis]
-        for e in demand.expansions
-    }
-    return tuple(widths.values())
+def _modules(ffn: FFN) -> list[Projection]:
+    """One expansion of each module."""
+    return list({p.module: p for p in ffn.expansions}.values())
 
 
 def _drop_overlapping(found: list[FFN], misses: list[Miss]) -> list[FFN]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from upcycle.errors import UnsupportedError
 from upcycle.ffn import FFN, Projection
+from upcycle.kept import write_kept
 from upcycle.layer_weights import weights_of
 from upcycle.moe import MoE
 from upcycle.passes.transform import merge_to_dense
@@ -50,6 +51,8 @@ def merge(
                 tensor.copy_(trained[name])
         parameters = dict(merged.named_parameters(remove_duplicate=False))
         for path, (spec, layer) in layers.items():
+            for kept in spec.ffn.kept:
+                write_kept(kept, parameters, trained[kept.name])
             _write_ffn(spec.ffn, parameters, _merged(spec, layer, provenance[path], parameters))
     return merged
 
@@ -76,7 +79,7 @@ def _write_ffn(ffn: FFN, parameters: Mapping[str, torch.Tensor], weights: FFNWei
     def write(p: Projection, rows: torch.Tensor, bias: torch.Tensor | None) -> None:
         stored = parameters[p.weight]
         stored = (stored.t() if p.transposed else stored).view(stored.shape[p.transposed], -1)
-        stored[slice(*p.rows)] = rows
+        stored[slice(*p.rows), slice(*p.columns or (None,))] = rows
         if p.bias is not None and bias is not None:
             parameters[p.bias][slice(*p.rows)] = bias
 

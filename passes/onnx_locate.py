@@ -18,13 +18,18 @@ from upcycle.passes.region import output_of
 from upcycle.targets.onnx.external import tensor_of
 from upcycle.targets.onnx.shapes import axis_sizes, infer
 
+SHARED = (
+    "its linear maps also compute something else (a fused projection of attention and MLP): "
+    "convert the model that the file was exported from"
+)
+
 
 @dataclass(frozen=True)
 class Region:
     """A place in the graph where an FFN is applied: from the tensor `x` to the tensor `output`.
 
     The names stay those of the tensors that a conversion puts in their place. `rank` and `dtype`
-    are those of `x`.
+    are those of `x`. What is `inside` a branch or a body cannot be an output of the file.
     """
 
     x: ir.Value
@@ -33,6 +38,7 @@ class Region:
     output_name: str
     rank: int
     dtype: torch.dtype
+    inside: bool
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -89,9 +95,11 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
     ffns = tuple(
         replace(ffn, path=ffn.path or ffn.contraction.module, placement="inline")
         for ffn in found.ffns
+        if not ffn.shared
     )
     misses = [replace(miss, reason=_reason(miss, program)) for miss in found.misses]
-    regions = {ffn.path: tuple(_regions(program.program.graph, ffn)) for ffn in ffns}
+    misses += [Miss(ffn.contraction.module, SHARED) for ffn in found.ffns if ffn.shared]
+    regions = {ffn.path: tuple(_regions(program.program.graph, ffn, model.graph)) for ffn in ffns}
     return OnnxLocated(Located(ffns, tuple(misses)), regions, Weights(program))
 
 
@@ -99,11 +107,13 @@ def _reason(miss: Miss, program: OnnxProgram) -> str:
     kind = program.quantised.get(miss.path)
     if kind is not None:
         return f"its weights are quantised ({kind}): start from the file with float weights"
+    if "only a part is the FFN's" in miss.reason:  # a bias is always a node of its own here
+        return SHARED
     return re.sub(r"in the forward \([^)]*\).*", "in the graph: fold its constants first",
                   miss.reason)  # fmt: skip
 
 
-def _regions(graph: fx.Graph, ffn: FFN) -> Iterator[Region]:
+def _regions(graph: fx.Graph, ffn: FFN, main: ir.Graph) -> Iterator[Region]:
     for node in graph.nodes:
         contraction = linear_map(node)
         if contraction is None or contraction.weight != ffn.contraction.weight:
@@ -112,4 +122,6 @@ def _regions(graph: fx.Graph, ffn: FFN) -> Iterator[Region]:
         output, _ = output_of(contraction)
         value, out = x.meta["value"], output.meta["value"]
         rank, dtype = len(x.meta["shape"]), x.meta["dtype"]
-        yield Region(value, out, str(value.name), str(out.name), rank, dtype)
+        producer = out.producer()
+        inside = producer is not None and producer.graph is not main
+        yield Region(value, out, str(value.name), str(out.name), rank, dtype, inside)

@@ -1,4 +1,4 @@
-"""How the nodes of an ONNX graph are called: their operation, and where in the model they are."""
+"""What the nodes of an ONNX graph are called, where in the model they are, what is in them."""
 
 import ast
 from collections.abc import Callable
@@ -56,6 +56,17 @@ def path_of(node: ir.Node) -> str:
             return str(names[-2])
     name = node.name or ""
     return name.strip("/").rpartition("/")[0].replace("/", ".") if "/" in name else ""
+
+
+def subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The branches of an If, the body of a Loop or Scan."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs += attribute.as_graphs()
+    return graphs
 
 
 def added_weights(node: ir.Node) -> list[str]:

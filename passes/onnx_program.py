@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from upcycle.passes.onnx_names import added_weights, opaque_call, path_of, torch_name
+from upcycle.passes.onnx_names import added_weights, opaque_call, path_of, subgraphs, torch_name
 from upcycle.recorder import Call, Program, op_name
 from upcycle.targets.onnx.external import TORCH_TYPES
 from upcycle.targets.onnx.shapes import Inferred
@@ -69,8 +69,7 @@ def read_program(
     reader = Reader(inferred)
     for value in model.graph.inputs:
         reader.bind(value, reader.graph.placeholder(str(value.name)))
-    for node in model.graph:
-        reader.read(node, operations)
+    reader.read_all(model.graph, operations)
     outputs = [reader.node_of(value) for value in model.graph.outputs]
     reader.graph.output(tuple(outputs))
     return OnnxProgram(reader.program, reader.parameters, reader.quantised)
@@ -89,6 +88,15 @@ class Reader:
         self._nodes: dict[ir.Value, fx.Node] = {}
         self._names: dict[tuple[ir.Value, str], str] = {}
         self._owner: dict[str, str] = {}  # path of a linear map -> its weight
+
+    def read_all(self, graph: ir.Graph, operations: Mapping[tuple[str, str], Translation]) -> None:
+        """Add the nodes of a graph in their order, those of its subgraphs before their node."""
+        for node in graph:
+            for inner in subgraphs(node):
+                for value in inner.inputs:
+                    self.bind(value, self.opaque(f"input of {node.op_type}"))
+                self.read_all(inner, operations)
+            self.read(node, operations)
 
     def read(self, node: ir.Node, operations: Mapping[tuple[str, str], Translation]) -> None:
         """Add `node`; every output of it has a node afterwards."""
@@ -118,18 +126,11 @@ class Reader:
         return known is None or not node.meta["known"] or known == node.meta["shape"]
 
     def _all_inputs(self, node: ir.Node) -> list[fx.Node]:
-        """What it reads, inside its subgraphs too."""
-        inputs = [value for value in node.inputs if value is not None]
-        for attribute in node.attributes.values():
-            graphs = (
-                [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else
-                attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else []
-            )  # fmt: skip
-            for inner in (n for graph in graphs for n in graph.all_nodes()):
-                inputs += [v for v in inner.inputs if v is not None and v in self._nodes]
-            for graph in graphs:
-                inputs += [v for v in graph.outputs if v in self._nodes]
-        return [self.node_of(value) for value in dict.fromkeys(inputs)]
+        """What it reads: its inputs, and what its subgraphs return to it."""
+        values = [value for value in node.inputs if value is not None]
+        for graph in subgraphs(node):
+            values += list(graph.outputs)
+        return [self.node_of(value) for value in dict.fromkeys(values)]
 
     def bind(self, value: ir.Value, node: fx.Node) -> None:
         """Let `node` stand for the tensor `value`."""

@@ -6,12 +6,23 @@ LAYOUT = {
     "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
     "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
-# Of these, the ones that leave every element at its place in the flat order.
+JOINS = {"cat", "concat", "concatenate", "stack"}
+# Of the layout operations, the ones that leave every element at its place in the flat order.
 KEEPS_ORDER = {
     "alias", "clone", "contiguous", "detach", "flatten", "reshape", "squeeze", "unflatten",
     "unsqueeze", "view",
 }  # fmt: skip
 CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "type"}
+# Pointwise operations on truth values, which a program holds as ones and zeros.
+TRUTH = {
+    "ge": "ge", "greater": "gt", "greater_equal": "ge", "gt": "gt", "le": "le", "less": "lt",
+    "less_equal": "le", "lt": "lt", "and": "logical_and", "bitwise_and": "logical_and",
+    "logical_and": "logical_and", "or": "logical_or", "bitwise_or": "logical_or",
+    "logical_or": "logical_or", "invert": "logical_not", "bitwise_not": "logical_not",
+    "logical_not": "logical_not",
+}  # fmt: skip
+# Operations that fill a tensor with one number.
+FILLS = {"full", "full_like", "ones", "ones_like", "scalar_tensor", "tensor", "zeros", "zeros_like"}
 # Reductions that are pointwise if they are given two tensors.
 OF_TWO = {"max": "maximum", "min": "minimum"}
 # Operations that mix the hidden axis.
@@ -27,7 +38,7 @@ AFFINE = {"batch_norm", "pad"}
 # These may have a positional flag that says to work in place.
 INPLACE = {
     "celu", "elu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6",
-    "selu", "silu",
+    "selu", "silu", "threshold",
 }  # fmt: skip
 # A program of these alone is linear in its expansions; so is one that multiplies by a number.
 LINEAR = {"add", "sub", "rsub", "neg", "cast", "cast_like"}

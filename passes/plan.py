@@ -1,8 +1,8 @@
 """Decide which FFNs become MoE layers, and which; refuse what cannot work before reading weights.
 
-The FFNs are chosen in this order: those whose path fits `include` and not `exclude`; without the
-first and last that are to be skipped; of the rest every n-th (the n-th, the 2n-th, ..., as
-transformers counts ``decoder_sparse_step``).
+The FFNs are chosen in this order: those of the wanted kinds; of them, those whose path fits
+`include` and not `exclude`; without the first and last that are to be skipped; of the rest every
+n-th (the n-th, the 2n-th, ..., as transformers counts ``decoder_sparse_step``).
 """
 
 import hashlib
@@ -52,9 +52,13 @@ def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") 
 
 def select_sites(located: Located, layers: recipe.Layers) -> list[FFN]:
     """The FFNs that `layers` names, in order; raises UnsupportedError if there are none."""
-    ffns = [ffn for ffn in located.ffns if ffn.kind == "ffn"]
+    ffns = [ffn for ffn in located.ffns if ffn.kind in layers.kinds]
     if not ffns:
-        others = [f"{ffn.path}: a {ffn.kind}, no hidden layer" for ffn in located.ffns]
+        others = [
+            f"{ffn.path or 'the model itself'}: a {ffn.kind}; to convert it, set "
+            f"`layers.kinds: [{', '.join(dict.fromkeys((*layers.kinds, ffn.kind)))}]`"
+            for ffn in located.ffns
+        ]
         reasons = others + [f"{miss.path}: {miss.reason}" for miss in located.misses]
         near = "".join(f"\n  {reason}" for reason in reasons) or " and nothing looks like one"
         raise UnsupportedError(f"the model has no dense FFN to convert{near}")

@@ -18,8 +18,8 @@ def check_one_input(demand: Demand, contraction: LinearMap) -> None:
     source = _through_views(demand.expansions[0].linear.x)
     if any(_through_views(e.linear.x) is not source for e in demand.expansions):
         raise NotPointwiseError(
-            "its linear maps read different inputs (a low-rank adapter? merge it into the base "
-            "weight first)",
+            "its linear maps read different inputs (a low-rank adapter on an expansion? merge it "
+            "into the base weight first)",
             contraction.node,
             told=True,
         )
@@ -31,20 +31,17 @@ def check_one_input(demand: Demand, contraction: LinearMap) -> None:
         )
 
 
-def check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) -> None:
-    """Nothing outside the region may read a hidden tensor."""
-    region = demand.visited | {contraction.node}
-    for node in demand.visited:
-        for user in node.users:
-            if user in live and user not in region:
-                raise NotPointwiseError(
-                    f"its hidden tensor is also {_reader(user)}", contraction.node, told=True
-                )
-
-
 def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> None:
     """Each linear map must have a stored weight, and the contraction one of its own."""
-    if not all(linear.weight for linear in (*expansions, contraction)):
+    nameless = [linear for linear in (*expansions, contraction) if not linear.weight]
+    packing = next((linear.packing for linear in nameless if linear.packing), "")
+    if packing:
+        raise NotPointwiseError(
+            f"its weights are quantised ({packing}): start from the model with float weights",
+            contraction.node,
+            told=True,
+        )
+    if nameless:
         raise NotPointwiseError(
             "its weight is computed in the forward (weight norm, dequantisation): write the result "
             "into a plain parameter first",
@@ -57,13 +54,6 @@ def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> No
             contraction.node,
             told=True,
         )
-
-
-def _reader(user: fx.Node) -> str:
-    if user.op == "output":
-        return "an output of the model"
-    where = user.meta.get("path")
-    return f"read by `{op_name(user.target)}` in " + (f"`{where}`" if where else "the model itself")
 
 
 def is_nonlinear(program: Pointwise) -> bool:

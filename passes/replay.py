@@ -89,7 +89,7 @@ def with_replayed_misses(program: Program, misses: list[Miss]) -> list[Miss]:
             continue
         unique[miss] = None
         copies = [
-            Miss(path + miss.path[len(template) :], miss.reason)
+            replace(miss, path=path + miss.path[len(template) :])
             for template, siblings in program.replays.items()
             if _inside(miss.path, template)
             for path in siblings

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
+from upcycle.kept import read_kept
 from upcycle.layer_weights import load_weights
 from upcycle.moe import MoE
 from upcycle.spec import MoESpec
@@ -36,9 +37,16 @@ def rewrite(
 
 
 def with_empty_layers(model: nn.Module, specs: Sequence[MoESpec]) -> tuple[nn.Module, list[MoE]]:
-    """A copy of `model` with layers of zeros, and those, in the order of `specs`."""
+    """A copy of `model` with layers of zeros, and those, in the order of `specs`.
+
+    Of matrices that do more than FFNs, the other rows and columns stay.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     converted = _copy_without(model, {name for spec in specs for name in spec.ffn.parameters})
-    return converted, install(converted, [spec.site() for spec in specs])
+    layers = install(converted, [spec.site() for spec in specs])
+    for kept in (kept for spec in specs for kept in spec.ffn.kept):
+        _set(converted, kept.name, read_kept(kept, parameters))
+    return converted, layers
 
 
 def fill(layer: MoE, made: MoEWeights) -> None:
@@ -51,6 +59,12 @@ def fill(layer: MoE, made: MoEWeights) -> None:
     if layer.output_bias is not None:
         layer.output_bias = nn.Parameter(layer.output_bias.detach().to(down))
     load_weights(layer, made)
+
+
+def _set(model: nn.Module, name: str, numbers: torch.Tensor) -> None:
+    """Give a parameter these numbers, in their dtype and on their device."""
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, nn.Parameter(numbers))
 
 
 def _copy_without(model: nn.Module, names: set[str]) -> nn.Module:

@@ -7,8 +7,10 @@ from upcycle.passes.linear import parameter_of
 from upcycle.recorder import op_name
 
 
-def read_elsewhere(graph: fx.Graph, ffn: FFN, maps: set[fx.Node], live: set[fx.Node]) -> str | None:
-    """The reason to refuse `ffn` if a call outside its linear maps reads one of its weights.
+def read_elsewhere(
+    graph: fx.Graph, ffn: FFN, maps: set[fx.Node], live: set[fx.Node]
+) -> tuple[fx.Node, str] | None:
+    """Where and why to refuse `ffn`: a call outside its linear maps reads one of its weights.
 
     Args:
         graph: the captured program.
@@ -24,7 +26,7 @@ def read_elsewhere(graph: fx.Graph, ffn: FFN, maps: set[fx.Node], live: set[fx.N
         for user in node.users:
             if user in live and user not in maps and parameter_of(user) is None:
                 where = user.meta.get("path") or "the model itself"
-                return (
+                return user, (
                     f"its weight `{found.name}` is also read by `{op_name(user.target)}` in "
                     f"`{where}`: untie them first"
                 )

@@ -189,6 +189,7 @@ def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[
     """Every tensor under its name in the converted module; one layer's weights at a time."""
     names = {layer: path for path, layer in model.named_modules() if isinstance(layer, MoE)}
     layer_of = {names[layer]: (spec, layer) for spec, layer in planned_layers(model, plan)}
+    kept = {kept.name for spec in plan.specs for kept in spec.ffn.kept}
     one_layer = OneLayer(content.layer)
 
     def part(spec: MoESpec, layer: MoE, name: str) -> torch.Tensor:
@@ -196,7 +197,7 @@ def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[
 
     for name, tensor in _untied(model).items():
         path = next((p for p in layer_of if name.startswith(f"{p}.")), None)
-        if path is None:
+        if path is None or name in kept:
             read = partial(content.tensor, name)
             found = read()
             yield TensorEntry(name, tuple(found.shape), found.dtype, read)

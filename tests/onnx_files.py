@@ -21,10 +21,11 @@ OTHER = "somebody.else"
 class Graph:
     """Nodes and weights of a file; each method returns the name of a tensor."""
 
-    def __init__(self, seed: int = 0, dtype: Any = np.float32) -> None:
+    def __init__(self, seed: int = 0, dtype: Any = np.float32, prefix: str = "") -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.dtype = dtype
+        self.prefix = prefix  # of tensors; those of a subgraph may not have the names outside
         self._generator = np.random.default_rng(seed)
 
     def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
@@ -33,7 +34,7 @@ class Graph:
     def many(
         self, op_type: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any
     ) -> list[str]:
-        names = [f"{op_type}_{len(self.nodes)}.{i}" for i in range(outputs)]
+        names = [f"{self.prefix}{op_type}_{len(self.nodes)}.{i}" for i in range(outputs)]
         node = helper.make_node(
             op_type, inputs, names, f"{op_type}_{len(self.nodes)}", domain=domain, **attributes
         )

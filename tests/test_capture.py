@@ -159,6 +159,110 @@ def test_a_failing_forward_is_one_sentence_and_leaves_nothing(
     assert not caplog.records
 
 
+class Branching(nn.Module):
+    """What it does next is `decide(x, numbers)`; the model is linear behind that."""
+
+    def __init__(self, decide: Callable[..., Any]) -> None:
+        super().__init__()
+        self.mlp = zoo.mlp(8, 16, 8)
+        self.decide = decide
+
+    def forward(self, x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """x [B, 8], integers [B] -> [?, 8]."""
+        out: torch.Tensor = self.mlp(self.decide(self.mlp(x), numbers))
+        return out
+
+
+def branch(decide: Callable[..., Any], numbers: list[int]) -> Program:
+    return capture(Branching(decide), (torch.zeros(len(numbers), 8), torch.tensor(numbers)))
+
+
+def size_after(decide: Callable[..., Any], numbers: list[int]) -> int:
+    last = [node for node in branch(decide, numbers).graph.nodes if node.op == "call_function"][-1]
+    return int(last.meta["shape"][0])
+
+
+def written_through_a_view(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    table = torch.zeros(4, dtype=torch.long)
+    table[:2].add_(n.sum())
+    return x[: table[1]]
+
+
+@pytest.mark.parametrize(
+    ("decide", "size"),
+    [
+        (lambda x, n: x if n.max().item() > 2 else x[:1], 3),
+        (lambda x, n: x if n.max().item() > 3 else x[:1], 1),
+        (lambda x, n: x[n > 0], 2),
+        (lambda x, n: x.split(n.tolist())[2], 3),
+        (lambda x, n: x[: n[2] - 1], 2),
+        (lambda x, n: x.repeat_interleave(n, 0), 3),
+        (lambda x, n: x[(1.0 - (n == 0).float()).nonzero()[:, 0]], 1),
+        (lambda x, n: x.new_zeros(n[2], 8), 3),
+        (written_through_a_view, 3),
+    ],
+)
+def test_what_follows_from_integer_inputs_is_known(decide: Callable[..., Any], size: int) -> None:
+    numbers = [0, 0, 3] if size != 2 else [1, 0, 3]
+    assert size_after(decide, numbers) == size
+
+
+@pytest.mark.parametrize(
+    ("decide", "call"),
+    [
+        (lambda x, n: x if x.sum() > 0 else -x, "bool"),
+        (lambda x, n: x * x.max().item(), "item"),
+        (lambda x, n: x[x[:, 0] > 0], "getitem"),
+        (lambda x, n: x if torch.rand(()) > 0.5 else -x, "bool"),
+        (lambda x, n: x if n.float().add_(x.sum()).sum() > 0 else -x, "bool"),
+        (lambda x, n: x if torch.zeros(3)[:2].add_(x.sum())[0] else -x, "bool"),
+    ],
+)
+def test_what_follows_from_floats_or_chance_is_refused(
+    decide: Callable[..., Any], call: str
+) -> None:
+    with pytest.raises(CaptureError) as raised:
+        branch(decide, [1, 0, 3])
+    text = str(raised.value)
+    line = decide.__code__.co_firstlineno
+    assert text.startswith(f"Branching: `{call}` at test_capture.py:{line} reads a value that")
+    assert "\n" not in text
+
+
+def test_known_values_change_nothing_outside() -> None:
+    model = Branching(lambda x, n: x[: n.add_(1)[0]] * torch.rand(3)[0])
+    numbers = torch.tensor([1, 2, 3])
+    random = torch.get_rng_state()
+    capture(model, (torch.zeros(3, 8), numbers))
+    assert numbers.tolist() == [1, 2, 3]
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_values_of_large_tensors_are_not_worked_out() -> None:
+    with pytest.raises(CaptureError, match="`bool`"):
+        branch(lambda x, n: x if torch.zeros(2**20 + 1).any() else -x, [1])
+
+
+def test_blocks_that_see_other_values_are_not_merged() -> None:
+    class Slow(Block):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if mask.all() else x * 1.0
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Slow() for _ in range(4))
+
+        def forward(self, x: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+            for block, mask in zip(self.blocks, masks, strict=True):
+                x = block(x, mask)
+            return x
+
+    masks = torch.ones(4, 5, dtype=torch.bool)
+    masks[2, 0] = False
+    assert len(locate(capture(Model(), (torch.zeros(2, 8), masks))).ffns) == 3
+
+
 def test_training_with_layer_drop_is_recorded_in_evaluation_mode() -> None:
     model = zoo.model("opt").train()
     assert capture(model, zoo.inputs("opt")).graph.nodes

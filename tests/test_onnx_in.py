@@ -271,7 +271,7 @@ def test_a_hidden_tensor_that_is_read_elsewhere_is_a_miss(tmp_path: Path) -> Non
 
 def broken(tmp_path: Path, problem: str) -> Path:
     path = tmp_path / "dense.onnx"
-    external = problem in ("missing data", "short data", "data elsewhere")
+    external = problem in ("missing data", "short data", "data elsewhere", "bad offset")
     onnx_files.by_hand(path, "relu", external=external, opset=17)
     if problem == "text":
         path.write_text("this is no protobuf, not even a little")
@@ -296,6 +296,19 @@ def broken(tmp_path: Path, problem: str) -> Path:
             model.opset_import[0].version = 7
         elif problem == "future opset":
             model.opset_import[0].version = 999
+        elif problem == "no operation":
+            nodes[0].op_type = "NoSuchOp"
+        elif problem == "unknown domain":
+            nodes[0].domain = "not.declared"
+        elif problem == "endless function":
+            call = helper.make_node("F", ["x"], ["y"], domain="f")
+            opsets = [helper.make_opsetid("f", 1)]
+            model.functions.append(helper.make_function("f", "F", ["x"], ["y"], [call], opsets))
+            model.opset_import.extend(opsets)
+            nodes.insert(0, helper.make_node("F", ["x"], ["again"], domain="f"))
+        elif problem == "bad offset":
+            tensor = next(t for t in model.graph.initializer if t.external_data)
+            next(e for e in tensor.external_data if e.key == "offset").value = "here"
         elif problem == "data elsewhere":
             tensor = next(t for t in model.graph.initializer if t.external_data)
             tensor.external_data[0].value = "../weights.bin"
@@ -317,6 +330,10 @@ def broken(tmp_path: Path, problem: str) -> Path:
         ("made twice", "is made twice", 2),
         ("old opset", "its opset is 7, and 11 is the oldest", 4),
         ("future opset", "its opset is 999, and onnx here knows", 4),
+        ("no operation", "the node 'MatMul_0' is no ONNX operation: 'NoSuchOp'", 4),
+        ("unknown domain", "the domain 'not.declared' of the node 'MatMul_0' has no version", 4),
+        ("endless function", "its functions are not valid: Cyclic", 2),
+        ("bad offset", "the graph is not valid: .*'here'", 2),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(
@@ -391,4 +408,4 @@ def test_subgraphs_that_read_a_hidden_tensor_are_readers(tmp_path: Path) -> None
     total = graph.op("If", yes, then_branch=branch, else_branch=branch)
     path = onnx_files.write(tmp_path / "dense.onnx", graph, graph.op("Add", y, total))
     (miss,) = located(path).misses
-    assert "its hidden tensor is also read by `If`" in miss.reason
+    assert "its hidden tensor is also read by `sum`" in miss.reason

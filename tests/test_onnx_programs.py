@@ -14,8 +14,9 @@ from upcycle.targets.onnx.nodes import OPSET, Nodes
 from upcycle.targets.onnx.programs import OPERATIONS, build
 
 EPS = torch.finfo(torch.float32).eps
-POSITIVE = {"log", "pow", "rsqrt", "sqrt", "reciprocal", "div"}
+POSITIVE = {"log", "log10", "log1p", "log2", "pow", "rsqrt", "sqrt", "reciprocal", "div"}
 TWO = {"add", "cast_like", "div", "maximum", "minimum", "mul", "rsub", "sub"}
+TWO |= {"ge", "gt", "le", "logical_and", "logical_or", "lt"}
 
 # Constants and options as models write them, beside the plain form of every operation.
 OPTIONS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -35,11 +36,15 @@ OPTIONS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("rsub", ("z0", 1), {"alpha": 2}),
     ("softplus", ("z0",), {"beta": 2, "threshold": 3}),
     ("sub", (1.5, "z0"), {}),
+    ("where", ("z0", "z1", 0.0), {}),
+    ("hardshrink", ("z0", 0.75), {}),
+    ("softshrink", ("z0",), {"lambd": 0.75}),
+    ("threshold", ("z0", 0.5, -1.0), {}),
 ]
 PLAIN = [
     (op, ("z0", "z1") if op in TWO else ("z0", "z1") if op == "pow" else ("z0",), {})
     for op in sorted(OPS)
-    if op not in ("cast", "clamp")
+    if op not in ("cast", "acos", "asin", "clamp", "threshold", "where")
 ]
 
 

@@ -4,7 +4,9 @@ import dataclasses
 
 import numerics
 import pytest
+import torch
 
+import upcycle
 from upcycle.errors import PlanError, UnsupportedError
 from upcycle.ffn import FFN, Located, Miss
 from upcycle.passes.plan import make_plan
@@ -75,10 +77,41 @@ def test_a_model_without_ffn_lists_what_came_near() -> None:
     )
     with pytest.raises(UnsupportedError) as error:
         make_plan(found, recipe())
-    assert "pooler: a head" in str(error.value)
+    assert "pooler: a head; to convert it, set `layers.kinds: [ffn, head]`" in str(error.value)
     assert "layers.0.mlp: a normalisation reads the hidden layer" in str(error.value)
     with pytest.raises(UnsupportedError, match="nothing looks like one"):
         make_plan(Located(), recipe())
+
+
+def test_the_kinds_that_the_recipe_names_are_converted() -> None:
+    kinds = ("ffn", "head", "bottleneck", "ffn")
+    found = Located(ffns=tuple(ffn(f"{i}.{kind}", kind=kind) for i, kind in enumerate(kinds)))
+
+    def paths(*kinds: str) -> list[str]:
+        plan = make_plan(found, recipe(layers={"kinds": kinds} if kinds else {}))
+        return [spec.ffn.path for spec in plan.specs]
+
+    assert paths() == paths("ffn") == ["0.ffn", "3.ffn"]
+    assert paths("head") == ["1.head"]
+    assert paths("bottleneck", "ffn") == ["0.ffn", "2.bottleneck", "3.ffn"]
+    with pytest.raises(ValueError, match="Input should be 'ffn', 'bottleneck' or 'head'"):
+        recipe(layers={"kinds": ("poolers",)})
+    with pytest.raises(ValueError, match="at least 1 item"):
+        recipe(layers={"kinds": ()})
+
+
+def test_a_plain_mlp_is_converted_if_the_recipe_says_so() -> None:
+    torch.manual_seed(0)
+    mlp = torch.nn.Sequential(torch.nn.Linear(784, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    x = torch.randn(5, 784)
+    with pytest.raises(UnsupportedError, match=r"set `layers.kinds: \[ffn, head\]`"):
+        upcycle.convert(mlp, "split-all", (x,))
+    done = upcycle.convert(mlp, "split-all", (x,), overrides=["layers.kinds=[head]"])
+    (spec,) = done.plan.specs
+    assert (spec.ffn.kind, spec.ffn.d_ff) == ("head", 256)
+    with torch.no_grad():
+        expected = mlp(x)
+        assert (done.model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

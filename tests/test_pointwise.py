@@ -17,7 +17,15 @@ MORE: dict[str, list[tuple[Any, ...]]] = {
     "rsub": [(1.0,), ("other",)],
     "hardtanh": [(-0.3, 0.3)],
     "leaky_relu": [(0.2,)],
-    **{name: [("other",)] for name in ("cast_like", "maximum", "minimum")},
+    "hardshrink": [(), (0.2,)],
+    "softshrink": [(), (0.2,)],
+    "threshold": [(0.4, 0.3)],
+    "where": [("other", "other"), ("other", 0.7)],
+    **{
+        name: [("other",)]
+        for name in ("cast_like", "maximum", "minimum", "logical_and", "logical_or")
+    },
+    **{name: [("other",), (0.7,)] for name in ("ge", "gt", "le", "lt")},
     **{name: [("other",), (0.7,)] for name in ("add", "sub", "mul", "div")},
 }
 CASES = [(name, more) for name in sorted(OPS) for more in MORE.get(name, [()])]
@@ -102,6 +110,8 @@ def test_an_unknown_operation_is_refused() -> None:
             "silu",
         ),
         ((("sin", ("z0",), {}),), "custom"),
+        ((("hardtanh", ("z0",), {"min_val": 0.0, "max_val": 6.0}),), "custom"),  # ReLU6
+        ((("clamp", ("z0", 0.0, 20.0), {}),), "custom"),
     ],
 )
 def test_activations_are_recognised_by_what_they_compute(steps: tuple[Any, ...], name: str) -> None:

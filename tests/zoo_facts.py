@@ -10,6 +10,7 @@ from torch import nn
 from zoo import Case
 from zoo_senses import SENSES
 from zoo_text import TEXT
+from zoo_timm import TIMM
 from zoo_torch import TORCH
 
 import upcycle
@@ -19,7 +20,8 @@ from upcycle.inputs import find_example, randomised
 from upcycle.moe import MoE
 from upcycle.recipe import Recipe
 
-ARCHITECTURES: dict[str, Case] = {**zoo.ZOO, **TEXT, **SENSES, **TORCH}
+ARCHITECTURES: dict[str, Case] = {**zoo.ZOO, **TEXT, **SENSES, **TORCH, **TIMM}
+LIBRARIES = ("transformers", "timm")
 SPLIT_ALL = Recipe.model_validate(
     {
         "experts": {"method": "contiguous", "count": 5},
@@ -72,7 +74,7 @@ def library_of(model: nn.Module) -> str:
     package = type(model).__module__.partition(".")[0]
     if package == "torch" and type(model) is not nn.Sequential:
         return f"torch.nn.{type(model).__name__}"
-    return f"transformers.{type(model).__name__}" if package == "transformers" else "by hand"
+    return f"{package}.{type(model).__name__}" if package in LIBRARIES else "by hand"
 
 
 def facts_of(name: str) -> Facts:

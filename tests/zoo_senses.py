@@ -110,6 +110,9 @@ IMAGES: dict[str, Case] = {
     "resnet": _stages("ResNetModel", "", "", 0, hidden_sizes=[8, 8], depths=[1, 1]),
     "segformer": _stages("SegformerModel", "", "", 0, **PYRAMID),
     "siglip_vision": _vision("SiglipVisionModel", "gelu_tanh", ffns=LAYERS + 1),
+    "siglip2_vision": _vision(
+        "Siglip2VisionModel", "gelu_tanh", ffns=LAYERS + 1, num_patches=16
+    ),
     "swin": _stages("SwinModel", placement="module", ffns=2, **SWIN),
     "swinv2": _stages("Swinv2Model", ffns=2, **SWIN),
     "timesformer": _vision("TimesformerModel", placement="siblings", num_frames=2),
@@ -173,6 +176,9 @@ BOTH: dict[str, Case] = {
         "gelu, quick_gelu",
     ),
     "siglip": Case(tiny("SiglipModel", **PARTS), 5, "module", "gelu_tanh"),
+    "vilt": Case(
+        tiny("ViltModel", **VISION, **TOKENS), LAYERS, "siblings", "gelu"
+    ),
     "visual_bert": Case(
         tiny("VisualBertModel", **TOKENS, **SIZES, num_hidden_layers=LAYERS), LAYERS, "siblings",
         "gelu",

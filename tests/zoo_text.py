@@ -75,6 +75,10 @@ ENCODERS: dict[str, Case] = {
     "esm": _encoder("EsmModel", mask_token_id=3),
     "eurobert": with_changes(_encoder("EuroBertModel", "swiglu", **GROUPED), placement="module"),
     "fnet": _encoder("FNetModel", "gelu_tanh"),
+    "flaubert": Case(
+        tiny("FlaubertModel", n_words=99, emb_dim=D, n_layers=LAYERS, n_heads=4, pad_index=0),
+        LAYERS, "module", "gelu",
+    ),
     "funnel": Case(
         tiny("FunnelModel", **TOKENS, block_sizes=[2, 2], num_decoder_layers=1, d_model=D,
              n_head=4, d_head=8, d_inner=H),
@@ -86,6 +90,7 @@ ENCODERS: dict[str, Case] = {
         _encoder("LiltModel", ffns=2 * LAYERS, hidden_size=48, channel_shrink_ratio=2),
         example=_boxes(),
     ),
+    "longformer": _encoder("LongformerModel", attention_window=4),
     "luke": _encoder("LukeModel", entity_vocab_size=9),
     "markuplm": with_changes(  # one more embeds the path in the document
         _encoder("MarkupLMModel", "gelu, relu", LAYERS + 1, max_depth=5, xpath_unit_hidden_size=4),
@@ -117,12 +122,17 @@ ENCODERS: dict[str, Case] = {
         "SqueezeBertModel", embedding_size=D,
         **dict.fromkeys(["intermediate_groups", "output_groups", "post_attention_groups"], 1),
     ),
+    "xlm": Case(
+        tiny("XLMModel", n_words=99, emb_dim=D, n_layers=LAYERS, n_heads=4, pad_index=0),
+        LAYERS, "module", "gelu",
+    ),
     "xlm_roberta": _encoder("XLMRobertaForMaskedLM"),
     "xlm_roberta_xl": _encoder("XLMRobertaXLModel"),
     "xlnet": Case(
         tiny("XLNetModel", **TOKENS, d_model=D, n_layer=LAYERS, n_head=4, d_inner=H),
         LAYERS, "inline", "gelu",
     ),
+    "xmod": _encoder("XmodModel", languages=["en_XX"], default_language="en_XX"),
 }  # fmt: skip
 
 DECODERS: dict[str, Case] = {
@@ -216,6 +226,7 @@ PAIRS: dict[str, Case] = {
     ),
     "blenderbot": _pair("BlenderbotModel", **BART),
     "blenderbot_small": _pair("BlenderbotSmallModel", **BART),
+    "led": _pair("LEDModel", **BART, attention_window=4),
     "longt5": _pair("LongT5Model", "relu", "module", **T5ISH, local_radius=3),
     "m2m100": _pair("M2M100Model", "relu", **BART),
     "marian": _pair("MarianModel", **BART),

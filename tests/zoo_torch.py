@@ -1,5 +1,7 @@
 """Models without a library: torch.nn layers, and FFNs as people write them by hand."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -117,6 +119,43 @@ class ChannelsLast(nn.Module):
         return x + self.mlp(self.norm(y)).permute(0, 3, 1, 2)
 
 
+class FusedProjection(nn.Module):
+    """One linear map gives queries, keys, values and the hidden tensor, in some order.
+
+    ViT-22B and PaLM have a contraction of its own for the hidden tensor; a single-stream block of
+    Flux maps it together with the attention's output.
+    """
+
+    def __init__(
+        self, *, gated: bool = False, mlp_first: bool = False, joined: bool = False
+    ) -> None:
+        super().__init__()
+        hidden = 2 * H if gated else H
+        self.sizes = [hidden, D, D, D] if mlp_first else [D, D, D, hidden]
+        self.gated, self.mlp_first, self.joined = gated, mlp_first, joined
+        self.norm, self.into = nn.LayerNorm(D), nn.Linear(D, 3 * D + hidden)
+        if joined:
+            self.out = nn.Linear(D + H, D)
+        else:
+            self.attention_out, self.mlp_out = nn.Linear(D, D), nn.Linear(H, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        parts = list(self.into(self.norm(x)).split(self.sizes, -1))
+        hidden = parts.pop(0 if self.mlp_first else -1)
+        if self.gated:
+            gate, up = hidden.chunk(2, -1)
+            hidden = F.silu(gate) * up
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        heads = [part.unflatten(-1, (4, -1)).transpose(1, 2) for part in parts]
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        if self.joined:
+            both = (hidden, attended) if self.mlp_first else (attended, hidden)
+            return x + self.out(torch.cat(both, -1))
+        return x + self.attention_out(attended) + self.mlp_out(hidden)
+
+
 class Recurrent(nn.Module):
     """No FFN: a recurrent network with a linear map behind it."""
 
@@ -141,7 +180,7 @@ class SubNorm(nn.Module):
         return x + self.down(self.norm(F.gelu(self.up(x))))
 
 
-def _stack(block: type[nn.Module], times: int = 3) -> nn.Module:
+def _stack(block: Callable[[], nn.Module], times: int = 3) -> nn.Module:
     return nn.Sequential(*(block() for _ in range(times)))
 
 
@@ -167,6 +206,10 @@ TORCH: dict[str, Case] = {
         1, "module", "hardswish", lambda: (torch.zeros(2, 8, 9),), misses=0,
     ),
     "hand_einsum": Case(lambda: Residual(Einsum()), 1, "module", "relu2", _sequence, misses=0),
+    "hand_flux": Case(
+        lambda: _stack(lambda: FusedProjection(joined=True)),
+        3, "inline", "gelu_tanh", _sequence, misses=0,
+    ),
     "hand_geglu": Case(lambda: Residual(Gated("gelu")), 1, "module", "geglu", _sequence, misses=0),
     "hand_glu": Case(
         lambda: Residual(nn.Sequential(nn.Linear(D, 2 * H), nn.GLU(), nn.Linear(H, D))),
@@ -174,6 +217,10 @@ TORCH: dict[str, Case] = {
     ),
     "hand_macaron": Case(lambda: _stack(Macaron), 6, "module", "gelu", _sequence, misses=0),
     "hand_mixer": Case(lambda: _stack(Mixer), 6, "module", "gelu", _sequence, misses=0),
+    "hand_palm": Case(
+        lambda: _stack(lambda: FusedProjection(gated=True)),
+        3, "inline", "swiglu", _sequence, misses=0,
+    ),
     "hand_parallel": Case(lambda: _stack(Parallel), 3, "module", "gelu", _sequence, misses=0),
     "hand_pieces": Case(lambda: _stack(Pieces), 3, "siblings", "mish", _sequence, misses=0),
     "hand_recurrent": Case(Recurrent, 0, "", "", _sequence, misses=0),
@@ -182,4 +229,7 @@ TORCH: dict[str, Case] = {
         lambda: Residual(MatmulMLP(), times=3), 1, "module", "relu", _sequence, misses=0
     ),
     "hand_sub_norm": Case(lambda: _stack(SubNorm), 0, "", "", _sequence, misses=3),
+    "hand_vit_22b": Case(
+        lambda: _stack(FusedProjection), 3, "inline", "gelu_tanh", _sequence, misses=0
+    ),
 }  # fmt: skip

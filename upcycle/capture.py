@@ -1,8 +1,9 @@
-"""Capture: record one ordinary forward of a model as a graph, without computing a number.
+"""Capture: record one ordinary forward of a model as a graph, without its arithmetic.
 
 The model's own Python runs on fake tensors (shapes and dtypes only), and every torch call that
 returns a tensor becomes a node. Control flow, caches and keyword objects therefore just work, and
-the weights may be absent (meta device). The graph is a view to decide on: it is never executed.
+the weights may be absent (meta device). Only what follows from integer inputs alone has values
+(`upcycle.known`). The graph is a view to decide on: it is never executed.
 
 Sibling blocks of a ModuleList or Sequential that have the same structure are recorded twice; the
 further ones replay the shapes, so the time does not grow with the depth of the model. Two and not
@@ -28,7 +29,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from upcycle.errors import CaptureError
-from upcycle.recorder import Call, Program, Recorder, replayed_block
+from upcycle.recorder import Call, Program, Recorder, replayed_block, source_of
 from upcycle.structure import repeated_blocks
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
@@ -44,11 +45,13 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
 
     Args:
         model: any module, in any mode; its weights may be on the meta device. It is left as it was.
-        example: keyword arguments, or a tuple of positional ones; only shapes and dtypes matter.
+        example: keyword arguments, or a tuple of positional ones; of float tensors only shapes and
+            dtypes matter.
         repeat_blocks: record at most two of equal sibling blocks.
 
     Raises:
-        CaptureError: the forward failed on fake tensors; the message has the operator's own words.
+        CaptureError: the forward failed on fake tensors; the message has the operator's own words
+            and the line of the model. Or what it does depends on values that are not known.
     """
     try:
         with _state_restored(model):
@@ -62,12 +65,25 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
                 module.training = False
             return _record(model, example, repeat_blocks)
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CaptureError(
-            f"{type(model).__name__}: the forward fails on example inputs "
-            f"{_describe(example)} ({type(error).__name__}: {first_line}); "
-            "give inputs that it accepts with --inputs module:callable"
-        ) from error
+        raise CaptureError(_sentence(model, example, error)) from error
+
+
+def _sentence(model: nn.Module, example: ExampleInputs, error: Exception) -> str:
+    name, where = type(model).__name__, source_of(error)
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        call = next(iter(getattr(error, "__notes__", ())), f"`{error}`")
+        return (
+            f"{name}: {call} at {where} reads a value that depends on weights or float inputs, and "
+            "what runs next depends on it; replace it there, as with torch.where, or convert a "
+            "submodule that does without"
+        )
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    at = f" at {where}" if where else ""
+    return (
+        f"{name}: the forward fails on example inputs {_describe(example)} "
+        f"({type(error).__name__}{at}: {first_line}); give inputs that it accepts with "
+        "--inputs module:callable"
+    )
 
 
 def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Program:
@@ -78,10 +94,15 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
             for name, t in [*model.named_parameters(), *model.named_buffers()]
         }
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
+    given = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
     args, kwargs = pytree.tree_map_only(
         torch.Tensor, lambda t: fake_mode.from_tensor(t.detach().cpu()), (args, kwargs)
     )
-    recorder = Recorder(tensors, pytree.arg_tree_leaves(*args, **kwargs))
+    fakes = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
+    recorder = Recorder(tensors, fakes)
+    for fake, real in zip(fakes, given, strict=True):
+        if not real.is_floating_point():
+            recorder.values.learn(fake, real.detach().cpu().clone())
     with torch.inference_mode(False), ExitStack() as stack:
         stack.enter_context(_plain_torch())
         _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
@@ -162,8 +183,10 @@ def _watch_calls(model: nn.Module, recorder: Recorder, blocks: Mapping[str, Any]
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
             inputs = recorder.nodes_of((args, kwargs))
-            key = (blocks.get(path), _call_structure(args, kwargs))
-            if path in blocks and recorded[key] >= 2:
+            key = (
+                (blocks[path], _call_structure(args, kwargs, recorder)) if path in blocks else None
+            )
+            if key is not None and recorded[key] >= 2:
                 template, out = templates[key]
                 out = _fresh(out)
                 recorder.record(replayed_block, (inputs,), {}, out)
@@ -187,13 +210,13 @@ def _watch_calls(model: nn.Module, recorder: Recorder, blocks: Mapping[str, Any]
             watch(path, module)
 
 
-def _call_structure(args: Any, kwargs: Any) -> Any:
-    """What decides how a block runs, of the arguments: shapes, plain values, types of the rest."""
+def _call_structure(args: Any, kwargs: Any, recorder: Recorder) -> Any:
+    """What decides how a block runs, of the arguments: shapes, known values, types of the rest."""
     leaves, form = pytree.tree_flatten((args, kwargs))
 
     def leaf(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return (tuple(value.shape), value.dtype)
+            return (tuple(value.shape), value.dtype, recorder.values.content(value))
         plain = value is None or isinstance(value, bool | int | float | str)
         return repr(value) if plain else type(value)
 

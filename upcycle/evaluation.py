@@ -138,10 +138,14 @@ def _sentences(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evalua
 
 
 def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tensor]:
-    """Every float tensor that `model` returns, by name, as `comparable` gives them."""
+    """Every float tensor that `model` returns, by name, as `comparable` gives them.
+
+    A forward that draws random numbers, as ViLT's choice of patches, draws the same ones each time.
+    """
     here = device_of(model)
     given = pytree.tree_map_only(torch.Tensor, lambda t: t.to(here), inputs)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng([] if here.type == "cpu" else [here]):
+        torch.manual_seed(0)
         out = model(**given) if isinstance(given, Mapping) else model(*given)
     named = dict(out) if isinstance(out, Mapping) else {"output": out}
     named.pop("past_key_values", None)

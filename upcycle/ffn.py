@@ -26,6 +26,8 @@ class Projection:
         transposed: the weight is stored ``[in, out]`` (GPT-2's Conv1D) and not ``[out, in]``.
         rows: ``(start, stop, step)`` of the outputs that are this projection, one per neuron;
             a fused gate_up projection is two projections with different rows of one weight.
+        columns: of a contraction: ``(start, stop)`` of the inputs that are neurons, where the
+            others come from elsewhere; None where all are neurons.
     """
 
     module: str
@@ -33,6 +35,26 @@ class Projection:
     bias: str | None
     transposed: bool
     rows: tuple[int, int, int]
+    columns: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The part of a linear map that is no FFN's, where the rest of it is.
+
+    Attributes:
+        name: of the parameter that holds it in the converted model.
+        parameter: of the dense model.
+        transposed: the weight is stored ``[in, out]``.
+        columns: the FFN takes columns of it, not rows.
+        taken: ``(start, stop)`` of the rows or columns that the FFN takes, in order.
+    """
+
+    name: str
+    parameter: str
+    transposed: bool
+    columns: bool
+    taken: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,9 @@ class FFN:
         hidden_dropout, output_dropout: training-time dropout probabilities in the FFN.
         tap_widths: if the model reshapes the hidden tensor, so that a tap may not return an empty
             one: the output width of each module in `expansions`, each once; else empty.
+        hidden_width: width of the input of the contraction where `shared`, else 0.
+        shared: other rows of an expansion, or other columns of the contraction, compute something
+            that the model uses; they stay, as `kept` tells.
     """
 
     path: str
@@ -72,6 +97,33 @@ class FFN:
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
     tap_widths: tuple[int, ...] = ()
+    hidden_width: int = 0
+    shared: bool = False
+
+    def rows_of(self, module: str) -> tuple[tuple[int, int], ...]:
+        """``(start, stop)`` of the outputs of the expansion `module` that are neurons, in order."""
+        rows = sorted({r for p in self.expansions if p.module == module for r in range(*p.rows)})
+        starts = [r for i, r in enumerate(rows) if i == 0 or rows[i - 1] != r - 1]
+        stops = [r + 1 for i, r in enumerate(rows) if i + 1 == len(rows) or rows[i + 1] != r + 1]
+        return tuple(zip(starts, stops, strict=True))
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """What stays of the linear maps; nothing unless they are `shared`."""
+        kept = []
+        modules = {p.module: p for p in self.expansions} if self.shared else {}
+        for (module, p), width in zip(modules.items(), self.tap_widths, strict=self.shared):
+            taken = self.rows_of(module)
+            if taken == ((0, width),):
+                continue
+            kept.append(Kept(f"{module}.weight", p.weight, p.transposed, False, taken))
+            if p.bias:
+                kept.append(Kept(f"{module}.bias", p.bias, False, False, taken))
+        down = self.contraction
+        if down.columns:
+            name = f"{down.module}.kept_weight"
+            kept.append(Kept(name, down.weight, down.transposed, True, (down.columns,)))
+        return tuple(kept)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -104,10 +156,29 @@ class FFN:
 
 @dataclass(frozen=True)
 class Miss:
-    """A place that looks like an FFN and is none, and why."""
+    """A place that looks like an FFN and is none, and why.
+
+    Attributes:
+        path: the module, which is the contraction where the linear maps lie in several.
+        reason: one sentence.
+        node: name of the node of the captured graph where it shows; in a block that repeats
+            another, of the node there. Empty if it shows in the parameters alone.
+        source: ``file.py:line`` of the model that made the node; empty if torch's code did.
+    """
 
     path: str
     reason: str
+    node: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
+
+    def to_json(self) -> dict[str, str]:
+        """The miss as ``upcycle inspect --json`` prints it."""
+        return {
+            "path": self.path,
+            "reason": self.reason,
+            "node": self.node,
+            "source": self.source,
+        }
 
 
 @dataclass(frozen=True)

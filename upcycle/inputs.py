@@ -17,7 +17,8 @@ from torch import nn
 from upcycle.caches import caches_cleared
 from upcycle.capture import ExampleInputs, capture
 from upcycle.errors import CaptureError
-from upcycle.model_inputs import BATCH, LENGTH, combinations, shapes_of
+from upcycle.input_shapes import BATCH, LENGTH, values_of
+from upcycle.model_inputs import combinations
 from upcycle.recorder import Program
 
 # A model of transformers that refuses every combination is rarely served by its layers' widths.
@@ -103,14 +104,11 @@ def _completed(model: nn.Module, example: ExampleInputs, message: str) -> Exampl
     if config is None or not isinstance(example, Mapping):
         return None
     named = set(re.findall(r"\w+", message))
-    missing = [
-        name
-        for name in inspect.signature(model.forward).parameters
-        if name in named and name not in example
-    ]
+    arguments = inspect.signature(model.forward).parameters
+    missing = [name for name in arguments if name in named and name not in example]
     more = {}
     for name in missing:
-        value = next(shapes_of(name, config, _float_dtype(model)), None)
+        value = next(values_of(name, config, _float_dtype(model), arguments), None)
         if value is not None:
             more[name] = value
     return {**example, **more} if more else None

@@ -18,6 +18,7 @@ def load_weights(layer: MoE, weights: MoEWeights) -> None:
         UsageError: the layer was made for another shape, or has a tensor that the weights lack.
     """
     held, given = layer.state_dict(), weights.tensors()
+    held.pop("kept_weight", None)  # not of the layer: `upcycle.tap` says what it is
     for name in dict.fromkeys([*held, *given]):
         shapes = [tuple(t[name].shape) if name in t else None for t in (held, given)]
         if shapes[0] != shapes[1]:

@@ -73,7 +73,7 @@ class OnnxSource:
     def costs(self, plan: Plan) -> Costs:
         """The size before and after."""
         sizes = [_floats(v.const_value) for v in self.model.graph.initializers.values()]
-        sizes += [_floats(_constant(node)) for node in self.model.graph]
+        sizes += [_floats(_constant(node)) for node in self.model.graph.all_nodes()]
         items = [item for _, item in sizes if item]
         return costs(plan, sum(count for count, _ in sizes), max(items, default=4))
 

@@ -95,18 +95,21 @@ def verify_onnx_layers(
         feeds: inputs of the file.
         progress: called after each layer.
     """
-    regions = {spec.ffn.path: source.found.regions[spec.ffn.path][0] for spec in plan.specs}
+    places = {spec.ffn.path: source.found.regions[spec.ffn.path] for spec in plan.specs}
+    regions = {  # one for each layer; what is inside a branch shows in the outputs alone
+        path: region for path, found in places.items() for region in found if not region.inside
+    }
     names = [name for region in regions.values() for name in (region.x_name, region.output_name)]
     seen = run(path, feeds, names)
     store = Store(path.parent, {})
     rows = []
     for i, spec in enumerate(plan.specs, start=1):
         layer = _layer(spec, source, stored, store)
-        region = regions[spec.ffn.path]
-        x_TD = _tokens(seen[region.x_name], spec)
+        region = regions.get(spec.ffn.path)
+        x_TD = _tokens(seen[region.x_name], spec) if region else torch.empty(0, spec.ffn.d_model)
         given = {} if len(x_TD) else {"inputs": "random tokens"}
         nodes: dict[str, float] = {}
-        if len(x_TD):
+        if region and len(x_TD):
             y_TO = _tokens(seen[region.output_name], spec)
             nodes["nodes_relative"] = _nodes_error(layer, x_TD, y_TO)
         else:

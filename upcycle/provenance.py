@@ -63,7 +63,8 @@ def _dense_matrices(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> Iterato
         stored = (stored.t() if projection.transposed else stored).flatten(1)
         yield stored[slice(*projection.rows)]
     down = parameters[ffn.contraction.weight].detach()
-    yield down if ffn.contraction.transposed else down.flatten(1).t()
+    columns_FO = down if ffn.contraction.transposed else down.flatten(1).t()
+    yield columns_FO[slice(*ffn.contraction.columns or (None,))]
 
 
 def _routed_matrices(layer: MoE) -> list[torch.Tensor]:

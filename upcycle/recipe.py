@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from upcycle.ffn import Kind
 from upcycle.routing import WeightRule
 
 
@@ -22,6 +23,12 @@ class Layers(Section):
 
     include: str | tuple[str, ...] = Field("*", description="glob patterns of FFN paths")
     exclude: tuple[str, ...] = Field((), description="glob patterns of FFN paths to leave dense")
+    kinds: tuple[Kind, ...] = Field(
+        ("ffn",),
+        min_length=1,
+        description="kinds of FFN to convert: ffn (hidden wider than the input), bottleneck "
+        "(adapter, squeeze and excitation), head (classifier, pooler, plain MLP that narrows)",
+    )
     every: int = Field(1, ge=1, description="convert every n-th of the remaining FFNs")
     skip_first: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         0, description="leave the first n FFNs dense; below 1, that fraction of them"

@@ -1,14 +1,21 @@
 """Record torch calls as a graph: the data that `upcycle.capture` returns, and what makes it."""
 
 import functools
+import sys
+import traceback
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from upcycle.known import KnownValues, UnknownValueError
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,9 @@ class Program:
     """What a forward did.
 
     Attributes:
-        graph: a node for each torch call; ``node.meta`` has `shape`, `dtype` and `path`, the
-            innermost module in whose forward it ran. Parameters and buffers are ``get_attr``.
+        graph: a node for each torch call; ``node.meta`` has `shape`, `dtype`, `path`, the
+            innermost module in whose forward it ran, and `source`, the ``file.py:line`` of the
+            model that made it. Parameters and buffers are ``get_attr``.
         calls: module path -> its calls.
         replays: path of a recorded block -> paths of the siblings that repeat it.
     """
@@ -102,6 +110,7 @@ class Recorder(TorchFunctionMode):
         self._views: dict[int, list[torch.Tensor]] = {}  # tensors of one storage; keeps ids unique
         for tensor in (t for t in inputs if isinstance(t, torch.Tensor)):
             self._bind(tensor, self.graph.placeholder(f"input_{len(self._node)}"))
+        self.values = KnownValues()
         self._names = {id(t): name for name, t in tensors.items()}
         self._weights = list(tensors.values())
 
@@ -136,6 +145,7 @@ class Recorder(TorchFunctionMode):
             to_node(dict(kwargs)),
             name=op_name(target),
         )
+        node.meta["source"] = _source()
         if isinstance(out, torch.Tensor):
             self._bind(out, node)
             return node
@@ -149,10 +159,15 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         given = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
         versions = [tensor._version for tensor in given]
-        if op_name(func) == "grouped_mm":  # on fake tensors torch has it for bfloat16 alone
-            out = args[0].new_empty(args[0].shape[0], args[1].shape[-1])
-        else:
-            out = func(*args, **kwargs)
+        known = self.values.knows(given)
+        try:
+            out = self._fake(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            try:
+                out = self._from_values(func, args, kwargs, known)
+            except (UnknownValueError, DataDependentOutputException):
+                error.add_note(f"`{op_name(func)}`")
+                raise error from None
         if op_name(func) == "dropout" and any(out is tensor for tensor in given):
             out = out.view(out.shape)  # outside training it does nothing, and is to be seen
         written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
@@ -161,7 +176,46 @@ class Recorder(TorchFunctionMode):
             self._write(func, args, kwargs, out if returned else written[0], written)
         elif any(all(t is not g for g in given) for t in returned):
             self.record(func, args, kwargs, out)
+        if known and (written or returned) and self.values.small(returned):
+            self._keep_values(func, args, kwargs, out, written)
+        else:
+            self._forget(written)
         return out
+
+    def _fake(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if op_name(func) == "grouped_mm":  # on fake tensors torch has it for bfloat16 alone
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return func(*args, **kwargs)
+
+    def _from_values(self, func: Any, args: Any, kwargs: Any, known: bool) -> Any:
+        """The result of a call that needs values: as far as they go, else its shape alone."""
+        with_numbers = self.values.with_numbers(args, kwargs)
+        try:
+            if not known:
+                return self._fake(func, *with_numbers)
+            real = self.values.run(func, args, kwargs)
+        except DynamicOutputShapeException:
+            real = self.values.run(func, *with_numbers, shape_only=True)
+        except UnknownValueError:  # it draws random numbers
+            return self._fake(func, *with_numbers)
+        return pytree.tree_map_only(torch.Tensor, torch.empty_like, real)
+
+    def _keep_values(
+        self, func: Any, args: Any, kwargs: Any, out: Any, written: list[torch.Tensor]
+    ) -> None:
+        try:
+            self._learn(out, self.values.run(func, args, kwargs))
+        except UnknownValueError:
+            self._forget(written)
+
+    def _learn(self, out: Any, real: Any) -> None:
+        for fake, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(real), strict=True):
+            if isinstance(fake, torch.Tensor):
+                self.values.learn(fake, value)
+
+    def _forget(self, written: list[torch.Tensor]) -> None:
+        for storage in {_storage(tensor) for tensor in written}:
+            self.values.forget(self._views.get(storage, ()))
 
     def _write(
         self, func: Any, args: Any, kwargs: Any, out: Any, written: list[torch.Tensor]
@@ -176,6 +230,31 @@ class Recorder(TorchFunctionMode):
                 if id(view) not in direct:
                     old = self._node[id(view)]
                     self._bind(view, self.graph.call_function(overwritten, (old, node)))
+
+
+def _source() -> str:
+    """The innermost line of the model's own code that is running: not torch's, not ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name != "functional_call":
+        if _is_of_model(frame):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def source_of(error: BaseException) -> str:
+    """The innermost line of the model's own code where `error` was raised; empty if in none."""
+    lines = [
+        f"{Path(frame.f_code.co_filename).name}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if _is_of_model(frame)
+    ]
+    return lines[-1] if lines else ""
+
+
+def _is_of_model(frame: types.FrameType) -> bool:
+    package: str = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package not in {"torch", "upcycle"}
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -24,7 +24,7 @@ def located_json(located: Located) -> dict[str, Any]:
     """Plain data for ``upcycle inspect --json``."""
     return {
         "ffns": [ffn.to_json() for ffn in located.ffns],
-        "misses": [{"path": miss.path, "reason": miss.reason} for miss in located.misses],
+        "misses": [miss.to_json() for miss in located.misses],
     }
 
 
@@ -172,8 +172,8 @@ def _table(*columns: str) -> Table:
 
 
 def _misses(located: Located) -> Table:
-    table = _table("no FFN", "because")
-    _add_rows(table, [(miss.path, miss.reason) for miss in located.misses])
+    table = _table("no FFN", "because", "at")
+    _add_rows(table, [(m.path, m.reason, m.source or m.node) for m in located.misses])
     return table
 
 

@@ -105,7 +105,21 @@ class MoESpec:
             "expansions": list(dict.fromkeys(p.module for p in self.ffn.expansions)),
             "contraction": self.ffn.contraction.module,
             "tap_widths": list(self.ffn.tap_widths),
+            "kept": self._kept(),
             "layer": self.layer_config(),
+        }
+
+    def _kept(self) -> dict[str, Any]:
+        """What the taps and the contraction go on computing beside the layer, if anything."""
+        ffn = self.ffn
+        if not ffn.shared:
+            return {}
+        modules = {p.module: p for p in ffn.expansions}
+        return {
+            "rows": [[list(run) for run in ffn.rows_of(module)] for module in modules],
+            "biases": [p.bias is not None for p in modules.values()],
+            "columns": list(ffn.contraction.columns or ()),
+            "hidden": ffn.hidden_width,
         }
 
 

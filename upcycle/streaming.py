@@ -20,6 +20,7 @@ from torch import nn
 from upcycle.card import card
 from upcycle.costs import Costs
 from upcycle.errors import UnsupportedError, UsageError
+from upcycle.kept import read_kept
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
 from upcycle.layer_weights import empty_layer
 from upcycle.moe import MoE
@@ -108,7 +109,12 @@ def convert_streamed(
         progress("converting", len(provenance), len(plan.specs))
         return made
 
-    content = Content(tensor=tensors.__getitem__, layer=layer)
+    kept = {kept.name: kept for spec in plan.specs for kept in spec.ffn.kept}
+
+    def tensor(name: str) -> torch.Tensor:
+        return read_kept(kept[name], tensors) if name in kept else tensors[name]
+
+    content = Content(tensor=tensor, layer=layer)
     report = _header(source, plan, dtype)
     with _resumable(out, resume=resume) as directory:
         manifest = Manifest(directory, _key(source, plan, max_shard_size))

@@ -5,15 +5,18 @@ inline by its layer (OPT, nn.TransformerEncoderLayer) is *tapped*: the expansion
 which hands its input to the MoE layer and returns a hidden tensor of width zero, on which every
 pointwise operation is free; the contraction becomes a `TappedMoE`, which computes the whole layer
 from that input. The model's own code stays as it is. Where that code reshapes the hidden tensor,
-the tap returns zeros of the old width.
+the tap returns zeros of the old width. A linear map of which only a part is the FFN's (a fused
+projection of attention and MLP) goes on computing the rest: the tap returns zeros among it, and the
+contraction adds it.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from upcycle.moe import MoE
 
@@ -38,10 +41,20 @@ class _Absent(torch.Tensor):
 
 
 class TappedMoE(MoE):
-    """The MoE layer in the place of a contraction: it computes on what its taps were given."""
+    """The MoE layer in the place of a contraction: it computes on what its taps were given.
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    Where other columns of the contraction map something else, `kept_weight` [O, C] holds them, and
+    `columns` are the ``(start, stop)`` of the neurons between them.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], *, columns: Sequence[int] = (), hidden: int = 0
+    ) -> None:
         super().__init__(config)
+        self.columns = tuple(columns)
+        if columns:
+            kept = torch.zeros(config["d_out"], hidden - (columns[1] - columns[0]))
+            self.kept_weight = nn.Parameter(kept)
         self._remembered = _Remembered()
         self._compiled_x: torch.Tensor | None = None  # what a compiler can follow
 
@@ -56,7 +69,7 @@ class TappedMoE(MoE):
             self._remembered.x = x
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` only gives the shape of the result, but for its axis of neurons."""
+        """`hidden` gives the shape of the result, and the inputs of the columns that are kept."""
         x, self._compiled_x = self._compiled_x, None
         if not torch.compiler.is_compiling() and x is None:
             x, self._remembered.x = self._remembered.x, None
@@ -68,7 +81,13 @@ class TappedMoE(MoE):
         y = super().forward(x)
         shape = list(hidden.shape)
         shape[self.axis] = y.shape[self.axis]
-        return y.reshape(shape)
+        y = y.reshape(shape)
+        if not self.columns:
+            return y
+        start, stop = self.columns
+        others = hidden.movedim(self.axis, -1)
+        others = torch.cat([others[..., :start], others[..., stop:]], -1)
+        return y + F.linear(others, self.kept_weight).movedim(-1, self.axis)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -118,6 +137,63 @@ class Tap(nn.Module):
         return self.weight if self._layer.experts.has_bias else None
 
 
+class PartialTap(nn.Module):
+    """In the place of an expansion that also maps x to something else, which it goes on doing.
+
+    `weight` [R, D] and `bias` [R] hold the rows that stay; `taken` are the ``(start, stop)`` of the
+    FFN's rows, which come out as zeros, in the `width` of the dense map.
+    """
+
+    _layer: TappedMoE
+
+    def __init__(
+        self,
+        layer: TappedMoE,
+        *,
+        first: bool,
+        width: int,
+        taken: Sequence[Sequence[int]],
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.width = width
+        self.taken = [(int(start), int(stop)) for start, stop in taken]
+        rows = width - sum(stop - start for start, stop in self.taken)
+        self.weight = nn.Parameter(torch.zeros(rows, layer.config["d_model"]))
+        self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
+        object.__setattr__(self, "_layer", layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D] -> [..., width]."""
+        if self.first:
+            self._layer.remember(x)
+        z = F.linear(x.movedim(self._layer.axis, -1), self.weight, self.bias)
+        pieces, done, at = [], 0, 0
+        for start, stop in [*self.taken, (self.width, self.width)]:
+            pieces.append(z[..., done : done + start - at])
+            pieces.append(z.new_zeros(*z.shape[:-1], stop - start))
+            done, at = done + start - at, stop
+        return torch.cat(pieces, -1).movedim(-1, self._layer.axis)
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"width={self.width}, taken={self.taken}"
+
+
+def _taps(layer: TappedMoE, site: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+    """What goes in the place of each expansion."""
+    paths, kept = site["expansions"], site.get("kept") or {}
+    widths = site.get("tap_widths") or [0] * len(paths)
+    for i, (path, width) in enumerate(zip(paths, widths, strict=True)):
+        taken = kept["rows"][i] if kept else [[0, width]]
+        if sum(stop - start for start, stop in taken) == width:
+            yield path, Tap(layer, first=i == 0, width=width)
+        else:
+            bias = kept["biases"][i]
+            yield path, PartialTap(layer, first=i == 0, width=width, taken=taken, bias=bias)
+
+
 def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
     """Put an MoE layer, with weights of zero, at each site of `model`, in place.
 
@@ -144,10 +220,10 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
             layer = MoE(site["layer"])
             put(site["path"], layer)
         else:
-            layer = TappedMoE(site["layer"])
-            widths = site.get("tap_widths") or [0] * len(site["expansions"])
-            for i, (path, width) in enumerate(zip(site["expansions"], widths, strict=True)):
-                put(path, Tap(layer, first=i == 0, width=width))
+            kept = site.get("kept") or {"columns": (), "hidden": 0}
+            layer = TappedMoE(site["layer"], columns=kept["columns"], hidden=kept["hidden"])
+            for path, tap in _taps(layer, site):
+                put(path, tap.train(model.training))
             put(site["contraction"], layer)
         layer.train(model.training)
         layers.append(layer)

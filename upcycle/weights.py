@@ -210,6 +210,8 @@ def read_ffn(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> FFNWeights:
             tensor = tensor.t()
         if is_weight:
             tensor = tensor.reshape(tensor.shape[0], -1)  # a 1x1 convolution is a linear map
+        if is_weight and p.columns:
+            tensor = tensor[:, slice(*p.columns)]
         return tensor[slice(*p.rows)]
 
     ups = [rows(p, parameters[p.weight].detach(), is_weight=True) for p in ffn.expansions]

@@ -84,7 +84,7 @@ def insert_layer(model: ir.Model, key: str, layer: MoE, tensors: Tensors, place:
         y = n("Transpose", y, perm=[0, rank - 1, *range(1, rank - 1)])
     if narrow:
         y = n("Cast", y, to=place.dtype.value)
-    _take_place(graph, place.output, n, y)
+    _take_place(place.output, n, y)
     return y
 
 
@@ -117,16 +117,17 @@ def _single(n: Nodes, value: ir.Value) -> ir.Value:
     return n("Cast", value, to=ir.DataType.FLOAT.value, name=f"{value.name}/float32")
 
 
-def _take_place(graph: ir.Graph, old: ir.Value, n: Nodes, new: ir.Value) -> None:
+def _take_place(old: ir.Value, n: Nodes, new: ir.Value) -> None:
     """Put the nodes right after the one that made `old`, and give the new value its name."""
     producer = old.producer()
     assert producer is not None
+    assert producer.graph is not None
     name = old.name
     new.shape, new.type = old.shape, old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     old.name = f"{name}/dense"
     new.name = name
-    graph.insert_after(producer, n.nodes)
+    producer.graph.insert_after(producer, n.nodes)
 
 
 def unique_keys(paths: Mapping[str, int]) -> dict[str, list[str]]:

@@ -33,7 +33,7 @@ def lower(
         form: ``unrolled`` uses standard operations also where the fused kernel could serve.
         gelu: see `fused_form`.
     """
-    nodes = [n for n in model.graph if (n.domain, n.op_type) == OPAQUE]
+    nodes = [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == OPAQUE]
     paths = [n.attributes["layer"].as_string() for n in nodes]
     forms = {
         path: fused_form(layer, gelu=gelu) if form == "fused" else None
@@ -49,7 +49,7 @@ def lower(
             out = _fused(n, node, layers[path], fused, store, biased=biased)
         else:
             out = _unrolled(n, node, layers[path], store, unrolled)
-        _put(model.graph, node, n, out)
+        _put(node, n, out)
     functions = list(unrolled.values())
     if used:
         model.opset_imports[bodies.MS] = 1
@@ -68,8 +68,10 @@ def _scopes(node: ir.Node) -> dict[str, str]:
     return {key: value for key, value in node.metadata_props.items() if key == SCOPES}
 
 
-def _put(graph: ir.Graph, old: ir.Node, n: Nodes, out: ir.Value) -> None:
+def _put(old: ir.Node, n: Nodes, out: ir.Value) -> None:
     (before,) = old.outputs
+    graph = old.graph
+    assert graph is not None
     out.shape, out.type = before.shape, before.type
     name = out.name
     ir.convenience.replace_nodes_and_values(graph, old, [old], n.nodes, [before], [out])

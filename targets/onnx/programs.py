@@ -1,5 +1,6 @@
 """`Pointwise` programs as ONNX nodes, in float32."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,13 @@ def _with_slope(op_type: str, argument: str, default: float) -> Operation:
     return build
 
 
+def _shrink(*, soft: bool) -> Operation:
+    def build(n: Nodes, x: ir.Value, lambd: float = 0.5) -> ir.Value:
+        return n("Shrink", x, lambd=float(lambd), bias=float(lambd) * soft)
+
+    return build
+
+
 def _softplus(
     n: Nodes, x: ir.Value, beta: ir.Value | None = None, threshold: float = 20.0
 ) -> ir.Value:
@@ -78,29 +86,58 @@ def _cast(n: Nodes, x: ir.Value, dtype: str) -> ir.Value:
     return n("Cast", n("Cast", x, to=types[dtype].value), to=ir.DataType.FLOAT.value)
 
 
+def _comparison(op_type: str) -> Operation:
+    return lambda n, x, y: n("Cast", n(op_type, x, y), to=ir.DataType.FLOAT.value)
+
+
+def _where(n: Nodes, condition: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    return n("Where", n("Cast", condition, to=ir.DataType.BOOL.value), x, y)
+
+
 # Keyword and positional arguments that are attributes or choices, and not numbers to compute with.
 _RAW = {"approximate", "rounding_mode", "dtype", "threshold"}
-_RAW_OPS = {"cast", "celu", "elu", "leaky_relu"}
+_RAW_OPS = {"cast", "celu", "elu", "hardshrink", "leaky_relu", "softshrink"}
 
 OPERATIONS: dict[str, Operation] = {
     "abs": _plain("Abs"),
+    "acos": _plain("Acos"),
     "add": _sum,
+    "asin": _plain("Asin"),
+    "asinh": _plain("Asinh"),
+    "atan": _plain("Atan"),
     "cast": _cast,
     "cast_like": lambda n, x, like: x,
+    "ceil": _plain("Ceil"),
     "celu": _with_slope("Celu", "alpha", 1.0),
     "clamp": _clip,
     "cos": _plain("Cos"),
+    "cosh": _plain("Cosh"),
     "div": _div,
     "elu": _with_slope("Elu", "alpha", 1.0),
     "erf": _plain("Erf"),
+    "erfc": lambda n, x: n("Sub", n.const(1.0), n("Erf", x)),
     "exp": _plain("Exp"),
+    "exp2": lambda n, x: n("Pow", n.const(2.0), x),
+    "expm1": lambda n, x: n("Sub", n("Exp", x), n.const(1.0)),
+    "floor": _plain("Floor"),
+    "ge": _comparison("GreaterOrEqual"),
     "gelu": _gelu,
+    "gt": _comparison("Greater"),
+    "hardshrink": _shrink(soft=False),
     "hardsigmoid": lambda n, x: n("HardSigmoid", x, alpha=1 / 6, beta=0.5),
     "hardswish": _plain("HardSwish"),
     "hardtanh": _hardtanh,
+    "le": _comparison("LessOrEqual"),
     "leaky_relu": _with_slope("LeakyRelu", "negative_slope", 0.01),
     "log": _plain("Log"),
+    "log10": lambda n, x: n("Div", n("Log", x), n.const(math.log(10))),
+    "log1p": lambda n, x: n("Log", n("Add", x, n.const(1.0))),
+    "log2": lambda n, x: n("Div", n("Log", x), n.const(math.log(2))),
+    "logical_and": _plain("Mul"),
+    "logical_not": lambda n, x: n("Sub", n.const(1.0), x),
+    "logical_or": _plain("Max"),
     "logsigmoid": lambda n, x: n("Neg", n("Softplus", n("Neg", x))),
+    "lt": _comparison("Less"),
     "maximum": _plain("Max"),
     "minimum": _plain("Min"),
     "mish": _plain("Mish"),
@@ -110,6 +147,7 @@ OPERATIONS: dict[str, Operation] = {
     "reciprocal": _plain("Reciprocal"),
     "relu": _plain("Relu"),
     "relu6": lambda n, x: n("Clip", x, n.const(0.0), n.const(6.0)),
+    "round": _plain("Round"),
     "rsqrt": lambda n, x: n("Reciprocal", n("Sqrt", x)),
     "rsub": lambda n, x, y, alpha=None: _sub(n, y, x, alpha),
     "selu": _plain("Selu"),
@@ -117,13 +155,19 @@ OPERATIONS: dict[str, Operation] = {
     "sign": _plain("Sign"),
     "silu": _silu,
     "sin": _plain("Sin"),
+    "sinh": _plain("Sinh"),
     "softplus": _softplus,
+    "softshrink": _shrink(soft=True),
     "softsign": _plain("Softsign"),
     "sqrt": _plain("Sqrt"),
     "square": lambda n, x: n("Mul", x, x),
     "sub": _sub,
+    "tan": _plain("Tan"),
     "tanh": _plain("Tanh"),
     "tanhshrink": lambda n, x: n("Sub", x, n("Tanh", x)),
+    "threshold": lambda n, x, threshold, value: n("Where", n("Greater", x, threshold), x, value),
+    "trunc": lambda n, x: n("Mul", n("Sign", x), n("Floor", n("Abs", x))),
+    "where": _where,
 }
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -73,13 +73,21 @@ def infer(model: ir.Model, inputs: Mapping[str, Shape]) -> Inferred:
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     shapes: dict[str, Shape] = {}
     types: dict[str, ir.DataType] = {}
-    for value in chain(proto.graph.input, proto.graph.output, proto.graph.value_info):
+    for value in chain.from_iterable(_values(proto.graph)):
         tensor = value.type.tensor_type
         if tensor.elem_type:
             types[value.name] = ir.DataType(tensor.elem_type)
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
             shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
     return Inferred(shapes, types)
+
+
+def _values(graph: onnx.GraphProto) -> Iterator[Sequence[onnx.ValueInfoProto]]:
+    """Those of the graph, and of what is inside its nodes."""
+    yield from (graph.input, graph.output, graph.value_info)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            yield from _values(inner)
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
