@@ -33,7 +33,7 @@ from upcycle.targets.native import NATIVE, build_config, choose, entries, fit
 from upcycle.targets.native.layers import is_swiglu, layer_index
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import read_tensors, write_tensors
-from upcycle.weights import ExpertWeights, MoEWeights, RouterWeights, gather_experts, read_ffn
+from upcycle.weights import ExpertWeights, MoEWeights, gather_experts, read_ffn
 
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 
@@ -125,6 +125,8 @@ def plan_of(
             ffn=ffn_of(layer),
             experts=experts,
             router=router,
+            compensate=recipe.Compensate(),
+            shared=0,
             num_experts=num_experts,
             width=width,
             top_k=top_k,
@@ -158,7 +160,7 @@ def copies(spec: MoESpec, tensors: Mapping[str, torch.Tensor]) -> MoEWeights:
     dense = read_ffn(spec.ffn, tensors)
     neuron_EI = torch.arange(spec.ffn.d_ff).expand(spec.num_experts, -1)
     router_ED = torch.randn(spec.num_experts, spec.ffn.d_model, generator=spec.generator("router"))
-    return MoEWeights(gather_experts(dense, neuron_EI), RouterWeights(router_ED), None)
+    return MoEWeights(gather_experts(dense, neuron_EI), {"weight": router_ED}, None)
 
 
 def distinct(spec: MoESpec) -> MoEWeights:
@@ -170,7 +172,7 @@ def distinct(spec: MoESpec) -> MoEWeights:
         down_EOI=torch.randn(e, d, i, generator=draw) * 0.3,
         neuron_EI=torch.zeros(e, i, dtype=torch.int64),
     )
-    return MoEWeights(experts, RouterWeights(torch.randn(e, d, generator=draw)), None)
+    return MoEWeights(experts, {"weight": torch.randn(e, d, generator=draw)}, None)
 
 
 class Reference(nn.Module):

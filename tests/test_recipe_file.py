@@ -52,7 +52,7 @@ def test_every_mistake_is_reported_at_its_place(tmp_path: Path) -> None:
         "r.yaml:1:10: version: must be 1, not 2",
         "r.yaml:2:1: layer: unknown key, did you mean layers?",
         "r.yaml:3:1: experts.count: this key is missing; it must be a whole number of at least 1: "
-        "experts; for granular, copies of the FFN",
+        "experts, shared ones included; for granular, copies of the FFN",
         "r.yaml:4:11: experts.method: must be one of copy, granular, contiguous, random, cluster, "
         'not "clustre"; did you mean cluster?',
         "r.yaml:5:3: experts.cuont: unknown key, did you mean experts.count?",

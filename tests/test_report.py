@@ -47,6 +47,8 @@ def spec(dense: FFN, **router: Any) -> MoESpec:
         ffn=dense,
         experts=recipe.Experts(method="copy", count=8),
         router=recipe.Router(**options),
+        compensate=recipe.Compensate(),
+        shared=0,
         num_experts=8,
         width=24,
         top_k=2,

@@ -88,7 +88,8 @@ def layer_flops(spec: MoESpec) -> int:
     selection, and the mean under others.
     """
     state = empty_layer(spec.layer_config()).state_dict()
-    weights = {n: t.numel() for n, t in state.items() if t.ndim > 1 and t.is_floating_point()}
+    linear = {n: t for n, t in state.items() if t.is_floating_point() and not n.endswith("bias")}
+    weights = {name: tensor.numel() for name, tensor in linear.items() if tensor.ndim > 1}
     routed = {name: size for name, size in weights.items() if name in ROUTED}
     every = sum(weights.values()) - sum(routed.values())
     visited = sum(routed.values()) // spec.num_experts * spec.top_k

@@ -84,7 +84,7 @@ class Router(nn.Module):
         A token that visits fewer than K experts has zeros among its weights.
         """
         logits_TE = self.scores(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
-        true_TE = logits_TE[:, : self.num_experts]
+        true_TE = logits_TE[..., : self.num_experts]
         if self.all_experts:
             index_TK, _ = everything(true_TE, k=self.num_experts)
             return true_TE, torch.ones_like(true_TE), index_TK
