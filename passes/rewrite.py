@@ -41,14 +41,15 @@ def rewrite(
         layer.router.to(device=experts.down_EOI.device)
         load_weights(layer, made)
         for kept in spec.ffn.kept:
-            _set(converted, kept.name, read_kept(kept, parameters))
+            trained = parameters[kept.parameter].requires_grad
+            _set(converted, kept.name, nn.Parameter(read_kept(kept, parameters), trained))
     return converted
 
 
-def _set(model: nn.Module, name: str, numbers: torch.Tensor) -> None:
-    """Give a parameter these numbers, in their dtype and on their device."""
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of another, in its own dtype and on its own device."""
     path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, nn.Parameter(numbers))
+    setattr(model.get_submodule(path), last, parameter)
 
 
 def _copy_without(model: nn.Module, names: set[str]) -> nn.Module:

@@ -151,6 +151,41 @@ def test_it_compiles_and_exports() -> None:
         assert relative(program(x), expected) < RELATIVE
 
 
+def test_other_dtypes_devices_and_frozen_weights() -> None:
+    model, x = fused(2, joined=True, gated=True), tokens()
+    model[0].into.weight.requires_grad_(False)
+    done = split(model)
+    assert not done.model.get_parameter("0.into.weight").requires_grad
+    assert done.model.get_parameter("1.into.weight").requires_grad
+    with torch.no_grad():
+        expected = done.model(x)
+        assert relative(copy.deepcopy(done.model).double()(x.double()), expected) < RELATIVE
+        assert done.model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    with torch.device("meta"):
+        empty = nn.Sequential(FusedProjection(joined=True), FusedProjection(joined=True))
+    made = upcycle.convert(empty, "sparse-upcycling", (x,), verify=False).model
+    assert all(parameter.is_meta for parameter in made.parameters())
+    shapes = {name: tuple(p.shape) for name, p in made.named_parameters()}
+    wanted = (3 * D, D), (D, D)
+    assert (shapes["1.into.weight"], shapes["1.out.kept_weight"]) == wanted
+
+
+def test_it_is_exported_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flux.py").write_text(
+        "import test_shared_projections as t\n"
+        "make = lambda: t.fused(2, joined=True, gated=True)\n"
+        "inputs = lambda: (t.tokens(),)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["flux:make", "--inputs", "flux:inputs", "--recipe", "split-all", "--out", "moe"]
+    result = CliRunner().invoke(main, ["convert", *arguments, "--target", "onnx"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "moe/report.json").read_text())
+    assert all(check["passed"] for check in report["checks"])
+    assert any("ONNX" in check["what"] for check in report["checks"]), report["checks"]
+
+
 class Columns(nn.Module):
     """The contraction reads the hidden tensor beside something that is none."""
 
