@@ -46,7 +46,7 @@ def source_of_join(node: fx.Node, index_PC: torch.Tensor) -> tuple[fx.Node, torc
     target: Any = node.target
     where = [numbered(source) + start for source, start in zip(sources, starts, strict=False)]
     moved_PC = target(where, *rest, **node.kwargs).reshape(-1)[index_PC]
-    part_PC = torch.bucketize(moved_PC, ends, right=True)
+    part_PC = torch.bucketize(moved_PC.contiguous(), ends, right=True)
     part = int(part_PC.reshape(-1)[0])
     if (part_PC != part).any():
         raise NotPointwiseError(f"`{name}` joins its hidden tensor with another", node)
