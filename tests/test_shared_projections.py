@@ -229,6 +229,37 @@ def test_of_two_branches_the_wider_is_converted() -> None:
         assert relative(done.model(x), model(x)) < RELATIVE
 
 
+def test_odd_readers_of_a_projection() -> None:
+    class Odd(FusedProjection):
+        """An empty part in the concatenation, and bits of the query read as integers."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.into(self.norm(x))
+            hidden = F.gelu(z[..., 3 * D :])
+            bits = z[..., :D].view(torch.int32) & 1
+            both = torch.cat([z.new_zeros(2, 7, 0), z[..., D : 2 * D] * bits, hidden], -1)
+            return x + self.out(both)
+
+    model, x = dense_of(lambda: Odd(joined=True)), tokens()
+    done = split(model)
+    (spec,) = done.plan.specs
+    assert spec.ffn.contraction.columns == (D, D + H)
+    with torch.no_grad():
+        assert relative(done.model(x), model(x)) < RELATIVE
+
+    class Bits(Odd):
+        """The bits of the hidden tensor are read."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.into(self.norm(x))
+            return self.out(
+                torch.cat([z[..., :D] * z.view(torch.int32)[..., -D:], F.gelu(z[..., 3 * D :])], -1)
+            )
+
+    (miss,) = upcycle.locate(Bits(joined=True), (x,)).misses
+    assert "its hidden tensor is also read by `view`" in miss.reason
+
+
 def test_a_hidden_element_that_goes_elsewhere_is_still_seen() -> None:
     class Leaks(FusedProjection):
         """The first neuron is also the query's."""
