@@ -44,7 +44,8 @@ def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[Examp
                 with caches_cleared(model):
                     return example, capture(model, example, repeat_blocks=repeat_blocks)
             except CaptureError as error:
-                needed = isinstance(error, ValueNeededError)
+                by_name = isinstance(example, Mapping) or not hasattr(model, "main_input_name")
+                needed = by_name and isinstance(error, ValueNeededError)
                 if failure is None or (needed and not isinstance(failure, ValueNeededError)):
                     failure = error
                 example = _completed(model, example, str(error))
