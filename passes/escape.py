@@ -5,10 +5,12 @@ from typing import Any
 from torch import fx
 
 from upcycle.passes.hidden import Demand, NotPointwiseError
-from upcycle.passes.layout import run_layout
+from upcycle.passes.layout import is_layout, run_layout
 from upcycle.passes.linear import LinearMap, linear_map
 from upcycle.passes.operations import CASTS, LAYOUT
 from upcycle.recorder import op_name
+
+_READS_TYPE_ALONE = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
 
 
 def check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) -> bool:
@@ -46,12 +48,12 @@ class _Outside:
     def follow(self, node: fx.Node, hidden: Any) -> None:
         """`hidden` tells of each element of `node` whether it belongs to the FFN."""
         for user in node.users:
-            if user not in self._live:
-                continue
             name = op_name(user.target)
+            if user not in self._live or name in _READS_TYPE_ALONE:
+                continue
             if name == "getitem_of":
                 self.follow(user, hidden[user.args[1]])
-            elif name in LAYOUT and len(user.all_input_nodes) == 1:
+            elif is_layout(user):
                 self.follow(user, run_layout(user, hidden))
             elif user in self._inside:
                 continue

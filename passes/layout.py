@@ -7,16 +7,23 @@ import torch
 from torch import fx
 
 from upcycle.passes.hidden import NotPointwiseError
+from upcycle.passes.operations import LAYOUT
 from upcycle.recorder import op_name
+
+
+def is_layout(node: fx.Node) -> bool:
+    """Whether `node` moves the elements of one tensor; ``view(dtype)`` makes others of them."""
+    retyped = any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+    return op_name(node.target) in LAYOUT and len(node.all_input_nodes) == 1 and not retyped
 
 
 def run_layout(node: fx.Node, values: torch.Tensor) -> Any:
     """What the operation of `node` makes of `values`, which have the shape of its data input.
 
     Raises:
-        NotPointwiseError: where elements go depends on another tensor.
+        NotPointwiseError: it is no layout operation, or depends on another tensor.
     """
-    if len(node.all_input_nodes) > 1:
+    if not is_layout(node):
         raise NotPointwiseError(f"`{op_name(node.target)}` depends on another tensor", node)
     target: Any = node.target
     if getattr(target, "__name__", "") == "__get__":
@@ -46,7 +53,7 @@ def source_of_join(node: fx.Node, index_PC: torch.Tensor) -> tuple[fx.Node, torc
     target: Any = node.target
     where = [numbered(source) + start for source, start in zip(sources, starts, strict=False)]
     moved_PC = target(where, *rest, **node.kwargs).reshape(-1)[index_PC]
-    part_PC = torch.bucketize(moved_PC, ends, right=True)
+    part_PC = torch.bucketize(moved_PC.contiguous(), ends, right=True)
     part = int(part_PC.reshape(-1)[0])
     if (part_PC != part).any():
         raise NotPointwiseError(f"`{name}` joins its hidden tensor with another", node)
@@ -69,4 +76,5 @@ def joined_widths(node: fx.Node, axis: int) -> list[int]:
     parts = node.args[0]
     if not isinstance(dim, int) or dim % rank != axis % rank or not isinstance(parts, list | tuple):
         return []
-    return [part.meta["shape"][axis] for part in parts if isinstance(part, fx.Node)]
+    shapes = [part.meta["shape"] for part in parts if isinstance(part, fx.Node)]
+    return [shape[axis] for shape in shapes if len(shape) == rank]  # a 1-D empty one adds nothing

@@ -115,14 +115,15 @@ def _ffn_at(program: Program, contraction: LinearMap, live: set[fx.Node]) -> tup
     Of several such tensors the widest is taken; the contraction keeps the columns of the others.
     """
     ends = accumulate(joined_widths(contraction.x, contraction.axis), initial=0)
-    parts = sorted(pairwise(ends), key=lambda part: part[0] - part[1])
+    parts = sorted((a, b) for a, b in pairwise(ends) if b > a)
+    parts.sort(key=lambda part: part[0] - part[1])
     refusal: NotPointwiseError | None = None
     for columns in (None, *parts):
         try:
             demand = trace(contraction.x, contraction.axis, columns)
             return _ffn(program, contraction, demand, live, columns), demand
         except NotPointwiseError as reason:
-            refusal = reason if refusal is None or reason.told else refusal
+            refusal = refusal if refusal and refusal.told >= reason.told else reason
     assert refusal is not None
     raise refusal
 

@@ -45,7 +45,8 @@ def with_empty_layers(model: nn.Module, specs: Sequence[MoESpec]) -> tuple[nn.Mo
     converted = _copy_without(model, {name for spec in specs for name in spec.ffn.parameters})
     layers = install(converted, [spec.site() for spec in specs])
     for kept in (kept for spec in specs for kept in spec.ffn.kept):
-        _set(converted, kept.name, read_kept(kept, parameters))
+        trained = parameters[kept.parameter].requires_grad
+        _set(converted, kept.name, nn.Parameter(read_kept(kept, parameters), trained))
     return converted, layers
 
 
@@ -61,10 +62,10 @@ def fill(layer: MoE, made: MoEWeights) -> None:
     load_weights(layer, made)
 
 
-def _set(model: nn.Module, name: str, numbers: torch.Tensor) -> None:
-    """Give a parameter these numbers, in their dtype and on their device."""
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of another, in its own dtype and on its own device."""
     path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, nn.Parameter(numbers))
+    setattr(model.get_submodule(path), last, parameter)
 
 
 def _copy_without(model: nn.Module, names: set[str]) -> nn.Module:

@@ -14,8 +14,8 @@ from torch import nn
 from upcycle.errors import UnsupportedError
 from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
-from upcycle.targets.onnx.compare import session
 from upcycle.targets.onnx.export import export_onnx
+from upcycle.targets.onnx.running import session
 
 RULES = ("renormalised", "softmax", "one", "renorm_detach")
 FUSED = ("relu", "silu", "gelu_tanh", "swiglu")

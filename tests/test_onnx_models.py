@@ -7,14 +7,15 @@ import onnx
 import pytest
 import torch
 from onnx_case import moe, save, stored_in
+from onnx_compare import compare_with_torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.tap import Tap, TappedMoE
-from upcycle.targets.onnx.compare import compare_with_torch, session
 from upcycle.targets.onnx.export import export_onnx
+from upcycle.targets.onnx.running import session
 from upcycle.targets.stored import Stored
 
 # Two float32 evaluations of one model: each layer mixes sums of at most 64 products and divides by

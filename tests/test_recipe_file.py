@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 from textwrap import dedent
+from typing import get_args
 
 import pytest
 
 from upcycle.errors import RecipeError
-from upcycle.recipe import Recipe
+from upcycle.recipe import Experts, Recipe
 from upcycle.recipe_file import dump_recipe, load_recipe, recipe_schema
 from upcycle.shipped import describe, recipe_names, recipe_text
+
+METHODS = get_args(Experts.model_fields["method"].annotation)
 
 GOOD = """\
 version: 1
@@ -53,13 +56,13 @@ def test_every_mistake_is_reported_at_its_place(tmp_path: Path) -> None:
         "r.yaml:2:1: layer: unknown key, did you mean layers?",
         "r.yaml:3:1: experts.count: this key is missing; it must be a whole number of at least 1: "
         "experts, shared ones included; for granular, copies of the FFN",
-        "r.yaml:4:11: experts.method: must be one of copy, granular, contiguous, random, cluster, "
+        f"r.yaml:4:11: experts.method: must be one of {', '.join(METHODS)}, "
         'not "clustre"; did you mean cluster?',
         "r.yaml:5:3: experts.cuont: unknown key, did you mean experts.count?",
         'r.yaml:6:16: experts.granularity: must be a whole number of at least 1, not "2"',
         "r.yaml:8:3: experts.scale: this key was given before, on line 7; remove one of the two",
         "r.yaml:9:1: router.weights: this key is missing; it must be one of renormalised, softmax, "
-        "one, renorm_detach: how the outputs of the visited experts are weighted",
+        "one, renorm_detach, gain: how the outputs of the visited experts are weighted",
         'r.yaml:11:10: router.top_k: must be a whole number of at least 1 or all, not "none"',
         "r.yaml:12:8: router.std: must be a number of at least 0, not -1",
         "r.yaml:13:9: router.bias: must be true or false, not 1",

@@ -151,6 +151,41 @@ def test_it_compiles_and_exports() -> None:
         assert relative(program(x), expected) < RELATIVE
 
 
+def test_other_dtypes_devices_and_frozen_weights() -> None:
+    model, x = fused(2, joined=True, gated=True), tokens()
+    model[0].into.weight.requires_grad_(False)
+    done = split(model)
+    assert not done.model.get_parameter("0.into.weight").requires_grad
+    assert done.model.get_parameter("1.into.weight").requires_grad
+    with torch.no_grad():
+        expected = done.model(x)
+        assert relative(copy.deepcopy(done.model).double()(x.double()), expected) < RELATIVE
+        assert done.model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    with torch.device("meta"):
+        empty = nn.Sequential(FusedProjection(joined=True), FusedProjection(joined=True))
+    made = upcycle.convert(empty, "sparse-upcycling", (x,), verify=False).model
+    assert all(parameter.is_meta for parameter in made.parameters())
+    shapes = {name: tuple(p.shape) for name, p in made.named_parameters()}
+    wanted = (3 * D, D), (D, D)
+    assert (shapes["1.into.weight"], shapes["1.out.kept_weight"]) == wanted
+
+
+def test_it_is_exported_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flux.py").write_text(
+        "import test_shared_projections as t\n"
+        "make = lambda: t.fused(2, joined=True, gated=True)\n"
+        "inputs = lambda: (t.tokens(),)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["flux:make", "--inputs", "flux:inputs", "--recipe", "split-all", "--out", "moe"]
+    result = CliRunner().invoke(main, ["convert", *arguments, "--target", "onnx"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "moe/report.json").read_text())
+    assert all(check["passed"] for check in report["checks"])
+    assert any("ONNX" in check["what"] for check in report["checks"]), report["checks"]
+
+
 class Columns(nn.Module):
     """The contraction reads the hidden tensor beside something that is none."""
 
@@ -192,6 +227,37 @@ def test_of_two_branches_the_wider_is_converted() -> None:
     assert (spec.ffn.pointwise.name, spec.ffn.contraction.columns) == ("tanh", (H, 3 * H))
     with torch.no_grad():
         assert relative(done.model(x), model(x)) < RELATIVE
+
+
+def test_odd_readers_of_a_projection() -> None:
+    class Odd(FusedProjection):
+        """An empty part in the concatenation, and bits of the query read as integers."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.into(self.norm(x))
+            hidden = F.gelu(z[..., 3 * D :])
+            bits = z[..., :D].view(torch.int32) & 1
+            both = torch.cat([z.new_zeros(2, 7, 0), z[..., D : 2 * D] * bits, hidden], -1)
+            return x + self.out(both)
+
+    model, x = dense_of(lambda: Odd(joined=True)), tokens()
+    done = split(model)
+    (spec,) = done.plan.specs
+    assert spec.ffn.contraction.columns == (D, D + H)
+    with torch.no_grad():
+        assert relative(done.model(x), model(x)) < RELATIVE
+
+    class Bits(Odd):
+        """The bits of the hidden tensor are read."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.into(self.norm(x))
+            return self.out(
+                torch.cat([z[..., :D] * z.view(torch.int32)[..., -D:], F.gelu(z[..., 3 * D :])], -1)
+            )
+
+    (miss,) = upcycle.locate(Bits(joined=True), (x,)).misses
+    assert "its hidden tensor is also read by `view`" in miss.reason
 
 
 def test_a_hidden_element_that_goes_elsewhere_is_still_seen() -> None:

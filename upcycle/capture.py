@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from upcycle.errors import CaptureError
+from upcycle.errors import CaptureError, ValueNeededError
 from upcycle.recorder import Call, Program, Recorder, replayed_block, source_of
 from upcycle.structure import repeated_blocks
 
@@ -50,8 +50,9 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
         repeat_blocks: record at most two of equal sibling blocks.
 
     Raises:
+        ValueNeededError: what the model does depends on values that are not known.
         CaptureError: the forward failed on fake tensors; the message has the operator's own words
-            and the line of the model. Or what it does depends on values that are not known.
+            and the line of the model.
     """
     try:
         with _state_restored(model):
@@ -65,21 +66,21 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
                 module.training = False
             return _record(model, example, repeat_blocks)
     except Exception as error:
-        raise CaptureError(_sentence(model, example, error)) from error
+        raise _refusal(model, example, error) from error
 
 
-def _sentence(model: nn.Module, example: ExampleInputs, error: Exception) -> str:
+def _refusal(model: nn.Module, example: ExampleInputs, error: Exception) -> CaptureError:
     name, where = type(model).__name__, source_of(error)
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
         call = next(iter(getattr(error, "__notes__", ())), f"`{error}`")
-        return (
+        return ValueNeededError(
             f"{name}: {call} at {where} reads a value that depends on weights or float inputs, and "
             "what runs next depends on it; replace it there, as with torch.where, or convert a "
             "submodule that does without"
         )
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     at = f" at {where}" if where else ""
-    return (
+    return CaptureError(
         f"{name}: the forward fails on example inputs {_describe(example)} "
         f"({type(error).__name__}{at}: {first_line}); give inputs that it accepts with "
         "--inputs module:callable"
@@ -100,8 +101,10 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
     )
     fakes = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
     recorder = Recorder(tensors, fakes)
-    for fake, real in zip(fakes, given, strict=True):
-        if not real.is_floating_point():
+    integers = list(zip(fakes, given, strict=True))
+    integers += [(tensors[name], buffer) for name, buffer in model.named_buffers()]
+    for fake, real in integers:
+        if not (real.is_floating_point() or real.is_complex() or real.is_meta):
             recorder.values.learn(fake, real.detach().cpu().clone())
     with torch.inference_mode(False), ExitStack() as stack:
         stack.enter_context(_plain_torch())

@@ -6,6 +6,7 @@
     |-- VerificationError   3    the result is further from the dense model than promised
     |-- UnsupportedError    4    the model or the target cannot hold what was asked for
     |   |-- CaptureError    4    the model could not be run on example inputs
+    |   |   `-- ValueNeededError   what it does depends on values that only a real run has
     |   `-- PlanError       4    a dense FFN cannot become the MoE layer that the recipe asks for
     `-- ResourceError       5    disk or memory is too small
 
@@ -41,6 +42,10 @@ class UnsupportedError(UpcycleError):
 
 class CaptureError(UnsupportedError):
     """The model could not be run on example inputs, so no graph was recorded."""
+
+
+class ValueNeededError(CaptureError):
+    """The model ran on example inputs, until it asked for a value that depends on its weights."""
 
 
 class PlanError(UnsupportedError):

@@ -1,7 +1,8 @@
 """The usual forms of the arguments of models, by their names and the numbers of a configuration."""
 
+import inspect
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,21 @@ _FRAMES = 50  # of raw audio, after its convolutions
 _GRID = 4  # patches along each side of an image that comes as patches; they are merged in squares
 
 Example = dict[str, Any]
+
+
+def unknown_arguments(config: Any, arguments: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The required arguments of a forward whose form is not known."""
+    return [
+        name
+        for name in required(arguments)
+        if next(values_of(name, config, torch.float32, arguments), None) is None
+    ]
+
+
+def required(arguments: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The arguments of a forward that have no default."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [n for n, p in arguments.items() if p.default is p.empty and p.kind in kinds]
 
 
 def values_of(
@@ -62,11 +78,12 @@ def _shapes_of(name: str, config: Any, packed: bool) -> Iterator[tuple[int, ...]
         yield (BATCH, DECODER_LENGTH if name.startswith("decoder") else LENGTH)
 
 
-_GRIDS = {
+_GRIDS: dict[str, list[Any]] = {
     "grid_thw": [1, _GRID, _GRID],
     "image_grid_thw": [1, _GRID, _GRID],
     "grid_hws": [_GRID, _GRID],
     "spatial_shapes": [_GRID, _GRID],
+    "pixel_position_ids": [[i % _GRID, i // _GRID] for i in range(_GRID**2)],
 }
 _WIDTHS = ("hidden_size", "d_model", "embed_dim", "dim", "n_embd")
 

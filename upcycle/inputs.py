@@ -16,8 +16,8 @@ from torch import nn
 
 from upcycle.caches import caches_cleared
 from upcycle.capture import ExampleInputs, capture
-from upcycle.errors import CaptureError
-from upcycle.input_shapes import BATCH, LENGTH, values_of
+from upcycle.errors import CaptureError, ValueNeededError
+from upcycle.input_shapes import BATCH, LENGTH, unknown_arguments, values_of
 from upcycle.model_inputs import combinations
 from upcycle.recorder import Program
 
@@ -31,7 +31,8 @@ def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[Examp
     """The first guess that `model` accepts, and what its forward did.
 
     Raises:
-        CaptureError: no guess fits; the message names the first failure.
+        CaptureError: no guess fits. The message names the arguments whose form is not known, or
+            else the first failure; the model's own control flow comes before wrong inputs.
     """
     failure: CaptureError | None = None
     seen: set[str] = set()
@@ -43,13 +44,23 @@ def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[Examp
                 with caches_cleared(model):
                     return example, capture(model, example, repeat_blocks=repeat_blocks)
             except CaptureError as error:
-                failure = failure or error
+                by_name = isinstance(example, Mapping) or not hasattr(model, "main_input_name")
+                needed = by_name and isinstance(error, ValueNeededError)
+                if failure is None or (needed and not isinstance(failure, ValueNeededError)):
+                    failure = error
                 example = _completed(model, example, str(error))
-    name = type(model).__name__
-    raise failure or CaptureError(
-        f"{name}: no example input could be guessed from its forward "
-        f"{inspect.signature(model.forward)}; give one with --inputs module:callable"
-    )
+    if isinstance(failure, ValueNeededError):
+        raise failure
+    signature = inspect.signature(model.forward)
+    unknown = unknown_arguments(getattr(model, "config", None), signature.parameters)
+    if failure is None or (unknown and hasattr(model, "main_input_name")):
+        named = ", ".join(unknown) or str(signature)
+        raise CaptureError(
+            f"{type(model).__name__}: no example could be guessed for the arguments of its "
+            f"forward: {named}; give all its inputs with --inputs module:callable, a function that "
+            "returns a dict of them by name"
+        ) from failure
+    raise failure
 
 
 def randomised(example: ExampleInputs, *, vocabulary: int, seed: int) -> ExampleInputs:
@@ -103,14 +114,15 @@ def _completed(model: nn.Module, example: ExampleInputs, message: str) -> Exampl
     config = getattr(model, "config", None)
     if config is None or not isinstance(example, Mapping):
         return None
-    named = set(re.findall(r"\w+", message))
     arguments = inspect.signature(model.forward).parameters
-    missing = [name for name in arguments if name in named and name not in example]
+    named = set(re.findall(r"\w+", message))
     more = {}
-    for name in missing:
+    for name in (n for n in arguments if n in named and n not in example):
         value = next(values_of(name, config, _float_dtype(model), arguments), None)
         if value is not None:
             more[name] = value
+            if re.search(r"\b(either|one of)\b", message, re.IGNORECASE):
+                break  # one will do, two may be refused
     return {**example, **more} if more else None
 
 

@@ -5,7 +5,7 @@ the attention's output beside the hidden tensor. The rest keeps computing what i
 once, as a smaller matrix ``[out, in]``, under the name that `FFN.kept` tells.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -15,7 +15,7 @@ from upcycle.ffn import Kept
 def read_kept(kept: Kept, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The numbers that stay of one parameter, in new memory: [R, in], [out, C] or [R]."""
     stored = _as_rows(kept, parameters[kept.parameter].detach())
-    stays = stored[_stays(kept, len(stored))]
+    stays = torch.cat([stored[start:stop] for start, stop in _stay(kept, len(stored))])
     return stays.t().contiguous() if kept.columns else stays
 
 
@@ -23,7 +23,10 @@ def read_kept(kept: Kept, parameters: Mapping[str, torch.Tensor]) -> torch.Tenso
 def write_kept(kept: Kept, parameters: Mapping[str, torch.Tensor], numbers: torch.Tensor) -> None:
     """The inverse of `read_kept`, into the dense parameter."""
     stored = _as_rows(kept, parameters[kept.parameter])
-    stored[_stays(kept, len(stored))] = numbers.t() if kept.columns else numbers
+    rows, done = numbers.t() if kept.columns else numbers, 0
+    for start, stop in _stay(kept, len(stored)):
+        stored[start:stop] = rows[done : done + stop - start]
+        done += stop - start
 
 
 def _as_rows(kept: Kept, stored: torch.Tensor) -> torch.Tensor:
@@ -34,8 +37,7 @@ def _as_rows(kept: Kept, stored: torch.Tensor) -> torch.Tensor:
     return stored.t() if kept.columns else stored
 
 
-def _stays(kept: Kept, size: int) -> torch.Tensor:
-    stays = torch.ones(size, dtype=torch.bool)
-    for start, stop in kept.taken:
-        stays[start:stop] = False
-    return stays
+def _stay(kept: Kept, size: int) -> Iterator[tuple[int, int]]:
+    """``(start, stop)`` of what lies between the taken parts."""
+    ends = [0, *(stop for _, stop in kept.taken)]
+    return zip(ends, [*(start for start, _ in kept.taken), size], strict=True)

@@ -1,8 +1,8 @@
 """Values that are known while nothing is computed: those that follow from small integer inputs.
 
 On fake tensors a model cannot ask ``if mask.all()`` or call ``lengths.tolist()``. But such values
-depend on token ids, masks and sizes alone, never on a weight or on a float input. They are worked
-out beside the fake tensors, by running the same call on the real ones.
+depend on token ids, masks and sizes alone, never on a float weight or a float input. They are
+worked out beside the fake tensors, by running the same call on the real ones.
 """
 
 from collections.abc import Callable, Iterable

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.input_shapes import Example, part_of, values_of
+from upcycle.input_shapes import Example, part_of, required, values_of
 
 _MAIN = ("input_ids", "pixel_values", "input_features", "input_values", "past_values")
 _FORMS = 12  # of the required arguments together: some have several
@@ -24,8 +24,7 @@ def combinations(model: nn.Module, config: Any, dtype: torch.dtype) -> Iterator[
     main = str(model.main_input_name)
     if main not in parameters:
         main = next((name for name in _MAIN if name in parameters), next(iter(parameters), main))
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = {n for n, p in parameters.items() if p.default is p.empty and p.kind in kinds}
+    needed = set(required(parameters))
     cache = {"use_cache": False} if "use_cache" in parameters else {}
 
     def forms(names: tuple[str, ...]) -> Iterator[Example]:

@@ -16,8 +16,8 @@ from upcycle.evaluation import Evaluation, comparable, device_of, outputs_of
 from upcycle.metrics import ROUNDING, distance
 from upcycle.moe import MoE
 from upcycle.targets.checkpoint import Checkpoint
-from upcycle.targets.onnx.compare import session
 from upcycle.targets.onnx.export import export_onnx
+from upcycle.targets.onnx.running import session
 from upcycle.verification import model_dtype
 
 ONNX_CHECK = "ONNX Runtime against PyTorch"

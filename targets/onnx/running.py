@@ -1,4 +1,4 @@
-"""Running ONNX files whose inner tensors are wanted too."""
+"""Running ONNX files, also where their inner tensors are wanted."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,35 @@ import onnx
 
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.targets.onnx.feeds import Array
+
+
+def session(model: Path | bytes, *, weights: Path | None = None, threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        model: the file, or its bytes.
+        weights: the folder of the external data of a file given as bytes.
+        threads: 0 lets ONNX Runtime choose.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError(
+            "running an ONNX file needs ONNX Runtime: pip install 'upcycle[cpu]' "
+            "(or 'upcycle[gpu]', not both)"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what matters comes as an exception
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of each weight
+    if weights is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(weights.absolute()))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> dict[str, Array]:
@@ -20,27 +49,13 @@ def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> di
         UnsupportedError: it cannot load the file, or not run it on `feeds`.
     """
     try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError(
-            "running an ONNX file needs ONNX Runtime: pip install 'upcycle[cpu]' "
-            "(or 'upcycle[gpu]', not both)"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of each weight
-    options.log_severity_level = 4  # what matters comes as an exception
-    try:
-        model = _with_outputs(path, extra) if extra else path
-        if extra:
-            folder = str(path.parent.absolute())
-            key = "session.model_external_initializers_file_folder_path"
-            options.add_session_config_entry(key, folder)
-        session: Any = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
+        runner = (
+            session(_with_outputs(path, extra), weights=path.parent) if extra else session(path)
         )
-        names = [value.name for value in session.get_outputs()]
-        return dict(zip(names, session.run(None, dict(feeds)), strict=True))
+        names = [value.name for value in runner.get_outputs()]
+        return dict(zip(names, runner.run(None, dict(feeds)), strict=True))
+    except UsageError:
+        raise
     except Exception as error:  # onnxruntime's own types, which say what and where
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedError(f"ONNX Runtime cannot run {path.name}: {reason}") from error

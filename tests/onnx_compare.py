@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle.errors import UsageError
+from upcycle.targets.onnx.running import session
 from upcycle.targets.onnx.symbolic import named_tensors
 
 Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
@@ -23,25 +23,6 @@ class Difference:
     max_reference: float
 
 
-def session(path: Path, *, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU; `threads` 0 lets it choose.
-
-    Raises:
-        UsageError: ONNX Runtime is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError(
-            "running an ONNX file needs ONNX Runtime: pip install 'upcycle[cpu]' "
-            "(or 'upcycle[gpu]', not both)"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
 def compare_with_torch(path: Path, model: nn.Module, inputs: Sequence[Inputs]) -> list[Difference]:
     """Run the file and the module on each of `inputs`; one result for each.
 
@@ -49,9 +30,6 @@ def compare_with_torch(path: Path, model: nn.Module, inputs: Sequence[Inputs]) -
         path: a file that `export_onnx` wrote.
         model: the module that it was written from.
         inputs: arguments of the module: by name, or in the order of the inputs of the file.
-
-    Raises:
-        UsageError: ONNX Runtime is not installed.
     """
     runner = session(path)
     names = [i.name for i in runner.get_inputs()]
