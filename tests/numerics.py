@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from upcycle.activations import Activations
 from upcycle.ffn import FFN, Located, Projection
 from upcycle.layer_weights import load_weights
 from upcycle.moe import MoE
+from upcycle.passes.needs import needs
 from upcycle.passes.plan import make_plan
 from upcycle.passes.transform import transform
 from upcycle.pointwise import Pointwise
@@ -179,8 +181,20 @@ def site(ffn: FFNWeights, path: str = "mlp") -> FFN:
 def convert(ffn: FFNWeights, recipe: Recipe) -> tuple[MoESpec, MoEWeights, MoE]:
     """The decision, the weights and the running layer for one FFN; experts in its dtype."""
     (spec,) = make_plan(Located(ffns=(site(ffn),)), recipe).specs
-    weights = transform(ffn, spec)
+    weights = transform(ffn, spec, seen(ffn) if needs(recipe) else None)
     return spec, weights, run_layer(spec, weights)
+
+
+def seen(ffn: FFNWeights, count: int = 512, seed: int = 5) -> Activations:
+    """What `ffn` might be given in calibration: random tokens, of 7 ids and 2 domains."""
+    _, d_ff, d_model = ffn.up_MFD.shape
+    generator = torch.Generator().manual_seed(seed)
+    return Activations(
+        x=random_tokens(count, d_model, torch.float32, seed=seed).split(200),
+        id_T=torch.randint(7, (count,), generator=generator),
+        domain_T=torch.arange(count) % 2,
+        importance_NF=torch.rand(2, d_ff, generator=generator),
+    )
 
 
 def run_layer(spec: MoESpec, weights: MoEWeights) -> MoE:

@@ -19,6 +19,7 @@ from upcycle.evaluation import device_of, evaluation_for
 from upcycle.loading import load
 from upcycle.onnx_output import in_float32, verify_onnx
 from upcycle.passes.locate import locate_in
+from upcycle.passes.needs import needs
 from upcycle.passes.plan import make_plan
 from upcycle.progress import Progress, silent, step
 from upcycle.recipe import Recipe
@@ -60,6 +61,7 @@ def convert_model(
         for option, given in (("--calibration", calibration), ("--stream", stream or resume)):
             if given:
                 raise UsageError(f"{option}: it does not apply to an ONNX file; leave it out")
+        _check_blind(recipe, "an ONNX file")
         return convert_onnx(
             source,
             recipe,
@@ -84,6 +86,7 @@ def convert_model(
     check_disk(out, estimate.bytes_on_disk)
     if stream or resume or (stream is None and source.directory and must_stream(estimate)):
         check_streamable(source, targets)
+        _check_blind(recipe, "a model that is converted piece by piece")
         return convert_streamed(
             source,
             plan,
@@ -119,6 +122,15 @@ def convert_model(
         progress=progress,
     )
     return result.report
+
+
+def _check_blind(recipe: Recipe, what: str) -> None:
+    """Refuse a recipe that has to see activations where there are none yet."""
+    if needs(recipe):
+        raise UsageError(
+            f"{what} is not run, and the recipe's methods look at activations; convert a model "
+            "that fits in memory, or use a recipe that needs none"
+        )
 
 
 def _check_out(out: Path, source: "Source | OnnxSource", *, overwrite: bool) -> None:
