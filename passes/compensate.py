@@ -1,10 +1,202 @@
-"""Compensate: what stands in for the neurons that a token does not visit."""
+"""Compensate: what stands in for the neurons that a token does not visit, fitted in closed form.
+
+With h the hidden activations of the dense FFN and c_j the sum of the weights of a token's experts
+that hold neuron j, the layer gives ``(h * c) D + b`` and the dense FFN ``h D + b``. Weighted ridge
+regression on the calibration tokens changes D and b and adds a thin linear map of the token so that
+the two are close in the mean. All of it is folded into weights that the layer has anyway, but for
+the linear map.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, F neurons, I neurons of an expert, R rank,
+P predictors.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
 
 from upcycle.activations import Activations
+from upcycle.passes.least_squares import Sums, best_penalty, input_basis, solve
+from upcycle.routers import ROUTERS
 from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, MoEWeights
+from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights
+
+BLOCK, EVERY = 512, 6  # of each six blocks of tokens the last one is held out to choose the penalty
+FREE = 0.1  # the linear map and the offset are penalised less than the neurons, by this factor
 
 
 def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activations) -> MoEWeights:
-    """Fit what the recipe asks for; the weights as they are if that is nothing."""
-    return made
+    """Fit what ``spec.compensate`` asks for; approximate.
+
+    - ``refit``: D, towards the dense one. A neuron keeps one column however many experts hold it.
+    - ``low_rank``: ``U V x`` of that rank, fitted together with D if both are asked for.
+    - ``mean``: an offset, together with those.
+    - ``scale``, ``affine``: one factor, or a factor and an offset for each output, on the result.
+
+    A token counts with the inverse of its squared output, and half of that at the median: otherwise
+    the few tokens with huge outputs that language models have would decide alone.
+
+    Args:
+        made: experts that are sets of neurons of `ffn`, and their router.
+        ffn: the dense FFN.
+        spec: ``compensate``.
+        data: calibration tokens. Memory: two float32 matrices of (F + D + 1)^2, for one FFN.
+
+    Returns:
+        The layer with other contractions, output bias and low-rank term; `made` if nothing is
+        asked for.
+
+    Source:
+        after the closed-form repair of pruned networks, e.g. An et al., "FLAP", 2023,
+        https://arxiv.org/abs/2312.11983
+    """
+    wanted = spec.compensate
+    if not wanted.any:
+        return made
+    ffn = ffn.to(torch.float32)
+    stream = _Stream(made, ffn, spec, data)
+    if wanted.refit or wanted.low_rank or wanted.mean:
+        down_OF, bias_O, thin = _fit(stream, spec)
+    else:
+        down_OF, bias_O, thin = ffn.down_OF, torch.zeros(len(ffn.down_OF)), None
+    if wanted.scale or wanted.affine:
+        gain_O, offset_O = _affine(stream, down_OF, bias_O, thin, each=wanted.affine)
+        down_OF = down_OF * gain_O[:, None]
+        bias_O = bias_O * gain_O + offset_O
+        thin = None if thin is None else (thin[0], thin[1] * gain_O[:, None])
+    dtype = made.experts.down_EOI.dtype
+    dense_bias_O = made.output_bias_O
+    has_bias = dense_bias_O is not None or wanted.mean or wanted.affine
+    if dense_bias_O is not None:
+        bias_O = bias_O + dense_bias_O.float()
+    return replace(
+        made,
+        experts=_with_down(made.experts, down_OF),
+        shared=None if made.shared is None else _with_down(made.shared, down_OF),
+        output_bias_O=bias_O.to(dtype) if has_bias else None,
+        low_rank=None if thin is None else (thin[0].to(dtype), thin[1].to(dtype)),
+    )
+
+
+def _with_down(experts: ExpertWeights, down_OF: torch.Tensor) -> ExpertWeights:
+    """The same experts with the columns of another contraction."""
+    neuron_EI = experts.neuron_EI
+    down_EIO = down_OF.t()[neuron_EI.clamp(min=0)]
+    down_EIO[neuron_EI < 0] = 0
+    down_EOI = down_EIO.transpose(1, 2).contiguous().to(experts.down_EOI.dtype)
+    return replace(experts, down_EOI=down_EOI)
+
+
+@dataclass
+class _Tokens:
+    """Some tokens: inputs [t, D], visited activations [t, F], dense outputs [t, O], weights [t]."""
+
+    x_TD: torch.Tensor
+    visited_TF: torch.Tensor
+    y_TO: torch.Tensor
+    weight_T: torch.Tensor
+
+
+class _Stream:
+    """The calibration tokens as the fits read them, computed again on each pass."""
+
+    def __init__(self, made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activations) -> None:
+        self.ffn, self._data = replace(ffn, down_bias_O=None), data
+        self._router = ROUTERS[spec.router_config()["kind"]](spec.router_config()).eval()
+        self._router.load_state_dict(dict(made.router))
+        d_ff = ffn.down_OF.shape[1]
+        self._member_EF = _members(made.experts.neuron_EI, d_ff)
+        self._always_F = torch.zeros(d_ff)
+        if made.shared is not None:
+            self._always_F = _members(made.shared.neuron_EI, d_ff)[0]
+        sizes = [y_TO.square().sum(1) for y_TO in map(self.ffn, data.chunks())]
+        self._median = float(torch.cat(sizes).median()) or 1.0
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[_Tokens]:
+        for x_TD, h_TF in self._data.hidden(self.ffn):
+            _, weights_TK, index_TK = self._router(x_TD)
+            weights_TE = torch.zeros(len(x_TD), len(self._member_EF))
+            weights_TE.scatter_(1, index_TK, weights_TK)
+            visited_TF = h_TF * (weights_TE @ self._member_EF + self._always_F)
+            y_TO = h_TF @ self.ffn.down_OF.t()
+            yield _Tokens(x_TD, visited_TF, y_TO, 1 / (y_TO.square().sum(1) + self._median))
+
+
+def _members(neuron_EI: torch.Tensor, d_ff: int) -> torch.Tensor:
+    """1 where expert e holds neuron f, [E, F] float32."""
+    member_EF = torch.zeros(len(neuron_EI), d_ff + 1)
+    # Padding goes to an extra column.
+    member_EF.scatter_(1, torch.where(neuron_EI < 0, d_ff, neuron_EI), 1.0)
+    return member_EF[:, :d_ff]
+
+
+Thin = tuple[torch.Tensor, torch.Tensor] | None
+
+
+def _fit(stream: _Stream, spec: MoESpec) -> tuple[torch.Tensor, torch.Tensor, Thin]:
+    """The contraction [O, F], the offset [O], and the linear map, fitted together."""
+    wanted, ffn = spec.compensate, stream.ffn
+    d_out, d_ff = ffn.down_OF.shape
+    d_model = ffn.up_MFD.shape[-1]
+    neurons, inputs = (d_ff if wanted.refit else 0), (d_model if wanted.low_rank else 0)
+    count = neurons + inputs + int(wanted.mean)
+    fit, held_out = Sums.zeros(count, d_out), Sums.zeros(count, d_out)
+    place = 0
+    for tokens in stream:
+        parts = [tokens.visited_TF] * bool(neurons) + [tokens.x_TD] * bool(inputs)
+        parts += [torch.ones(len(tokens.x_TD), 1)] * wanted.mean
+        z_TP = torch.cat(parts, dim=1)
+        gap_TO = tokens.y_TO - tokens.visited_TF @ ffn.down_OF.t()
+        for start in range(0, len(z_TP), BLOCK):
+            some = slice(start, start + BLOCK)
+            sums = held_out if place % EVERY == EVERY - 1 else fit
+            sums.add(z_TP[some], gap_TO[some], tokens.weight_T[some])
+            place += 1
+    relative_P = torch.ones(count)
+    relative_P[neurons:] = FREE
+    penalty = wanted.ridge[0]
+    if place >= EVERY and len(wanted.ridge) > 1:
+        penalty = best_penalty(fit, held_out, wanted.ridge, relative_P)
+    whole = fit + held_out
+    basis_PQ = torch.eye(count)
+    if inputs:
+        these = slice(neurons, neurons + inputs)
+        beta_PO = solve(whole, penalty * relative_P)
+        thin_DR = input_basis(beta_PO[these], whole.zz_PP[these, these], wanted.low_rank)
+        basis_PQ = torch.eye(count)[:, : count - inputs + wanted.low_rank]
+        basis_PQ[these] = 0
+        basis_PQ[these, neurons : neurons + wanted.low_rank] = thin_DR
+        basis_PQ[neurons + inputs :, neurons + wanted.low_rank :] = torch.eye(int(wanted.mean))
+        relative_P = torch.full((basis_PQ.shape[1],), FREE)
+        relative_P[:neurons] = 1
+    beta_QO = solve(whole.through(basis_PQ), penalty * relative_P)
+    down_OF = ffn.down_OF + beta_QO[:neurons].t() if neurons else ffn.down_OF
+    rank = wanted.low_rank
+    thin = None
+    if rank:
+        map_RO = beta_QO[neurons : neurons + rank]
+        thin = (thin_DR.t().contiguous(), map_RO.t().contiguous())
+    bias_O = beta_QO[-1] if wanted.mean else torch.zeros(d_out)
+    return down_OF, bias_O, thin
+
+
+def _affine(
+    stream: _Stream, down_OF: torch.Tensor, bias_O: torch.Tensor, thin: Thin, *, each: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors and offsets [O] that bring the outputs of the layer nearest to the dense ones."""
+    moments = torch.zeros(5, len(down_OF))  # of weights, ours, theirs, ours^2, ours * theirs
+    for tokens in stream:
+        ours_TO = tokens.visited_TF @ down_OF.t() + bias_O
+        if thin is not None:
+            ours_TO = ours_TO + tokens.x_TD @ thin[0].t() @ thin[1].t()
+        rows = (torch.ones_like(ours_TO), ours_TO, tokens.y_TO, ours_TO**2, ours_TO * tokens.y_TO)
+        moments += torch.stack([(tokens.weight_T[:, None] * row_TO).sum(0) for row_TO in rows])
+    weight_O, ours_O, theirs_O, square_O, product_O = moments
+    if not each:
+        gain = product_O.sum() / square_O.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return gain.expand(len(down_OF)), torch.zeros(len(down_OF))
+    mean_O, target_O = ours_O / weight_O, theirs_O / weight_O
+    variance_O = (square_O / weight_O - mean_O**2).clamp(min=torch.finfo(torch.float32).tiny)
+    gain_O = (product_O / weight_O - mean_O * target_O) / variance_O
+    return gain_O, target_O - gain_O * mean_O

@@ -21,6 +21,9 @@ from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec, Plan
 
 
+HAS_SHARED = ("split", "subsets")  # kinds whose experts are sets of neurons of one FFN
+
+
 def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") -> Plan:
     """Decide what each FFN becomes.
 
@@ -97,20 +100,35 @@ def _num_experts(experts: recipe.Experts) -> int:
     """Routed experts of the layer."""
     if experts.method == "granular":
         return experts.count * experts.granularity
-    return experts.count - experts.shared
+    return experts.count - (experts.shared if isinstance(experts.shared, int) else 0)
+
+
+def _shared(ffn: FFN, experts: recipe.Experts) -> int:
+    """Neurons of the shared expert."""
+    kind = EXPERTS[experts.method].kind
+    if kind == "residual":
+        return ffn.d_ff
+    part = experts.shared / (experts.count if isinstance(experts.shared, int) else 1)
+    return round(ffn.d_ff * part)
+
+
+def _width(ffn: FFN, experts: recipe.Experts, *, shared: int) -> int:
+    """Neurons of one routed expert."""
+    kind = EXPERTS[experts.method].kind
+    if kind in ("slices", "residual"):
+        return -(-ffn.d_ff // experts.granularity)
+    if kind not in HAS_SHARED:
+        return ffn.d_ff
+    if experts.width is not None:
+        return min(round(ffn.d_ff * experts.width), ffn.d_ff - shared)
+    return -(-(ffn.d_ff - shared) // _num_experts(experts))
 
 
 def _spec(ffn: FFN, recipe: Recipe, *, layer: int) -> MoESpec:
     """The decision for one FFN, which has no problems."""
     experts, router = recipe.experts, recipe.router
     num_experts = _num_experts(experts)
-    kind = EXPERTS[experts.method].kind
-    shared = {
-        "split": round(ffn.d_ff * experts.shared / experts.count),
-        "residual": ffn.d_ff,
-    }.get(kind, 0)
-    whole = ffn.d_ff - shared if kind == "split" else ffn.d_ff
-    parts = {"slices": experts.granularity, "split": num_experts, "subsets": num_experts}
+    shared = _shared(ffn, experts)
     top_k = num_experts if router.top_k == "all" else router.top_k
     scale = num_experts / top_k if router.scale == "n_over_k" else router.scale
     return MoESpec(
@@ -119,7 +137,7 @@ def _spec(ffn: FFN, recipe: Recipe, *, layer: int) -> MoESpec:
         router=router,
         compensate=recipe.compensate,
         num_experts=num_experts,
-        width=-(-whole // parts.get(kind, 1)),
+        width=_width(ffn, experts, shared=shared),
         shared=shared,
         top_k=top_k,
         scale=scale,
@@ -141,19 +159,28 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
     experts, router = recipe.experts, recipe.router
     method, gate = EXPERTS[experts.method], GATES[router.method]
     kind = method.kind
-    if experts.shared >= experts.count or (experts.shared and kind != "split"):
+    if experts.shared and kind not in HAS_SHARED:
+        return [
+            f"`experts.method: {experts.method}` makes no shared expert; leave `experts.shared` out"
+        ]
+    if experts.shared >= experts.count:
         return [
             f"{experts.shared} of {experts.count} experts cannot be shared; "
-            + (
-                f"set `experts.shared` below {experts.count}"
-                if kind == "split"
-                else f"`experts.method: {experts.method}` has none, leave `experts.shared` out"
-            )
+            f"set `experts.shared` below {experts.count}"
         ]
     num_experts = _num_experts(experts)
     top_k = num_experts if router.top_k == "all" else router.top_k
     most = num_experts + (router.nulls if router.select == "null" else 0)
     problems = []
+    if experts.width is not None and kind != "subsets":
+        problems.append(
+            f"`experts.method: {experts.method}` decides itself how wide an expert is; leave "
+            "`experts.width` out"
+        )
+    if recipe.compensate.any and kind not in HAS_SHARED:
+        problems.append(
+            f"`experts.method: {experts.method}` drops no neurons; leave `compensate` out"
+        )
     if top_k > most:
         problems.append(
             f"a token cannot visit {top_k} of {most} experts; set `router.top_k` to {most} or less"
@@ -165,6 +192,12 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
         )
     if kind == "slices":
         problems += _granular_problems(ffn, experts, top_k)
+    if kind == "residual" and experts.granularity > ffn.d_ff:
+        problems.append(
+            f"{ffn.d_ff} neurons cannot be cut into {experts.granularity} slices; "
+            f"set `experts.granularity` to {ffn.d_ff} or less"
+        )
+    problems += _source_problems(experts)
     if kind not in gate.kinds and not (kind == "copies" and num_experts == 1):
         problems.append(f"`router.method: {router.method}` {gate.otherwise}")
     if router.tied and router.method != "avg_key":
@@ -174,6 +207,30 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
         )
     if router.tied and router.select == "null":
         problems.append("a tied router has no rows for null experts; leave `router.tied` out")
+    return problems
+
+
+def _source_problems(experts: recipe.Experts) -> list[str]:
+    """What is wrong with the models that experts are taken from; the same for every FFN."""
+    count = len(experts.sources)
+    if experts.method != "from_checkpoints":
+        return (
+            [f"`experts.method: {experts.method}` has no sources; set it to from_checkpoints"]
+            if count
+            else []
+        )
+    if not count:
+        return ["there are no models to take experts from; set `experts.sources: [base, ...]`"]
+    problems = []
+    if experts.count % count:
+        problems.append(
+            f"{count} sources cannot give {experts.count} experts, the same number each; "
+            f"set `experts.count` to {count}"
+        )
+    if isinstance(experts.merge, int) and not 0 <= experts.merge < count:
+        problems.append(
+            f"there is no source {experts.merge}; set `experts.merge` to a number below {count}"
+        )
     return problems
 
 

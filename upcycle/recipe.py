@@ -57,17 +57,25 @@ class Experts(Section):
         "gradient_domain",
         "activation_carve",
         "universal_specialised",
+        "token_sets",
     ] = Field(description="whole FFNs, slices of copies, or parts of one FFN; see the methods")
     count: int = Field(
         ge=1, description="experts, shared ones included; for granular, copies of the FFN"
     )
-    shared: int = Field(
-        0, ge=0, description="splits: how many of the experts are merged into one for every token"
+    shared: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0,
+        description="splits: how many of the experts become one that every token visits; below 1, "
+        "that part of the neurons besides the experts",
     )
     shared_by: Literal["norm", "rate", "contribution", "importance", "first"] = Field(
         "norm", description="splits: which neurons are shared, those with the largest ..."
     )
-    granularity: int = Field(1, ge=1, description="granular: slices that each copy is cut into")
+    width: float | None = Field(
+        None, gt=0, le=1, description="token_sets: neurons of one expert, as a part of all"
+    )
+    granularity: int = Field(
+        1, ge=1, description="granular, zero_routed: slices that each copy is cut into"
+    )
     scale: Literal["down", "up_down", "even"] = Field(
         "down", description="granular: which matrices carry the factor that undoes the averaging"
     )
@@ -87,17 +95,19 @@ class Experts(Section):
         "neuron", description="drop: redraw the same neurons in every matrix, or others in each"
     )
     noise: float = Field(
-        0.01, ge=0, description="noise, svd: standard deviation, relative to the weights"
+        0.01,
+        ge=0,
+        description="noise, svd: standard deviation, relative to the mean |weight| or singular value",
     )
     rank: int = Field(64, ge=1, description="svd: directions of each matrix that stay as they are")
     sharing: Literal["independent", "inner", "inter"] = Field(
         "independent", description="gradient_domain: may experts share neurons"
     )
     sources: tuple[str, ...] = Field(
-        (), description="from_checkpoints: models of the same shape, one expert each"
+        (), description="from_checkpoints: models, of one shape; `base` is the converted one"
     )
     merge: Literal["mean", "first"] | int = Field(
-        "mean", description="from_checkpoints: where everything but the FFNs comes from"
+        "mean", description="from_checkpoints: all but the FFNs; a number is that of a source, from 0"
     )
 
 
@@ -137,13 +147,31 @@ class Router(Section):
         False, description="add a bias to the selection alone, which balances the load in training"
     )
     std: float = Field(
-        0.02, ge=0, description="normal, uniform, virtual_group, noisy_topk: standard deviation"
+        0.02,
+        ge=0,
+        description="normal, uniform, virtual_group, noisy_topk, random_fixed: standard deviation; "
+        "1e-6 makes a router that prefers no expert and still breaks ties",
     )
-    hidden: int = Field(0, ge=0, description="mlp: width of the hidden layer; 0 is one per expert")
+    hidden: int = Field(
+        0,
+        ge=0,
+        description="mlp: width of the hidden layer, 0 is one per expert; cosine: of the small "
+        "space, 0 is half as many",
+    )
+    by: Literal["token", "type", "domain"] = Field(
+        "token", description="hash, assigned: what the table of experts is read by"
+    )
+    entries: int = Field(
+        65536, ge=1, description="hash, assigned: rows of the table; a larger id starts over"
+    )
     ridge: float = Field(
-        0.01, gt=0, description="ridge: penalty, relative to the mean variance of the input"
+        0.01,
+        gt=0,
+        description="ridge, kmeans_lsq: penalty, relative to the mean variance of the input",
     )
-    bias: bool = Field(False, description="add a bias, which starts at zero")
+    bias: bool | None = Field(
+        None, description="add a bias; null is yes where the method makes one, which is not zero"
+    )
     tied: bool = Field(
         False, description="avg_key: recompute the rows from the experts in training"
     )
@@ -158,8 +186,10 @@ class Compensate(Section):
     mean: bool = Field(False, description="the mean of what was dropped")
     low_rank: int = Field(0, ge=0, description="rank of a linear map of the input")
     refit: bool = Field(False, description="fit the down projections again, on the chosen neurons")
-    ridge: float = Field(
-        0.01, gt=0, description="penalty of the fits, relative to the mean variance of the inputs"
+    ridge: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.1, 0.5, 2.0),
+        min_length=1,
+        description="penalties to try, relative to the size of each input; held-out tokens decide",
     )
 
     @property

@@ -1,0 +1,140 @@
+"""Compensation: exact where it can be, the least-squares optimum elsewhere, and never worse."""
+
+import numerics
+import pytest
+import torch
+
+from upcycle.errors import PlanError
+from upcycle.passes.least_squares import Sums, input_basis, solve
+from upcycle.recipe import Recipe
+
+SPLIT = {"method": "random", "count": 6, "shared": 1, "shared_by": "contribution"}
+ROUTER = {"method": "normal", "top_k": 2, "weights": "one", "std": 0.3}
+
+
+def recipe(compensate: dict[str, object], experts: dict[str, object] = SPLIT) -> Recipe:
+    given = {"ridge": (1e-6,), **compensate}
+    return Recipe.model_validate(
+        numerics.make_recipe(experts, ROUTER).model_dump() | {"compensate": given}
+    )
+
+
+def error(name: str, compensate: dict[str, object]) -> float:
+    """The weighted square error on the calibration tokens, relative to that of no output."""
+    ffn = numerics.random_ffn(name, dtype=torch.float32)
+    _, _, layer = numerics.convert(ffn, recipe(compensate))
+    x_TD = torch.cat(list(numerics.seen(ffn).chunks()))
+    y_TO = ffn(x_TD) - ffn.down_bias_O
+    weight_T1 = 1 / (y_TO.square().sum(1) + y_TO.square().sum(1).median())[:, None]
+    with torch.no_grad():
+        gap_TO = layer.tokens(x_TD) - ffn(x_TD)
+    return float((weight_T1 * gap_TO**2).sum() / (weight_T1 * y_TO**2).sum())
+
+
+PARTS: list[dict[str, object]] = [
+    {"scale": True},
+    {"affine": True},
+    {"mean": True},
+    {"low_rank": 4},
+    {"refit": True},
+    {"refit": True, "low_rank": 4, "mean": True},
+    {"refit": True, "low_rank": 4, "mean": True, "affine": True},
+]
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_each_part_helps_on_what_it_was_fitted_to(name: str, part: dict[str, object]) -> None:
+    before, after = error(name, {}), error(name, part)
+    # One factor for everything may be near 1 already; float32 sums of 512 tokens are off by 1e-5.
+    assert after < before * (1 + 1e-5 if part == {"scale": True} else 1 - 1e-3)
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_more_parts_are_never_worse(name: str) -> None:
+    chain = [{}, {"mean": True}, {"mean": True, "low_rank": 4}, {"mean": True, "low_rank": 8}]
+    chain.append({"mean": True, "low_rank": 8, "refit": True})
+    errors = [error(name, part) for part in chain]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_all_experts_need_no_compensation() -> None:
+    """With K = N nothing is dropped, so the fit has nothing to do: only rounding is left."""
+    ffn = numerics.random_ffn("swiglu", dtype=torch.float32)
+    made = recipe({"refit": True, "mean": True, "low_rank": 4})
+    made = made.model_copy(update={"router": made.router.model_copy(update={"top_k": "all"})})
+    _, _, layer = numerics.convert(ffn, made)
+    x_TD = numerics.random_tokens(9, 16, torch.float32)
+    bound = numerics.bound([ffn], x_TD, torch.float32, experts=8)
+    # The sums of the fit are of 512 tokens and 65 predictors, each rounded: that much larger.
+    with torch.no_grad():
+        y_TO = layer.tokens(x_TD)
+    numerics.assert_equal_up_to_rounding(y_TO, ffn(x_TD), 512 * bound)
+
+
+def test_what_is_dropped_and_constant_is_put_back() -> None:
+    """Neurons with zero rows are constant: the offset is their whole contribution."""
+    ffn = numerics.random_ffn("gelu", dtype=torch.float32)
+    ffn.up_MFD.zero_()
+    _, _, layer = numerics.convert(ffn, recipe({"mean": True}, {"method": "random", "count": 6}))
+    none = recipe({}, {"method": "random", "count": 6})
+    _, _, without = numerics.convert(ffn, none)
+    x_TD = numerics.random_tokens(9, 16, torch.float32)
+    assert (without.tokens(x_TD) - ffn(x_TD)).abs().max() > 0.1
+    mean_TO = (layer.tokens(x_TD) - ffn(x_TD)).mean(0)
+    assert (mean_TO.abs() < (without.tokens(x_TD) - ffn(x_TD)).mean(0).abs().max()).all()
+
+
+def test_only_sets_of_neurons_are_compensated() -> None:
+    with pytest.raises(PlanError, match=r"`experts\.method: copy` drops no neurons"):
+        numerics.convert(
+            numerics.random_ffn("gelu"), recipe({"mean": True}, {"method": "copy", "count": 4})
+        )
+
+
+def test_solve_is_the_normal_equation() -> None:
+    z_TP = numerics.random_tokens(200, 12, torch.float32, seed=1)
+    y_TO = numerics.random_tokens(200, 5, torch.float32, seed=2)
+    weight_T = numerics.random_tokens(200, 1, torch.float32, seed=3)[:, 0].abs() + 0.1
+    sums = Sums.zeros(12, 5)
+    for some in (slice(0, 70), slice(70, 200)):
+        sums.add(z_TP[some], y_TO[some], weight_T[some])
+    beta_PO = solve(sums, torch.full((12,), 0.3))
+    wide, w = z_TP.double(), weight_T.double()
+    gram = wide.t() * w @ wide
+    expected = torch.linalg.solve(
+        gram + torch.diag(0.3 * gram.diagonal()), wide.t() * w @ y_TO.double()
+    )
+    # 1e-5 is added to the penalty on purpose; the rest is float32 sums of 200 products.
+    torch.testing.assert_close(beta_PO.double(), expected, rtol=0, atol=1e-4)
+    direct = (w[:, None] * (y_TO.double() - wide @ beta_PO.double()) ** 2).sum()
+    assert abs(sums.error(beta_PO) / float(direct) - 1) < 1e-4  # sums of 1000 float32 products
+
+
+def test_a_predictor_that_is_always_zero_gets_zero() -> None:
+    z_TP = numerics.random_tokens(50, 4, torch.float32)
+    z_TP[:, 2] = 0
+    sums = Sums.zeros(4, 3)
+    sums.add(z_TP, numerics.random_tokens(50, 3, torch.float32, seed=2), torch.ones(50))
+    beta_PO = solve(sums, torch.full((4,), 0.1))
+    assert bool(beta_PO.isfinite().all())
+    assert not beta_PO[2].any()
+
+
+def test_the_basis_of_a_low_rank_map_is_the_best_one() -> None:
+    """A map of rank 3 is read through 3 directions without loss; a random basis loses."""
+    z_TP = (
+        numerics.random_tokens(300, 10, torch.float64) @ torch.diag(torch.arange(1.0, 11)).double()
+    )
+    beta_PO = numerics.random_tokens(10, 3, torch.float64, seed=4) @ numerics.random_tokens(
+        3, 6, torch.float64, seed=5
+    )
+    basis_PR = input_basis(beta_PO, z_TP.t() @ z_TP, 3).double()
+
+    def lost(basis: torch.Tensor) -> float:
+        read = z_TP @ basis
+        best = torch.linalg.lstsq(read, z_TP @ beta_PO).solution
+        return float((read @ best - z_TP @ beta_PO).norm() / (z_TP @ beta_PO).norm())
+
+    assert lost(basis_PR) < 1e-6  # the basis is float32
+    assert lost(numerics.random_tokens(10, 3, torch.float64, seed=6)) > 0.1
