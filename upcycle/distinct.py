@@ -56,7 +56,10 @@ def _has_own_scores(layer: MoE) -> bool:
 
 
 def _make_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> None:
-    """Scale each neuron by a factor of its own, and draw a router whose logits are about one."""
+    """Scale each neuron by a factor of its own, and draw a router whose logits are about one.
+
+    Experts that add nothing yet get a contraction first.
+    """
 
     def factors(*shape: int) -> torch.Tensor:
         drawn = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -64,6 +67,8 @@ def _make_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -
 
     experts = layer.experts
     num_experts, rows, d_model = experts.up_EGD.shape
+    if not experts.down_proj.any():
+        experts.down_proj.copy_(factors(*experts.down_proj.shape))
     experts.up_EGD.mul_(factors(num_experts, rows, 1))
     experts.down_proj.mul_(factors(num_experts, 1, experts.intermediate_dim))
     if experts.up_bias_EG is not None:

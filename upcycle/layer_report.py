@@ -1,6 +1,6 @@
 """Tiers T0 and T1 of verification: one converted layer against its dense FFN."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from upcycle.distinct import distinct_experts_error
 from upcycle.metrics import ROUNDING, distance
 from upcycle.moe import MoE, all_experts
 from upcycle.passes.experts import EXPERTS
-from upcycle.provenance import lost_neurons, untraced_rows
+from upcycle.provenance import lost_neurons, redrawn_rows, untraced_rows
 from upcycle.spec import MoESpec
 from upcycle.weights import Provenance, read_ffn
 
@@ -22,6 +22,7 @@ def layer_report(
     x_TD: torch.Tensor,
     parameters: Mapping[str, torch.Tensor],
     origin: Provenance | None,
+    sources: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> dict[str, Any]:
     """What was measured of one layer, as plain data.
 
@@ -32,11 +33,14 @@ def layer_report(
         parameters: of the dense model, by name.
         origin: the dense neurons behind the layer; None where they are not known, and then the
             rows are not traced.
+        sources: parameters of the models that experts were taken from, if there are several.
     """
     row: dict[str, Any] = {"path": spec.ffn.path, "promise": spec.promise}
     is_split = EXPERTS[spec.experts.method].kind == "split"
     if origin is not None:
-        row["untraced_rows"] = untraced_rows(spec, layer, origin, parameters)
+        row["untraced_rows"] = untraced_rows(spec, layer, origin, parameters, sources)
+        if redrawn := redrawn_rows(origin):
+            row["redrawn_rows"] = redrawn
         if is_split:
             row["lost_neurons"] = lost_neurons(spec, origin)
     reference = read_ffn(spec.ffn, parameters)(x_TD)
@@ -68,7 +72,9 @@ def layer_checks(rows: list[dict[str, Any]], dtype: torch.dtype) -> Iterator[Che
             yield check(what, row[key], ROUNDING[dtype])
 
     untraced = sum(row.get("untraced_rows", 0) for row in rows)
-    yield check("rows that are not the dense rows they came from", untraced, 0)
+    redrawn = sum(row.get("redrawn_rows", 0) for row in rows)
+    but = f", but for {redrawn} neurons that were drawn anew" if redrawn else ""
+    yield check(f"rows that are not the dense rows they came from{but}", untraced, 0)
     lost = [row["lost_neurons"] for row in rows if "lost_neurons" in row]
     if lost:
         yield check("dense neurons that are not exactly once in the layer", sum(lost), 0)

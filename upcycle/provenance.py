@@ -3,7 +3,7 @@
 Shape suffixes: E experts, I neurons of an expert, D d_model, O d_out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -17,7 +17,11 @@ ROWS = 1024  # in float64 at a time
 
 
 def untraced_rows(
-    spec: MoESpec, layer: MoE, origin: Provenance, parameters: Mapping[str, torch.Tensor]
+    spec: MoESpec,
+    layer: MoE,
+    origin: Provenance,
+    parameters: Mapping[str, torch.Tensor],
+    sources: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> int:
     """How many neurons of a layer are not their dense neuron, times one factor for each matrix.
 
@@ -30,15 +34,21 @@ def untraced_rows(
         layer: what the FFN became.
         origin: the dense neuron of each of its neurons.
         parameters: of the dense model, by name.
+        sources: of the models that experts were taken from, if not from the dense one.
     """
-    dense = list(_dense_matrices(spec.ffn, parameters))
+    routed = _routed_matrices(layer)
+    groups = [(_shared_matrices(layer), origin.shared_S[None], parameters)]
+    if sources:
+        for e, source in enumerate(spec.source_E):
+            one = slice(e, e + 1)
+            groups.append(([m[one] for m in routed], origin.expert_EI[one], sources[source]))
+    else:
+        groups.append((routed, origin.expert_EI, parameters))
     wrong = 0
-    for made, neuron_EI in (
-        (_routed_matrices(layer), origin.expert_EI),
-        (_shared_matrices(layer), origin.shared_S[None]),
-    ):
+    for made, neuron_EI, held in groups:
         if not neuron_EI.numel():
             continue
+        dense = list(_dense_matrices(spec.ffn, held))
         wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
         for i, (made_EID, dense_FD) in enumerate(zip(made, dense, strict=True)):
             if i == len(dense) - 1 and spec.compensate.changes_down:
@@ -47,6 +57,11 @@ def untraced_rows(
             wrong_EI |= _wrong(made_EID, dense_FD, here).to(wrong_EI.device)
         wrong += int((wrong_EI & (neuron_EI >= -1)).sum())
     return wrong
+
+
+def redrawn_rows(origin: Provenance) -> int:
+    """How many neurons of a layer the method changed, so that they cannot be traced."""
+    return int((origin.expert_EI == -2).sum())
 
 
 def lost_neurons(spec: MoESpec, origin: Provenance) -> int:

@@ -47,6 +47,12 @@ class MoESpec:
         return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
     @property
+    def source_E(self) -> list[int]:  # noqa: N802
+        """Which of ``experts.sources`` each expert is taken from; empty if there are none."""
+        count = len(self.experts.sources)
+        return [e * count // self.num_experts for e in range(self.num_experts)] if count else []
+
+    @property
     def is_plain(self) -> bool:
         """Whether the layer is the best `top_k` of experts by linear scores, and nothing else."""
         router = self.router_config()
@@ -73,9 +79,26 @@ class MoESpec:
             "scale": self.scale,
             "bias": router.bias,
             "tied": router.tied,
+            "frozen": router.method == "random_fixed",
             "balance": router.balance,
             "nulls": router.nulls if router.select == "null" else 0,
+            **self._of_kind(),
         }
+
+    def _of_kind(self) -> dict[str, Any]:
+        """What only some kinds of routers read."""
+        router, kind = self.router, router_kind(self.router)
+        if kind == "mlp":
+            return {"hidden": router.hidden or self.num_experts}
+        if kind == "cosine":
+            return {"hidden": router.hidden or max(self.num_experts // 2, 1)}
+        if kind == "table":
+            return {"entries": router.entries, "by": router.by}
+        if kind == "neurons":
+            ffn = self.ffn
+            has_bias = any(p.bias for p in ffn.expansions)
+            return {"pointwise": ffn.pointwise.to_json(), "up_bias": has_bias}
+        return {}
 
     def layer_config(self) -> dict[str, Any]:
         """The configuration of the runtime layer, as `upcycle.moe.MoE` takes it."""

@@ -11,7 +11,7 @@
 A report is plain data; `checks` lists what was compared with what was allowed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,11 +72,13 @@ def verify_layers(
     layers: list[tuple[MoESpec, MoE]],
     provenance: Mapping[str, Provenance],
     evaluation: Evaluation,
+    sources: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> tuple[list[dict[str, Any]], list[Check]]:
     """Tiers T0 and T1.
 
     Args:
         provenance: FFN path -> the dense neurons behind its layer.
+        sources: tensors of the models that experts were taken from, if there are several.
     """
     parameters = dict(dense.named_parameters(remove_duplicate=False))
     rows: list[dict[str, Any]] = []
@@ -88,7 +90,7 @@ def verify_layers(
         if x_TD is None:
             x_TD = random_tokens(spec, layer)
         origin = provenance.get(spec.ffn.path)
-        rows.append(layer_report(spec, layer, x_TD, parameters, origin) | row)
+        rows.append(layer_report(spec, layer, x_TD, parameters, origin, sources) | row)
     return rows, list(layer_checks(rows, model_dtype(dense)))
 
 

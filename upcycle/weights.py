@@ -4,7 +4,7 @@ Shape suffixes: D d_model, O d_out, F d_ff (neurons), M expansions, E experts, I
 expert, G = M * I rows of an expert's fused expansion.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ class FFNWeights:
 
     One float dtype throughout. Neuron j is row j of every expansion and column j of `down_OF`.
     For a gated FFN expansion 0 is the gate, which the activation reads, and expansion 1 is up.
+    `sources` has the same FFN of each model that experts are taken from, if there are several.
     """
 
     pointwise: Pointwise
@@ -26,6 +27,7 @@ class FFNWeights:
     up_bias_MF: torch.Tensor | None
     down_OF: torch.Tensor
     down_bias_O: torch.Tensor | None
+    sources: tuple["FFNWeights", ...] = ()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The dense FFN at `x` [..., D]; returns [..., O], in the dtype of `x`."""
@@ -60,6 +62,7 @@ class FFNWeights:
             up_bias_MF=cast(self.up_bias_MF),
             down_OF=self.down_OF.to(dtype),
             down_bias_O=cast(self.down_bias_O),
+            sources=tuple(source.to(dtype) for source in self.sources),
         )
 
 
@@ -197,12 +200,17 @@ def gather_experts(
     )
 
 
-def read_ffn(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> FFNWeights:
+def read_ffn(
+    ffn: FFN,
+    parameters: Mapping[str, torch.Tensor],
+    sources: Sequence[Mapping[str, torch.Tensor]] = (),
+) -> FFNWeights:
     """The tensors of one located FFN.
 
     Args:
         ffn: where to look.
         parameters: tensor by name, read lazily: only the names in ``ffn.parameters`` are asked for.
+        sources: the same of other models, for ``FFNWeights.sources``.
     """
 
     def rows(p: Projection, tensor: torch.Tensor, *, is_weight: bool) -> torch.Tensor:
@@ -229,4 +237,5 @@ def read_ffn(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> FFNWeights:
         up_bias_MF=torch.stack(biases) if any(p.bias for p in ffn.expansions) else None,
         down_OF=rows(down, parameters[down.weight].detach(), is_weight=True).contiguous(),
         down_bias_O=bias,
+        sources=tuple(read_ffn(ffn, source) for source in sources),
     )

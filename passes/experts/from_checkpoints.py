@@ -1,0 +1,62 @@
+"""Every expert is the FFN of another model."""
+
+from collections.abc import Callable
+from operator import attrgetter
+
+import torch
+
+from upcycle.activations import Activations
+from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.spec import MoESpec
+from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
+
+
+def from_checkpoints(
+    ffn: FFNWeights,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> Parts:
+    """Take the experts from the same FFN of several models, in their order, equally many of each.
+
+    Approximate; exact if all sources are equal and the weights of a token sum to one. A layer that
+    is forced to the expert of one source is the FFN of that source, but for the output bias: the
+    layer has one, which is that of `ffn`, and so follows ``experts.merge``.
+
+    Args:
+        ffn: `sources` are S FFNs; of its own only the output bias is used.
+        spec: `num_experts` is E, a multiple of S.
+        generator: unused.
+        data: unused.
+
+    Returns:
+        E experts of width F; the origins are the neurons of their sources. Memory: twice E times
+        the dense FFN.
+
+    Source:
+        Sukhbaatar et al., "Branch-Train-MiX", 2024, https://arxiv.org/abs/2403.07816
+    """
+    neuron_1F = torch.arange(ffn.up_MFD.shape[1])[None]
+    each = [gather_experts(source, neuron_1F) for source in ffn.sources]
+    chosen = [each[source] for source in spec.source_E]
+
+    def stacked(part: Callable[[ExpertWeights], torch.Tensor]) -> torch.Tensor:
+        return torch.cat([part(one) for one in chosen])
+
+    experts = ExpertWeights(
+        up_EGD=stacked(attrgetter("up_EGD")),
+        up_bias_EG=None if ffn.up_bias_MF is None else stacked(attrgetter("up_bias_EG")),
+        down_EOI=stacked(attrgetter("down_EOI")),
+        neuron_EI=stacked(attrgetter("neuron_EI")),
+    )
+    return Parts(experts)
+
+
+FROM_CHECKPOINTS = ExpertMethod(
+    name="from_checkpoints",
+    kind="altered",
+    build=from_checkpoints,
+    paper='Sukhbaatar et al., "Branch-Train-MiX", 2024',
+    source="https://arxiv.org/abs/2403.07816",
+)

@@ -1,0 +1,36 @@
+"""The matrices of experts that are whole copies, as what changes copies wants them.
+
+Shape suffixes: E experts, F neurons, D d_model, O d_out, M expansions.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from upcycle.weights import ExpertWeights
+
+
+class Matrix(NamedTuple):
+    """One matrix of every expert, [E, F, D or O], and its biases [E, F] if it has them: views."""
+
+    weight_EFX: torch.Tensor
+    bias_EF: torch.Tensor | None
+
+
+def matrices(experts: ExpertWeights) -> list[Matrix]:
+    """The expansions in order, then the contraction, with a row for each neuron.
+
+    They share the memory of `experts`: what is written into them is written there.
+    """
+    d_ff = experts.neuron_EI.shape[1]
+    ups = experts.up_EGD.split(d_ff, dim=1)
+    biases = (None,) * len(ups)
+    if experts.up_bias_EG is not None:
+        biases = experts.up_bias_EG.split(d_ff, dim=1)
+    down_EFO = experts.down_EOI.transpose(1, 2)
+    return [*map(Matrix, ups, biases), Matrix(down_EFO, None)]
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers in the dtype to compute in: float32, or float64 as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
