@@ -17,6 +17,7 @@ from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.granular import placement_is_exact
 from upcycle.passes.gates import GATES
 from upcycle.passes.promise import promise_of
+from upcycle.passes.router_problems import resolved, router_problems
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec, Plan
 
@@ -126,7 +127,7 @@ def _width(ffn: FFN, experts: recipe.Experts, *, shared: int) -> int:
 
 def _spec(ffn: FFN, recipe: Recipe, *, layer: int) -> MoESpec:
     """The decision for one FFN, which has no problems."""
-    experts, router = recipe.experts, recipe.router
+    experts, router = recipe.experts, resolved(recipe.router)
     num_experts = _num_experts(experts)
     shared = _shared(ffn, experts)
     top_k = num_experts if router.top_k == "all" else router.top_k
@@ -200,11 +201,7 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
     problems += _source_problems(experts)
     if kind not in gate.kinds and not (kind == "copies" and num_experts == 1):
         problems.append(f"`router.method: {router.method}` {gate.otherwise}")
-    if router.tied and router.method != "avg_key":
-        problems.append(
-            "`router.tied` recomputes the router from the mean keys of the experts; "
-            "set `router.method: avg_key`, or leave `tied` out"
-        )
+    problems += router_problems(router)
     if router.tied and router.select == "null":
         problems.append("a tied router has no rows for null experts; leave `router.tied` out")
     return problems

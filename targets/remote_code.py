@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+import upcycle.context
 import upcycle.experts
 import upcycle.moe
 import upcycle.pointwise
@@ -26,8 +27,14 @@ from upcycle.spec import Plan, router_kind
 from upcycle.version import __version__
 
 FILE = "modeling_upcycle.py"
-_BEFORE: tuple[ModuleType, ...] = (upcycle.pointwise, upcycle.selection, upcycle.routing)
-_AFTER: tuple[ModuleType, ...] = (upcycle.experts, upcycle.moe, upcycle.tap)
+_BEFORE: tuple[ModuleType, ...] = (
+    upcycle.pointwise,
+    upcycle.selection,
+    upcycle.context,
+    upcycle.routing,
+    upcycle.experts,
+)
+_AFTER: tuple[ModuleType, ...] = (upcycle.moe, upcycle.tap)
 
 _CLASSES = '''
 class {config}({dense_config}):

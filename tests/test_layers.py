@@ -15,6 +15,9 @@ LAYERS = {
     "upcycle.program": 6,
     # 5: the driver
     "upcycle.calibration": 5,
+    "upcycle.calibration_files": 5,
+    "upcycle.image_inputs": 5,
+    "upcycle.usage": 5,
     "upcycle.card": 5,
     "upcycle.compiler": 5,
     "upcycle.costs": 5,
@@ -34,6 +37,8 @@ LAYERS = {
     "upcycle.onnx_verify": 5,
     "upcycle.report": 5,
     "upcycle.source": 5,
+    "upcycle.sources": 5,
+    "upcycle.module_tensors": 5,
     "upcycle.verification": 5,
     # 4: the steps
     "upcycle.passes": 4,
@@ -64,6 +69,7 @@ LAYERS = {
     "upcycle.structure": 2,
     # 1: data, and the layer that a converted model contains
     "upcycle.activations": 1,
+    "upcycle.context": 1,
     "upcycle.errors": 1,
     "upcycle.experts": 1,
     "upcycle.ffn": 1,

@@ -205,7 +205,7 @@ def test_promises(
         (COPIES, router("avg_key"), "gelu", "copies would all get the same row"),
         (COPIES, router("centroid"), "gelu", "copies would all get the same row"),
         (GRANULAR, router("avg_key", 4), "gelu", "copies would all get the same row"),
-        (SPLIT, router("centroid", tied=True), "gelu", "set `router.method: avg_key`"),
+        (SPLIT, router("centroid", tied=True), "gelu", "set `router.method` to `avg_key`"),
         (
             {**GRANULAR, "scale": "up_down"},
             router("virtual_group", 4),

@@ -36,6 +36,7 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> 
     """
     x_TD = x_TD[:TOKENS]
     probe = copy.deepcopy(layer)
+    probe.router.stand_in(len(x_TD))
     _make_distinct(probe, x_TD, torch.Generator().manual_seed(seed))
     _, weights_TK, index_TK = probe.router(x_TD)
     weights_TK = weights_TK.double()

@@ -121,7 +121,8 @@ class Experts(nn.Module):
         widths = (self.hidden_dim, self.intermediate_dim, self.up_EGD.shape[1])
         return size <= 4 and all(width * size % 16 == 0 for width in widths)
 
-    def _expert(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
+    def expert(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """What one expert adds for tokens [T, D], not weighted; [T, O]."""
         up_bias_EG = self.up_bias_EG
         bias = None if up_bias_EG is None else up_bias_EG[expert]
         hidden = self._apply_gate(F.linear(x_TD, self.up_EGD[expert], bias))
@@ -134,7 +135,7 @@ class Experts(nn.Module):
         out_TO = weights_TK.new_zeros(len(x_TD), self.down_proj.shape[1])
         for expert in range(self.num_experts):
             token, slot = torch.where((index_TK == expert) & (weights_TK != 0))
-            y = self._expert(expert, x_TD[token]) * weights_TK[token, slot, None]
+            y = self.expert(expert, x_TD[token]) * weights_TK[token, slot, None]
             out_TO = out_TO.index_add(0, token, y.to(out_TO.dtype))
         return out_TO.to(x_TD.dtype)
 
@@ -145,7 +146,7 @@ class Experts(nn.Module):
         out_TO = weights_TK.new_zeros(len(x_TD), self.down_proj.shape[1])
         for expert in range(self.num_experts):
             weight_T1 = (weights_TK * (index_TK == expert)).sum(-1, keepdim=True)
-            out_TO = out_TO + self._expert(expert, x_TD) * weight_T1
+            out_TO = out_TO + self.expert(expert, x_TD) * weight_T1
         return out_TO.to(x_TD.dtype)
 
 

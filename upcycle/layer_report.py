@@ -43,6 +43,7 @@ def layer_report(
             row["redrawn_rows"] = redrawn
         if is_split:
             row["lost_neurons"] = lost_neurons(spec, origin)
+    layer.router.stand_in(len(x_TD))
     reference = read_ffn(spec.ffn, parameters)(x_TD)
     row |= distance(layer.tokens(x_TD), reference).to_json()
     _, weights_TK, index_TK = layer.router(x_TD)

@@ -44,6 +44,7 @@ class MoE(nn.Module):
             bias=bias,
             dropout=dropout,
         )
+        self.router.attach(self.experts)
         self.shared_expert = (
             SharedExpert(
                 d_model, config["shared"], d_out, pointwise=pointwise, bias=bias, dropout=dropout
@@ -107,3 +108,10 @@ def all_experts(model: nn.Module) -> Iterator[None]:
     finally:
         for router, before in zip(routers, saved, strict=True):
             router.all_experts = before
+
+
+def rebalance(model: nn.Module, rate: float = 1e-3) -> None:
+    """`Router.rebalance` for every layer of `model` that balances its load."""
+    for layer in model.modules():
+        if isinstance(layer, MoE) and layer.config["router"].get("balance"):
+            layer.router.rebalance(rate)

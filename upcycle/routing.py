@@ -35,10 +35,12 @@ class Router(nn.Module):
     ``scale`` multiplies the weights. With ``balance`` a bias, which is no parameter, is added to p
     for the selection and not for the weights, and may be moved to spread the load
     (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, https://arxiv.org/abs/2408.15664).
+    In training the layer counts its load, and `rebalance` moves the bias.
 
-    A ``tied`` linear router has no parameter: its rows are the mean expert keys (the rows that the
-    activation reads), refreshed on every training step
-    (Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908).
+    A ``frozen`` linear router has no parameter, so it is not trained and no optimizer knows it
+    (Chen et al., "SMoE-Dropout", 2023, https://arxiv.org/abs/2303.01610). The rows of a
+    ``tied`` one are the mean expert keys (the rows that the activation reads), refreshed on every
+    training step (Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908).
 
     Args:
         config: plain data, as ``MoESpec.layer_config()["router"]`` makes it: ``kind``,
@@ -55,6 +57,7 @@ class Router(nn.Module):
         self.scale: float = config["scale"]
         self.tied: bool = config.get("tied", False)
         self.all_experts = False
+        self.load_E: torch.Tensor | None = None
         rows = self.num_experts + config.get("nulls", 0)
         self.make(rows, config["d_model"], config)
         if config.get("balance"):
@@ -62,16 +65,27 @@ class Router(nn.Module):
         if self.weights == "gain":
             self.gain = nn.Parameter(torch.zeros(self.num_experts))
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     selection_bias: torch.Tensor
 
     def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
         """Make the parameters that `scores` reads, for `rows` experts."""
-        weight = torch.zeros(rows, d_model)
-        if self.tied:
-            self.register_buffer("weight", weight)
+        frozen = config.get("frozen", False)
+        self._put("weight", torch.zeros(rows, d_model), frozen=self.tied or frozen)
+        self._put("bias", torch.zeros(rows) if config.get("bias") else None, frozen=frozen)
+
+    def _put(self, name: str, tensor: torch.Tensor | None, *, frozen: bool) -> None:
+        if frozen:
+            self.register_buffer(name, tensor)
         else:
-            self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(torch.zeros(rows)) if config.get("bias") else None
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+
+    def attach(self, experts: nn.Module) -> None:
+        """Meet the experts of the layer, which no scores but an oracle's read."""
+
+    def stand_in(self, count: int) -> None:
+        """Get ready for `count` tokens of a layer that is run outside its model."""
 
     def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Tokens in float32 or float64 -> logits [T, E] (null experts last)."""
@@ -90,6 +104,8 @@ class Router(nn.Module):
             return true_TE, torch.ones_like(true_TE), index_TK
         index_TK, kept_TK = self.choose(logits_TE)
         weights_TK = self._weigh(logits_TE, index_TK, kept_TK)
+        if self.training and self.config.get("balance"):
+            self._count(index_TK, kept_TK)
         return true_TE, weights_TK * self.scale, index_TK
 
     def choose(self, logits_TE: torch.Tensor) -> Selected:
@@ -97,6 +113,26 @@ class Router(nn.Module):
         if self.config.get("balance"):
             logits_TE = logits_TE.softmax(-1) + self.selection_bias.to(logits_TE.dtype)
         return select(logits_TE, self.config["select"])
+
+    @torch.no_grad()
+    def _count(self, index_TK: torch.Tensor, kept_TK: torch.Tensor | None) -> None:
+        visits_TK = torch.ones_like(index_TK) if kept_TK is None else kept_TK.to(index_TK.dtype)
+        load_E = index_TK.new_zeros(self.num_experts)
+        load_E = load_E.index_add(0, index_TK.reshape(-1), visits_TK.reshape(-1))
+        self.load_E = load_E if self.load_E is None else self.load_E + load_E
+
+    @torch.no_grad()
+    def rebalance(self, rate: float = 1e-3) -> None:
+        """Move the selection bias by `rate` towards even load, and forget the load.
+
+        To be called after each optimizer step. Experts that were visited less than the mean since
+        the last call go up, the others down; without training nothing was counted and nothing
+        moves. Null experts stay. Only what this process has seen counts.
+        """
+        load_E, self.load_E = self.load_E, None
+        if load_E is not None:
+            mean = load_E.double().mean()
+            self.selection_bias[: self.num_experts] += rate * (mean - load_E).sign()
 
     def _weigh(
         self, logits_TE: torch.Tensor, index_TK: torch.Tensor, kept_TK: torch.Tensor | None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from upcycle.context import tell_routers
 from upcycle.moe import MoE
 
 
@@ -227,4 +228,7 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
             put(site["contraction"], layer)
         layer.train(model.training)
         layers.append(layer)
+    places_of = [s["path"] if s["placement"] == "module" else s["contraction"] for s in sites]
+    routers = [layer.router for layer in layers]
+    tell_routers(model, dict(zip(places_of, routers, strict=True)))
     return layers

@@ -38,7 +38,7 @@ def avg_key(
     experts = parts.experts
     width = experts.neuron_EI.shape[1]
     key_EID = experts.up_EGD[:, :width].float()
-    count_E1 = (experts.neuron_EI >= 0).sum(1, keepdim=True)
+    count_E1 = (experts.neuron_EI >= 0).sum(1, keepdim=True).to(key_EID.device)
     return linear(key_EID.sum(1) / count_E1, spec)
 
 

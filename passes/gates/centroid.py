@@ -39,7 +39,7 @@ def centroid(
     experts = parts.experts
     width = experts.neuron_EI.shape[1]
     key_EID = torch.nn.functional.normalize(experts.up_EGD[:, :width].float(), dim=-1)
-    count_E1 = (experts.neuron_EI >= 0).sum(1, keepdim=True)
+    count_E1 = (experts.neuron_EI >= 0).sum(1, keepdim=True).to(key_EID.device)
     return linear(key_EID.sum(1) / count_E1, spec)
 
 

@@ -46,6 +46,7 @@ class GateMethod:
         paper: where it was published.
         source: address of the paper.
         needs: what it has to be shown: ``activations``, ``gradients``.
+        bias: it makes a bias that is not zero, which is on unless the recipe says otherwise.
     """
 
     name: str
@@ -55,17 +56,21 @@ class GateMethod:
     paper: str
     source: str
     needs: frozenset[Need] = frozenset()
+    bias: bool = False
 
 
-def linear(weight_ED: torch.Tensor, spec: MoESpec) -> dict[str, torch.Tensor]:
-    """The tensors of a linear router, with a bias of zeros if the recipe wants one.
+def linear(
+    weight_ED: torch.Tensor, spec: MoESpec, bias_E: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a linear router, with a bias, of zeros if not given, if the recipe wants one.
 
     Null experts start as copies of the true rows, in turn
     (Zeng et al., "AdaMoE", 2024, https://arxiv.org/abs/2406.13233).
     """
-    nulls = spec.router_config()["nulls"]
-    if nulls:
-        copies = torch.arange(nulls) % len(weight_ED)
-        weight_ED = torch.cat([weight_ED, weight_ED[copies]])
-    bias = {"bias": torch.zeros(len(weight_ED))} if spec.router.bias else {}
-    return {"weight": weight_ED, **bias}
+    if bias_E is None:
+        bias_E = weight_ED.new_zeros(len(weight_ED))
+    copies = torch.arange(spec.router_config()["nulls"]) % len(weight_ED)
+    tensors = {"weight": torch.cat([weight_ED, weight_ED[copies]]).float()}
+    if spec.router.bias:
+        tensors["bias"] = torch.cat([bias_E, bias_E[copies]]).float()
+    return tensors

@@ -4,6 +4,7 @@ import torch
 
 from upcycle.activations import Activations
 from upcycle.passes.experts.method import Parts
+from upcycle.passes.gates.contributions import contributions, regress
 from upcycle.passes.gates.method import GateMethod, linear
 from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights
@@ -19,10 +20,9 @@ def ridge(
 ) -> dict[str, torch.Tensor]:
     """Regress the size of each expert's contribution on the token.
 
-    The size is the sum over the neurons of the expert of ``|h_j|`` times the length of column j of
-    the contraction. With X the tokens, centred, and T the sizes, centred, the rows are the solution
+    The size is that of `passes.gates.contributions`. With X the tokens, centred, and T the sizes, centred, the rows are the solution
     of ``(X'X + lambda I) W = X'T``; lambda is ``router.ridge`` times the mean of the diagonal.
-    The means go into the bias, so ``router.bias`` must be on for the fit to be complete.
+    The means go into the bias, which is therefore on unless the recipe says otherwise.
 
     Args:
         ffn: the dense FFN.
@@ -39,30 +39,9 @@ def ridge(
         https://arxiv.org/abs/2110.01786
     """
     assert data is not None, "`passes.needs` asks for it"
-    neuron_EI = parts.experts.neuron_EI
-    member_FE = torch.zeros(ffn.down_OF.shape[1] + 1, len(neuron_EI))
-    member_FE[neuron_EI.clamp(min=-1), torch.arange(len(neuron_EI))[:, None]] = 1
-    length_F1 = ffn.down_OF.float().norm(dim=0)[:, None]
-    member_FE = member_FE[:-1] * length_F1  # the last row collected the padding
-    width, count = ffn.up_MFD.shape[-1], len(data)
-    xx_DD = torch.zeros(width, width, dtype=torch.float64)
-    xt_DE = torch.zeros(width, len(neuron_EI), dtype=torch.float64)
-    sum_D, sum_E = xx_DD.new_zeros(width), xx_DD.new_zeros(len(neuron_EI))
-    for x_TD, h_TF in data.hidden(ffn):
-        x_TD, size_TE = x_TD.double(), (h_TF.abs() @ member_FE).double()
-        xx_DD += x_TD.t() @ x_TD
-        xt_DE += x_TD.t() @ size_TE
-        sum_D += x_TD.sum(0)
-        sum_E += size_TE.sum(0)
-    mean_D, mean_E = sum_D / count, sum_E / count
-    xx_DD -= count * mean_D.outer(mean_D)
-    xt_DE -= count * mean_D.outer(mean_E)
-    xx_DD.diagonal().add_(spec.router.ridge * xx_DD.diagonal().mean())
-    weight_ED = torch.linalg.solve(xx_DD, xt_DE).t()
-    made = linear(weight_ED.float(), spec)
-    if "bias" in made:
-        made["bias"][: len(weight_ED)] = (mean_E - weight_ED @ mean_D).float()
-    return made
+    sizes = contributions(ffn, parts.experts.neuron_EI, data)
+    weight_ED, bias_E = regress(sizes, penalty=spec.router.ridge)
+    return linear(weight_ED, spec, bias_E)
 
 
 RIDGE = GateMethod(
@@ -74,4 +53,5 @@ RIDGE = GateMethod(
     paper='Zhang et al., "MoEfication", 2021',
     source="https://arxiv.org/abs/2110.01786",
     needs=frozenset({"activations"}),
+    bias=True,
 )
