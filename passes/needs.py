@@ -2,6 +2,7 @@
 
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import Need
+from upcycle.passes.experts.useful import NEEDS
 from upcycle.passes.gates import GATES
 from upcycle.recipe import Recipe
 
@@ -9,10 +10,8 @@ from upcycle.recipe import Recipe
 def needs(recipe: Recipe) -> frozenset[Need]:
     """``activations``: what each FFN is given in calibration; ``gradients``: of a loss, too."""
     wanted = EXPERTS[recipe.experts.method].needs | GATES[recipe.router.method].needs
-    if recipe.compensate.any or (
-        recipe.experts.shared and recipe.experts.shared_by in ("rate", "contribution")
-    ):
+    if recipe.compensate.any:
         wanted |= {"activations"}
-    if recipe.experts.shared and recipe.experts.shared_by == "importance":
-        wanted |= {"gradients"}
+    if recipe.experts.shared and recipe.experts.shared_by in NEEDS:
+        wanted |= {NEEDS[recipe.experts.shared_by]}
     return wanted | {"activations"} if wanted else wanted

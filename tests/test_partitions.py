@@ -1,5 +1,7 @@
 """Splits deal out each neuron once, to groups of nearly equal size."""
 
+import dataclasses
+
 import numerics
 import pytest
 import torch
@@ -10,6 +12,7 @@ from upcycle.ffn import Located
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.cluster import features_of
 from upcycle.passes.experts.partition import deal, group_sizes
+from upcycle.passes.needs import needs
 from upcycle.passes.plan import make_plan
 from upcycle.passes.transform import transform
 from upcycle.weights import ExpertWeights, FFNWeights
@@ -26,7 +29,10 @@ def experts_of(
         seed=seed,
     )
     (spec,) = make_plan(Located(ffns=(numerics.site(ffn),)), recipe).specs
-    return transform(ffn, spec).experts
+    generator = torch.Generator().manual_seed(seed)
+    importance_EF = torch.rand(spec.num_experts, ffn.up_MFD.shape[1], generator=generator)
+    data = dataclasses.replace(numerics.seen(ffn, count=64), importance_NF=importance_EF)
+    return transform(ffn, spec, data if needs(recipe) else None).experts
 
 
 sizes = st.integers(1, 40).flatmap(lambda d_ff: st.tuples(st.just(d_ff), st.integers(1, d_ff)))
@@ -95,7 +101,7 @@ def test_features_are_rows_of_length_one(which: str) -> None:
 
 
 def test_clusters_are_found_through_the_method() -> None:
-    # Three directions, of different lengths: the length of a key does not matter.
+    # Three directions, of different lengths: the length of a key does not matter to the cosine.
     ffn = numerics.random_ffn("gelu", d_model=16, d_ff=12, bias=False)
     direction = torch.arange(12) % 3
     length_F1 = torch.arange(1, 13).double()[:, None]
@@ -103,6 +109,19 @@ def test_clusters_are_found_through_the_method() -> None:
     ffn = FFNWeights(ffn.pointwise, up_FD[None], None, ffn.down_OF, None)
     groups = {tuple(row) for row in experts_of(ffn, "cluster", 3, 0).neuron_EI.tolist()}
     assert groups == {(0, 3, 6, 9), (1, 4, 7, 10), (2, 5, 8, 11)}
+
+
+def test_l2_compares_rows_as_they_are() -> None:
+    gated = numerics.random_ffn("swiglu")
+    both = features_of(gated, "both", "l2")
+    assert torch.equal(both, torch.cat([gated.up_MFD[0], gated.up_MFD[1]], dim=1).float())
+    assert torch.equal(features_of(gated, "up", "l2"), gated.up_MFD[1].float())
+    # Two lengths along one direction, which the cosine cannot tell apart.
+    ffn = numerics.random_ffn("gelu", d_model=16, d_ff=8, bias=False)
+    length_F1 = torch.tensor([1.0, 9, 1, 9, 1, 9, 1, 9]).double()[:, None]
+    ffn = FFNWeights(ffn.pointwise, (torch.ones(8, 16) * length_F1)[None], None, ffn.down_OF, None)
+    groups = {tuple(r) for r in experts_of(ffn, "cluster", 2, 0, metric="l2").neuron_EI.tolist()}
+    assert groups == {(0, 2, 4, 6), (1, 3, 5, 7)}
 
 
 def test_every_method_names_its_paper() -> None:

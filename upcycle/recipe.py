@@ -54,7 +54,9 @@ class Experts(Section):
         "cluster",
         "coactivation",
         "importance",
+        "importance_overlap",
         "gradient_domain",
+        "gradient_domain_overlap",
         "activation_carve",
         "universal_specialised",
         "token_sets",
@@ -67,11 +69,20 @@ class Experts(Section):
         description="splits: how many of the experts become one that every token visits; below 1, "
         "that part of the neurons besides the experts",
     )
-    shared_by: Literal["norm", "rate", "contribution", "importance", "first"] = Field(
-        "norm", description="splits: which neurons are shared, those with the largest ..."
+    shared_by: Literal[
+        "norm", "rate", "contribution", "steady", "importance", "domains", "first"
+    ] = Field("norm", description="splits: which neurons are shared, those with the largest ...")
+    adaptive: bool = Field(
+        False, description="splits: more shared neurons where they matter more, as many in all"
     )
     width: float | None = Field(
-        None, gt=0, le=1, description="token_sets: neurons of one expert, as a part of all"
+        None,
+        gt=0,
+        le=1,
+        description="token_sets, *_overlap: neurons of one expert, as a part of all",
+    )
+    common: float = Field(
+        0.0, ge=0, le=1, description="importance_overlap: part of an expert that all have in common"
     )
     granularity: int = Field(
         1, ge=1, description="granular, zero_routed: slices that each copy is cut into"
@@ -86,7 +97,10 @@ class Experts(Section):
         "cosine", description="cluster: compare the rows scaled to length one, or as they are"
     )
     markers: int = Field(
-        10, ge=1, description="coactivation, activation_carve: neurons marked active in a token"
+        10,
+        ge=1,
+        description="coactivation, activation_carve, shared_by rate, representative: neurons that "
+        "are marked active in a token",
     )
     ratio: float = Field(
         0.5, ge=0, le=1, description="drop: part of the neurons that is drawn anew"
@@ -97,17 +111,16 @@ class Experts(Section):
     noise: float = Field(
         0.01,
         ge=0,
-        description="noise, svd: standard deviation, relative to the mean |weight| or singular value",
+        description="noise, svd: standard deviation, relative to the mean |weight| or singular "
+        "value",
     )
     rank: int = Field(64, ge=1, description="svd: directions of each matrix that stay as they are")
-    sharing: Literal["independent", "inner", "inter"] = Field(
-        "independent", description="gradient_domain: may experts share neurons"
-    )
     sources: tuple[str, ...] = Field(
         (), description="from_checkpoints: models, of one shape; `base` is the converted one"
     )
     merge: Literal["mean", "first"] | int = Field(
-        "mean", description="from_checkpoints: all but the FFNs; a number is that of a source, from 0"
+        "mean",
+        description="from_checkpoints: all but the FFNs; a number is that of a source, from 0",
     )
 
 

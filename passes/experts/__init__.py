@@ -5,17 +5,24 @@ To add one: write its file, add it to `EXPERTS` and its name to `upcycle.recipe.
 
 from typing import Final
 
+from upcycle.passes.experts.activation_carve import ACTIVATION_CARVE
 from upcycle.passes.experts.cluster import CLUSTER
+from upcycle.passes.experts.coactivation import COACTIVATION
 from upcycle.passes.experts.contiguous import CONTIGUOUS
 from upcycle.passes.experts.copy import COPY
 from upcycle.passes.experts.drop import DROP
 from upcycle.passes.experts.from_checkpoints import FROM_CHECKPOINTS
+from upcycle.passes.experts.gradient_domain import GRADIENT_DOMAIN
+from upcycle.passes.experts.gradient_domain_overlap import GRADIENT_DOMAIN_OVERLAP
 from upcycle.passes.experts.granular import GRANULAR
+from upcycle.passes.experts.importance import IMPORTANCE
+from upcycle.passes.experts.importance_overlap import IMPORTANCE_OVERLAP
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.noise import NOISE
 from upcycle.passes.experts.random import RANDOM
 from upcycle.passes.experts.svd import SVD
 from upcycle.passes.experts.token_sets import TOKEN_SETS
+from upcycle.passes.experts.universal_specialised import UNIVERSAL_SPECIALISED
 from upcycle.passes.experts.zero_routed import ZERO_ROUTED
 
 EXPERTS: Final[dict[str, ExpertMethod]] = {
@@ -29,6 +36,13 @@ EXPERTS: Final[dict[str, ExpertMethod]] = {
     "contiguous": CONTIGUOUS,
     "random": RANDOM,
     "cluster": CLUSTER,
+    "coactivation": COACTIVATION,
+    "activation_carve": ACTIVATION_CARVE,
+    "importance": IMPORTANCE,
+    "importance_overlap": IMPORTANCE_OVERLAP,
+    "gradient_domain": GRADIENT_DOMAIN,
+    "gradient_domain_overlap": GRADIENT_DOMAIN_OVERLAP,
+    "universal_specialised": UNIVERSAL_SPECIALISED,
     "token_sets": TOKEN_SETS,
 }
 

@@ -11,16 +11,18 @@ from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights
 
 
-def features_of(ffn: FFNWeights, which: str) -> torch.Tensor:
-    """The rows that describe each neuron, in float32 and of length one, [F, D] or [F, M * D].
+def features_of(ffn: FFNWeights, which: str, metric: str = "cosine") -> torch.Tensor:
+    """The rows that describe each neuron, in float32, [F, D] or [F, M * D].
 
     ``gate`` is the expansion that the activation reads, ``up`` the last one, ``both`` all of them
-    side by side. A plain FFN has one expansion, which is the answer to each.
+    side by side. A plain FFN has one expansion, which is the answer to each. With ``cosine`` each
+    row counts as one of length one, and so does the whole; with ``l2`` rows are as they are.
     """
     chosen = {"gate": ffn.up_MFD[:1], "up": ffn.up_MFD[-1:], "both": ffn.up_MFD}[which].float()
-    unit_MFD: torch.Tensor = torch.nn.functional.normalize(chosen, dim=-1)
-    unit_FG: torch.Tensor = unit_MFD.transpose(0, 1).flatten(1) / len(unit_MFD) ** 0.5
-    return unit_FG
+    if metric == "cosine":
+        chosen = torch.nn.functional.normalize(chosen, dim=-1) / len(chosen) ** 0.5
+    features_FG: torch.Tensor = chosen.transpose(0, 1).flatten(1)
+    return features_FG
 
 
 def cluster(
@@ -30,7 +32,7 @@ def cluster(
     generator: torch.Generator,
     data: Activations | None,
 ) -> torch.Tensor:
-    """Group the neurons by balanced k-means on their keys, the input rows scaled to length one.
+    """Group the neurons by balanced k-means on their keys: the input rows, scaled to length one.
 
     The dense output is the sum over all experts and the output bias, so the layer is exact when
     every expert is chosen with weight one; with fewer it drops neurons.
@@ -38,7 +40,7 @@ def cluster(
     Args:
         ffn: any dense FFN, in one float dtype, which is kept.
         spec: `num_experts` is E, at most F; `width` is F / E rounded up; ``experts.features``
-            names the rows to compare.
+            names the rows to compare; with ``experts.metric: l2`` they are not scaled.
         generator: draws the first centroids.
         data: unused.
 
@@ -52,7 +54,7 @@ def cluster(
     """
     d_ff = ffn.up_MFD.shape[1]
     sizes = group_sizes(d_ff, spec.num_experts)
-    features_FD = features_of(ffn, spec.experts.features)
+    features_FD = features_of(ffn, spec.experts.features, spec.experts.metric)
     labels_F = balanced_clusters(features_FD, sizes, generator=generator)
     order_F = labels_F.argsort(stable=True)
     return deal(order_F, spec.num_experts, spec.width)

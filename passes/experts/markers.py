@@ -26,6 +26,9 @@ class Markers:
     packed: tuple[npt.NDArray[np.uint8], ...]
     tokens: int
 
+    def __len__(self) -> int:
+        return len(self.packed[0])
+
     def chunks(self) -> Iterator[torch.Tensor]:
         """The bits as numbers, [F, t] float32."""
         for bits_FB in self.packed:

@@ -21,3 +21,9 @@ def deal(order_F: torch.Tensor, count: int, width: int) -> torch.Tensor:
         row_I[:size] = order_F[start : start + size].sort().values
         start += size
     return neuron_EI
+
+
+def by_turns(order_F: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    """As `deal`, but like cards: expert e gets neurons e, e + count, ... of `order_F`."""
+    turns = [order_F[expert::count] for expert in range(count)]
+    return deal(torch.cat(turns), count, width)

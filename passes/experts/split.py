@@ -7,6 +7,7 @@ import torch
 
 from upcycle.activations import Activations
 from upcycle.passes.experts.method import BuildExperts, Parts
+from upcycle.passes.experts.useful import usefulness
 from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights, gather_experts
 
@@ -39,41 +40,27 @@ def split(group: GroupNeurons) -> BuildExperts:
     ) -> Parts:
         if not spec.shared:
             return Parts(gather_experts(ffn, group(ffn, spec, generator=generator, data=data)))
-        score_F = usefulness(ffn, spec.experts.shared_by, data, markers=spec.experts.markers)
-        order_F = score_F.argsort(descending=True, stable=True)
-        shared_S = order_F[: spec.shared].sort().values
-        rest_F = order_F[spec.shared :].sort().values
+        shared_S, rest_F = shared_neurons(ffn, spec, data)
         few = None if data is None else data.of_neurons(rest_F)
         local_EI = group(ffn.of_neurons(rest_F), spec, generator=generator, data=few)
-        neuron_EI = torch.where(local_EI < 0, local_EI, rest_F[local_EI.clamp(min=0)])
-        return Parts(gather_experts(ffn, neuron_EI), gather_experts(ffn, shared_S[None]))
+        return split_parts(ffn, shared_S, rest_F, local_EI)
 
     return build
 
 
-def usefulness(ffn: FFNWeights, by: str, data: Activations | None, *, markers: int) -> torch.Tensor:
-    """How much every token would miss each neuron, [F]; larger is more.
+def shared_neurons(
+    ffn: FFNWeights, spec: MoESpec, data: Activations | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `spec.shared` most useful neurons and the others, ascending, int64 [S] and [F - S]."""
+    score_F = usefulness(ffn, spec.experts, data, width=spec.width)
+    order_F = score_F.argsort(descending=True, stable=True)
+    return order_F[: spec.shared].sort().values, order_F[spec.shared :].sort().values
 
-    ``first`` prefers low numbers; ``norm`` is the product of the lengths of its rows and its
-    column; ``contribution`` the mean of ``|h|`` times the length of its column; ``rate`` the
-    part of the tokens in which it is among the `markers` largest ``|h|``; ``importance`` the mean
-    ``|h dL/dh|``.
-    """
-    length_F: torch.Tensor = ffn.down_OF.float().norm(dim=0)
-    if by == "first":
-        return -torch.arange(len(length_F), dtype=torch.float32)
-    if by == "norm":
-        up_F: torch.Tensor = ffn.up_MFD.float().norm(dim=-1).prod(0)
-        return length_F * up_F
-    assert data is not None, "`passes.needs` asks for it"
-    if by == "importance":
-        assert data.importance_NF is not None
-        return data.importance_NF.mean(0)
-    total_F = torch.zeros_like(length_F)
-    for _, h_TF in data.hidden(ffn):
-        if by == "rate":
-            top_TK = h_TF.abs().topk(min(markers, h_TF.shape[1]), dim=-1).indices
-            total_F += torch.bincount(top_TK.flatten(), minlength=len(total_F))
-        else:
-            total_F += h_TF.abs().sum(0) * length_F
-    return total_F / max(len(data), 1)
+
+def split_parts(
+    ffn: FFNWeights, shared_S: torch.Tensor, rest_F: torch.Tensor, local_EI: torch.Tensor
+) -> Parts:
+    """The parts of a split whose groups [E, I] are numbered within `rest_F`; -1 is padding."""
+    neuron_EI = torch.where(local_EI < 0, local_EI, rest_F[local_EI.clamp(min=0)])
+    shared = gather_experts(ffn, shared_S[None]) if len(shared_S) else None
+    return Parts(gather_experts(ffn, neuron_EI), shared)

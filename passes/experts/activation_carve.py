@@ -1,0 +1,83 @@
+"""Neurons that fire for the same tokens share an expert."""
+
+import numpy as np
+import torch
+
+from upcycle.activations import Activations
+from upcycle.passes.experts.balanced import assign
+from upcycle.passes.experts.markers import Markers, mark
+from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.passes.experts.partition import deal, group_sizes
+from upcycle.passes.experts.split import shared_neurons, split_parts
+from upcycle.spec import MoESpec
+from upcycle.weights import FFNWeights
+
+STEPS = 10  # of Lloyd's iteration at most; the authors' code takes one
+
+
+def activation_carve(
+    ffn: FFNWeights,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> Parts:
+    """Group the neurons by which tokens they are among the strongest for.
+
+    In each token the ``experts.markers`` neurons of largest ``|h|`` are marked, with the token and
+    the rows scaled to length one. What describes a neuron is its column of marks. The groups are
+    found by Lloyd's iteration in the L1 distance, which for marks is the Hamming distance, starting
+    at the columns of the most often marked neurons; each step assigns exactly, subject to the
+    sizes. With ``experts.shared_by: rate`` the shared expert has the most often marked neurons, as
+    in the paper; marks are drawn among all neurons.
+
+    The dense output is the sum over all experts, the shared one and the output bias, so the layer
+    is exact when every expert is chosen with weight one; with fewer it drops neurons.
+
+    Args:
+        ffn: any dense FFN, in one float dtype, which is kept; the paper's is gated.
+        spec: `num_experts` is E; `width` is that of a routed expert; ``experts.markers``.
+        generator: unused.
+        data: the calibration tokens, all of them; F * T / 8 bytes are kept, and E * F float64.
+
+    Returns:
+        Experts and the shared one. Memory: that of the dense FFN, and the padding.
+
+    Source:
+        Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416
+    """
+    assert data is not None, "`passes.needs` asks for it"
+    markers = mark(ffn, data, spec.experts.markers)
+    shared_S, rest_F = shared_neurons(ffn, spec, data)
+    labels_F = carve(markers.of_neurons(rest_F), group_sizes(len(rest_F), spec.num_experts))
+    local_EI = deal(labels_F.argsort(stable=True), spec.num_experts, spec.width)
+    return split_parts(ffn, shared_S, rest_F, local_EI)
+
+
+def carve(markers: Markers, sizes: list[int]) -> torch.Tensor:
+    """The group of each row of marks, [F] int64, in groups of exactly `sizes`."""
+    seeds_K = markers.rate().argsort(descending=True, stable=True)[: len(sizes)]
+    member_KF = torch.zeros(len(sizes), len(markers), dtype=torch.bool)
+    member_KF[torch.arange(len(sizes)), seeds_K] = True
+    sizes_K, prices_K = np.asarray(sizes), np.zeros(len(sizes))
+    labels_F, far = torch.zeros(len(markers), dtype=torch.int64), np.inf
+    far_KF = markers.distances(member_KF)
+    for _ in range(STEPS):
+        new_F, prices_K = assign(far_KF.double().numpy(), sizes_K, prices_K)
+        new_labels_F = torch.from_numpy(new_F)
+        far_KF = markers.distances(new_labels_F == torch.arange(len(sizes))[:, None])
+        new_far = float(far_KF.gather(0, new_labels_F[None]).double().sum())
+        if new_far >= far:
+            break
+        labels_F, far = new_labels_F, new_far
+    return labels_F
+
+
+ACTIVATION_CARVE = ExpertMethod(
+    name="activation_carve",
+    kind="split",
+    build=activation_carve,
+    paper='Pei et al., "CMoE", 2025',
+    source="https://arxiv.org/abs/2502.04416",
+    needs=frozenset({"activations"}),
+)

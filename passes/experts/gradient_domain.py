@@ -1,0 +1,78 @@
+"""Each expert gets the neurons that matter most to one domain of texts."""
+
+import numpy as np
+import torch
+
+from upcycle.activations import Activations
+from upcycle.errors import UsageError
+from upcycle.passes.experts.balanced import assign
+from upcycle.passes.experts.method import ExpertMethod
+from upcycle.passes.experts.partition import deal, group_sizes
+from upcycle.passes.experts.split import split
+from upcycle.passes.experts.useful import importance_of, ranks
+from upcycle.spec import MoESpec
+from upcycle.weights import FFNWeights
+
+
+def domain_ranks(spec: MoESpec, data: Activations | None) -> torch.Tensor:
+    """The rank of each neuron in each expert's domain, [E, F], as `ranks` gives them.
+
+    Raises:
+        UsageError: there are not as many domains as routed experts.
+    """
+    importance_NF = importance_of(data)
+    if len(importance_NF) != spec.num_experts:
+        raise UsageError(
+            f"{spec.ffn.path}: `experts.method: {spec.experts.method}` makes an expert for each "
+            f"domain of the calibration texts, and there are {spec.num_experts} routed experts and "
+            f"{len(importance_NF)} domains; make them equal"
+        )
+    return ranks(importance_NF)
+
+
+def gradient_domain(
+    ffn: FFNWeights,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> torch.Tensor:
+    """Give each neuron to one domain such that the sum of its ranks there is as large as can be.
+
+    The rank of a neuron among all for a domain is that of ``|h dL/dh|``, averaged over the tokens
+    of the domain. The paper assigns greedily, by importance itself, where a domain of large
+    gradients takes all it wants first; this is the exact optimum for groups of equal size. That is
+    its *independent* split; its *inter-sharing* is the same with ``experts.shared`` and
+    ``shared_by: domains``; its *inner-sharing* is `gradient_domain_overlap`.
+
+    The dense output is the sum over all experts and the output bias, so the layer is exact when
+    every expert is chosen with weight one; with fewer it drops neurons.
+
+    Args:
+        ffn: any dense FFN, in one float dtype, which is kept.
+        spec: `num_experts` is E, at most F; `width` is F / E rounded up.
+        generator: unused.
+        data: only ``importance_NF`` is read, of one domain for each expert.
+
+    Returns:
+        The neurons of each expert, [E, `width`], -1 as padding where E does not divide F. Memory
+        of the experts: that of the dense FFN, and the padding; E * F float64 while it runs.
+
+    Source:
+        Zhu et al., "LLaMA-MoE", 2024, section 3.1, https://arxiv.org/abs/2406.16554
+    """
+    rank_EF = domain_ranks(spec, data)
+    sizes_E = np.asarray(group_sizes(rank_EF.shape[1], len(rank_EF)))
+    labels_F, _ = assign(-rank_EF.double().numpy(), sizes_E, np.zeros(len(rank_EF)))
+    order_F = torch.from_numpy(labels_F).argsort(stable=True)
+    return deal(order_F, spec.num_experts, spec.width)
+
+
+GRADIENT_DOMAIN = ExpertMethod(
+    name="gradient_domain",
+    kind="split",
+    build=split(gradient_domain),
+    paper='Zhu et al., "LLaMA-MoE", 2024',
+    source="https://arxiv.org/abs/2406.16554",
+    needs=frozenset({"gradients"}),
+)

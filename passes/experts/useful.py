@@ -1,0 +1,89 @@
+"""How much every token would miss each neuron: what decides which neurons are shared.
+
+Shape suffixes: T tokens, F neurons, N domains, G groups of tokens.
+"""
+
+from typing import Final
+
+import torch
+
+from upcycle import recipe
+from upcycle.activations import Activations
+from upcycle.passes.experts.markers import mark
+from upcycle.passes.experts.method import Need
+from upcycle.passes.experts.profile import profile
+from upcycle.weights import FFNWeights
+
+NEEDS: Final[dict[str, Need]] = {
+    "rate": "activations",
+    "contribution": "activations",
+    "steady": "activations",
+    "importance": "gradients",
+    "domains": "gradients",
+}
+
+
+def usefulness(
+    ffn: FFNWeights, experts: recipe.Experts, data: Activations | None, *, width: int
+) -> torch.Tensor:
+    """A score of each neuron by ``experts.shared_by``, [F] float32; larger is more useful.
+
+    - ``first`` prefers low numbers.
+    - ``norm``: the product of the lengths of its rows and its column.
+    - ``rate``: the part of the tokens that mark it, as `upcycle.passes.experts.markers` does
+      (Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416).
+    - ``contribution``: the mean of ``|h|`` times the length of its column.
+    - ``steady``: its mean activity less the deviation of that between texts
+      (after "ExpertWeaver", 2026, https://arxiv.org/abs/2602.15521).
+    - ``importance``: the mean ``|h dL/dh|``
+      (Zuo et al., "MoEBERT", 2022, https://arxiv.org/abs/2204.07675).
+    - ``domains``: for how many domains it is among the `width` most important neurons; of equals,
+      the one of the better mean rank
+      (Zhu et al., "LLaMA-MoE", 2024, https://arxiv.org/abs/2406.16554).
+
+    Args:
+        ffn: any dense FFN.
+        experts: ``shared_by`` and ``markers``.
+        data: the calibration tokens, where `NEEDS` says so.
+        width: neurons of one expert.
+    """
+    by = experts.shared_by
+    length_F: torch.Tensor = ffn.down_OF.float().norm(dim=0)
+    if by == "first":
+        return -torch.arange(len(length_F), dtype=torch.float32)
+    if by == "norm":
+        up_F: torch.Tensor = ffn.up_MFD.float().norm(dim=-1).prod(0)
+        return length_F * up_F
+    assert data is not None, "`passes.needs` asks for it"
+    if by == "rate":
+        return mark(ffn, data, experts.markers).rate()
+    if by == "contribution":
+        total_F = torch.zeros_like(length_F)
+        for _, h_TF in data.hidden(ffn):
+            total_F += h_TF.abs().sum(0) * length_F
+        return total_F / max(len(data), 1)
+    if by == "steady":
+        activity_FG = profile(ffn, data)
+        return activity_FG.mean(1) - activity_FG.std(1, correction=0)
+    importance_NF = importance_of(data)
+    if by == "importance":
+        return importance_NF.mean(0)
+    rank_NF = ranks(importance_NF)
+    is_top_NF = rank_NF > 1 - (width + 0.5) / rank_NF.shape[1]
+    return is_top_NF.sum(0) + rank_NF.mean(0) / 2
+
+
+def importance_of(data: Activations | None) -> torch.Tensor:
+    """The importance of each neuron for each domain, [N, F], which the recipe's needs ask for."""
+    assert data is not None, "`passes.needs` asks for it"
+    assert data.importance_NF is not None, "`passes.needs` asks for gradients"
+    return data.importance_NF
+
+
+def ranks(importance_NF: torch.Tensor) -> torch.Tensor:
+    """The rank of each neuron within its domain, from 0 to 1 - 1 / F; the best has the highest.
+
+    So no domain counts more than another because its loss, or its texts, are larger.
+    """
+    order_NF = importance_NF.argsort(dim=1, stable=True)
+    return order_NF.argsort(dim=1).float() / importance_NF.shape[1]
