@@ -2,13 +2,15 @@
 
 All batches go through the model together, in lockstep: when they have reached an FFN, its inputs of
 all batches are there and nothing else is kept; the layer is made from them; and the batches go on,
-with what the new layer gives (*sequential*) or with what the dense FFN gave. So one pass through
-the model is enough, and at no time are the activations of two layers in memory.
+with what the new layer gives (*sequential*) or with what the dense FFN gives. So one pass through
+the model is enough, and there are never the activations, or dense weights, of two FFNs in memory.
 
-Shape suffixes: T tokens, D d_model.
+Shape suffixes: B sequences (or images) of a batch, L places of a sequence, T tokens, D d_model.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,11 +20,13 @@ from upcycle.capture import ExampleInputs
 from upcycle.errors import CaptureError, UsageError
 from upcycle.modes import eval_mode
 from upcycle.moe import MoE
-from upcycle.passes.lockstep import Lockstep, Stop, in_lockstep
+from upcycle.passes.lockstep import Lockstep, Stop
 from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights
 
-Visit = Callable[[MoESpec, MoE, Activations], None]
+Visit = Callable[[MoESpec, MoE, FFNWeights, Activations], None]
+# Arguments with a token at each place, and the mask that says which of them are padding.
+_TEXTS = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
 
 
 def calibrate(
@@ -33,69 +37,91 @@ def calibrate(
     dense: Callable[[MoESpec], FFNWeights],
     visit: Visit,
     sequential: bool,
+    domains: Sequence[torch.Tensor] | None = None,
 ) -> None:
-    """Call `visit` once for each layer, in the order in which the model runs them.
+    """Call ``visit(spec, layer, ffn, seen)`` once for each layer, in the order in which they run.
 
     Args:
         model: has the layers, which need no weights before they are visited.
         layers: each planned layer with its module in `model`.
-        batches: inputs of the model, as `upcycle.calibration` makes them; a batch may have an
-            ``attention_mask``, and padding is then left out.
-        dense: the FFN that a layer replaces.
-        visit: fills the layer, from what its FFN was given.
+        batches: inputs of the model. Padding, by ``attention_mask``, is left out; tokens get the
+            ids of ``input_ids`` where there is one at the same place.
+        dense: reads the FFN that a layer replaces.
+        visit: makes the layer, from its FFN and what it was given. In *sequential* mode it has to
+            fill the layer; all batches have passed a layer when the next one is visited.
         sequential: later layers see what the converted ones give; else what the dense ones gave.
+        domains: the group of texts of each sequence, int64 [B], for each batch.
 
-    An FFN that the model runs several times is visited at the last one, with the inputs of all.
+    An FFN that the model runs several times is visited at the last one, with the inputs of all;
+    until then the dense one is run. Memory: one FFN, its inputs of all batches, what `visit`
+    makes, and what the model itself holds between two FFNs for each batch. What a model draws in
+    its forward is the same in every call.
 
     Raises:
-        UsageError: an FFN is never reached by these inputs.
+        UsageError: there is no data, or an FFN is never reached by it.
         CaptureError: the batches do not run the same FFNs in the same order.
     """
     if not batches:
         raise UsageError("there is no calibration data")
-    probes = {spec.ffn.path: _Probe(spec, layer, dense) for spec, layer in layers}
+    places = [_Place(spec, layer) for spec, layer in layers]
+    one = _Pass(batches, dense, visit, sequential=sequential, domains=domains)
+    handles = [place.layer.register_forward_pre_hook(place.note_shape) for place in places]
     try:
-        with torch.no_grad(), eval_mode(model):
-            for probe in probes.values():
-                probe.install(_Counting(probe))
-            _run(model, batches[:1], Lockstep(1))
-            unseen = [path for path, probe in probes.items() if probe.calls == 0]
-            if unseen:
-                raise UsageError(
-                    f"{unseen[0]}: the calibration data never reaches this FFN; leave it out with "
-                    "`layers.exclude`, or give other data"
+        with eval_mode(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for place in places:
+                place.install(partial(one.count, place))
+            Lockstep(1).run(partial(_forward, model, batches))
+            for place in places:
+                if not place.calls:
+                    raise UsageError(
+                        f"{place.path}: the calibration data never reaches this FFN; leave it out "
+                        "with `layers.exclude`, or give other data"
+                    )
+                place.install(partial(one.meet, place))
+            one.left = sum(place.calls for place in places)
+            one.lockstep.run(partial(_forward, model, batches))
+            if one.left:
+                raise CaptureError(
+                    "with converted layers the model runs fewer FFNs than the dense one; set "
+                    "`calibration.sequential: false`"
                 )
-            passing = _Pass(probes, batches, visit, sequential=sequential)
-            for probe in probes.values():
-                probe.install(passing.at(probe))
-            _run(model, batches, passing.lockstep)
     finally:
-        for probe in probes.values():
-            probe.remove()
+        for handle in handles:
+            handle.remove()
+        for place in places:
+            place.remove()
 
 
-def _run(model: nn.Module, batches: Sequence[ExampleInputs], lockstep: Lockstep) -> None:
-    # Grad mode belongs to a thread, so the model of each one has to be told.
-    with torch.no_grad():
-        in_lockstep(_NoGrad(model), batches, lockstep)
+@torch.no_grad()  # here, as the grad mode belongs to a thread
+def _forward(model: nn.Module, batches: Sequence[ExampleInputs], i: int) -> None:
+    batch = batches[i]
+    if isinstance(batch, tuple):
+        model(*batch)
+    else:
+        model(**batch)
 
 
-class _NoGrad(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+@dataclass(eq=False)
+class _Place:
+    """A layer of which `MoE.tokens` is replaced."""
 
-    @torch.no_grad()
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return self.model(*args, **kwargs)
+    spec: MoESpec
+    layer: MoE
+    calls: int = 0  # in one forward
+    met: int = 0
+    shape: tuple[int, ...] = ()  # of the tensor that its tokens come from, without D
+    seen: list[Activations] = field(default_factory=list)
 
+    @property
+    def path(self) -> str:
+        return self.spec.ffn.path or "the model"
 
-class _Probe:
-    """Stands in for `MoE.tokens` of one layer."""
-
-    def __init__(self, spec: MoESpec, layer: MoE, dense: Callable[[MoESpec], FFNWeights]) -> None:
-        self.spec, self.layer, self._dense = spec, layer, dense
-        self.calls = 0
+    def note_shape(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A hook; the tensor is the input of the FFN, or the hidden one, with D or F at `axis`."""
+        shape = list(args[0].shape)
+        del shape[self.layer.axis]
+        self.shape = tuple(shape)
 
     def install(self, tokens: Callable[[torch.Tensor], torch.Tensor]) -> None:
         vars(self.layer)["tokens"] = tokens
@@ -103,92 +129,127 @@ class _Probe:
     def remove(self) -> None:
         vars(self.layer).pop("tokens", None)
 
-    def dense(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self._dense(self.spec)(x_TD)
-
-
-class _Counting:
-    """How often the model runs an FFN."""
-
-    def __init__(self, probe: _Probe) -> None:
-        self._probe = probe
-
-    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        self._probe.calls += 1
-        return self._probe.dense(x_TD)
-
 
 class _Pass:
     """One run of all batches, which visits the layers."""
 
     def __init__(
         self,
-        probes: dict[str, _Probe],
         batches: Sequence[ExampleInputs],
+        dense: Callable[[MoESpec], FFNWeights],
         visit: Visit,
         *,
         sequential: bool,
+        domains: Sequence[torch.Tensor] | None,
     ) -> None:
         self.lockstep = Lockstep(len(batches))
-        self._masks = [_mask(batch) for batch in batches]
-        self._ids = [_ids(batch) for batch in batches]
-        self._visit, self._sequential = visit, sequential
-        self._left = sum(probe.calls for probe in probes.values())
-        self._seen: dict[str, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
-        self._here: list[str] = []
+        self.left = 0  # meetings
+        self._batches, self._domains = batches, domains
+        self._dense, self._visit, self._sequential = dense, visit, sequential
+        self._ffn: tuple[_Place, FFNWeights] | None = None
+        self._here: list[_Place] = []
 
-    def at(self, probe: _Probe) -> Callable[[torch.Tensor], torch.Tensor]:
-        path = probe.spec.ffn.path
-        met = 0
+    def count(self, place: _Place, x_TD: torch.Tensor) -> torch.Tensor:
+        place.calls += 1
+        return self._ffn_of(place)(x_TD)
 
-        def tokens(x_TD: torch.Tensor) -> torch.Tensor:
-            i = self.lockstep.current
-            self._seen.setdefault(path, []).append(self._kept(i, x_TD))
-            self._here.append(path)
-            self.lockstep.meet(everyone)
-            if self._left == 0 and not self._sequential:
-                raise Stop
-            is_made = met == probe.calls and self._sequential
-            y_TO = MoE.tokens(probe.layer, x_TD) if is_made else probe.dense(x_TD)
-            if self._left == 0:
-                raise Stop
-            return y_TO
+    def meet(self, place: _Place, x_TD: torch.Tensor) -> torch.Tensor:
+        i = self.lockstep.current
+        domain_B = None if self._domains is None else self._domains[i]
+        place.seen.append(tokens_of(self._batches[i], x_TD, place.shape, domain_B))
+        self._here.append(place)
+        self.lockstep.meet(self._everyone)
+        if not self.left:
+            raise Stop
+        if self._sequential and place.met == place.calls:
+            return MoE.tokens(place.layer, x_TD)
+        return self._ffn_of(place)(x_TD)
 
-        def everyone() -> None:
-            nonlocal met
-            if len(set(self._here)) > 1:
-                raise CaptureError(
-                    "the calibration batches do not run the same FFNs in the same order: "
-                    f"one is at {self._here[0]} while another is at {self._here[-1]}"
-                )
-            self._here.clear()
-            self._left -= 1
-            met += 1
-            if met == probe.calls:
-                x, ids = zip(*self._seen.pop(path), strict=True)
-                known = [id_T for id_T in ids if id_T is not None]
-                id_T = torch.cat(known) if len(known) == len(ids) else None
-                self._visit(probe.spec, probe.layer, Activations(x, id_T=id_T))
+    def _everyone(self) -> None:
+        here, self._here = self._here, []
+        place = here[0]
+        other = next((p.path for p in here if p is not place), "its end")
+        if other != "its end" or len(here) < len(self._batches):
+            raise CaptureError(
+                "the calibration batches do not run the same FFNs in the same order: one is at "
+                f"{place.path} while another is at {other}; give batches of one kind"
+            )
+        self.left -= 1
+        place.met += 1
+        if place.met == place.calls:
+            seen, place.seen = joined(place.seen), []
+            self._visit(place.spec, place.layer, self._ffn_of(place), seen)
 
-        return tokens
-
-    def _kept(self, i: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens that are no padding, and their ids, where they are the tokens of the input."""
-        mask, ids = self._masks[i], self._ids[i]
-        if ids is not None and len(ids) != len(x_TD):
-            ids = None
-        if mask is None or len(mask) != len(x_TD):
-            return x_TD, ids
-        return x_TD[mask], None if ids is None else ids[mask]
+    def _ffn_of(self, place: _Place) -> FFNWeights:
+        """The dense FFN; read once for all batches, and one at a time."""
+        if self._ffn is None or self._ffn[0] is not place:
+            self._ffn = None
+            self._ffn = place, self._dense(place.spec)
+        return self._ffn[1]
 
 
-def _mask(batch: ExampleInputs) -> torch.Tensor | None:
-    mask = None if isinstance(batch, tuple) else batch.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or bool(mask.all()):
-        return None
-    return mask.flatten().bool()
+def joined(parts: Sequence[Activations]) -> Activations:
+    """What several batches gave to an FFN; ids and domains only if every batch has them."""
+
+    def all_of(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        known = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(known) if len(known) == len(tensors) else None
+
+    return Activations(
+        tuple(x_TD for part in parts for x_TD in part.x),
+        id_T=all_of([part.id_T for part in parts]),
+        domain_T=all_of([part.domain_T for part in parts]),
+    )
 
 
-def _ids(batch: ExampleInputs) -> torch.Tensor | None:
-    ids = None if isinstance(batch, tuple) else batch.get("input_ids")
-    return ids.flatten() if isinstance(ids, torch.Tensor) else None
+def tokens_of(
+    batch: ExampleInputs, x_TD: torch.Tensor, shape: tuple[int, ...], domain_B: torch.Tensor | None
+) -> Activations:
+    """The tokens of one batch that are no padding.
+
+    Args:
+        batch: the inputs of the model.
+        x_TD: what an FFN was given.
+        shape: of the tensor that the tokens are from, without its features: [B, L], [L, B] or [T].
+            Anything else has no padding and no ids.
+        domain_B: of each sequence.
+    """
+    named = {} if isinstance(batch, tuple) else batch
+    texts = [(named.get(ids), named.get(mask)) for ids, mask in _TEXTS]
+    shaped = [(mask if ids is None else ids, ids, mask) for ids, mask in texts]
+    fitting = [(of, ids, mask) for of, ids, mask in shaped if of is not None and _fits(of, shape)]
+    if len(fitting) > 1:
+        raise UsageError(
+            "the calibration data has as many places for the decoder as for the encoder, so their "
+            "tokens cannot be told apart; give `decoder_input_ids` another length"
+        )
+    if not fitting:
+        domain_T = None
+        if domain_B is not None and len(x_TD) % len(domain_B) == 0:
+            domain_T = domain_B.to(x_TD.device).repeat_interleave(len(x_TD) // len(domain_B))
+        return Activations((x_TD,), None, domain_T)
+    of_BL, ids_BL, mask_BL = fitting[0]
+    domain_BL = None if domain_B is None else domain_B[:, None].expand(of_BL.shape)
+    kept_T = None if mask_BL is None else _laid_out(mask_BL.bool(), shape)
+
+    def kept(values_T: torch.Tensor) -> torch.Tensor:
+        return values_T if kept_T is None or bool(kept_T.all()) else values_T[kept_T]
+
+    def maybe(values_BL: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values_BL is None else kept(_laid_out(values_BL, shape))
+
+    return Activations((kept(x_TD),), maybe(ids_BL), maybe(domain_BL))
+
+
+def _fits(of_BL: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    return of_BL.ndim == 2 and shape in (
+        tuple(of_BL.shape),
+        tuple(of_BL.shape)[::-1],
+        (of_BL.numel(),),
+    )
+
+
+def _laid_out(of_BL: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """In the order of the tokens: some models put the sequences second."""
+    is_turned = shape != tuple(of_BL.shape) and len(shape) == 2
+    return (of_BL.t() if is_turned else of_BL).flatten()

@@ -1,24 +1,21 @@
-"""Run a model on several batches at once, so that all of them reach one place before any goes on.
+"""Run a function for several batches at once, so that all of them reach a place before any goes on.
 
-One batch at a time computes. So what is held between two places is what the model holds itself: a
-residual stream for each batch; and what happens at a place sees all batches together.
+One batch at a time computes; the others wait. So what is held between two places is what a model
+holds itself, a residual stream for each batch, and what happens at a place sees all batches
+together. Each batch has a thread, because a forward in plain Python cannot be left and entered
+again in any other way.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from torch import nn
-
-from upcycle.capture import ExampleInputs
+from collections.abc import Callable
 
 
-class Stop(Exception):  # noqa: N818 - not an error: the last place has been passed
-    """Raised inside a forward whose rest is not needed."""
+class Stop(BaseException):
+    """Leaves a forward whose rest is not needed; no model catches it by accident."""
 
 
 class Lockstep:
-    """Threads of which one runs at a time, in turn; each waits at every place for the others.
+    """Batches that take turns, in the order of their numbers; each waits at every place.
 
     Attributes:
         current: the number of the batch that runs.
@@ -26,86 +23,76 @@ class Lockstep:
 
     def __init__(self, count: int) -> None:
         self.current = 0
-        self.error: BaseException | None = None
-        self._count = count
-        self._waiting = [False] * count
-        self._finished = [False] * count
+        self._error: BaseException | None = None
         self._turn = threading.Condition()
-        self._everyone: Callable[[], None] | None = None
+        self._runs = [True] * count  # neither waiting nor finished
+        self._waits = [False] * count
+        self._everyone: Callable[[], None] = lambda: None
 
     def meet(self, everyone: Callable[[], None]) -> None:
-        """Wait until all batches are here; the last one to come runs `everyone`, once."""
-        with self._turn:
-            me = self.current
-            self._everyone = everyone
-            self._waiting[me] = True
-            self._pass_on()
-            self._turn.wait_for(lambda: self.current == me and not self._waiting[me])
-            if self.error is not None:
-                raise Stop
-
-    def run(self, forward: Callable[[int], Any]) -> None:
-        """Call ``forward(i)`` for every batch i, in lockstep.
+        """Wait until every batch waits or is finished; the last one to come runs `everyone`, once.
 
         Raises:
-            BaseException: what a forward raised, or what was run at a place.
+            Stop: another batch, or `everyone`, has failed.
+        """
+        with self._turn:
+            me, self._everyone = self.current, everyone
+            self._runs[me], self._waits[me] = False, True
+            self._pass_on()
+            self._turn.wait_for(lambda: self._runs[me] and self.current == me)
+            if self._error is not None:
+                raise Stop
+
+    def run(self, forward: Callable[[int], object]) -> None:
+        """Call ``forward(i)`` for every batch i; when it returns or raises, no thread is left.
+
+        Raises:
+            BaseException: the first that a forward, or what was run at a place, has raised.
         """
         threads = [
-            threading.Thread(target=self._one, args=(i, forward), daemon=True)
-            for i in range(self._count)
+            threading.Thread(target=self._one, args=(i, forward), name=f"batch {i}", daemon=True)
+            for i in range(len(self._runs))
         ]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
-        if self.error is not None:
-            raise self.error
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C: they end at the next place
+            self._fail(error)
+            for thread in threads:
+                thread.join()
+        if self._error is not None:
+            raise self._error
 
-    def _one(self, i: int, forward: Callable[[int], Any]) -> None:
+    def _one(self, i: int, forward: Callable[[int], object]) -> None:
         with self._turn:
             self._turn.wait_for(lambda: self.current == i)
         try:
-            if self.error is None:
+            if self._error is None:
                 forward(i)
         except Stop:
             pass
         except BaseException as error:
-            self.error = self.error or error
+            self._fail(error)
         with self._turn:
-            self._finished[i] = True
+            self._runs[i] = False
             self._pass_on()
 
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+
     def _pass_on(self) -> None:
-        """Give the turn to the next batch that can run; called by the one that has it."""
-        later = [(self.current + 1 + i) % self._count for i in range(self._count)]
-        for i in later:
-            if not self._finished[i] and not self._waiting[i]:
-                self.current = i
-                self._turn.notify_all()
-                return
-        if any(self._waiting):
-            self._everyone_is_here()
-            self.current = next(i for i in range(self._count) if not self._finished[i])
-        self._turn.notify_all()
-
-    def _everyone_is_here(self) -> None:
-        everyone = self._everyone
-        if self.error is None and everyone is not None:
+        """Give the turn to the next batch that can run; the one that has it calls this."""
+        if not any(self._runs) and any(self._waits):
             try:
-                everyone()
+                if self._error is None:
+                    self._everyone()
             except BaseException as error:
-                self.error = error
-        self._waiting = [False] * self._count
-
-
-def in_lockstep(model: nn.Module, batches: Sequence[ExampleInputs], lockstep: Lockstep) -> None:
-    """Run `model` on every batch; its own code calls `Lockstep.meet` at the places."""
-
-    def forward(i: int) -> None:
-        batch = batches[i]
-        if isinstance(batch, tuple):
-            model(*batch)
-        else:
-            model(**batch)
-
-    lockstep.run(forward)
+                self._fail(error)
+            self._runs, self._waits = self._waits, [False] * len(self._runs)
+            self.current = -1
+        count = len(self._runs)
+        order = (self.current + 1 + i for i in range(count))
+        self.current = next((i % count for i in order if self._runs[i % count]), -1)
+        self._turn.notify_all()

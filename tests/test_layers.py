@@ -20,6 +20,7 @@ LAYERS = {
     "upcycle.usage": 5,
     "upcycle.card": 5,
     "upcycle.compiler": 5,
+    "upcycle.conversion_report": 5,
     "upcycle.costs": 5,
     "upcycle.driver": 5,
     "upcycle.preview": 5,

@@ -87,7 +87,19 @@ def main() -> None:
     show_default=True,
     help="What to write; may be repeated.",
 )
-@click.option("--calibration", metavar="SOURCE", help="Text file for recipes that need data.")
+@click.option(
+    "--calibration",
+    multiple=True,
+    metavar="PATH",
+    help="Data for recipes that need it: text, .jsonl, images, tensors. Several are domains.",
+)
+@click.option(
+    "--text-field",
+    default="text",
+    show_default=True,
+    metavar="NAME",
+    help="Field of a .jsonl record, or column of a data set, with the text.",
+)
 @_inputs
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: cpu]")
 @click.option(

@@ -6,14 +6,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from upcycle.activations import Activations
-from upcycle.calibration import CalibrationData, calibration_data
+from upcycle.calibration import (
+    CalibrationData,
+    Data,
+    calibration_data,
+    given_data,
+    verification_inputs,
+)
 from upcycle.capture import ExampleInputs
-from upcycle.checks import END_TO_END, check
-from upcycle.costs import costs, model_size
+from upcycle.conversion_report import header, verify_conversion
 from upcycle.emit import FILE_CHECKS, Emission, check_targets, emit
 from upcycle.evaluation import Evaluation, evaluation_for
 from upcycle.ffn import Located
@@ -29,13 +33,14 @@ from upcycle.progress import Progress, silent, step
 from upcycle.recipe import Recipe
 from upcycle.recipe_file import load_recipe
 from upcycle.source import Source
+from upcycle.sources import NO_SOURCES, Sources, merged, open_sources
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.staging import staged
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE
-from upcycle.verification import budget, compare_models, model_dtype, raise_if_failed, verify_layers
-from upcycle.version import __version__
-from upcycle.weights import MoEWeights, Provenance, read_ffn
+from upcycle.usage import usage
+from upcycle.verification import raise_if_failed
+from upcycle.weights import FFNWeights, MoEWeights, Provenance, read_ffn
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Conversion:
         source: where the dense model comes from.
         example: inputs that the user gave.
         text: what a language or embedding model is verified on, if the user gave one.
+        sources: the models that experts were taken from, if there are several.
     """
 
     model: nn.Module
@@ -61,6 +67,7 @@ class Conversion:
     source: Source | None = None
     example: ExampleInputs | None = field(default=None, repr=False)
     text: str | None = field(default=None, repr=False)
+    sources: Sources = field(default=NO_SOURCES, repr=False)
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -150,12 +157,13 @@ def convert(
     model: nn.Module,
     recipe: str | Path | Recipe,
     example_inputs: ExampleInputs | None = None,
-    calibration: str | None = None,
+    calibration: Data | None = None,
     *,
     verify: bool = True,
     overrides: Sequence[str] = (),
     recipe_name: str | None = None,
     source: Source | None = None,
+    sources: Sequence[nn.Module | str | Path] | None = None,
     located: Located | None = None,
     progress: Progress = silent,
 ) -> Conversion:
@@ -165,11 +173,15 @@ def convert(
         model: any module; it is left alone.
         recipe: a shipped name, the path of a YAML file, or a `Recipe`.
         example_inputs: inputs that the model accepts; guessed if None.
-        calibration: text on which a language or embedding model is verified; a default if None.
+        calibration: a text, several texts, batches of inputs, or what
+            `upcycle.calibration_files.read_calibration` returns: what methods are shown that look
+            at activations. A quarter is held out, to verify on; for a recipe that needs no data
+            all of it is. If None, the documentation of Python for a model with a tokenizer.
         verify: measure the distance and raise if the recipe's promise is broken.
         overrides: ``key=value`` changes of the recipe, as ``--set`` takes them.
         recipe_name: how reports call the recipe; its name or that of its file if None.
         source: where the model comes from, for its tokenizer and for `Conversion.save`.
+        sources: for ``from_checkpoints``: modules or names, instead of ``experts.sources``.
         located: the result of `upcycle.locate`, if it is known already.
         progress: called after each layer.
 
@@ -181,85 +193,81 @@ def convert(
     """
     name = recipe_name or ("custom" if isinstance(recipe, Recipe) else Path(recipe).name)
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    opened = open_sources(sources or resolved.experts.sources, model, source)
+    if sources:
+        named = resolved.experts.model_copy(update={"sources": opened.names})
+        resolved = resolved.model_copy(update={"experts": named})
     if located is None:
         located = locate_in(model, example_inputs)
     plan = make_plan(located, resolved, recipe_name=name)
-    data = None
+    given, data = given_data(calibration), None
+    directory = source.directory if source else None
+    text, example = verification_inputs(model, plan.recipe, given, directory=directory)
     if needs(plan.recipe):
-        directory = source.directory if source else None
         data = calibration_data(
-            model, plan.recipe.calibration, directory=directory, text=calibration
+            model, plan.recipe, given, directory=directory, example=example_inputs
         )
-    converted, provenance = convert_layers(model, plan, data, progress)
-    report = _header(plan, model, source)
-    result = Conversion(
-        converted, plan, report, model, provenance, source, example_inputs, calibration
-    )
+    converted, provenance, calibrated = convert_layers(model, plan, data, progress, opened)
+    report = header(plan, model, source)
+    if calibrated:
+        report["calibration"] = calibrated
+    example = example if example_inputs is None else example_inputs
+    result = Conversion(converted, plan, report, model, provenance, source, example, text, opened)
     if verify:
         with step(progress, "verifying"), eval_mode(model, converted):
-            _verify(result)
+            verify_conversion(
+                report, plan, model, converted, provenance, result.evaluation, opened
+            )
         raise_if_failed(report)
     return result
 
 
 def convert_layers(
-    model: nn.Module, plan: Plan, data: CalibrationData | None, progress: Progress = silent
-) -> tuple[nn.Module, dict[str, Provenance]]:
-    """A converted copy of `model`, and FFN path -> the dense neurons behind its layer.
+    model: nn.Module,
+    plan: Plan,
+    data: CalibrationData | None,
+    progress: Progress = silent,
+    sources: Sources = NO_SOURCES,
+) -> tuple[nn.Module, dict[str, Provenance], dict[str, Any]]:
+    """A converted copy of `model`; FFN path -> the dense neurons behind its layer; the calibration.
+
+    The last one is plain data for the report: what was shown, and `usage` of each layer.
 
     Args:
         model: the dense model; left alone.
         plan: what each FFN becomes.
         data: what to show to the methods; None if they need nothing.
         progress: called after each layer.
+        sources: the models that experts are taken from; the rest of the result is their merge.
     """
+    if sources.tensors:
+        model = merged(model, sources, plan.recipe.experts.merge)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     provenance: dict[str, Provenance] = {}
+    rows: list[dict[str, Any]] = []
 
-    def make(spec: MoESpec, seen: Activations | None = None) -> MoEWeights:
-        made = transform(read_ffn(spec.ffn, parameters), spec, seen)
-        provenance[spec.ffn.path] = made.provenance
+    def made(spec: MoESpec, ffn: FFNWeights, seen: Activations | None = None) -> MoEWeights:
+        weights = transform(ffn, spec, seen)
+        if seen is not None:
+            rows.append(usage(spec, ffn, weights, seen))
+        provenance[spec.ffn.path] = weights.provenance
         progress("converting", len(provenance), len(plan.specs))
-        return made
+        return weights
+
+    def read(spec: MoESpec) -> FFNWeights:
+        return read_ffn(spec.ffn, parameters, sources.tensors)
 
     if data is None:
-        return rewrite(model, plan.specs, make), provenance
+        return rewrite(model, plan.specs, lambda spec: made(spec, read(spec))), provenance, {}
     converted, layers = with_empty_layers(model, plan.specs)
     calibrate(
         converted,
         list(zip(plan.specs, layers, strict=True)),
         data.batches,
-        dense=lambda spec: read_ffn(spec.ffn, parameters),
-        visit=lambda spec, layer, seen: fill(layer, make(spec, seen)),
+        dense=read,
+        visit=lambda spec, layer, ffn, seen: fill(layer, made(spec, ffn, seen)),
         sequential=plan.recipe.calibration.sequential,
+        domains=data.domains,
     )
-    return converted, provenance
-
-
-def _header(plan: Plan, model: nn.Module, source: Source | None) -> dict[str, Any]:
-    return {
-        "upcycle": __version__,
-        "model": source.label if source else type(model).__qualname__,
-        "recipe": plan.recipe_name,
-        "resolved_recipe": plan.recipe.model_dump(mode="json"),
-        "promise": plan.promise,
-        "dtype": str(model_dtype(model)).removeprefix("torch."),
-        "torch": torch.__version__,
-        "costs": costs(plan, *model_size(model)).to_json(),
-        "checks": [],
-    }
-
-
-def _verify(result: Conversion) -> None:
-    """Tiers T0 to T2, into the report."""
-    report, plan, evaluation = result.report, result.plan, result.evaluation
-    layers = list(planned_layers(result.model, plan))
-    rows, checks = verify_layers(result.dense, result.model, layers, result.provenance, evaluation)
-    report["layers"] = rows
-    report["checks"] += checks
-    with torch.no_grad():
-        report["end_to_end"] = compare_models(result.dense, result.model, evaluation)
-    allowed = budget(plan.recipe, model_dtype(result.dense))
-    report["checks"].append(check(END_TO_END, report["end_to_end"]["relative"], allowed))
-    worst = max(rows, key=lambda row: row["relative"])
-    report["largest_error_at"] = {"layer": worst["path"], "relative": worst["relative"]}
+    described = data.describe(sequential=plan.recipe.calibration.sequential)
+    return converted, provenance, described | {"layers": rows}

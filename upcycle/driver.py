@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from upcycle.calibration import calibration_data, verification_inputs
+from upcycle.calibration_files import read_calibration
 from upcycle.checks import END_TO_END, check
 from upcycle.compiler import convert
 from upcycle.costs import costs, model_size
@@ -24,6 +26,7 @@ from upcycle.passes.plan import make_plan
 from upcycle.progress import Progress, silent, step
 from upcycle.recipe import Recipe
 from upcycle.source import DTYPES, Source
+from upcycle.sources import check_sources
 from upcycle.streaming import check_streamable, convert_streamed, must_stream
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, check_disk
 from upcycle.verification import budget, compare_models, model_dtype
@@ -39,7 +42,8 @@ def convert_model(
     recipe_name: str,
     out: Path,
     targets: Sequence[str] = ("safetensors",),
-    calibration: str | None = None,
+    calibration: Sequence[str] = (),
+    text_field: str = "text",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     verify: bool = True,
@@ -62,6 +66,7 @@ def convert_model(
             if given:
                 raise UsageError(f"{option}: it does not apply to an ONNX file; leave it out")
         _check_blind(recipe, "an ONNX file")
+        _check_alone(recipe, "an ONNX file")
         return convert_onnx(
             source,
             recipe,
@@ -73,13 +78,17 @@ def convert_model(
             verify=verify,
             progress=progress,
         )
-    text = _text(calibration)
+    given = read_calibration(calibration, field=text_field) if calibration else None
     with step(progress, "capturing"):
         skeleton = source.skeleton()
         located = locate_in(skeleton, source.example)
     plan = make_plan(located, recipe, recipe_name=recipe_name)
-    if text is not None:  # there may be no tokenizer for it
-        evaluation_for(skeleton, directory=source.directory, example=source.example, text=text)
+    if given is not None:  # the model may read something else, or there is no tokenizer for it
+        text, example = verification_inputs(skeleton, recipe, given, directory=source.directory)
+        evaluation_for(skeleton, directory=source.directory, example=example, text=text)
+        if needs(recipe):
+            calibration_data(skeleton, recipe, given, directory=source.directory)
+    check_sources(recipe.experts.sources, skeleton, source)
     total, itemsize = model_size(skeleton)
     itemsize = itemsize if source.dtype is None else source.dtype.itemsize
     estimate = costs(plan, total, itemsize)
@@ -87,6 +96,7 @@ def convert_model(
     if stream or resume or (stream is None and source.directory and must_stream(estimate)):
         check_streamable(source, targets)
         _check_blind(recipe, "a model that is converted piece by piece")
+        _check_alone(recipe, "a model that is converted piece by piece")
         return convert_streamed(
             source,
             plan,
@@ -105,7 +115,7 @@ def convert_model(
         model,
         recipe,
         source.example,
-        text,
+        given,
         verify=verify,
         recipe_name=recipe_name,
         source=source,
@@ -133,6 +143,15 @@ def _check_blind(recipe: Recipe, what: str) -> None:
         )
 
 
+def _check_alone(recipe: Recipe, what: str) -> None:
+    """Refuse a recipe that takes experts from other models where only one is read."""
+    if recipe.experts.sources:
+        raise UsageError(
+            f"{what} is read by itself, and the recipe takes experts from other models; convert a "
+            "model directory that fits in memory"
+        )
+
+
 def _check_out(out: Path, source: "Source | OnnxSource", *, overwrite: bool) -> None:
     """Refuse now what `staged` would refuse after the work."""
     if not os.path.lexists(out):
@@ -143,18 +162,6 @@ def _check_out(out: Path, source: "Source | OnnxSource", *, overwrite: bool) -> 
         raise UsageError(f"{out}: it is not a directory; choose another --out")
     if source.directory and source.directory.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"{out}: it contains the dense model; choose another --out")
-
-
-def _text(calibration: str | None) -> str | None:
-    if calibration is None:
-        return None
-    path = Path(calibration)
-    if not path.is_file():
-        raise UsageError(f"--calibration {calibration}: there is no such text file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--calibration {calibration}: not a text file in UTF-8") from error
 
 
 def read_report(directory: Path) -> Mapping[str, Any]:

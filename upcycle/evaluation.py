@@ -58,7 +58,7 @@ def evaluation_for(
         model: the dense model, with weights.
         directory: where its tokenizer is, if it has one.
         example: inputs given by the user, which are used as they are.
-        text: what to tokenise; the standard library's documentation if None.
+        text: what to tokenise; a quarter of the standard library's documentation if None.
         seed: of random inputs.
 
     Raises:
@@ -79,9 +79,9 @@ def evaluation_for(
         vocabulary = min(getattr(config, "vocab_size", 2) or 2, 2**31)
         found = find_example(model)[0]
         batches = [randomised(found, vocabulary=vocabulary, seed=seed + i) for i in range(2)]
-        return Evaluation([_in_dtype_of(model, batch) for batch in batches])
+        return Evaluation([in_dtype_of(model, batch) for batch in batches])
     what = "the given text" if text is not None else "the documentation of Python"
-    text = text if text is not None else samples.default_text()
+    text = text if text is not None else samples.verification_text()
     if len(text.strip()) < MIN_CHARACTERS:
         raise UsageError(
             f"--calibration: the text has {len(text.strip())} characters; give at least "
@@ -184,7 +184,7 @@ def comparable(
     return kept
 
 
-def _in_dtype_of(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+def in_dtype_of(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
     """Random floats in the dtype of the weights: a convolution takes no other."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 

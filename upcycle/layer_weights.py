@@ -35,6 +35,13 @@ def empty_layer(config: dict[str, Any]) -> MoE:
         return MoE(config).eval()
 
 
+def layer_around(config: dict[str, Any], weights: MoEWeights) -> MoE:
+    """The layer that holds `weights` themselves, in their dtypes: nothing is copied."""
+    layer = empty_layer(config)
+    layer.load_state_dict(weights.tensors(), assign=True)
+    return layer
+
+
 def layer_tensors(layer: MoE, weights: MoEWeights) -> dict[str, torch.Tensor]:
     """The weights of a layer under their names in it, in its dtypes."""
     held = layer.state_dict()

@@ -122,6 +122,17 @@ def default_text() -> str:
     return "\n\n".join(topics[key] for key in sorted(topics))
 
 
+def verification_text() -> str:
+    """The first quarter of `default_text`: what a conversion is verified on."""
+    text = default_text()
+    return text[: len(text) // 4]
+
+
+def calibration_text() -> str:
+    """The rest of `default_text`, which verification does not read."""
+    return default_text()[len(verification_text()) :]
+
+
 def _named(name: str) -> tuple[str, Sample]:
     key = name.removeprefix(PREFIX)
     if key not in SAMPLES:

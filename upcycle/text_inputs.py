@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from upcycle.errors import UsageError
 
 WINDOW = 512
+SEQUENCE = 64  # tokens of a sentence, for a model that reads sentences
 
 
 def longest(model: nn.Module) -> int:
@@ -47,6 +48,47 @@ def fixed_inputs(model: nn.Module) -> dict[str, Any]:
     if getattr(config, "use_cache", None) is not None:
         extra["use_cache"] = False
     return extra
+
+
+def decoder_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` with all that the model wants: no cache, and a decoder that reads half of each text.
+
+    A text for the decoder is shorter than the one for the encoder, so that their tokens cannot be
+    confused.
+    """
+    batch = {**fixed_inputs(model), **batch}
+    if "decoder_input_ids" in batch:
+        ids_BL = batch["input_ids"]
+        start_B1 = torch.full_like(ids_BL[:, :1], int(batch["decoder_input_ids"][0, 0]))
+        batch["decoder_input_ids"] = torch.cat([start_B1, ids_BL[:, : ids_BL.shape[1] // 2]], 1)
+        if batch["decoder_input_ids"].shape == ids_BL.shape:  # very short ones
+            batch["decoder_input_ids"] = start_B1
+    return batch
+
+
+def sequences(
+    tokenizer: Any, texts: Sequence[str], length: int, *, most: int, is_running: bool
+) -> list[list[int]]:
+    """Tokens of `texts` in sequences of `length`; at most `most` tokens, but one sequence at least.
+
+    Running text is one long sequence that is cut. Sentences have the special tokens of the model at
+    their ends, and the last of a text is shorter where the tokenizer can pad.
+    """
+    if is_running:
+        ids: list[int] = []
+        for text in texts:
+            ids += tokenizer(text, verbose=False).input_ids
+            if len(ids) >= max(most, length):
+                break
+        count = min(len(ids), max(most, length)) // length
+        return [ids[i * length : (i + 1) * length] for i in range(count)]
+    cut = tokenizer(
+        list(texts), truncation=True, max_length=length, return_overflowing_tokens=True
+    ).input_ids
+    has_padding = tokenizer.pad_token is not None
+    special = tokenizer.num_special_tokens_to_add()
+    kept = [row for row in cut if (len(row) > special if has_padding else len(row) == length)]
+    return kept[: max(1, most // length)]
 
 
 def tokenizer_in(directory: Path | None) -> Any:

@@ -1,0 +1,88 @@
+"""What the tokens of the calibration make of a layer: which experts they visit, what that captures.
+
+Shape suffixes: T tokens, D d_model, E experts, K chosen experts, F neurons of the FFN.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from upcycle.activations import Activations
+from upcycle.context import Given
+from upcycle.layer_weights import layer_around
+from upcycle.spec import MoESpec
+from upcycle.weights import FFNWeights, MoEWeights
+
+
+@torch.no_grad()
+def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations) -> dict[str, Any]:
+    """The load of the experts on calibration tokens, as plain data.
+
+    `captured_mass` is the part of ``sum_j |h_j| ||d_j||`` over all tokens and neurons that is in
+    experts which the token visits, or in the shared one: 1 if nothing is left out. `load_entropy`
+    is that of the loads relative to ``log E``: 1 if all experts are visited equally often.
+
+    Args:
+        spec: the plan of the layer.
+        ffn: the dense FFN.
+        made: what it became.
+        seen: what it was given. Memory: the hidden activations of 2048 tokens.
+    """
+    router = layer_around(spec.layer_config(), made).router
+    neuron_EI, d_ff = made.experts.neuron_EI, ffn.down_OF.shape[1]
+    member_EF = torch.zeros(len(neuron_EI), d_ff + 1)
+    member_EF.scatter_(1, neuron_EI.where(neuron_EI >= 0, d_ff), 1.0)
+    member_EF = member_EF[:, :-1]  # the last column collected padding and new neurons
+    shared_F = torch.zeros(d_ff)
+    shared_F[made.provenance.shared_S] = 1
+    length_F = ffn.down_OF.float().norm(dim=0)
+    load_E = torch.zeros(spec.num_experts, dtype=torch.int64)
+    captured, total = 0.0, 0.0
+    by = getattr(router, "by", None)
+    ids_T = {"token": seen.id_T, "domain": seen.domain_T}.get(by or "")
+    if by is not None:
+        router.given = Given(by, None)  # type: ignore[assignment]  # no module
+    done = 0
+    for x_TD, h_TF in seen.hidden(ffn):
+        if by is not None:
+            router.given.keep(None if ids_T is None else ids_T[done : done + len(x_TD)])
+        done += len(x_TD)
+        _, weights_TK, index_TK = router(x_TD)
+        visited_TE = torch.zeros(len(x_TD), spec.num_experts)
+        visited_TE.scatter_add_(1, index_TK, (weights_TK != 0).to(visited_TE))
+        load_E += visited_TE.sum(0).long()
+        mass_TF = h_TF.abs() * length_F
+        there_TF = (visited_TE @ member_EF + shared_F).clamp(max=1)
+        captured += (mass_TF * there_TF).sum(dtype=torch.float64).item()
+        total += mass_TF.sum(dtype=torch.float64).item()
+    return {
+        "path": spec.ffn.path,
+        "tokens": len(seen),
+        "tokens_per_expert": load_E.tolist(),
+        "dead_experts": int((load_E == 0).sum()),
+        "load_entropy": _entropy(load_E),
+        "captured_mass": captured / total if total else 1.0,
+    }
+
+
+def _entropy(load_E: torch.Tensor) -> float:
+    if len(load_E) == 1 or not load_E.any():
+        return 1.0
+    part_E = load_E.double() / load_E.sum()
+    return float(torch.special.entr(part_E).sum()) / math.log(len(load_E))
+
+
+def calibration_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The measured layers as rows of a table: path, tokens, dead experts, entropy, mass."""
+    return [
+        (
+            row["path"],
+            f"{min(row['tokens_per_expert'])} to {max(row['tokens_per_expert'])}",
+            str(row["dead_experts"]),
+            f"{row['load_entropy']:.3f}",
+            f"{row['captured_mass']:.3f}",
+        )
+        for row in report.get("calibration", {}).get("layers", [])
+    ]
