@@ -116,6 +116,7 @@ def _distances(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         layers = sorted(layers, key=lambda row: -row["relative"])[:MAX_LAYERS]
     named = [(row["path"], row) for row in layers]
     named += [*report.get("end_to_end", {}).get("outputs", {}).items()]
+    named += [*report.get("sources", {}).items()]
     for name, found in named:
         cosines = (f"{found[key]:.6f}" for key in ("min_cosine", "mean_cosine"))
         yield (name, f"{found['relative']:.2e}", *cosines)

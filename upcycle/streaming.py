@@ -23,6 +23,7 @@ from upcycle.errors import UnsupportedError, UsageError
 from upcycle.kept import read_kept
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
 from upcycle.layer_weights import empty_layer
+from upcycle.module_tensors import by_module_name
 from upcycle.moe import MoE
 from upcycle.passes.transform import transform
 from upcycle.plain_json import json_text
@@ -37,7 +38,6 @@ from upcycle.targets.manifest import Manifest
 from upcycle.targets.read_back import read_layer
 from upcycle.targets.staging import publish
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE
-from upcycle.targets.tensor_source import read_tensors
 from upcycle.verification import raise_if_failed
 from upcycle.version import __version__
 from upcycle.weights import MoEWeights, Provenance, read_ffn
@@ -154,37 +154,13 @@ def _resumable(out: Path, *, resume: bool) -> Iterator[Path]:
 def _by_module_name(source: Source, skeleton: nn.Module) -> Mapping[str, torch.Tensor]:
     """The checkpoint under the names of the module; a prefix of the base model is seen through."""
     assert source.directory is not None
-    tensors = read_tensors(source.directory)
-    tied: Mapping[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
-    wanted = [name for name, _ in skeleton.named_parameters() if name not in tied]
-    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    for rename in (str, lambda n: prefix + n, lambda n: n.removeprefix(prefix)):
-        if all(rename(name) in tensors for name in wanted):
-            return _Renamed(tensors, {name: rename(name) for name in _all_names(skeleton)})
-    lacking = next(name for name in wanted if name not in tensors)
+    tensors = by_module_name(source.directory, skeleton)
+    if not isinstance(tensors, str):
+        return tensors
     raise UnsupportedError(
-        f"{source.directory}: the checkpoint has no tensor {lacking}, so it cannot be converted "
+        f"{source.directory}: the checkpoint has no tensor {tensors}, so it cannot be converted "
         "piece by piece; convert it in memory (without --stream)"
     )
-
-
-def _all_names(skeleton: nn.Module) -> list[str]:
-    return list(skeleton.state_dict())
-
-
-class _Renamed(Mapping[str, torch.Tensor]):
-    def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-        self._tensors = tensors
-        self._names = {name: stored for name, stored in names.items() if stored in tensors}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _converted_skeleton(skeleton: nn.Module, plan: Plan, dtype: torch.dtype) -> nn.Module:

@@ -1,0 +1,237 @@
+"""Experts from several models: what each layer holds, what the rest is, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numerics
+import pytest
+import small_models
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import upcycle
+from upcycle.cli import main
+from upcycle.recipe import Recipe
+
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def family(count: int, name: str = "llama") -> list[Any]:
+    return [small_models.build(name, seed) for seed in range(count)]
+
+
+def recipe(count: int, top_k: int = 2, **experts: object) -> Recipe:
+    return numerics.make_recipe(
+        {"method": "from_checkpoints", "count": count, **experts},
+        {"method": "normal", "top_k": top_k, "weights": "renormalised", "std": 0.2},
+        verify={"max_relative_error": 9.0},
+    )
+
+
+def layers_of(model: nn.Module) -> list[upcycle.MoE]:
+    return [m for m in model.modules() if isinstance(m, upcycle.MoE)]
+
+
+def force(model: nn.Module, expert: int) -> None:
+    """Make every router choose one expert."""
+    for layer in layers_of(model):
+        layer.router.bias = nn.Parameter(torch.zeros(layer.router.num_experts))
+        with torch.no_grad():
+            layer.router.bias[expert] = 1e4
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=TOKENS).logits
+    return out
+
+
+def generated(model: Any) -> list[int]:
+    tokens = model.generate(
+        TOKENS[:1], attention_mask=torch.ones_like(TOKENS[:1]), max_new_tokens=12, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    return list(map(int, tokens[0]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_equal_sources_are_the_dense_model(name: str) -> None:
+    model = small_models.build(name)
+    others = [small_models.build(name), small_models.build(name)]
+    done = upcycle.convert(model, recipe(3), sources=[model, *others])
+    assert done.report["end_to_end"]["relative"] < 1e-6
+    different = upcycle.convert(model, recipe(3), sources=[model, *family(3, name)[1:]])
+    assert different.report["end_to_end"]["relative"] > 1e-2
+
+
+@pytest.mark.parametrize("merge", ["mean", "first", 2])
+def test_the_rest_is_merged(merge: str | int) -> None:
+    models = family(3)
+    done = upcycle.convert(models[0], recipe(3, merge=merge), sources=models)
+    dense = [model.state_dict() for model in models]
+    chosen = dense if merge == "mean" else [dense[0 if merge == "first" else 2]]
+    compared = 0
+    for name, tensor in done.model.state_dict().items():
+        if name in dense[0]:
+            expected = sum(state[name].double() for state in chosen) / len(chosen)
+            assert torch.equal(tensor, expected.to(tensor.dtype)), name
+            compared += 1
+    assert compared == len(dense[0]) - 2 * 3  # all but gate, up and down of two layers
+    assert models[0].state_dict().keys() == dense[0].keys()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("source", [0, 2])
+def test_forced_to_one_expert_the_model_is_that_source(name: str, source: int) -> None:
+    models = family(3, name)
+    for i, model in enumerate(models):
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.endswith("bias"):
+                    parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(i))
+    done = upcycle.convert(models[1], recipe(3, merge=source), sources=models)
+    force(done.model, source)
+    found, expected = logits(done.model), logits(models[source])
+    # Two layers of sums of at most 128 products, and the logits of 32, each off by a rounding.
+    bound = 300 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (found - expected).abs().max() < bound
+    assert generated(done.model) == generated(models[source])
+    force(done.model, 1)
+    assert (logits(done.model) - expected).abs().max() > 100 * bound
+
+
+def test_a_source_may_give_several_experts() -> None:
+    models = family(2)
+    twice = upcycle.convert(models[0], recipe(4), sources=models)
+    listed = upcycle.convert(
+        models[0], recipe(4), sources=[models[0], models[0], models[1], models[1]]
+    )
+    assert twice.plan.recipe.experts.sources == ("base", "LlamaForCausalLM")
+    for one, other in zip(layers_of(twice.model), layers_of(listed.model), strict=True):
+        assert torch.equal(one.experts.up_EGD, other.experts.up_EGD)
+        assert torch.equal(one.experts.up_EGD[1], one.experts.up_EGD[0])
+        assert not torch.equal(one.experts.up_EGD[1], one.experts.up_EGD[2])
+
+
+def test_rows_are_traced_to_their_source() -> None:
+    from upcycle.targets.checkpoint import planned_layers
+    from upcycle.verification import verify_layers
+
+    models = family(2)
+    done = upcycle.convert(models[0], recipe(2), sources=models)
+    assert all(row["untraced_rows"] == 0 for row in done.report["layers"])
+    experts = layers_of(done.model)[0].experts
+    with torch.no_grad():
+        experts.down_proj[1, 0, 7] += 1
+    layers = list(planned_layers(done.model, done.plan))
+    rows, _ = verify_layers(
+        done.dense, done.model, layers, done.provenance, done.evaluation, done.sources.tensors
+    )
+    assert [row["untraced_rows"] for row in rows] == [1, 0]
+    assert set(done.report["sources"]) == {"source 0 (base)", "source 1 (LlamaForCausalLM)"}
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(main, [*arguments], catch_exceptions=False)
+
+
+def written(seed: int, directory: Path, name: str = "llama", **changes: Any) -> str:
+    torch.manual_seed(seed)
+    model = small_models.BUILD[name](**changes).eval()
+    model.save_pretrained(directory)
+    small_models.tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_the_command_line_takes_directories(tmp_path: Path) -> None:
+    base, other = written(0, tmp_path / "dense"), written(1, tmp_path / "other")
+    result = invoke(
+        "convert", base, "--recipe", "btx", "--out", str(tmp_path / "out"),
+        "--set", f"experts.sources=[base, {other}]", "--set", "experts.count=2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["checkpoint"]["architecture"] == "mixtral"
+    assert set(report["sources"]) == {"source 0 (base)", "source 1 (other)"}
+    assert "source 1 (other)" in result.output
+    loaded = upcycle.load(tmp_path / "out")
+    models = [upcycle.load(path) for path in (base, other)]
+    mean = (models[0].lm_head.weight.double() + models[1].lm_head.weight.double()) / 2
+    assert torch.equal(loaded.lm_head.weight, mean.float())
+    made = upcycle.convert(
+        small_models.build("llama"), "btx", sources=[base, other], overrides=["experts.count=2"]
+    )
+    assert (logits(made.model) - logits(loaded)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 310}, r"model.embed_tokens.weight is \[310, 32\], and \[300, 32\]"),
+        ({"intermediate_size": 72}, r"layers.0.mlp.gate_proj.weight is \[72, 32\]"),
+        ({"num_hidden_layers": 1}, "it has no tensor model.layers.1."),
+        ({"tie_word_embeddings": True}, "lm_head.weight is tied to another tensor"),
+        ({"rms_norm_eps": 0.1}, "rms_norm_eps = 0.1, and the dense model's has 1e-06"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_models_that_do_not_fit_are_named(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    base, other = written(0, tmp_path / "a"), written(1, tmp_path / "b", **changes)
+    model = small_models.build("llama")
+    for wanted in (other, upcycle.load(other)):
+        with pytest.raises(upcycle.UsageError, match=words):
+            upcycle.convert(model, recipe(2), sources=[model, wanted])
+    result = invoke(
+        "convert", base, "--recipe", "btx", "--out", str(tmp_path / "out"),
+        "--set", f"experts.sources=[base, {other}]", "--set", "experts.count=2",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {other}: ")
+    assert "loading" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_architecture_and_a_missing_tensor(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = small_models.build("llama")
+    with pytest.raises(upcycle.UsageError, match="it is a Qwen3ForCausalLM, and the dense model"):
+        upcycle.convert(model, recipe(2), sources=[model, small_models.build("qwen3")])
+    broken = written(1, tmp_path / "broken")
+    tensors = load_file(f"{broken}/model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, f"{broken}/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(upcycle.UsageError, match="lack model.norm.weight"):
+        upcycle.convert(model, recipe(2), sources=[model, broken])
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (recipe(2), "there are no models to take experts from"),
+        (recipe(3, sources=("base", "base")), "2 sources cannot give 3 experts"),
+        (recipe(2, sources=("base", "base"), merge=2), "there is no source 2"),
+        (
+            recipe(2, method="copy", sources=("base",)),
+            "`experts.method: copy` has no sources",
+        ),
+    ],
+)
+def test_recipes_that_do_not_fit_are_refused(made: Recipe, words: str) -> None:
+    with pytest.raises(upcycle.PlanError, match=words):
+        upcycle.convert(small_models.build("llama"), made)
+
+
+def test_where_only_one_model_is_read(tmp_path: Path) -> None:
+    base = written(0, tmp_path / "dense")
+    result = invoke(
+        "convert", base, "--recipe", "btx", "--out", str(tmp_path / "out"), "--stream",
+        "--target", "safetensors", "--set", "experts.sources=[base]", "--set", "experts.count=1",
+        "--set", "router.top_k=1",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "takes experts from other models" in result.stderr
