@@ -1,11 +1,12 @@
 """The stages in order: capture, locate, plan, transform, rewrite, verify; and saving the result."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from upcycle.activations import Activations
@@ -25,6 +26,7 @@ from upcycle.modes import eval_mode
 from upcycle.passes.calibrate import calibrate
 from upcycle.passes.locate import locate_in
 from upcycle.passes.merge import merge
+from upcycle.passes.model_problems import check_model
 from upcycle.passes.needs import needs
 from upcycle.passes.plan import make_plan
 from upcycle.passes.rewrite import fill, rewrite, with_empty_layers
@@ -35,6 +37,7 @@ from upcycle.recipe_file import load_recipe
 from upcycle.source import Source
 from upcycle.sources import NO_SOURCES, Sources, merged, open_sources
 from upcycle.spec import MoESpec, Plan
+from upcycle.survey import survey
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.staging import staged
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE
@@ -200,14 +203,24 @@ def convert(
     if located is None:
         located = locate_in(model, example_inputs)
     plan = make_plan(located, resolved, recipe_name=name)
+    check_model(model, plan)
     given, data = given_data(calibration), None
+    important: Mapping[str, torch.Tensor] = {}
     directory = source.directory if source else None
     text, example = verification_inputs(model, plan.recipe, given, directory=directory)
     if needs(plan.recipe):
         data = calibration_data(
-            model, plan.recipe, given, directory=directory, example=example_inputs
+            model,
+            plan.recipe,
+            given,
+            directory=directory,
+            example=example_inputs,
+            domains=plan.specs[0].num_experts,
         )
-    converted, provenance, calibrated = convert_layers(model, plan, data, progress, opened)
+        plan, important = survey(model, plan, data)
+    converted, provenance, calibrated = convert_layers(
+        model, plan, data, progress, opened, important
+    )
     report = header(plan, model, source)
     if calibrated:
         report["calibration"] = calibrated
@@ -228,6 +241,7 @@ def convert_layers(
     data: CalibrationData | None,
     progress: Progress = silent,
     sources: Sources = NO_SOURCES,
+    important: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[nn.Module, dict[str, Provenance], dict[str, Any]]:
     """A converted copy of `model`; FFN path -> the dense neurons behind its layer; the calibration.
 
@@ -239,6 +253,7 @@ def convert_layers(
         data: what to show to the methods; None if they need nothing.
         progress: called after each layer.
         sources: the models that experts are taken from; the rest of the result is their merge.
+        important: FFN path -> the importance of its neurons, as `upcycle.survey.survey` finds it.
     """
     if sources.tensors:
         model = merged(model, sources, plan.recipe.experts.merge)
@@ -247,6 +262,8 @@ def convert_layers(
     rows: list[dict[str, Any]] = []
 
     def made(spec: MoESpec, ffn: FFNWeights, seen: Activations | None = None) -> MoEWeights:
+        if seen is not None and important:
+            seen = replace(seen, importance_NF=important[spec.ffn.path])
         weights = transform(ffn, spec, seen)
         if seen is not None:
             rows.append(usage(spec, ffn, weights, seen))

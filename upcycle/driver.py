@@ -21,6 +21,7 @@ from upcycle.evaluation import device_of, evaluation_for
 from upcycle.loading import load
 from upcycle.onnx_output import in_float32, verify_onnx
 from upcycle.passes.locate import locate_in
+from upcycle.passes.model_problems import check_model
 from upcycle.passes.needs import needs
 from upcycle.passes.plan import make_plan
 from upcycle.progress import Progress, silent, step
@@ -65,7 +66,7 @@ def convert_model(
         for option, given in (("--calibration", calibration), ("--stream", stream or resume)):
             if given:
                 raise UsageError(f"{option}: it does not apply to an ONNX file; leave it out")
-        _check_blind(recipe, "an ONNX file")
+        _check_gradients(recipe, "an ONNX file")
         _check_alone(recipe, "an ONNX file")
         return convert_onnx(
             source,
@@ -83,11 +84,15 @@ def convert_model(
         skeleton = source.skeleton()
         located = locate_in(skeleton, source.example)
     plan = make_plan(located, recipe, recipe_name=recipe_name)
+    check_model(skeleton, plan)
     if given is not None:  # the model may read something else, or there is no tokenizer for it
         text, example = verification_inputs(skeleton, recipe, given, directory=source.directory)
         evaluation_for(skeleton, directory=source.directory, example=example, text=text)
         if needs(recipe):
-            calibration_data(skeleton, recipe, given, directory=source.directory)
+            count = plan.specs[0].num_experts
+            calibration_data(
+                skeleton, recipe, given, directory=source.directory, domains=count
+            )
     check_sources(recipe.experts.sources, skeleton, source)
     total, itemsize = model_size(skeleton)
     itemsize = itemsize if source.dtype is None else source.dtype.itemsize
@@ -95,13 +100,14 @@ def convert_model(
     check_disk(out, estimate.bytes_on_disk)
     if stream or resume or (stream is None and source.directory and must_stream(estimate)):
         check_streamable(source, targets)
-        _check_blind(recipe, "a model that is converted piece by piece")
+        _check_gradients(recipe, "a model that is converted piece by piece")
         _check_alone(recipe, "a model that is converted piece by piece")
         return convert_streamed(
             source,
             plan,
             skeleton,
             out,
+            calibration=given,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             resume=resume,
@@ -134,12 +140,12 @@ def convert_model(
     return result.report
 
 
-def _check_blind(recipe: Recipe, what: str) -> None:
-    """Refuse a recipe that has to see activations where there are none yet."""
-    if needs(recipe):
+def _check_gradients(recipe: Recipe, what: str) -> None:
+    """Refuse a recipe that needs a backward pass where there is none."""
+    if "gradients" in needs(recipe):
         raise UsageError(
-            f"{what} is not run, and the recipe's methods look at activations; convert a model "
-            "that fits in memory, or use a recipe that needs none"
+            f"{what} has no backward pass, and the recipe's methods look at gradients; convert a "
+            "model that fits in memory, or use a recipe that needs none"
         )
 
 

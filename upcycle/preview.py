@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from upcycle.costs import Costs, costs, model_size
 from upcycle.ffn import Located
 from upcycle.passes.locate import locate_in
+from upcycle.passes.model_problems import check_model
 from upcycle.passes.plan import make_plan
 from upcycle.recipe import Recipe
 from upcycle.source import Source
@@ -33,4 +34,5 @@ def plan_model(
         return plan, source.costs(plan)
     skeleton = source.skeleton()
     plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
+    check_model(skeleton, plan)
     return plan, costs(plan, *model_size(skeleton))

@@ -46,8 +46,10 @@ def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations) -
         router.given = Given(by, None)  # type: ignore[assignment]  # no module
     done = 0
     for x_TD, h_TF in seen.hidden(ffn):
-        if by is not None:
-            router.given.keep(None if ids_T is None else ids_T[done : done + len(x_TD)])
+        if by is not None and ids_T is not None:
+            router.given.keep(ids_T[done : done + len(x_TD)])
+        elif by is not None:
+            router.stand_in(len(x_TD))
         done += len(x_TD)
         _, weights_TK, index_TK = router(x_TD)
         visited_TE = torch.zeros(len(x_TD), spec.num_experts)

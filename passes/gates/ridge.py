@@ -20,9 +20,10 @@ def ridge(
 ) -> dict[str, torch.Tensor]:
     """Regress the size of each expert's contribution on the token.
 
-    The size is that of `passes.gates.contributions`. With X the tokens, centred, and T the sizes, centred, the rows are the solution
-    of ``(X'X + lambda I) W = X'T``; lambda is ``router.ridge`` times the mean of the diagonal.
-    The means go into the bias, which is therefore on unless the recipe says otherwise.
+    The size is that of `passes.gates.contributions`. With X the tokens and T the sizes, centred,
+    the rows are the solution of ``(X'X + lambda I) W = X'T``; lambda is ``router.ridge`` times the
+    mean of the diagonal. The means go into the bias, which is therefore on unless the recipe says
+    otherwise.
 
     Args:
         ffn: the dense FFN.

@@ -58,6 +58,8 @@ def fused_form(layer: MoE, *, gelu: Gelu = "exact") -> Fused | None:
         gelu: ``tanh`` lets the kernel's tanh form stand for the erf form.
     """
     pointwise = layer.experts.act_fn.pointwise
+    if layer.router.weights == "gain":  # may become negative, and the kernel takes logarithms
+        return None
     if pointwise.arity > 2 or layer.experts.hidden_dim != layer.experts.down_proj.shape[1]:
         return None
     for form, program in _KERNELS:

@@ -32,6 +32,7 @@ def symbolic_layers(model: nn.Module) -> Iterator[dict[str, MoE]]:
                 f"{path}: ONNX Runtime computes MoE layers in float32 and the experts are {dtype}; "
                 "export model.float(), the stored weights may stay as they are"
             )
+        _check_router(path, layer)
     modes = {module: module.training for module in model.modules()}
     try:
         for path, layer in layers.items():
@@ -43,6 +44,22 @@ def symbolic_layers(model: nn.Module) -> Iterator[dict[str, MoE]]:
             vars(layer.experts).pop("forward", None)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _check_router(path: str, layer: MoE) -> None:
+    """Refuse routers that a graph cannot have, or that no one wants in one."""
+    kind = layer.config["router"]["kind"]
+    if kind == "oracle":
+        raise UnsupportedError(
+            f"{path}: an oracle runs every expert to choose some, which is for comparing other "
+            "routers with; an ONNX graph of it would be slower than the dense model"
+        )
+    given = getattr(layer.router, "given", None)
+    if kind == "table" and (given is None or given.position is None):
+        raise UnsupportedError(
+            f"{path}: its router reads {layer.config['router']['by']} ids, and an ONNX graph has "
+            "only the inputs of the dense model"
+        )
 
 
 def _forward(
