@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -36,14 +37,19 @@ def rewrite(
     return converted
 
 
-def with_empty_layers(model: nn.Module, specs: Sequence[MoESpec]) -> tuple[nn.Module, list[MoE]]:
+def with_empty_layers(
+    model: nn.Module, specs: Sequence[MoESpec], *, in_place: bool = False
+) -> tuple[nn.Module, list[MoE]]:
     """A copy of `model` with layers of zeros, and those, in the order of `specs`.
 
-    Of matrices that do more than FFNs, the other rows and columns stay.
+    Of matrices that do more than FFNs, the other rows and columns stay. `in_place` changes `model`
+    itself, where the layers are on the meta device.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    converted = _copy_without(model, {name for spec in specs for name in spec.ffn.parameters})
-    layers = install(converted, [spec.site() for spec in specs])
+    names = {name for spec in specs for name in spec.ffn.parameters}
+    converted = model if in_place else _copy_without(model, names)
+    with torch.device("meta") if in_place else nullcontext():
+        layers = install(converted, [spec.site() for spec in specs])
     for kept in (kept for spec in specs for kept in spec.ffn.kept):
         trained = parameters[kept.parameter].requires_grad
         _set(converted, kept.name, nn.Parameter(read_kept(kept, parameters), trained))

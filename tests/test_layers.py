@@ -18,6 +18,7 @@ LAYERS = {
     "upcycle.calibration_files": 5,
     "upcycle.image_inputs": 5,
     "upcycle.usage": 5,
+    "upcycle.streamed_calibration": 5,
     "upcycle.card": 5,
     "upcycle.compiler": 5,
     "upcycle.conversion_report": 5,
@@ -41,6 +42,8 @@ LAYERS = {
     "upcycle.sources": 5,
     "upcycle.module_tensors": 5,
     "upcycle.verification": 5,
+    "upcycle.objectives": 5,
+    "upcycle.survey": 5,
     # 4: the steps
     "upcycle.passes": 4,
     # 3: one method, one format

@@ -96,7 +96,9 @@ def given_data(data: Data | None) -> Given | None:
 
 def needs_domains(recipe: Recipe) -> bool:
     """Whether the methods want to know which kind of text a token is from."""
-    return recipe.experts.method == "gradient_domain" or recipe.router.method == "assigned"
+    experts = recipe.experts
+    by_domain = experts.method == "gradient_domain" or experts.shared_by == "domains"
+    return by_domain or recipe.router.method == "assigned"
 
 
 def calibration_data(
@@ -106,6 +108,7 @@ def calibration_data(
     *,
     directory: Path | None = None,
     example: ExampleInputs | None = None,
+    domains: int = 1,
 ) -> CalibrationData:
     """Inputs for `model`, from what verification does not read.
 
@@ -117,6 +120,7 @@ def calibration_data(
             a tokenizer, else random inputs, from which nothing is to be learned.
         directory: where its tokenizer is, if it has one.
         example: inputs that the user gave for the capture, which are better than random ones.
+        domains: how many the methods want, if they want any.
 
     Raises:
         UsageError: the data is too short, or not of the kind that the model reads.
@@ -148,15 +152,15 @@ def calibration_data(
     ids, domain_N = _sequences(model, tokenizer, given, wanted)
     if domain_N is None and needs_domains(recipe):
         generator = torch.Generator().manual_seed(recipe.seed)
-        domain_N = _clustered(ids, recipe.experts.count, generator)
+        domain_N = _clustered(ids, domains, generator)
     length = max(map(len, ids))
     rows = max(1, LEAST_PLACES // length, -(-len(ids) // MOST_BATCHES))
     batches = [
         decoder_inputs(model, _padded(tokenizer, ids[start : start + rows]))
         for start in range(0, len(ids), rows)
     ]
-    domains = None if domain_N is None else torch.split(domain_N, rows)
-    return _placed(model, batches, given.what, domains)
+    split = None if domain_N is None else torch.split(domain_N, rows)
+    return _placed(model, batches, given.what, split)
 
 
 def verification_inputs(

@@ -69,8 +69,10 @@ class Source:
             ) from error
         return model.eval()
 
-    def load(self) -> nn.Module:
+    def load(self, *, mapped: bool = False) -> nn.Module:
         """The model with its weights, in eval mode.
+
+        `mapped` leaves the weights of a directory in their files, memory-mapped.
 
         Raises:
             UsageError: the files are broken, or do not fit the configuration.
@@ -81,12 +83,14 @@ class Source:
                 module = module.to(self.dtype)
             return module.to(self.device).eval()
         config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
-        read_tensors(self.directory, allow_pickle=self.allow_pickle)  # says what is broken
-        options = {"trust_remote_code": True} if self.trust_remote_code else {}
+        stored = read_tensors(self.directory, allow_pickle=self.allow_pickle)  # or what is broken
+        options: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
+        if mapped:
+            options["state_dict"] = dict(stored)
         try:
             with quiet():
                 model, info = self._model_class(config).from_pretrained(
-                    self.directory,
+                    None if mapped else self.directory,
                     config=config,
                     dtype=self.dtype or "auto",
                     output_loading_info=True,

@@ -17,20 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcycle.calibration import calibration_data
+from upcycle.calibration_files import Given
 from upcycle.card import card
 from upcycle.costs import Costs
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.kept import read_kept
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
-from upcycle.layer_weights import empty_layer
+from upcycle.layer_weights import layer_around
 from upcycle.module_tensors import by_module_name
-from upcycle.moe import MoE
+from upcycle.passes.needs import needs
 from upcycle.passes.transform import transform
 from upcycle.plain_json import json_text
 from upcycle.progress import Progress, silent
 from upcycle.recipe_file import dump_recipe
 from upcycle.source import DTYPES, Source
 from upcycle.spec import MoESpec, Plan
+from upcycle.streamed_calibration import Spool, as_stored, calibrate_mapped
 from upcycle.tap import install
 from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
 from upcycle.targets.companions import copy_companions
@@ -41,6 +44,8 @@ from upcycle.targets.tensor_file import MAX_SHARD_SIZE
 from upcycle.verification import raise_if_failed
 from upcycle.version import __version__
 from upcycle.weights import MoEWeights, Provenance, read_ffn
+
+SPOOL = "upcycle-layers"  # in a partial directory, what calibration made
 
 
 def must_stream(costs: Costs) -> bool:
@@ -73,6 +78,7 @@ def convert_streamed(
     skeleton: nn.Module,
     out: Path,
     *,
+    calibration: Given | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     resume: bool = False,
@@ -81,13 +87,15 @@ def convert_streamed(
 ) -> dict[str, Any]:
     """Write the converted checkpoint of a Hugging Face directory, and return the report.
 
-    Peak memory: one FFN, what it becomes, and the largest tensor.
+    Peak memory: one FFN, what it becomes, and the largest tensor; for a recipe that looks at
+    activations also those (see `upcycle.streamed_calibration`). It is calibrated anew by `resume`.
 
     Args:
         source: a directory of safetensors files.
         plan: what is converted.
         skeleton: the dense model on the meta device; it is changed.
         out: the directory; it is written as ``<out>.partial`` and renamed at the end.
+        calibration: data that the user gave.
         max_shard_size: bytes of one file.
         overwrite: replace `out` if it exists.
         resume: go on with the ``<out>.partial`` of an interrupted run; else it is removed.
@@ -101,6 +109,17 @@ def convert_streamed(
     tensors = _by_module_name(source, skeleton)
     dtype = tensors[plan.specs[0].ffn.parameters[0]].dtype
     converted = _converted_skeleton(skeleton, plan, dtype)
+    mapped, data = None, None
+    if needs(plan.recipe):
+        mapped = source.load(mapped=True)
+        data = calibration_data(
+            mapped,
+            plan.recipe,
+            calibration,
+            directory=source.directory,
+            example=source.example,
+            domains=plan.specs[0].num_experts,
+        )
     provenance: dict[str, Provenance] = {}
 
     def layer(spec: MoESpec) -> MoEWeights:
@@ -117,7 +136,13 @@ def convert_streamed(
     content = Content(tensor=tensor, layer=layer)
     report = _header(source, plan, dtype)
     with _resumable(out, resume=resume) as directory:
-        manifest = Manifest(directory, _key(source, plan, max_shard_size))
+        digest = None if data is None else data.digest
+        manifest = Manifest(directory, _key(source, plan, max_shard_size, digest))
+        if mapped is not None and data is not None:
+            spool = Spool(directory / SPOOL, plan.specs)
+            report["calibration"] = calibrate_mapped(mapped, plan, data, spool, progress)
+            content, provenance = Content(tensor=tensor, layer=spool.get), spool.provenance
+            del mapped
         copy_companions(source.directory, directory)
         written = write_checkpoint(
             directory,
@@ -132,6 +157,7 @@ def convert_streamed(
             _verify(directory, plan, written, tensors, provenance, report, progress)
             raise_if_failed(report)
         _describe(directory, plan, written, report, out.name)
+        shutil.rmtree(directory / SPOOL, ignore_errors=True)
         manifest.remove()
         publish(directory, out, overwrite=overwrite, protect=[source.directory])
     return report
@@ -168,13 +194,12 @@ def _converted_skeleton(skeleton: nn.Module, plan: Plan, dtype: torch.dtype) -> 
     with torch.device("meta"):
         layers = install(skeleton, [spec.site() for spec in plan.specs])
     for layer in layers:
-        layer.to(dtype)
-        layer.router.to(torch.promote_types(dtype, torch.float32))
+        as_stored(layer, dtype)
     return skeleton
 
 
-def _key(source: Source, plan: Plan, max_shard_size: int) -> str:
-    """What a partial directory is a part of: version, model files, decisions, shard size."""
+def _key(source: Source, plan: Plan, max_shard_size: int, data: str | None) -> str:
+    """What a partial directory is a part of: version, model files, decisions, sizes, data."""
     assert source.directory is not None
     files = [*sorted(source.directory.glob("*.safetensors")), source.directory / "config.json"]
     facts = [
@@ -183,6 +208,7 @@ def _key(source: Source, plan: Plan, max_shard_size: int) -> str:
         plan.recipe.model_dump(mode="json"),
         [spec.site() for spec in plan.specs],
         max_shard_size,
+        data,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -213,7 +239,7 @@ def _verify(
     """Tiers T0 and T1 on each layer as it is in the file, with random tokens."""
     rows = []
     for i, spec in enumerate(plan.specs, start=1):
-        layer = _layer(spec, read_layer(directory, written, spec))
+        layer = layer_around(spec.layer_config(), read_layer(directory, written, spec))
         origin = provenance.get(spec.ffn.path)
         if origin is None:  # its file was whole already
             origin = transform(read_ffn(spec.ffn, tensors), spec).provenance
@@ -222,13 +248,6 @@ def _verify(
         progress("verifying", i, len(plan.specs))
     report["layers"] = rows
     report["checks"] += layer_checks(rows, DTYPES[report["dtype"]])
-
-
-def _layer(spec: MoESpec, made: MoEWeights) -> MoE:
-    """The layer around weights that are in memory already, without a copy of them."""
-    layer = empty_layer(spec.layer_config())
-    layer.load_state_dict(made.tensors(), assign=True)
-    return layer
 
 
 def _describe(
