@@ -9,11 +9,14 @@ import pytest
 import small_models
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import upcycle
 from upcycle.cli import main
 from upcycle.recipe import Recipe
+from upcycle.targets.checkpoint import planned_layers
+from upcycle.verification import verify_layers
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -116,9 +119,6 @@ def test_a_source_may_give_several_experts() -> None:
 
 
 def test_rows_are_traced_to_their_source() -> None:
-    from upcycle.targets.checkpoint import planned_layers
-    from upcycle.verification import verify_layers
-
     models = family(2)
     done = upcycle.convert(models[0], recipe(2), sources=models)
     assert all(row["untraced_rows"] == 0 for row in done.report["layers"])
@@ -196,8 +196,6 @@ def test_models_that_do_not_fit_are_named(
 
 
 def test_another_architecture_and_a_missing_tensor(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     model = small_models.build("llama")
     with pytest.raises(upcycle.UsageError, match="it is a Qwen3ForCausalLM, and the dense model"):
         upcycle.convert(model, recipe(2), sources=[model, small_models.build("qwen3")])

@@ -1,0 +1,51 @@
+"""Every recipe that copies FFNs, or takes them from other models, from conversion to files."""
+
+from pathlib import Path
+
+import pytest
+import small_models
+import torch
+import transformers
+
+import upcycle
+from upcycle.shipped import recipe_names
+
+SOURCES = {"btx": 4, "clip-moe": 4, "uni-moe": 4, "medplib": 2}
+ALTERED = ["drop-upcycling", "noise-upcycling", *SOURCES]
+EXACT = ["residual-moe", "moe-llava"]
+FORM = dict.fromkeys(["residual-moe", "moe-llava", "medplib", "sepit"], "remote_code")
+
+
+@pytest.mark.parametrize("name", [*ALTERED, *EXACT, "sepit"])
+def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path) -> None:
+    assert name in recipe_names()
+    model = small_models.build("llama")
+    sources = [small_models.build("llama", seed) for seed in range(SOURCES.get(name, 0))]
+    done = upcycle.convert(model, name, sources=sources)
+    assert done.plan.promise == ("exact" if name in EXACT else "approximate")
+    relative = done.report["end_to_end"]["relative"]
+    assert relative < 1e-5 if name in EXACT else relative > 1e-3
+    done.save(tmp_path / name, targets=["safetensors", "onnx"])  # tiers T3 and T4
+    assert all(check["passed"] for check in done.report["checks"])
+    assert done.report["checkpoint"]["form"] == FORM.get(name, "native"), done.report["checkpoint"]
+    loaded = upcycle.load(tmp_path / name)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / name, trust_remote_code=name in FORM
+    )
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = done.model(input_ids=tokens).logits
+        for other in (loaded, again.eval()):
+            found = other(input_ids=tokens).logits
+            # Two layers of sums of at most 128 products, in another order.
+            bound = 300 * torch.finfo(torch.float32).eps * expected.abs().max()
+            assert (found - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("name", ["drop-upcycling", "noise-upcycling", "residual-moe", "sepit"])
+def test_a_recipe_converts_a_real_encoder(name: str) -> None:
+    from upcycle.source import open_model
+
+    source = open_model("sample:bert-tiny")
+    done = upcycle.convert(source.load(), name, source=source)
+    assert all(check["passed"] for check in done.report["checks"])
