@@ -15,12 +15,12 @@ from upcycle.errors import PlanError, UnsupportedError
 from upcycle.ffn import FFN, Located
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.granular import placement_is_exact
+from upcycle.passes.experts.useful import NEEDS
 from upcycle.passes.gates import GATES
 from upcycle.passes.promise import promise_of
 from upcycle.passes.router_problems import resolved, router_problems
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec, Plan
-
 
 HAS_SHARED = ("split", "subsets")  # kinds whose experts are sets of neurons of one FFN
 
@@ -177,6 +177,12 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
         problems.append(
             f"`experts.method: {experts.method}` decides itself how wide an expert is; leave "
             "`experts.width` out"
+        )
+    if experts.adaptive and not (kind == "split" and experts.shared and experts.shared_by in NEEDS):
+        problems.append(
+            "`experts.adaptive` divides the shared neurons of a split among the layers, by what "
+            "calibration shows; set `experts.shared`, and `experts.shared_by` to "
+            f"{', '.join(NEEDS)}"
         )
     if recipe.compensate.any and kind not in HAS_SHARED:
         problems.append(

@@ -228,9 +228,7 @@ def convert(
     result = Conversion(converted, plan, report, model, provenance, source, example, text, opened)
     if verify:
         with step(progress, "verifying"), eval_mode(model, converted):
-            verify_conversion(
-                report, plan, model, converted, provenance, result.evaluation, opened
-            )
+            verify_conversion(report, plan, model, converted, provenance, result.evaluation, opened)
         raise_if_failed(report)
     return result
 

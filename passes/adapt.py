@@ -1,0 +1,50 @@
+"""Give each layer the shared neurons that it has use for, as many as planned in all.
+
+Shape suffixes: F neurons, S blocks of neurons.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from upcycle.spec import MoESpec
+
+
+def adapted(specs: tuple[MoESpec, ...], score_F: Mapping[str, torch.Tensor]) -> tuple[MoESpec, ...]:
+    """The specs with other numbers of shared neurons, whose sum stays.
+
+    The scores of a layer, less its smallest, are taken as parts of their sum, so that layers
+    compare. Shared neurons are then handed out to all layers together, in blocks of as many as a
+    layer has routed experts: those blocks that hold most, of neurons ranked by score. As the blocks
+    of one layer hold less and less, that is the division under which the shared experts hold most
+    in all. A layer keeps what its planned number is beyond whole blocks, so that widths that had no
+    padding have none; and each routed expert keeps a neuron at least.
+
+    Args:
+        specs: of a split with a shared expert.
+        score_F: FFN path -> how useful each neuron is, larger is more.
+
+    Source:
+        the idea of a ratio for each layer is that of "ExpertWeaver", 2026,
+        https://arxiv.org/abs/2602.15521
+    """
+    blocks: list[tuple[float, int]] = []
+    for i, spec in enumerate(specs):
+        count = spec.num_experts
+        part_F = score_F[spec.ffn.path].double().sort(descending=True).values
+        part_F = part_F - part_F[-1]
+        part_F = part_F / part_F.sum().clamp(min=torch.finfo(part_F.dtype).tiny)
+        first = spec.shared % count
+        most = max((spec.ffn.d_ff - first) // count - 1, 0)
+        held_S = part_F[first : first + most * count].reshape(most, count).sum(1)
+        blocks += [(-held, i) for held in held_S.tolist()]
+    wanted = sum(spec.shared // spec.num_experts for spec in specs)
+    taken = [i for _, i in sorted(blocks)[:wanted]]
+    return tuple(_with_shared(spec, taken.count(i)) for i, spec in enumerate(specs))
+
+
+def _with_shared(spec: MoESpec, blocks: int) -> MoESpec:
+    count = spec.num_experts
+    shared = spec.shared % count + blocks * count
+    return replace(spec, shared=shared, width=-(-(spec.ffn.d_ff - shared) // count))
