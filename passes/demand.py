@@ -15,7 +15,6 @@ backwards and ask of every producer which of its elements each (p, c) needs:
 What remains is one pointwise program that is the same for every column.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,14 @@ from torch import fx
 
 from upcycle.passes.constants import filled_with, number_of, why_not_linear, why_opaque
 from upcycle.passes.hidden import Demand, Expansion, NotPointwiseError, data_of, dropout_of
-from upcycle.passes.layout import numbered, run_layout, source_of_join
+from upcycle.passes.layout import (
+    Grid,
+    is_layout,
+    is_stored,
+    numbered,
+    run_layout,
+    source_of_join,
+)
 from upcycle.passes.linear import LinearMap, computed_linear, convolution_of, linear_map
 from upcycle.passes.operations import (
     AFFINE,
@@ -51,23 +57,25 @@ class _Stored:
     index_C: torch.Tensor
 
 
+# A walk through a norm may follow the residual stream, back to the first block of a deep model.
+# It ends where it has met linear maps of more different inputs than an FFN's could be.
+_INPUTS = 4
+
 # What an element is: "z0", "b0" (z0 with the bias added), "t3", a stored tensor, or a number.
 _Value = str | float | _Stored
 
 
 def trace(hidden: fx.Node, axis: int, columns: tuple[int, int] | None = None) -> Demand:
-    """Walk back from `hidden`, the data input of a contraction along `axis`.
+    """Walk back from `hidden`, the data input of a contraction along `axis`, which is not empty.
 
     With `columns`, ``(start, stop)``, only those of its columns are the hidden tensor.
 
     Raises:
         NotPointwiseError: it is nothing like the hidden tensor of an FFN.
     """
-    walk = _Walk(Demand())
-    shape = hidden.meta["shape"]
-    grid = torch.arange(math.prod(shape)).reshape(shape).movedim(axis, -1)
-    grid = grid.reshape(-1, shape[axis])[:, slice(*columns or (None,))]
-    ref = walk.value(hidden, grid)
+    grid = Grid(hidden, axis, columns)
+    walk = _Walk(Demand(), grid)
+    ref = walk.value(hidden, grid.index_PC)
     if not walk.demand.expansions:
         raise NotPointwiseError("no linear map feeds it", hidden)
     if not walk.demand.steps or ref != f"t{len(walk.demand.steps) - 1}":
@@ -77,21 +85,22 @@ def trace(hidden: fx.Node, axis: int, columns: tuple[int, int] | None = None) ->
 
 
 class _Walk:
-    def __init__(self, demand: Demand) -> None:
+    def __init__(self, demand: Demand, grid: Grid) -> None:
         self.demand = demand
-        self._memo: dict[tuple[fx.Node, int], _Value] = {}
+        self._grid = grid
+        self._memo: dict[fx.Node, list[tuple[torch.Tensor, _Value]]] = {}
 
     def value(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
         """What the elements `index_PC` of `node` are, in terms of the expansions."""
-        key = (node, hash(index_PC.contiguous().numpy().tobytes()))
-        if key not in self._memo:
-            if node.op == "call_function":
-                self.demand.visited.add(node)
-                size = math.prod(node.meta["shape"])
-                taken = self.demand.taken.setdefault(node, torch.zeros(size, dtype=torch.bool))
-                taken[index_PC] = True
-            self._memo[key] = self._value(node, index_PC)
-        return self._memo[key]
+        for known_PC, value in self._memo.get(node, ()):
+            if known_PC is index_PC or torch.equal(known_PC, index_PC):
+                return value
+        if node.op == "call_function":
+            self.demand.visited.add(node)
+            self.demand.taken.setdefault(node, []).append(index_PC)
+        value = self._value(node, index_PC)
+        self._memo.setdefault(node, []).append((index_PC, value))
+        return value
 
     def _value(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
         linear = linear_map(node) or computed_linear(node)
@@ -138,7 +147,7 @@ class _Walk:
             name = TRUTH.get(name, "bool " + name)
         if name == "prelu":
             return self._prelu(node, index_PC)
-        if name in OPS or name in {"rdiv", "rpow", "masked_fill"}:
+        if name in OPS or name in {"addcmul", "rdiv", "rpow", "masked_fill"}:
             return self._pointwise(node, name, index_PC)
         if convolution_of(node) is not None:
             return self._convolution(node, index_PC)
@@ -151,22 +160,18 @@ class _Walk:
         return f"t{len(self.demand.steps) - 1}"
 
     def _expansion(self, linear: LinearMap, index_PC: torch.Tensor) -> _Value:
-        shape = linear.node.meta["shape"]
-        if linear.axis != -1:  # count the elements with the axis of the map last
-            order = torch.arange(math.prod(shape)).reshape(shape).movedim(linear.axis, -1)
-            where = torch.empty(order.numel(), dtype=torch.long)
-            where[order.reshape(-1)] = torch.arange(order.numel())
-            index_PC = where[index_PC]
-        position_PC = index_PC // shape[linear.axis]
-        row_PC = index_PC % shape[linear.axis]
-        if (row_PC != row_PC[:1]).any() or (position_PC != position_PC[:, :1]).any():
+        rows, positions, regular = self._grid.split(linear.node, linear.axis, index_PC)
+        if not regular:
             self.demand.mix("positions and neurons are mixed before the contraction", linear.node)
         for i, known in enumerate(self.demand.expansions):
-            if known.linear == linear and torch.equal(known.rows, row_PC[0]):
-                if not torch.equal(known.positions, position_PC[:, 0]):
+            if known.linear == linear and torch.equal(known.rows, rows):
+                if not torch.equal(known.positions, positions):
                     self.demand.mix("its nonlinearity reads several positions", linear.node)
                 return f"z{i}"
-        self.demand.expansions.append(Expansion(linear, row_PC[0], position_PC[:, 0]))
+        self.demand.expansions.append(Expansion(linear, rows, positions))
+        inputs = {expansion.linear.x for expansion in self.demand.expansions}
+        if self.demand.mixing and len(inputs) > _INPUTS:
+            raise NotPointwiseError("it reads a residual stream", linear.node)
         return f"z{len(self.demand.expansions) - 1}"
 
     def _layout(
@@ -174,7 +179,7 @@ class _Walk:
     ) -> _Value:
         source = data_of(node)
         self.demand.reshaped = True
-        if op_name(node.target) in KEEPS_ORDER and len(node.all_input_nodes) == 1:
+        if op_name(node.target) in KEEPS_ORDER and is_layout(node):
             return self.value(source, index_PC)
         moved = pick(run_layout(node, numbered(source)))
         return self.value(source, moved.reshape(-1)[index_PC])
@@ -216,7 +221,7 @@ class _Walk:
     def _opaque(self, node: fx.Node, out: fx.Node, index_PC: torch.Tensor) -> _Value:
         """An operation that is not pointwise; go on through it where it has one tensor to read."""
         name = op_name(node.target)
-        data = [n for n in node.all_input_nodes if not (n.op == "get_attr" and n.meta["parameter"])]
+        data = [source for source in node.all_input_nodes if not is_stored(source)]
         mixes = name in NONLINEAR_MIXERS | SCALING_MIXERS
         reason = f"`{name}` mixes the hidden axis" if mixes else why_opaque(node)
         if len(data) != 1 or node.target is replayed_block:
@@ -241,19 +246,26 @@ class _Walk:
         if name == "masked_fill":
             name, given = "where", [given[1], given[2], given[0]]
         for arg in given:
-            if isinstance(arg, fx.Node):
-                size, own = math.prod(arg.meta["shape"]), arg.meta["shape"]
-                if own == shape:
-                    args.append(self.value(arg, index_PC))
-                    continue
-                where = torch.arange(size).reshape(own).expand(shape).reshape(-1)
-                args.append(self.value(arg, where[index_PC]))
-            else:
+            if not isinstance(arg, fx.Node):
                 args.append(arg)
+            elif arg.meta["shape"] == shape:
+                args.append(self.value(arg, index_PC))
+            else:
+                where = numbered(arg).expand(shape).reshape(-1)
+                args.append(self.value(arg, where[index_PC]))
+        if name == "addcmul":
+            base, *factors = args
+            scale = node.kwargs.get("value", 1.0)
+            product = self._step("mul", (self._combined("mul", node, factors), scale))
+            return self._combined("add", node, [base, product])
+        return self._combined(name, node, args)
+
+    def _combined(self, name: str, node: fx.Node, args: list[Any]) -> _Value:
+        """The step of a pointwise operation on `args`, which may be stored."""
         stored = [arg for arg in args if isinstance(arg, _Stored)]
         if stored:
             return self._with_stored(name, node, args, stored)
-        kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "value")}
         if name in INPLACE:
             args = [a for a in args if not isinstance(a, bool)]  # a positional inplace flag
         if name == "rdiv":  # torch computes ``other / x`` like this, too

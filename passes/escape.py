@@ -7,7 +7,7 @@ from torch import fx
 from upcycle.passes.hidden import Demand, NotPointwiseError
 from upcycle.passes.layout import is_layout, run_layout
 from upcycle.passes.linear import LinearMap, linear_map
-from upcycle.passes.operations import CASTS, LAYOUT
+from upcycle.passes.operations import CASTS, LAYOUT, SHAPED_LIKE
 from upcycle.recorder import op_name
 
 _READS_TYPE_ALONE = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
@@ -25,7 +25,7 @@ def check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) 
     outside = _Outside(demand, contraction, live)
     for node in demand.visited:
         if op_name(node.target) not in LAYOUT | {"getitem_of"}:  # these are met on the way
-            outside.follow(node, demand.taken[node].reshape(node.meta["shape"]))
+            outside.follow(node, demand.taken_of(node))
     if outside.reader is not None:
         reader = outside.reader
         reason = f"its hidden tensor is also {_described(reader)}"
@@ -49,7 +49,8 @@ class _Outside:
         """`hidden` tells of each element of `node` whether it belongs to the FFN."""
         for user in node.users:
             name = op_name(user.target)
-            if user not in self._live or name in _READS_TYPE_ALONE:
+            shape_alone = name in SHAPED_LIKE and user.args[0] is not node
+            if user not in self._live or name in _READS_TYPE_ALONE or shape_alone:
                 continue
             if name == "getitem_of":
                 self.follow(user, hidden[user.args[1]])

@@ -1,5 +1,6 @@
 """What is known about the hidden tensor of a candidate FFN, and why it is none."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import fx
 
 from upcycle.ffn import Miss
-from upcycle.passes.linear import LinearMap
+from upcycle.passes.linear import LinearMap, linear_map
 from upcycle.pointwise import Step
 from upcycle.recorder import op_name
 
@@ -46,7 +47,7 @@ class Demand:
     Attributes:
         expansions: in the order of first use.
         steps: the pointwise program on them; only to be run if there is no refusal.
-        taken: node -> which of its elements the hidden tensor needs, in flat order.
+        taken: node -> the flat positions of its elements that the hidden tensor needs.
         visited: every node between the expansions and the contraction, expansions included.
         biases: index of an expansion -> name of a per-neuron parameter added to it.
         dropout: probability of the dropout met on the way.
@@ -56,13 +57,20 @@ class Demand:
 
     expansions: list[Expansion] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    taken: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    taken: dict[fx.Node, list[torch.Tensor]] = field(default_factory=dict)
     visited: set[fx.Node] = field(default_factory=set)
     biases: dict[int, str] = field(default_factory=dict)
     dropout: float = 0.0
     reshaped: bool = False
     mixing: NotPointwiseError | None = None
     learned: NotPointwiseError | None = None
+
+    def taken_of(self, node: fx.Node) -> torch.Tensor:
+        """Of each element of `node`, whether the hidden tensor needs it."""
+        taken = torch.zeros(math.prod(node.meta["shape"]), dtype=torch.bool)
+        for index_PC in self.taken[node]:
+            taken[index_PC] = True
+        return taken.reshape(node.meta["shape"])
 
     def mix(self, reason: str, node: fx.Node) -> None:
         """Note that the hidden axis is mixed; the first reason stays."""
@@ -89,6 +97,20 @@ class Demand:
         self.steps = [
             (op, tuple(plain(arg) for arg in args), kwargs) for op, args, kwargs in self.steps
         ]
+
+
+def check_has_data(hidden: fx.Node) -> None:
+    """Refuse a tensor without elements: nothing can be learnt of it."""
+    if 0 in hidden.meta["shape"]:
+        reason = "no data reaches it with these example inputs: give others with --inputs "
+        raise NotPointwiseError(reason + "module:callable", hidden, told=_maps_nothing(hidden))
+
+
+def _maps_nothing(node: fx.Node) -> bool:
+    """Whether a linear map of no data feeds `node`, which holds none."""
+    if node.op != "call_function" or 0 not in node.meta.get("shape", ()):
+        return False
+    return linear_map(node) is not None or any(map(_maps_nothing, node.all_input_nodes[:1]))
 
 
 def data_of(node: fx.Node) -> fx.Node:

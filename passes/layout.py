@@ -7,14 +7,23 @@ import torch
 from torch import fx
 
 from upcycle.passes.hidden import NotPointwiseError
-from upcycle.passes.operations import LAYOUT
+from upcycle.passes.operations import LAYOUT, SHAPED_LIKE
 from upcycle.recorder import op_name
 
 
 def is_layout(node: fx.Node) -> bool:
     """Whether `node` moves the elements of one tensor; ``view(dtype)`` makes others of them."""
     retyped = any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
-    return op_name(node.target) in LAYOUT and len(node.all_input_nodes) == 1 and not retyped
+    name = op_name(node.target)
+    one = len(node.all_input_nodes) == 1 or name in SHAPED_LIKE
+    return name in LAYOUT and one and not retyped
+
+
+def is_stored(node: fx.Node) -> bool:
+    """Whether `node` is a parameter or buffer, in whatever layout."""
+    while node.op == "call_function" and op_name(node.target) in LAYOUT and is_layout(node):
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr" and bool(node.meta["parameter"])
 
 
 def run_layout(node: fx.Node, values: torch.Tensor) -> Any:
@@ -28,6 +37,9 @@ def run_layout(node: fx.Node, values: torch.Tensor) -> Any:
     target: Any = node.target
     if getattr(target, "__name__", "") == "__get__":
         return target(values)
+    if op_name(target) in SHAPED_LIKE:
+        shape = node.meta["shape"]
+        return values.expand(shape) if op_name(target) == "expand_as" else values.reshape(shape)
     return target(values, *node.args[1:], **node.kwargs)
 
 
@@ -35,6 +47,43 @@ def numbered(node: fx.Node) -> torch.Tensor:
     """The flat position of each element of what `node` makes, in its shape."""
     shape = node.meta["shape"]
     return torch.arange(math.prod(shape)).reshape(shape)
+
+
+class Grid:
+    """The flat positions of a tensor's elements, ``index_PC``: a position and a column of each.
+
+    Most nodes of a walk are asked for the same grid, which is known by identity: large tensors
+    would make it slow otherwise.
+    """
+
+    def __init__(self, node: fx.Node, axis: int, columns: tuple[int, int] | None) -> None:
+        self._shape, self._axis = node.meta["shape"], axis
+        index_PC = numbered(node).movedim(axis, -1).reshape(-1, self._shape[axis])
+        self.index_PC = index_PC[:, slice(*columns or (None,))]
+
+    def split(
+        self, node: fx.Node, axis: int, index_PC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """For elements of `node`: the place along `axis` of each column, and each position.
+
+        The last result is false where they are not the same for all positions and columns.
+        """
+        shape = node.meta["shape"]
+        width = shape[axis]
+        same = axis == self._axis and width == self._shape[axis] == index_PC.shape[1]
+        if index_PC is self.index_PC and same and (axis == -1 or shape == self._shape):
+            return torch.arange(width), torch.arange(len(index_PC)), True
+        if axis != -1:  # count the elements with the axis last
+            order = numbered(node).movedim(axis, -1).reshape(-1)
+            where = torch.empty_like(order)
+            where[order] = torch.arange(len(order))
+            index_PC = where[index_PC]
+        position_PC = index_PC // width
+        row_PC = index_PC - position_PC * width
+        regular = torch.equal(row_PC, row_PC[:1].expand_as(row_PC)) and torch.equal(
+            position_PC, position_PC[:, :1].expand_as(position_PC)
+        )
+        return row_PC[0], position_PC[:, 0].clone(), regular
 
 
 def source_of_join(node: fx.Node, index_PC: torch.Tensor) -> tuple[fx.Node, torch.Tensor]:

@@ -17,7 +17,7 @@ from upcycle.inputs import find_example
 from upcycle.passes.activations import recognise, swapped
 from upcycle.passes.demand import trace
 from upcycle.passes.escape import check_no_escape
-from upcycle.passes.hidden import Demand, NotPointwiseError, miss_at
+from upcycle.passes.hidden import Demand, NotPointwiseError, check_has_data, miss_at
 from upcycle.passes.layout import joined_widths
 from upcycle.passes.linear import LinearMap, computed_linear, linear_map
 from upcycle.passes.region import (
@@ -114,6 +114,7 @@ def _ffn_at(program: Program, contraction: LinearMap, live: set[fx.Node]) -> tup
 
     Of several such tensors the widest is taken; the contraction keeps the columns of the others.
     """
+    check_has_data(contraction.x)
     ends = accumulate(joined_widths(contraction.x, contraction.axis), initial=0)
     parts = sorted((a, b) for a, b in pairwise(ends) if b > a)
     parts.sort(key=lambda part: part[0] - part[1])

@@ -6,11 +6,13 @@ LAYOUT = {
     "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
     "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
+# Of them, the ones that read the shape of a second tensor.
+SHAPED_LIKE = {"expand_as", "reshape_as", "view_as"}
 JOINS = {"cat", "concat", "concatenate", "stack"}
-# Of the layout operations, the ones that leave every element at its place in the flat order.
+# Of the layout operations, those that leave every element at its place in the flat order.
 KEEPS_ORDER = {
-    "alias", "clone", "contiguous", "detach", "flatten", "reshape", "squeeze", "unflatten",
-    "unsqueeze", "view",
+    "alias", "clone", "contiguous", "detach", "flatten", "reshape", "reshape_as", "squeeze",
+    "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
 CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "type"}
 # Pointwise operations on truth values, which a program holds as ones and zeros.

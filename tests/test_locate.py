@@ -13,7 +13,12 @@ from torch.nn import functional as F
 
 import upcycle
 import upcycle.weights
+from upcycle.capture import capture
 from upcycle.ffn import FFN, Located
+from upcycle.passes.demand import trace
+from upcycle.passes.hidden import NotPointwiseError
+from upcycle.passes.locate import locate
+from upcycle.recorder import op_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,6 +135,14 @@ ACCEPTED: dict[str, tuple[FFNLike, str]] = {
         ),
         "silu",
     ),
+    "addcmul": (
+        FFNLike(
+            lambda m, z, x: torch.addcmul(z[..., :H], F.silu(z[..., :H]), z[..., H:], value=0.5),
+            rows=2 * H,
+        ),
+        "custom",
+    ),
+    "reshape-as": (FFNLike(lambda m, z, x: F.relu(z.flatten(0, 1)).reshape_as(z)), "relu"),
     "no-op-cast": (FFNLike(lambda m, z, x: F.relu(z.to(z.dtype)).float()), "relu"),
 }
 
@@ -216,6 +229,15 @@ def test_raw_weights_of_the_model_itself_say_what_to_do() -> None:
     assert "raw parameters that `inner` applies among other things" in reason(inline)
 
 
+class LikeHidden(FFNLike):
+    """Gives x the shape of the hidden tensor, whose numbers are not read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape in and out."""
+        hidden = F.relu(self.up(x))
+        return self.down(hidden) + x.repeat(1, 1, H // D).view_as(hidden)[..., :D]
+
+
 class Returns(FFNLike):
     """Returns its hidden tensor, too."""
 
@@ -259,6 +281,17 @@ def rms(_: Any, z: torch.Tensor, __: Any) -> torch.Tensor:
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def global_response_norm(m: Any, z: torch.Tensor, _: Any) -> torch.Tensor:
+    h = F.relu(z)
+    energy = h.norm(p=2, dim=1, keepdim=True)
+    ratio = energy / (energy.mean(-1, keepdim=True) + 1e-6)
+    return h + torch.addcmul(m.bias.view(1, 1, -1), m.weight.view(1, 1, -1), h * ratio)
+
+
+def batch_norm_between_views(m: Any, z: torch.Tensor, _: Any) -> torch.Tensor:
+    return F.hardswish(m.norm(z.flatten(0, 1)).reshape_as(z))
+
+
 def write_through_view(_: Any, z: torch.Tensor, __: Any) -> torch.Tensor:
     h = F.relu(z)
     h[..., :4].copy_(h[..., 4:8].flip(-1))
@@ -276,6 +309,18 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         "`layer_norm` mixes the hidden axis",
     ),
     "rms-norm": (FFNLike(rms), "`mean` mixes the hidden axis"),
+    "global-response-norm": (
+        FFNLike(
+            global_response_norm,
+            bias=nn.Parameter(torch.zeros(H)),
+            weight=nn.Parameter(torch.zeros(H)),
+        ),
+        "`norm` mixes positions",
+    ),
+    "batch-norm": (
+        FFNLike(batch_norm_between_views, norm=nn.BatchNorm1d(H).eval()),
+        "`batch_norm` scales each neuron by numbers of its own",
+    ),
     "softmax": (FFNLike(lambda m, z, x: F.softmax(z, -1)), "`softmax` mixes the hidden axis"),
     "sort": (FFNLike(lambda m, z, x: F.relu(z).sort(-1)[0]), "`sort` mixes the hidden axis"),
     "cumsum": (FFNLike(lambda m, z, x: F.relu(z).cumsum(-1)), "`cumsum` mixes the hidden axis"),
@@ -327,6 +372,57 @@ def test_what_only_looks_like_an_ffn_is_refused_with_the_reason(name: str) -> No
     found = find(module)
     assert found.ffns == ()
     assert any(words in miss.reason for miss in found.misses), found.misses
+
+
+def test_the_shape_of_a_hidden_tensor_may_be_read() -> None:
+    assert only(LikeHidden(F.relu)).pointwise.name == "relu"
+
+
+class Absent(nn.Module):
+    """Two FFNs; the second is given no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = FFNLike(lambda m, z, x: F.relu(z)), FFNLike(lambda m, z, x: z)
+        self.unused.middle = self.used.middle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        return torch.cat([self.used(x), self.unused(x[:0])])
+
+
+def test_an_ffn_that_the_example_gives_no_data_is_told_once() -> None:
+    found = find(Absent())
+    assert [ffn.path for ffn in found.ffns] == ["inner.used"]
+    (miss,) = found.misses
+    assert miss.path == "inner.unused.down"
+    assert "no data reaches it with these example inputs" in miss.reason
+
+
+class Stream(nn.Module):
+    """Blocks that add to a residual stream, with a norm and a scale between."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FFNLike(lambda m, z, x: F.relu(z)) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(depth))
+        self.scale = nn.Parameter(torch.ones(D))
+        self.stem = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        x = self.stem(x)
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            x = x + block(norm(x)) * self.scale
+        return x
+
+
+def test_a_walk_does_not_follow_the_residual_stream_to_its_start() -> None:
+    program = capture(Stream(12), (torch.zeros(2, 5, D),), repeat_blocks=False)
+    last = [node for node in program.graph.nodes if op_name(node.target) == "layer_norm"][-1]
+    with pytest.raises(NotPointwiseError, match="residual stream"):
+        trace(last, -1)
+    assert len(locate(program).ffns) == 12
 
 
 def test_an_index_that_is_a_tensor_ends_the_walk() -> None:

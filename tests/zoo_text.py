@@ -133,6 +133,11 @@ ENCODERS: dict[str, Case] = {
         LAYERS, "inline", "gelu",
     ),
     "xmod": _encoder("XmodModel", languages=["en_XX"], default_language="en_XX"),
+    # The adapter of the language that the example has no token of is told of, in each layer.
+    "xmod_two_languages": with_changes(
+        _encoder("XmodModel", languages=["en_XX", "de_DE"], default_language="en_XX"),
+        misses=LAYERS,
+    ),
 }  # fmt: skip
 
 DECODERS: dict[str, Case] = {
