@@ -97,7 +97,7 @@ def given_data(data: Data | None) -> Given | None:
 def needs_domains(recipe: Recipe) -> bool:
     """Whether the methods want to know which kind of text a token is from."""
     experts = recipe.experts
-    by_domain = experts.method == "gradient_domain" or experts.shared_by == "domains"
+    by_domain = experts.method.startswith("gradient_domain") or experts.shared_by == "domains"
     return by_domain or recipe.router.method == "assigned"
 
 
