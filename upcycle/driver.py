@@ -147,6 +147,11 @@ def _check_gradients(recipe: Recipe, what: str) -> None:
             f"{what} has no backward pass, and the recipe's methods look at gradients; convert a "
             "model that fits in memory, or use a recipe that needs none"
         )
+    if recipe.experts.adaptive:
+        raise UsageError(
+            f"{what} is not run before it is converted, as `experts.adaptive` needs; set it to "
+            "false, or convert a model that fits in memory"
+        )
 
 
 def _check_alone(recipe: Recipe, what: str) -> None:
