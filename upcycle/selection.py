@@ -72,25 +72,23 @@ def null(scores_TE: torch.Tensor, *, k: int, nulls: int) -> Selected:
     Zeng et al., "AdaMoE", 2024, https://arxiv.org/abs/2406.13233
     """
     count = scores_TE.shape[1] - nulls
-    best_TK = scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    chosen_TE = torch.zeros_like(scores_TE).scatter(-1, best_TK, 1.0)[:, :count] > 0
-    hidden_TE = scores_TE[:, :count].masked_fill(~chosen_TE, -torch.inf)
-    index_TK = hidden_TE.topk(min(k, count), dim=-1).indices
-    return index_TK, chosen_TE.gather(-1, index_TK)
+    best_TK, index_TK = scores_TE[:, :count].topk(min(k, count), dim=-1)
+    before_K = torch.arange(best_TK.shape[1], device=scores_TE.device)
+    nulls_TK = (scores_TE[:, None, count:] > best_TK[:, :, None]).sum(-1)
+    return index_TK, before_K + nulls_TK < k
 
 
 def expert_choice(scores_TE: torch.Tensor, *, k: int) -> Selected:
-    """Each expert takes its T * k / E best tokens, one at least: k experts a token on average.
+    """Each expert takes its T * k / E best tokens, rounded up: k experts a token on average.
 
     What a token gets depends on the other tokens, so it is for encoders.
     Zhou et al., "Mixture-of-Experts with Expert Choice Routing", 2022,
     https://arxiv.org/abs/2202.09368
     """
     tokens, count = scores_TE.shape
-    p_TE = scores_TE.softmax(-1)
-    rank_TE = p_TE.sort(dim=0, descending=True, stable=True).indices.sort(dim=0).indices
+    best_CE = scores_TE.softmax(-1).topk((tokens * k + count - 1) // count, dim=0).indices
     index_E = torch.arange(count, device=scores_TE.device)
-    return index_E.expand(scores_TE.shape), rank_TE * count < tokens * k
+    return index_E.expand(scores_TE.shape), torch.zeros_like(scores_TE).scatter(0, best_CE, 1.0) > 0
 
 
 SELECT: dict[str, Callable[..., Selected]] = {
