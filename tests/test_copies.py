@@ -39,7 +39,8 @@ def same(one: ExpertWeights, other: ExpertWeights) -> bool:
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize(
-    ("method", "nothing"), [("noise", {"noise": 0.0}), ("svd", {"noise": 0.0}), ("drop", {"ratio": 0.0})]
+    ("method", "nothing"),
+    [("noise", {"noise": 0.0}), ("svd", {"noise": 0.0}), ("drop", {"ratio": 0.0})],
 )
 def test_changing_nothing_is_copying(name: str, method: str, nothing: dict[str, object]) -> None:
     ffn = numerics.random_ffn(name, dtype=torch.float32)

@@ -173,7 +173,7 @@ def test_the_command_line_takes_directories(tmp_path: Path) -> None:
         ({"intermediate_size": 72}, r"layers.0.mlp.gate_proj.weight is \[72, 32\]"),
         ({"num_hidden_layers": 1}, "it has no tensor model.layers.1."),
         ({"tie_word_embeddings": True}, "lm_head.weight is tied to another tensor"),
-        ({"rms_norm_eps": 0.1}, "rms_norm_eps = 0.1, and the dense model's has 1e-06"),
+        ({"rms_norm_eps": 0.1}, "rms_norm_eps = 0.1, and the dense model's 1e-06"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -203,7 +203,7 @@ def test_another_architecture_and_a_missing_tensor(tmp_path: Path) -> None:
     tensors = load_file(f"{broken}/model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, f"{broken}/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(upcycle.UsageError, match="lack model.norm.weight"):
+    with pytest.raises(upcycle.UsageError, match=r"lack model\.norm\.weight"):
         upcycle.convert(model, recipe(2), sources=[model, broken])
 
 

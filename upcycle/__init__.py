@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from upcycle.ffn import FFN, Located, Miss
     from upcycle.loading import load
     from upcycle.moe import MoE, all_experts
+    from upcycle.passes.extend import extend, set_new_bias
     from upcycle.recipe import Recipe
     from upcycle.recipe_file import load_recipe
     from upcycle.spec import MoESpec, Plan
@@ -49,9 +50,11 @@ __all__ = [
     "__version__",
     "all_experts",
     "convert",
+    "extend",
     "load",
     "load_recipe",
     "locate",
+    "set_new_bias",
     "verify",
 ]
 
@@ -61,6 +64,7 @@ _HOMES = {
     "ffn": ("FFN", "Located", "Miss"),
     "loading": ("load",),
     "moe": ("MoE", "all_experts"),
+    "passes.extend": ("extend", "set_new_bias"),
     "recipe": ("Recipe",),
     "recipe_file": ("load_recipe",),
     "spec": ("MoESpec", "Plan"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from upcycle.errors import UsageError
 from upcycle.evaluation import Evaluation
@@ -149,9 +150,7 @@ def _find(name: str, like: Source | None) -> Source:
     return source
 
 
-def _open(
-    name: str, one: Any, model: nn.Module, like: Source | None
-) -> Mapping[str, torch.Tensor]:
+def _open(name: str, one: Any, model: nn.Module, like: Source | None) -> Mapping[str, torch.Tensor]:
     if isinstance(one, nn.Module):
         _check_same(name, model, one)
         return one.state_dict()
@@ -193,9 +192,9 @@ def _check_same(name: str, model: nn.Module, other: nn.Module) -> None:
         raise UsageError(
             f"{name}: {tensor} {word}, unlike in the dense model; save both the same way"
         )
-    for field, (mine, its) in _different_fields(model, other):
+    for field, ours_is, its_is in _different_fields(model, other):
         raise UsageError(
-            f"{name}: its configuration has {field} = {its}, and the dense model's has {mine}; "
+            f"{name}: its configuration has {field} = {its_is}, and the dense model's {ours_is}; "
             "the two do not compute the same from the same weights"
         )
 
@@ -212,13 +211,16 @@ def _tied(module: nn.Module) -> set[str]:
     return {name for name, parameter in every if first[id(parameter)] != name}
 
 
-def _different_fields(
-    model: nn.Module, other: nn.Module
-) -> Iterator[tuple[str, tuple[object, object]]]:
-    configs = [getattr(module, "config", None) for module in (model, other)]
-    mine, its = (config.to_dict() if hasattr(config, "to_dict") else {} for config in configs)
+def _different_fields(model: nn.Module, other: nn.Module) -> Iterator[tuple[str, object, object]]:
+    mine, its = _config(model), _config(other)
     for field in sorted({*mine, *its}):
         if field in _FREE or field.endswith(_FREE_ENDINGS):
             continue
         if mine.get(field) != its.get(field):
-            yield field, (mine.get(field), its.get(field))
+            yield field, mine.get(field), its.get(field)
+
+
+def _config(module: nn.Module) -> dict[str, object]:
+    config = getattr(module, "config", None)
+    fields: dict[str, object] = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
+    return fields

@@ -47,7 +47,7 @@ class MoESpec:
         return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
     @property
-    def source_E(self) -> list[int]:  # noqa: N802
+    def source_E(self) -> list[int]:
         """Which of ``experts.sources`` each expert is taken from; empty if there are none."""
         count = len(self.experts.sources)
         return [e * count // self.num_experts for e in range(self.num_experts)] if count else []

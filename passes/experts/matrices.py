@@ -3,6 +3,7 @@
 Shape suffixes: E experts, F neurons, D d_model, O d_out, M expansions.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,10 @@ def matrices(experts: ExpertWeights) -> list[Matrix]:
     They share the memory of `experts`: what is written into them is written there.
     """
     d_ff = experts.neuron_EI.shape[1]
-    ups = experts.up_EGD.split(d_ff, dim=1)
-    biases = (None,) * len(ups)
+    ups = torch.split(experts.up_EGD, d_ff, dim=1)
+    biases: Sequence[torch.Tensor | None] = [None] * len(ups)
     if experts.up_bias_EG is not None:
-        biases = experts.up_bias_EG.split(d_ff, dim=1)
+        biases = torch.split(experts.up_bias_EG, d_ff, dim=1)
     down_EFO = experts.down_EOI.transpose(1, 2)
     return [*map(Matrix, ups, biases), Matrix(down_EFO, None)]
 

@@ -1,0 +1,137 @@
+"""Extend: one more expert for layers that are mixtures already, without changing what they do."""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.capture import ExampleInputs
+from upcycle.errors import UnsupportedError, UsageError
+from upcycle.modes import eval_mode
+
+
+@torch.no_grad()
+def extend(
+    model: nn.Module,
+    batches: Sequence[ExampleInputs],
+    *,
+    layers: Sequence[str] | None = None,
+    bias: float = -math.inf,
+) -> nn.Module:
+    """Add to each layer a copy of the expert that `batches` visit most, with a copy of its row.
+
+    Equal rows would be chosen together wherever the copied expert is the best one, and push out
+    the second best. So the logit of the new expert gets a `bias` of minus infinity, with which the
+    outputs stay as they are; raise it step by step to 0 in training, with `set_new_bias`.
+
+    Args:
+        model: a converted model, loaded or in memory; left alone.
+        batches: keyword arguments or tuples that its forward accepts: of the new data.
+        layers: paths of the layers to extend; all if None.
+        bias: of the new expert's logit. The old ones get 0, if they have none yet.
+
+    Returns:
+        A copy; every other parameter is bit for bit what it was.
+
+    Raises:
+        UsageError: there are no data, or no such layer, or the data do not reach a layer.
+        UnsupportedError: a layer is not the best `top_k` of linear scores.
+
+    Source:
+        Zhong et al., "MoExtend", 2024, https://arxiv.org/abs/2408.03511, whose copy is not exact
+    """
+    if not batches:
+        raise UsageError("there are no data that show which expert is visited most")
+    extended = copy.deepcopy(model)
+    found = {path: layer for path, layer in _layers(extended) if layers is None or path in layers}
+    absent = set(layers or ()) - set(found)
+    if absent or not found:
+        raise UsageError(f"{', '.join(sorted(absent)) or 'the model'}: no MoE layer of upcycle")
+    for path, layer in found.items():
+        _check_linear(path, layer)
+    loads = _loads(extended, found, batches)
+    for path, layer in found.items():
+        if not loads[path].any():
+            raise UsageError(f"{path}: the data never reach this layer; leave it out of `layers`")
+        _add_expert(layer, int(loads[path].argmax()), bias)
+    _tell_config(extended, found)
+    return extended
+
+
+@torch.no_grad()
+def set_new_bias(model: nn.Module, bias: float) -> None:
+    """Set the logit bias of the new expert of every layer that was extended, in place."""
+    for _, layer in _layers(model):
+        if layer.config["router"].get("extended"):
+            layer.router.bias[-1] = bias
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every MoE layer; in a loaded model its class is that of the model's own file."""
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "config", None), dict) and hasattr(module, "experts"):
+            yield path, module
+
+
+def _check_linear(path: str, layer: Any) -> None:
+    config = layer.config["router"]
+    is_best = config["kind"] == "linear" and config["select"]["rule"] == "top_k"
+    is_other = config.get("tied") or config.get("frozen") or config.get("balance")
+    if not is_best or is_other or config["weights"] == "gain":
+        raise UnsupportedError(
+            f"{path}: only a layer that takes the best `top_k` experts of linear scores, trained "
+            "and without balance, can be extended; convert with another router"
+        )
+
+
+def _loads(
+    model: nn.Module, layers: dict[str, Any], batches: Sequence[ExampleInputs]
+) -> dict[str, torch.Tensor]:
+    """How many tokens visit each expert."""
+    loads = {path: torch.zeros(layer.router.num_experts) for path, layer in layers.items()}
+
+    def count(path: str) -> Any:
+        def hook(_: nn.Module, __: object, out: tuple[torch.Tensor, ...]) -> None:
+            _, weights_TK, index_TK = out
+            visited = index_TK[weights_TK != 0].cpu()
+            loads[path] += torch.bincount(visited, minlength=len(loads[path]))
+
+        return hook
+
+    handles = [layer.router.register_forward_hook(count(p)) for p, layer in layers.items()]
+    try:
+        with eval_mode(model):
+            for batch in batches:
+                model(*batch) if isinstance(batch, tuple) else model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return loads
+
+
+def _add_expert(layer: Any, like: int, bias: float) -> None:
+    router, experts = layer.router, layer.experts
+    if router.bias is None:
+        router.bias = nn.Parameter(router.weight.new_zeros(router.num_experts))
+    for module in (router, experts):
+        for name, tensor in list(module.named_parameters(recurse=False)):
+            grown = torch.cat([tensor, tensor[like : like + 1]])
+            setattr(module, name, nn.Parameter(grown, tensor.requires_grad))
+    router.bias[-1] = bias
+    count = router.num_experts + 1
+    router.num_experts = experts.num_experts = count
+    routing = {**layer.config["router"], "num_experts": count, "bias": True, "extended": True}
+    layer.config = {**layer.config, "num_experts": count, "router": routing}
+    router.config = routing
+
+
+def _tell_config(model: nn.Module, layers: dict[str, Any]) -> None:
+    """A loaded transformers model builds its layers from its configuration."""
+    described = getattr(getattr(model, "config", None), "upcycle", None)
+    for site in described["sites"] if described else ():
+        where = site["path"] if site["placement"] == "module" else site["contraction"]
+        if where in layers:
+            site["layer"] = layers[where].config
