@@ -55,3 +55,34 @@ def test_copies_cannot_be_merged() -> None:
     conversion = upcycle.convert(models()["bert"].eval(), "sparse-upcycling", verify=False)
     with pytest.raises(upcycle.UnsupportedError, match="copies"):
         conversion.to_dense()
+
+
+@pytest.mark.parametrize("shared_by", ["norm", "first"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_merging_a_split_with_a_shared_expert(name: str, shared_by: str) -> None:
+    """50 or more neurons in 7 experts, of which 2 are shared: ragged groups of the others."""
+    dense = models()[name].eval()
+    shared = ["experts.count=7", "experts.shared=2", f"experts.shared_by={shared_by}"]
+    conversion = upcycle.convert(dense, "split-all", overrides=shared)
+    assert all(len(p.shared_S) > 0 for p in conversion.provenance.values())
+    merged = conversion.to_dense()
+    for key, tensor in dense.state_dict().items():
+        assert torch.equal(merged.state_dict()[key], tensor), key
+    layers = [m for m in conversion.model.modules() if isinstance(m, upcycle.MoE)]
+    with torch.no_grad():
+        for layer in layers:
+            assert layer.shared_expert is not None
+            layer.shared_expert.down_proj.weight.mul_(2)  # trained: it goes where it came from
+    again = conversion.to_dense().state_dict()
+    changed = [
+        key for key, tensor in dense.state_dict().items() if not torch.equal(again[key], tensor)
+    ]
+    downs = [spec.ffn.contraction.weight for spec in conversion.plan.specs]
+    assert sorted(changed) == sorted(downs)
+
+
+@pytest.mark.parametrize("recipe", ["drop-upcycling", "residual-moe"])
+def test_changed_copies_and_zero_experts_cannot_be_merged(recipe: str) -> None:
+    conversion = upcycle.convert(models()["bert"].eval(), recipe, verify=False)
+    with pytest.raises(upcycle.UnsupportedError, match="only the experts of a split"):
+        conversion.to_dense()
