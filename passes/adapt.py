@@ -1,4 +1,4 @@
-"""Give each layer the shared neurons that it has use for, as many as planned in all.
+"""Give each layer the neurons that it has use for, as many as planned in all.
 
 Shape suffixes: F neurons, S blocks of neurons.
 """
@@ -42,6 +42,36 @@ def adapted(specs: tuple[MoESpec, ...], score_F: Mapping[str, torch.Tensor]) -> 
     wanted = sum(spec.shared // spec.num_experts for spec in specs)
     taken = [i for _, i in sorted(blocks)[:wanted]]
     return tuple(_with_shared(spec, taken.count(i)) for i, spec in enumerate(specs))
+
+
+def adapted_widths(
+    specs: tuple[MoESpec, ...], importance_F: Mapping[str, torch.Tensor]
+) -> tuple[MoESpec, ...]:
+    """The specs with other widths of the routed experts, whose sum stays up to rounding.
+
+    The neurons of all layers are ranked together by what silencing them changes of the loss, and
+    each layer gets as many as it has among the best: one bound for the whole model. Widths are
+    multiples of 8, which kernels want, and an eighth of the planned one at least.
+
+    Args:
+        specs: of a method that chooses the neurons of an expert freely.
+        importance_F: FFN path -> the mean ``|h dL/dh|`` of each neuron.
+
+    Source:
+        one bound for all layers is how Molchanov et al., "Importance Estimation for Neural Network
+        Pruning", 2019, https://arxiv.org/abs/1906.10771, prune
+    """
+    least = [max(spec.width // 64 * 8, 8) for spec in specs]
+    most = [(spec.ffn.d_ff - spec.shared) // 8 * 8 for spec in specs]
+    wanted = sum(spec.width for spec in specs) // 8
+    blocks: list[tuple[float, int]] = []
+    for i, spec in enumerate(specs):
+        ranked_F = importance_F[spec.ffn.path].sort(descending=True).values[spec.shared :]
+        held_B = ranked_F[least[i] : most[i]].reshape(-1, 8).sum(1)
+        blocks += [(-held, i) for held in held_B.tolist()]
+    taken = [i for _, i in sorted(blocks)[: max(wanted - sum(least) // 8, 0)]]
+    widths = (8 * taken.count(i) + first for i, first in enumerate(least))
+    return tuple(replace(spec, width=width) for spec, width in zip(specs, widths, strict=True))
 
 
 def _with_shared(spec: MoESpec, blocks: int) -> MoESpec:

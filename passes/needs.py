@@ -10,6 +10,8 @@ from upcycle.recipe import Recipe
 def needs(recipe: Recipe) -> frozenset[Need]:
     """``activations``: what each FFN is given in calibration; ``gradients``: of a loss, too."""
     wanted = EXPERTS[recipe.experts.method].needs | GATES[recipe.router.method].needs
+    if recipe.experts.adaptive and recipe.experts.width is not None:
+        wanted |= {"gradients"}
     if recipe.compensate.any:
         wanted |= {"activations"}
     if recipe.experts.shared and recipe.experts.shared_by in NEEDS:

@@ -178,11 +178,12 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
             f"`experts.method: {experts.method}` decides itself how wide an expert is; leave "
             "`experts.width` out"
         )
-    if experts.adaptive and not (kind == "split" and experts.shared and experts.shared_by in NEEDS):
+    can_adapt = kind == "split" and experts.shared and experts.shared_by in NEEDS
+    if experts.adaptive and not can_adapt and experts.width is None:
         problems.append(
             "`experts.adaptive` divides the shared neurons of a split among the layers, by what "
             "calibration shows; set `experts.shared`, and `experts.shared_by` to "
-            f"{', '.join(NEEDS)}"
+            f"{', '.join(NEEDS)}; or the neurons of the experts: set `experts.width`"
         )
     if recipe.compensate.any and kind not in HAS_SHARED:
         problems.append(

@@ -73,7 +73,9 @@ class Experts(Section):
         "norm", "rate", "contribution", "steady", "importance", "domains", "first"
     ] = Field("norm", description="splits: which neurons are shared, those with the largest ...")
     adaptive: bool = Field(
-        False, description="splits: more shared neurons where they matter more, as many in all"
+        False,
+        description="more shared neurons, or, with `width`, wider experts, in the layers where they "
+        "matter more; as many in all",
     )
     width: float | None = Field(
         None,

@@ -10,7 +10,7 @@ from upcycle.activations import Activations
 from upcycle.calibration import CalibrationData
 from upcycle.moe import MoE
 from upcycle.objectives import objective_for
-from upcycle.passes.adapt import adapted
+from upcycle.passes.adapt import adapted, adapted_widths
 from upcycle.passes.calibrate import calibrate
 from upcycle.passes.experts.useful import usefulness
 from upcycle.passes.gradients import importance
@@ -29,7 +29,7 @@ def survey(
     ``experts.adaptive``; and, while it runs, a copy of the model without its FFNs.
 
     Returns:
-        The plan, with the shared neurons of each layer adapted if the recipe says so; and FFN path
+        The plan, with the shared neurons or the widths adapted if the recipe says so; and FFN path
         -> the importance of its neurons [N, F] float32, empty if no method asks for gradients.
 
     Raises:
@@ -51,7 +51,10 @@ def survey(
         important = importance(
             surveyed, pairs, data.batches, dense=read, objective=objective, domains=data.domains
         )
-    if plan.recipe.experts.adaptive:
+    if plan.recipe.experts.adaptive and plan.recipe.experts.width is not None:
+        means = {path: score_NF.mean(0) for path, score_NF in important.items()}
+        plan = replace(plan, specs=adapted_widths(plan.specs, means))
+    elif plan.recipe.experts.adaptive:
         scores: dict[str, torch.Tensor] = {}
 
         def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, seen: Activations) -> None:
