@@ -74,8 +74,8 @@ class Experts(Section):
     ] = Field("norm", description="splits: which neurons are shared, those with the largest ...")
     adaptive: bool = Field(
         False,
-        description="more shared neurons, or, with `width`, wider experts, in the layers where they "
-        "matter more; as many in all",
+        description="more shared neurons, or wider experts if `width` is set, in the layers where "
+        "they matter more; as many in all",
     )
     width: float | None = Field(
         None,
