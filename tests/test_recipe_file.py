@@ -65,7 +65,7 @@ def test_every_mistake_is_reported_at_its_place(tmp_path: Path) -> None:
         "one, renorm_detach, gain: how the outputs of the visited experts are weighted",
         'r.yaml:11:10: router.top_k: must be a whole number of at least 1 or all, not "none"',
         "r.yaml:12:8: router.std: must be a number of at least 0, not -1",
-        "r.yaml:13:9: router.bias: must be true or false, not 1",
+        "r.yaml:13:9: router.bias: must be true or false or empty, not 1",
         "r.yaml:14:3: router.count: unknown key, did you mean experts.count?",
         "r.yaml:15:6: seed: must be a whole number of at least 0, not empty",
     ]

@@ -193,6 +193,7 @@ def _expected(schema: dict[str, Any], root: dict[str, Any]) -> str:
     if schema["type"] == "object":
         return f"a section with the keys {', '.join(schema['properties'])}"
     names = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
+    names["null"] = "empty"
     words = [names.get(schema["type"], "text")]
     if "minimum" in schema:
         words.append(f"of at least {schema['minimum']}")
