@@ -63,6 +63,9 @@ def calibrate(
     """
     if not batches:
         raise UsageError("there is no calibration data")
+    if domains is not None and any(getattr(m.router, "by", None) == "domain" for _, m in layers):
+        pairs = zip(batches, domains, strict=True)
+        batches = [{**dict(batch), "domain_ids": domain_B} for batch, domain_B in pairs]
     places = [_Place(spec, layer) for spec, layer in layers]
     one = _Pass(batches, dense, visit, sequential=sequential, domains=domains)
     handles = [place.layer.register_forward_pre_hook(place.note_shape) for place in places]

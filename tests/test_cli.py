@@ -20,6 +20,7 @@ FLAGS = {
     "": LOG | {"--version"},
     "convert": LOG
     | {"MODEL", "--recipe", "--set", "--out", "--target", "--calibration", "--inputs", "--device"}
+    | {"--text-field"}
     | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
     | {"--stream", "--no-stream", "--resume"}
     | {"--trust-remote-code", "--allow-pickle"},
@@ -67,7 +68,7 @@ def test_every_command_has_help(path: str) -> None:
     assert "Usage:" in result.stdout
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version", "recipes", "samples"])
+@pytest.mark.parametrize("argument", ["--help", "--version", "samples"])
 def test_what_needs_no_model_does_not_import_torch(argument: str) -> None:
     code = (
         "import sys; from upcycle.cli import main\n"

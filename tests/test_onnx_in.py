@@ -355,8 +355,8 @@ def test_options_that_do_not_apply_are_refused(tmp_path: Path) -> None:
         open_model(str(tmp_path / "nothing.onnx"))
     with pytest.raises(UsageError, match="an ONNX file becomes an ONNX file"):
         convert(path, tmp_path / "out", "split-all", targets=("safetensors",))
-    with pytest.raises(UsageError, match="--calibration: it does not apply"):
-        convert(path, tmp_path / "out", "split-all", calibration="x.txt")
+    with pytest.raises(UsageError, match="--stream: it does not apply"):
+        convert(path, tmp_path / "out", "split-all", stream=True)
 
 
 def test_without_onnxruntime_only_the_verification_is_refused(

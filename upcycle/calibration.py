@@ -20,10 +20,9 @@ from upcycle.capture import ExampleInputs
 from upcycle.errors import UsageError
 from upcycle.evaluation import MIN_CHARACTERS, device_of, evaluation_for, in_dtype_of
 from upcycle.image_inputs import pixels
-from upcycle.passes.experts.balanced import balanced_clusters
-from upcycle.passes.experts.partition import group_sizes
 from upcycle.passes.needs import needs
 from upcycle.recipe import Calibration, Recipe
+from upcycle.text_domains import text_domains
 from upcycle.text_inputs import (
     SEQUENCE,
     check_tokens,
@@ -143,8 +142,7 @@ def calibration_data(
     if given.tensors is not None or given.images:
         batches = _examples(model, given, wanted, directory)
         return _placed(model, batches, given.what)
-    if kind is not None and kind != "input_ids":
-        raise UsageError(f"--calibration: a text, and the model reads {kind}; give that")
+    _check_reads_text(model)
     if tokenizer is None:
         raise UsageError(
             f"--calibration: a text needs a tokenizer, and {directory or 'the model'} has none"
@@ -152,7 +150,7 @@ def calibration_data(
     ids, domain_N = _sequences(model, tokenizer, given, wanted)
     if domain_N is None and needs_domains(recipe):
         generator = torch.Generator().manual_seed(recipe.seed)
-        domain_N = _clustered(ids, domains, generator)
+        domain_N = text_domains(ids, domains, generator)
     length = max(map(len, ids))
     rows = max(1, LEAST_PLACES // length, -(-len(ids) // MOST_BATCHES))
     batches = [
@@ -179,6 +177,7 @@ def verification_inputs(
     if held.images or held.tensors is not None:
         batches = _examples(model, held, recipe.calibration, directory)
         return None, in_dtype_of(model, batches[0])
+    _check_reads_text(model)
     size = sum(len(text.strip()) for text in given.texts)
     if is_shared and size < HELD_OUT * MIN_CHARACTERS:
         raise UsageError(
@@ -186,6 +185,12 @@ def verification_inputs(
             f"{HELD_OUT * MIN_CHARACTERS}, of which a quarter is held out to verify on"
         )
     return "\n\n".join(held.texts), None
+
+
+def _check_reads_text(model: nn.Module) -> None:
+    kind = getattr(model, "main_input_name", "input_ids")
+    if kind != "input_ids":
+        raise UsageError(f"--calibration: a text, and the model reads {kind}; give that")
 
 
 def _sequences(
@@ -212,28 +217,6 @@ def _sequences(
         domains += [number] * len(found)
     check_tokens(model, torch.tensor([max(map(max, ids))]))
     return ids, torch.tensor(domains) if given.domains else None
-
-
-def _clustered(ids: list[list[int]], count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` groups of sequences of similar words: TF-IDF, its first directions, and k-means.
-
-    int64 [N]; of sizes that differ by at most one. Memory: [N, V'] for the V' tokens that occur.
-    """
-    if len(ids) < count:
-        raise UsageError(
-            f"--calibration: {len(ids)} sequences cannot be grouped into {count} domains; give "
-            "more data, or a shorter `calibration.length`"
-        )
-    _, flat = torch.tensor([i for row in ids for i in row]).unique(return_inverse=True)
-    row_T = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor([len(r) for r in ids]))
-    count_NV = torch.zeros(len(ids), int(flat.max()) + 1, dtype=torch.float64)
-    count_NV.index_put_((row_T, flat), torch.ones(len(flat), dtype=torch.float64), accumulate=True)
-    rare_V = (len(ids) / (count_NV > 0).sum(0)).log() + 1
-    weight_NV = torch.nn.functional.normalize(count_NV * rare_V)
-    values_N, vectors_NN = torch.linalg.eigh(weight_NV @ weight_NV.t())
-    kept = min(len(ids), 8 * count)
-    features_NR = vectors_NN[:, -kept:] * values_N[-kept:].clamp(min=0).sqrt()
-    return balanced_clusters(features_NR, group_sizes(len(ids), count), generator=generator)
 
 
 def _padded(tokenizer: Any, ids: list[list[int]]) -> dict[str, Any]:

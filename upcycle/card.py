@@ -7,6 +7,7 @@ from upcycle.recipe_file import dump_recipe
 from upcycle.spec import Plan
 from upcycle.targets import model_card
 from upcycle.targets.checkpoint import Checkpoint
+from upcycle.usage import calibration_rows
 
 MAX_LAYERS = 12  # in the card; report.json has all
 
@@ -67,6 +68,11 @@ def _numbers(plan: Plan, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     if costs := report.get("costs"):
         yield "parameters", f"{costs['parameters_after']:,} (dense {costs['parameters_before']:,})"
         yield "parameters that a token meets", f"{costs['active_parameters']:,}"
+    if calibration := report.get("calibration"):
+        yield "calibrated on", calibration["data"]
+        for path, tokens, load, dead, entropy, mass in calibration_rows(calibration)[:MAX_LAYERS]:
+            text = f"{load} of {tokens} tokens per expert, {dead} experts without any"
+            yield f"load of `{path}`", f"{text}, entropy {entropy}, captured mass {mass}"
     end = report.get("end_to_end")
     if end is None:
         return

@@ -256,9 +256,12 @@ def recipes(name: str | None) -> None:
     if name is not None:
         click.echo(shipped.recipe_text(name), nl=False)
         return
+    from upcycle.recipe_facts import shipped_facts
+
     for about in map(shipped.describe, shipped.recipe_names()):
         click.echo(f"{about.name}\n  {about.title}")
         click.echo(f"  {about.authors}, {about.paper}, {about.year}, {about.url}")
+        click.echo(f"  {shipped_facts(about.name)}")
 
 
 @main.command()

@@ -60,12 +60,12 @@ def convert_model(
     """
     check_targets(targets, verify=verify)
     _check_out(out, source, overwrite=overwrite)
+    given = read_calibration(calibration, field=text_field) if calibration else None
     if not isinstance(source, Source):
         from upcycle.onnx_convert import convert_onnx
 
-        for option, given in (("--calibration", calibration), ("--stream", stream or resume)):
-            if given:
-                raise UsageError(f"{option}: it does not apply to an ONNX file; leave it out")
+        if stream or resume:
+            raise UsageError("--stream: it does not apply to an ONNX file; leave it out")
         _check_gradients(recipe, "an ONNX file")
         _check_alone(recipe, "an ONNX file")
         return convert_onnx(
@@ -74,12 +74,12 @@ def convert_model(
             recipe_name=recipe_name,
             out=out,
             targets=targets,
+            calibration=given,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             verify=verify,
             progress=progress,
         )
-    given = read_calibration(calibration, field=text_field) if calibration else None
     with step(progress, "capturing"):
         skeleton = source.skeleton()
         located = locate_in(skeleton, source.example)
@@ -90,9 +90,7 @@ def convert_model(
         evaluation_for(skeleton, directory=source.directory, example=example, text=text)
         if needs(recipe):
             count = plan.specs[0].num_experts
-            calibration_data(
-                skeleton, recipe, given, directory=source.directory, domains=count
-            )
+            calibration_data(skeleton, recipe, given, directory=source.directory, domains=count)
     check_sources(recipe.experts.sources, skeleton, source)
     total, itemsize = model_size(skeleton)
     itemsize = itemsize if source.dtype is None else source.dtype.itemsize
@@ -142,10 +140,10 @@ def convert_model(
 
 def _check_gradients(recipe: Recipe, what: str) -> None:
     """Refuse a recipe that needs a backward pass where there is none."""
-    if "gradients" in needs(recipe):
+    if "gradients" in needs(recipe) or recipe.experts.adaptive:
         raise UsageError(
-            f"{what} has no backward pass, and the recipe's methods look at gradients; convert a "
-            "model that fits in memory, or use a recipe that needs none"
+            f"{what} is run once, forwards, and the recipe's methods look at gradients or at all "
+            "layers first; convert a model that fits in memory, or use another recipe"
         )
     if recipe.experts.adaptive:
         raise UsageError(

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from upcycle.calibration_files import Given
 from upcycle.card import onnx_card
 from upcycle.errors import UnsupportedError, UsageError
+from upcycle.onnx_calibration import onnx_calibration, verification_feeds
 from upcycle.onnx_rewrite import FILE, write_converted
 from upcycle.onnx_source import OnnxSource
 from upcycle.onnx_verify import compare_outputs, end_to_end, feeds_for, verify_onnx_layers
+from upcycle.passes.needs import needs
 from upcycle.plain_json import json_text
 from upcycle.progress import Progress, step
 from upcycle.recipe import Recipe
@@ -31,6 +34,7 @@ def convert_onnx(
     recipe_name: str,
     out: Path,
     targets: Sequence[str],
+    calibration: Given | None = None,
     max_shard_size: int,
     overwrite: bool,
     verify: bool,
@@ -53,14 +57,23 @@ def convert_onnx(
         report = _header(source, plan)
     _check_plain(plan)
     check_disk(out, report["costs"]["bytes_on_disk"])
-    feeds, dense = feeds_for(source, recipe.seed), {}
+    feeds, dense = verification_feeds(source, calibration), {}
+    feeds = feeds_for(source, recipe.seed) if feeds is None else feeds
+    shown = onnx_calibration(source, recipe, calibration) if needs(recipe) else None
     if verify:
         with step(progress, "running the dense file"):
             dense = run(source.path, feeds)
     with staged(out, overwrite=overwrite, protect=[source.path]) as directory:
-        stored, origins = write_converted(
-            source, plan, directory, max_shard_size=max_shard_size, progress=progress
+        stored, origins, rows = write_converted(
+            source,
+            plan,
+            directory,
+            max_shard_size=max_shard_size,
+            progress=progress,
+            calibration=shown,
         )
+        if shown is not None:
+            report["calibration"] = shown.describe() | {"layers": rows}
         if verify:
             rows, checks = verify_onnx_layers(
                 source,

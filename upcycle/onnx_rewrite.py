@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 
 from upcycle.moe import MoE
+from upcycle.onnx_calibration import OnnxCalibration
 from upcycle.onnx_source import OnnxSource
 from upcycle.passes.transform import transform
 from upcycle.progress import Progress
@@ -18,6 +20,7 @@ from upcycle.targets.onnx.insert import Place, Tensors, insert_layer, unique_key
 from upcycle.targets.onnx.lower import lower
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import TensorEntry, write_tensors
+from upcycle.usage import usage
 from upcycle.weights import MoEWeights, Provenance, read_ffn
 
 FILE, DATA, EXPERTS = "model.onnx", "model.onnx.data", "experts"
@@ -31,22 +34,28 @@ def write_converted(
     *,
     max_shard_size: int,
     progress: Progress,
-) -> tuple[dict[str, Stored], dict[str, Provenance]]:
+    calibration: OnnxCalibration | None = None,
+) -> tuple[dict[str, Stored], dict[str, Provenance], list[dict[str, Any]]]:
     """Write ``model.onnx`` and ``experts.safetensors``; the graph of `source` is used up.
 
     Weights that were in external files, and are still used, go to ``model.onnx.data``.
 
     Returns:
-        Where each tensor of the experts is; and for each FFN the dense neurons behind its
-        layer.
+        Where each tensor of the experts is; for each FFN the dense neurons behind its layer; and
+        what `usage` says of each, if there is calibration data.
     """
     model, found = source.model, source.found
     origins: dict[str, Provenance] = {}
+    rows: list[dict[str, Any]] = []
 
     @lru_cache(maxsize=1)
     def made(index: int) -> MoEWeights:
         spec = plan.specs[index]
-        weights = transform(read_ffn(spec.ffn, found.weights), spec)
+        ffn = read_ffn(spec.ffn, found.weights)
+        seen = None if calibration is None else calibration.seen(spec)
+        weights = transform(ffn, spec, seen)
+        if seen is not None:
+            rows.append(usage(spec, ffn, weights, seen))
         origins[spec.ffn.path] = weights.provenance
         progress("converting", index + 1, len(plan.specs))
         return weights
@@ -70,7 +79,7 @@ def write_converted(
     common.RemoveUnusedNodesPass()(model)
     _keep_beside(model, directory)
     ir.save(model, directory / FILE)
-    return stored, origins
+    return stored, origins, rows
 
 
 def _entries(spec: MoESpec, index: int, made: Callable[[int], MoEWeights]) -> Iterator[TensorEntry]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from upcycle.costs import Costs
 from upcycle.ffn import FFN, Located
 from upcycle.spec import MoESpec, Plan
+from upcycle.usage import calibration_rows
 
 MAX_LAYERS = 12  # in the table of a verification: the worst ones
 
@@ -130,7 +131,16 @@ def conversion_report(
     for name, size in sizes.items():
         files.add_row(name, _bytes(size))
     verified = verification_report(report) if report["checks"] else ["not verified"]
-    return [*verified, "", files, f"written to {out}"]
+    return [*_calibrated(report), *verified, "", files, f"written to {out}"]
+
+
+def _calibrated(report: dict[str, Any]) -> list[RenderableType]:
+    """What the methods were shown, and how its tokens use the experts."""
+    if "calibration" not in report:
+        return []
+    table = _table("calibrated", "tokens", "per expert", "dead experts", "entropy", "captured mass")
+    _add_rows(table, calibration_rows(report["calibration"]))
+    return [table, f"on {report['calibration']['data']}", ""]
 
 
 def fold(paths: Sequence[str]) -> str:

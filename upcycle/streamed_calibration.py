@@ -31,9 +31,7 @@ class Spool:
 
     def __init__(self, directory: Path, specs: Sequence[MoESpec]) -> None:
         directory.mkdir(exist_ok=True)
-        self._file = {
-            spec.ffn.path: directory / f"{i}.safetensors" for i, spec in enumerate(specs)
-        }
+        self._file = {spec.ffn.path: directory / f"{i}.safetensors" for i, spec in enumerate(specs)}
         self.provenance: dict[str, Provenance] = {}
 
     def put(self, spec: MoESpec, made: MoEWeights) -> None:

@@ -76,15 +76,16 @@ def _entropy(load_E: torch.Tensor) -> float:
     return float(torch.special.entr(part_E).sum()) / math.log(len(load_E))
 
 
-def calibration_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The measured layers as rows of a table: path, tokens, dead experts, entropy, mass."""
+def calibration_rows(calibration: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The layers for a table: path, tokens, load from to, dead experts, entropy, captured mass."""
     return [
         (
             row["path"],
+            str(row["tokens"]),
             f"{min(row['tokens_per_expert'])} to {max(row['tokens_per_expert'])}",
             str(row["dead_experts"]),
             f"{row['load_entropy']:.3f}",
             f"{row['captured_mass']:.3f}",
         )
-        for row in report.get("calibration", {}).get("layers", [])
+        for row in calibration["layers"]
     ]
