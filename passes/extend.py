@@ -95,7 +95,7 @@ def _loads(
 
     def count(path: str) -> Any:
         def hook(_: nn.Module, __: object, out: tuple[torch.Tensor, ...]) -> None:
-            _, weights_TK, index_TK = out
+            weights_TK, index_TK = out[1:]
             visited = index_TK[weights_TK != 0].cpu()
             loads[path] += torch.bincount(visited, minlength=len(loads[path]))
 

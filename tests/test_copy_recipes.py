@@ -6,9 +6,12 @@ import pytest
 import small_models
 import torch
 import transformers
+from click.testing import CliRunner
 
 import upcycle
+from upcycle.cli import main
 from upcycle.shipped import recipe_names
+from upcycle.source import open_model
 
 SOURCES = {"btx": 4, "clip-moe": 4, "uni-moe": 4, "medplib": 2}
 ALTERED = ["drop-upcycling", "noise-upcycling", *SOURCES]
@@ -44,8 +47,17 @@ def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["drop-upcycling", "noise-upcycling", "residual-moe", "sepit"])
 def test_a_recipe_converts_a_real_encoder(name: str) -> None:
-    from upcycle.source import open_model
-
     source = open_model("sample:bert-tiny")
     done = upcycle.convert(source.load(), name, source=source)
     assert all(check["passed"] for check in done.report["checks"])
+
+
+@pytest.mark.parametrize("name", ["drop-upcycling", "noise-upcycling", "residual-moe"])
+def test_a_streamed_conversion_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
+    dense = small_models.saved("llama", tmp_path / "dense", with_tokenizer=True)
+    for stream in ("--stream", "--no-stream"):
+        arguments = ["convert", str(dense), "--recipe", name, "--out", str(tmp_path / stream)]
+        result = CliRunner().invoke(main, [*arguments, stream, "--target", "safetensors"])
+        assert result.exit_code == 0, result.output
+    one, other = (tmp_path / stream / "model.safetensors" for stream in ("--stream", "--no-stream"))
+    assert one.read_bytes() == other.read_bytes()

@@ -8,6 +8,7 @@ import numerics
 import pytest
 import small_models
 import torch
+import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -103,6 +104,42 @@ def test_forced_to_one_expert_the_model_is_that_source(name: str, source: int) -
     assert generated(done.model) == generated(models[source])
     force(done.model, 1)
     assert (logits(done.model) - expected).abs().max() > 100 * bound
+
+
+def clip(seed: int) -> Any:
+    tower = {**small_models.ENCODER, "vocab_size": 300, "eos_token_id": 299}
+    config = transformers.CLIPConfig(
+        text_config=tower,
+        vision_config={**small_models.ENCODER, "image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+    torch.manual_seed(seed)
+    return transformers.CLIPModel(config).eval()
+
+
+def test_both_towers_of_a_model_that_was_saved(tmp_path: Path) -> None:
+    """CLIP-MoE: one FFN in each block of both towers; the sources are written and given."""
+    clip(1).save_pretrained(tmp_path / "stage")
+    dense = clip(0)
+    done = upcycle.convert(
+        dense, "clip-moe", sources=[dense, tmp_path / "stage"], overrides=["experts.count=2"]
+    )
+    assert len(done.plan.specs) == 4
+    assert done.plan.recipe.experts.sources[0] == "base"
+    force(done.model, 0)
+    batch = {
+        "input_ids": TOKENS,
+        "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3)),
+    }
+    with torch.no_grad():
+        found, expected = (m(**batch).logits_per_image for m in (done.model, dense))
+    # Cosines times a scale, after two blocks of sums of at most 64 products in each tower.
+    bound = 300 * torch.finfo(torch.float32).eps * dense.logit_scale.exp()
+    assert (found - expected).abs().max() < bound
+    other = clip(1)
+    other.config.text_config.hidden_act = "relu"
+    with pytest.raises(upcycle.UsageError, match=r"text_config\.hidden_act = relu"):
+        upcycle.convert(dense, recipe(2), sources=[dense, other])
 
 
 def test_a_source_may_give_several_experts() -> None:

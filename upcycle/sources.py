@@ -212,15 +212,21 @@ def _tied(module: nn.Module) -> set[str]:
 
 
 def _different_fields(model: nn.Module, other: nn.Module) -> Iterator[tuple[str, object, object]]:
-    mine, its = _config(model), _config(other)
+    mine, its = (_computing(getattr(module, "config", None)) for module in (model, other))
     for field in sorted({*mine, *its}):
-        if field in _FREE or field.endswith(_FREE_ENDINGS):
-            continue
         if mine.get(field) != its.get(field):
             yield field, mine.get(field), its.get(field)
 
 
-def _config(module: nn.Module) -> dict[str, object]:
-    config = getattr(module, "config", None)
-    fields: dict[str, object] = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
-    return fields
+def _computing(config: object) -> dict[str, object]:
+    """The fields that say what is computed; those of a tower as ``tower.field``."""
+    data = config.to_dict() if isinstance(config, PreTrainedConfig) else config
+    found: dict[str, object] = {}
+    for field, value in data.items() if isinstance(data, dict) else ():
+        if field in _FREE or str(field).endswith(_FREE_ENDINGS):
+            continue
+        if isinstance(value, dict):
+            found |= {f"{field}.{inner}": held for inner, held in _computing(value).items()}
+        else:
+            found[str(field)] = value
+    return found
