@@ -55,21 +55,31 @@ def activation_carve(
 
 
 def carve(markers: Markers, sizes: list[int]) -> torch.Tensor:
-    """The group of each row of marks, [F] int64, in groups of exactly `sizes`."""
-    seeds_K = markers.rate().argsort(descending=True, stable=True)[: len(sizes)]
-    member_KF = torch.zeros(len(sizes), len(markers), dtype=torch.bool)
-    member_KF[torch.arange(len(sizes)), seeds_K] = True
-    sizes_K, prices_K = np.asarray(sizes), np.zeros(len(sizes))
-    labels_F, far = torch.zeros(len(markers), dtype=torch.int64), np.inf
+    """The group of each row of marks, [F] int64, in groups of exactly `sizes`.
+
+    A mean contains the row itself, which holds the row in its group, so that part is taken out of
+    the distance to the own mean (Hartigan's rule), after the first step.
+    """
+    rate_F = markers.rate()
+    sizes_K, prices_K = torch.tensor(sizes), np.zeros(len(sizes))
+    group_K1 = torch.arange(len(sizes))[:, None]
+    member_KF = (
+        torch.arange(len(markers))
+        == rate_F.argsort(descending=True, stable=True)[: len(sizes), None]
+    )
     far_KF = markers.distances(member_KF)
+    labels_F, total = torch.zeros(len(markers), dtype=torch.int64), np.inf
     for _ in range(STEPS):
-        new_F, prices_K = assign(far_KF.double().numpy(), sizes_K, prices_K)
+        new_F, prices_K = assign(far_KF.double().numpy(), sizes_K.numpy(), prices_K)
         new_labels_F = torch.from_numpy(new_F)
-        far_KF = markers.distances(new_labels_F == torch.arange(len(sizes))[:, None])
-        new_far = float(far_KF.gather(0, new_labels_F[None]).double().sum())
-        if new_far >= far:
+        member_KF = new_labels_F == group_K1
+        far_KF = markers.distances(member_KF)
+        new_total = float(far_KF[member_KF].double().sum())
+        if new_total >= total:
             break
-        labels_F, far = new_labels_F, new_far
+        labels_F, total = new_labels_F, new_total
+        own_F = 2 * rate_F * markers.tokens / sizes_K[labels_F]
+        far_KF += member_KF * own_F
     return labels_F
 
 
