@@ -383,3 +383,21 @@ def test_blocks_called_in_different_ways_are_not_merged() -> None:
             return x
 
     assert "replayed_block" not in names(capture(Model(), (torch.zeros(2, 8),)))
+
+
+class Asserts(nn.Module):
+    """Checks what it was given, and branches on nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = zoo.mlp(8, 16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., 8] -> [..., 8]."""
+        torch._check_tensor_all_with(ValueError, x < 2, lambda: "too large")
+        out: torch.Tensor = self.mlp(x)
+        return out
+
+
+def test_an_assertion_about_unknown_values_is_no_branch() -> None:
+    assert len(locate(capture(Asserts(), (torch.zeros(2, 8),))).ffns) == 1

@@ -1,5 +1,7 @@
 """Example inputs: what is guessed, and what is said where nothing fits."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as hf
@@ -73,6 +75,27 @@ def test_data_dependent_control_flow_is_one_sentence_and_exit_4(
     lines = done.output.strip().splitlines()
     assert "Traceback" not in done.output
     assert any("`bool` at test_inputs.py:" in line for line in lines)
+
+
+class Grids(Latent):
+    """Fails on an optional argument where it is None, without a message that names it."""
+
+    def forward(  # type: ignore[override]
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """pixel_values [N, C, S, S] -> [N, 8]."""
+        count = _rows(image_grid_thw)
+        out: torch.Tensor = self.mlp(pixel_values.flatten()[:8].view(1, 8) * count)
+        return out
+
+
+def _rows(grid: Any) -> int:
+    return len(grid.tolist())
+
+
+def test_an_argument_on_the_line_that_fails_is_given() -> None:
+    example, _ = find_example(Grids(hf.BertConfig()))
+    assert list(example) == ["pixel_values", "image_grid_thw"]
 
 
 @pytest.mark.parametrize("name", ["siglip2_vision", "vilt", "bros"])

@@ -78,19 +78,29 @@ def _shapes_of(name: str, config: Any, packed: bool) -> Iterator[tuple[int, ...]
         yield (BATCH, DECODER_LENGTH if name.startswith("decoder") else LENGTH)
 
 
-_GRIDS: dict[str, list[Any]] = {
+_GRIDS: dict[str, Any] = {
     "grid_thw": [1, _GRID, _GRID],
     "image_grid_thw": [1, _GRID, _GRID],
     "grid_hws": [_GRID, _GRID],
     "spatial_shapes": [_GRID, _GRID],
+    "merge_sizes": 2,
     "pixel_position_ids": [[i % _GRID, i // _GRID] for i in range(_GRID**2)],
 }
 _WIDTHS = ("hidden_size", "d_model", "embed_dim", "dim", "n_embd")
 
 
+# Of images whose size the configuration does not tell: what detectors and depth estimators want.
+_SIDES = (640, 1536)
+
+
 def _images(config: Any) -> Iterator[tuple[int, ...]]:
     part = part_of(config, "vision") or config
-    size = _first(part, config, "image_size") or 224
+    size = _first(part, config, "image_size") or _deep(config, "image_size")
+    for side in (size,) if size else (224, *_SIDES):
+        yield from _images_of(side, part, config)
+
+
+def _images_of(size: Any, part: Any, config: Any) -> Iterator[tuple[int, ...]]:
     height, width = (size, size) if isinstance(size, int) else (size[-2], size[-1])
     channels = _first(part, config, "num_channels", "in_channels", "num_image_channels") or 3
     frames = _first(part, config, "num_frames", "frames_per_clip") or 0
@@ -177,6 +187,7 @@ _SHAPES: dict[str, Any] = {
     "input_features": _spectra,
     "past_values": _series,
     "past_observed_mask": _series,
+    "past_values_padding": _series,
     "past_time_features": _time_features(_series),
     "future_values": _future,
     "future_time_features": _time_features(_future),
@@ -231,6 +242,12 @@ def _number(config: Any, *names: str) -> int | None:
             if isinstance(value, int) and value > 0:
                 return value
     return None
+
+
+def _deep(config: Any, name: str) -> Any:
+    """A setting of a part of a part."""
+    inner = [deeper for _, part in _parts(config) for _, deeper in _parts(part)]
+    return next((value for part in inner if (value := getattr(part, name, None))), None)
 
 
 def _first(part: Any, config: Any, *names: str) -> Any:

@@ -19,7 +19,7 @@ from upcycle.capture import ExampleInputs, capture
 from upcycle.errors import CaptureError, ValueNeededError
 from upcycle.input_shapes import BATCH, LENGTH, unknown_arguments, values_of
 from upcycle.model_inputs import combinations
-from upcycle.recorder import Program
+from upcycle.recorder import Program, words_of
 
 # A model of transformers that refuses every combination is rarely served by its layers' widths.
 _LAYER_GUESSES = 4
@@ -48,7 +48,7 @@ def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[Examp
                 needed = by_name and isinstance(error, ValueNeededError)
                 if failure is None or (needed and not isinstance(failure, ValueNeededError)):
                     failure = error
-                example = _completed(model, example, str(error))
+                example = _completed(model, example, error)
     if isinstance(failure, ValueNeededError):
         raise failure
     signature = inspect.signature(model.forward)
@@ -109,21 +109,31 @@ def _guesses(model: nn.Module) -> Iterator[ExampleInputs]:
     yield from islice(_from_layers(model), _LAYER_GUESSES)
 
 
-def _completed(model: nn.Module, example: ExampleInputs, message: str) -> ExampleInputs | None:
-    """`example` with the arguments that the failure of a forward names, if their form is known."""
+def _completed(
+    model: nn.Module, example: ExampleInputs, failure: CaptureError
+) -> ExampleInputs | None:
+    """`example` with the arguments that a failure speaks of, if their form is known.
+
+    They are those that its message names; else those on the innermost line of the model's code
+    that has any, as in ``pixels.view(len(image_grid))`` of an `image_grid` that is None.
+    """
     config = getattr(model, "config", None)
     if config is None or not isinstance(example, Mapping):
         return None
     arguments = inspect.signature(model.forward).parameters
-    named = set(re.findall(r"\w+", message))
-    more = {}
-    for name in (n for n in arguments if n in named and n not in example):
-        value = next(values_of(name, config, _float_dtype(model), arguments), None)
-        if value is not None:
-            more[name] = value
-            if re.search(r"\b(either|one of)\b", message, re.IGNORECASE):
-                break  # one will do, two may be refused
-    return {**example, **more} if more else None
+    message = str(failure)
+    told = [set(re.findall(r"\w+", message.lower())), *words_of(failure.__cause__ or failure)]
+    for words in told:
+        more = {}
+        for name in (n for n in arguments if n in words and n not in example):
+            value = next(values_of(name, config, _float_dtype(model), arguments), None)
+            if value is not None and not (name.endswith("_embeds") and "input_ids" in example):
+                more[name] = value
+                if re.search(r"\b(either|one of)\b", message, re.IGNORECASE):
+                    break  # one will do, two may be refused
+        if more:
+            return {**example, **more}
+    return None
 
 
 def _from_layers(model: nn.Module) -> Iterator[tuple[torch.Tensor, ...]]:
