@@ -1,0 +1,248 @@
+"""Calibration of a model in pieces, and of an ONNX file: the same as in memory, or refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_files
+import pytest
+import small_models
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from upcycle.calibration import calibration_data
+from upcycle.calibration_files import Given
+from upcycle.cli import main
+from upcycle.errors import UsageError
+from upcycle.layer_weights import empty_layer, weights_of
+from upcycle.onnx_calibration import onnx_calibration
+from upcycle.onnx_source import OnnxSource
+from upcycle.passes.locate import locate_in
+from upcycle.passes.plan import make_plan
+from upcycle.recipe_file import load_recipe
+from upcycle.source import open_model
+from upcycle.spec import Plan
+from upcycle.streamed_calibration import Spool, calibrate_mapped
+from upcycle.streaming import SPOOL
+
+RIDGE = ["router.method=ridge", "verify.max_relative_error=9", "experts.count=4", "router.top_k=2"]
+SHORT = ["calibration.tokens=512", "calibration.length=16"]
+SHARDS = ["--max-shard-size", "50kB"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    small_models.build("llama").to(torch.bfloat16).save_pretrained(directory)
+    small_models.tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_models.saved("bert", tmp_path_factory.mktemp("bert"), with_tokenizer=True)
+
+
+def arguments(model: Path, out: Path, *options: str, sets: list[str] | None = None) -> list[str]:
+    keys = [*RIDGE, *SHORT, *(sets or [])]
+    overrides = [part for key in keys for part in ("--set", key)]
+    start = ["convert", str(model), "--recipe", "factorllm", "--out", str(out)]
+    return [*start, "--target", "safetensors", *SHARDS, *overrides, *options]
+
+
+def convert(model: Path, out: Path, *options: str, sets: list[str] | None = None) -> Result:
+    result = CliRunner().invoke(main, arguments(model, out, *options, sets=sets))
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def report(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return data
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(
+    "sets",
+    [
+        [],
+        ["calibration.sequential=false"],
+        ["experts.shared=1", "router.weights=gain", "compensate.mean=true"],
+    ],
+    ids=["sequential", "parallel", "shared"],
+)
+def test_the_bytes_are_those_of_a_conversion_in_memory(
+    name: str, sets: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name)
+    for out, how in (("whole", "--no-stream"), ("pieces", "--stream")):
+        convert(model, tmp_path / out, how, sets=sets)
+    pieces = weights(tmp_path / "pieces")
+    assert pieces == weights(tmp_path / "whole")
+    assert len(pieces) > 1
+    found = [report(tmp_path / out)["calibration"] for out in ("whole", "pieces")]
+    assert found[0] == found[1]
+    assert not (tmp_path / "pieces" / SPOOL).exists()
+
+
+def test_sequential_and_parallel_differ(llama: Path, tmp_path: Path) -> None:
+    """Else the test above could not tell them apart."""
+    for out in ("true", "false"):
+        convert(llama, tmp_path / out, "--stream", sets=[f"calibration.sequential={out}"])
+    assert weights(tmp_path / "true") != weights(tmp_path / "false")
+
+
+def test_kill_and_resume_give_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, upcycle.targets.manifest as m\n"
+        "finished, count = m.Manifest.finished, [0]\n"
+        "def stop(self, path):\n"
+        "    finished(self, path)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "m.Manifest.finished = stop\n"
+        "from upcycle.cli import main; main(sys.argv[1:])"
+    )
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments(llama, out, "--stream")],
+        capture_output=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "out.partial" / SPOOL).is_dir()
+    convert(llama, out, "--resume")
+    convert(llama, tmp_path / "whole", "--stream")
+    assert weights(out) == weights(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_other_data_is_another_conversion(llama: Path) -> None:
+    """A partial directory is continued only with the data that it was begun with."""
+    model = small_models.build("llama")
+
+    def digest(*overrides: str) -> str:
+        recipe = load_recipe("factorllm", [*RIDGE, *SHORT, *overrides])
+        return calibration_data(model, recipe, directory=llama).digest
+
+    assert digest() == digest()
+    assert digest() != digest("calibration.tokens=256")
+
+
+def mapped(llama: Path, tmp_path: Path) -> tuple[torch.nn.Module, Plan, Spool]:
+    source = open_model(str(llama))
+    assert not isinstance(source, OnnxSource)
+    model = source.load(mapped=True)
+    plan = make_plan(locate_in(source.skeleton()), load_recipe("factorllm", [*RIDGE, *SHORT]))
+    return model, plan, Spool(tmp_path / "spool", plan.specs)
+
+
+def test_weights_stay_in_the_file(llama: Path) -> None:
+    """Every parameter is a view of the memory map, so its pages can be dropped."""
+    source = open_model(str(llama))
+    assert not isinstance(source, OnnxSource)
+    model = source.load(mapped=True)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    maps = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(llama / "model.safetensors"))
+    ]
+    assert maps, "the file is not mapped"
+    assert all(any(start <= at < stop for start, stop in maps) for at in addresses)
+
+
+def test_one_converted_layer_is_in_memory(llama: Path, tmp_path: Path) -> None:
+    """In sequential mode the layers before and after the current one hold no numbers."""
+    model, plan, spool = mapped(llama, tmp_path)
+    data = calibration_data(model, plan.recipe, directory=llama)
+    held = []
+
+    def look(stage: str, done: int, total: int) -> None:
+        held.append([not layer.experts.down_proj.is_meta for layer in moes(model)])
+
+    calibrate_mapped(model, plan, data, spool, look)
+    assert held == [[True, False], [False, True]]
+    for spec in plan.specs:
+        layer = empty_layer(spec.layer_config())
+        stored = load_file(next((tmp_path / "spool").glob(f"{plan.specs.index(spec)}.*")))
+        layer.load_state_dict(stored, assign=True)
+        made = weights_of(layer)
+        assert torch.equal(made.experts.up_EGD, spool.get(spec).experts.up_EGD)
+
+
+def moes(model: torch.nn.Module) -> list[Any]:
+    return [m for m in model.modules() if type(m).__name__ in ("MoE", "TappedMoE")]
+
+
+def test_gradients_are_refused(llama: Path, tmp_path: Path) -> None:
+    sets = ["experts.shared=1", "experts.shared_by=importance", "router.top_k=1"]
+    result = CliRunner().invoke(main, arguments(llama, tmp_path / "out", "--stream", sets=sets))
+    assert result.exit_code == 2
+    assert "look at gradients" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def onnx(tmp_path: Path) -> Path:
+    return onnx_files.by_hand(tmp_path / "dense.onnx", "relu")
+
+
+def onnx_convert(path: Path, out: Path, *options: str) -> Result:
+    overrides = [part for key in (*RIDGE, *SHORT) for part in ("--set", key)]
+    start = ["convert", str(path), "--recipe", "factorllm", "--out", str(out)]
+    return CliRunner().invoke(main, [*start, *overrides, *options])
+
+
+def test_an_onnx_file_is_calibrated(tmp_path: Path) -> None:
+    path, out = onnx(tmp_path), tmp_path / "out"
+    result = onnx_convert(path, out)
+    assert result.exit_code == 0, result.output
+    found = report(out)["calibration"]
+    assert found["data"].startswith("random inputs, which stand for nothing")
+    assert all(row["tokens"] > 0 for row in found["layers"])
+    assert "random inputs, which stand for nothing" in (out / "README.md").read_text()
+
+
+def test_an_onnx_layer_is_shown_what_the_dense_file_gives(tmp_path: Path) -> None:
+    """The first FFN of this file reads the input of the graph."""
+    source = OnnxSource(onnx(tmp_path))
+    (value,) = source.model.graph.inputs
+    assert value.shape is not None
+    width = value.shape[-1]
+    assert isinstance(width, int)
+    x = np.random.default_rng(0).standard_normal((12, *[3] * (len(value.shape) - 2), width))
+    tensors = {str(value.name): torch.from_numpy(x.astype(np.float32))}
+    recipe = load_recipe("factorllm", [*RIDGE, *SHORT])
+    plan = source.plan(recipe, "test")
+    seen = onnx_calibration(source, recipe, Given("x", tensors=tensors)).seen(plan.specs[0])
+    expected = tensors[str(value.name)][torch.arange(12) % 4 != 0].flatten(0, -2)
+    torch.testing.assert_close(torch.cat(seen.x), expected, rtol=0, atol=0)
+
+
+def test_what_an_onnx_file_does_not_read_is_refused(tmp_path: Path) -> None:
+    path, out = onnx(tmp_path), tmp_path / "out"
+    text, tensors = tmp_path / "text.txt", tmp_path / "x.npz"
+    text.write_text("a text " * 200)
+    np.savez(tensors, other=np.zeros((4, 3)))
+    for given, words in ((text, "a text needs a tokenizer"), (tensors, "is missing")):
+        result = onnx_convert(path, out, "--calibration", str(given))
+        assert result.exit_code == 2, result.output
+        assert words in result.stderr
+        assert not out.exists()
+
+
+def test_a_source_without_data_is_refused(tmp_path: Path) -> None:
+    source = OnnxSource(onnx(tmp_path))
+    with pytest.raises(UsageError, match="give a text, if its tokenizer is beside it, or tensors"):
+        onnx_calibration(source, load_recipe("factorllm"), Given("", images=(tmp_path,) * 4))
