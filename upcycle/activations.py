@@ -4,13 +4,17 @@ Shape suffixes: T tokens, D d_model, F neurons, N domains.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from upcycle.weights import FFNWeights
 
-CHUNK = 2048  # tokens at a time: hidden activations are never kept, they are computed again
+CHUNK = 2048  # tokens at a time
+# Numbers of one FFN's hidden activations that are kept, because methods read them several times;
+# where there are more they are computed again.
+KEPT = 2**27
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Activations:
     id_T: torch.Tensor | None = None
     domain_T: torch.Tensor | None = None
     importance_NF: torch.Tensor | None = None
+    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return sum(map(len, self.x))
@@ -40,10 +45,20 @@ class Activations:
                 yield some_TD.float()
 
     def hidden(self, ffn: FFNWeights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens [t, D] with the hidden activations of `ffn` on them [t, F], float32."""
+        """Tokens [t, D] with the hidden activations of `ffn` on them [t, F], float32.
+
+        They may be asked for again, so they must not be changed.
+        """
+        if self._kept.get("rows") is not ffn.up_MFD:
+            self._kept.clear()
+            if len(self) * ffn.up_MFD.shape[1] <= KEPT:
+                self._kept |= {"hidden": list(self._hidden(ffn)), "rows": ffn.up_MFD}
+        yield from zip(self.chunks(), self._kept.get("hidden") or self._hidden(ffn), strict=True)
+
+    def _hidden(self, ffn: FFNWeights) -> Iterator[torch.Tensor]:
         ffn = ffn.to(torch.float32)
         for x_TD in self.chunks():
-            yield x_TD, ffn.hidden(x_TD)
+            yield ffn.hidden(x_TD)
 
     def of_neurons(self, neuron_F: torch.Tensor) -> "Activations":
         """The same for an FFN that has only some of the neurons."""
