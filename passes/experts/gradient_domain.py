@@ -21,11 +21,12 @@ def domain_ranks(spec: MoESpec, data: Activations | None) -> torch.Tensor:
         UsageError: there are not as many domains as routed experts.
     """
     importance_NF = importance_of(data)
-    if len(importance_NF) != spec.num_experts:
+    found = len(importance_NF)
+    if found != spec.num_experts:
         raise UsageError(
             f"{spec.ffn.path}: `experts.method: {spec.experts.method}` makes an expert for each "
             f"domain of the calibration texts, and there are {spec.num_experts} routed experts and "
-            f"{len(importance_NF)} domains; make them equal"
+            f"{found} domain{'' if found == 1 else 's'}; make them equal"
         )
     return ranks(importance_NF)
 
