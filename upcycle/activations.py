@@ -52,7 +52,7 @@ class Activations:
         if self._kept.get("rows") is not ffn.up_MFD:
             self._kept.clear()
             if len(self) * ffn.up_MFD.shape[1] <= KEPT:
-                self._kept |= {"hidden": list(self._hidden(ffn)), "rows": ffn.up_MFD}
+                self._kept.update(hidden=list(self._hidden(ffn)), rows=ffn.up_MFD)
         yield from zip(self.chunks(), self._kept.get("hidden") or self._hidden(ffn), strict=True)
 
     def _hidden(self, ffn: FFNWeights) -> Iterator[torch.Tensor]:
