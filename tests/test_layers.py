@@ -51,6 +51,7 @@ LAYERS = {
     "upcycle.passes": 4,
     # 3: one method, one format
     "upcycle.passes.experts": 3,
+    "upcycle.passes.least_squares": 3,
     "upcycle.passes.gates": 3,
     "upcycle.targets": 3,
     # 2: what the steps work on
