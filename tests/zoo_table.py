@@ -10,6 +10,7 @@ HEAD = (
     "architecture", "class", "found / expected", "activation", "placement", "refused",
     "error", "seconds, at most",
 )  # fmt: skip
+TRIED = "\n## Tried and not captured\n"
 STABLE = len(HEAD) - 2  # columns; the last two depend on the machine
 
 TEXT = """\
@@ -52,10 +53,16 @@ def markdown(table: list[list[str]]) -> str:
     ffns = sum(int(cells[2].partition(" ")[0]) for cells in table)
     lines = [list(HEAD), ["---"] * len(HEAD), *table]
     text = TEXT.format(count=len(table), ffns=ffns)
-    return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + "".join(f"| {' | '.join(line)} |\n" for line in lines) + _tried()
+
+
+def _tried() -> str:
+    """The end of the page, which was written by hand and is kept."""
+    return "".join(TABLE.read_text().partition(TRIED)[1:])
 
 
 def written_rows() -> list[list[str]]:
     """The rows that the page has."""
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("|")]
+    table = TABLE.read_text().partition(TRIED)[0]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
