@@ -6,8 +6,11 @@ import numerics
 import pytest
 import torch
 
+from upcycle.ffn import Located
 from upcycle.passes.experts.cluster import features_of
 from upcycle.passes.gates import GATES
+from upcycle.passes.plan import make_plan
+from upcycle.passes.transform import transform
 
 SPLIT = {"method": "cluster", "count": 7}  # 48 neurons: widths 7 and 6, so there is padding
 
@@ -38,6 +41,23 @@ def test_avg_key_logit_is_the_mean_pre_activation() -> None:
         mean_T = z_TF[:, [n for n in neurons if n >= 0]].mean(1)
         # Rows were rounded to float32: 16 products, each off by 2^-24 of about one.
         torch.testing.assert_close(logits_TE[:, e], mean_T, rtol=0, atol=16 * 2**-24)
+
+
+@pytest.mark.parametrize("method", ["avg_key", "centroid"])
+def test_weights_on_the_meta_device_become_a_router_there(method: str) -> None:
+    ffn = numerics.random_ffn("swiglu")
+    there = dataclasses.replace(
+        ffn,
+        up_MFD=ffn.up_MFD.to("meta"),
+        up_bias_MF=None,
+        down_OF=ffn.down_OF.to("meta"),
+        down_bias_O=None,
+    )
+    experts = {"method": "contiguous", "count": 7}
+    recipe = numerics.make_recipe(experts, router(method))
+    (spec,) = make_plan(Located(ffns=(numerics.site(there),)), recipe).specs
+    weight_ED = transform(there, spec).router["weight"]
+    assert (weight_ED.device.type, weight_ED.shape) == ("meta", (7, 16))
 
 
 def test_a_tied_router_follows_the_experts() -> None:

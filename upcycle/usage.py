@@ -40,16 +40,15 @@ def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations) -
     length_F = ffn.down_OF.float().norm(dim=0)
     load_E = torch.zeros(spec.num_experts, dtype=torch.int64)
     captured, total = 0.0, 0.0
-    by = getattr(router, "by", None)
+    by: str | None = getattr(router, "by", None)
     ids_T = {"token": seen.id_T, "domain": seen.domain_T}.get(by or "")
+    given = Given(by or "token", None)
     if by is not None:
-        router.given = Given(by, None)  # type: ignore[assignment]  # no module
+        router.given = given  # type: ignore[assignment]  # no module
     done = 0
     for x_TD, h_TF in seen.hidden(ffn):
-        if by is not None and ids_T is not None:
-            router.given.keep(ids_T[done : done + len(x_TD)])
-        elif by is not None:
-            router.stand_in(len(x_TD))
+        rows = torch.arange(done, done + len(x_TD))
+        given.keep(rows if ids_T is None else ids_T[rows])
         done += len(x_TD)
         _, weights_TK, index_TK = router(x_TD)
         visited_TE = torch.zeros(len(x_TD), spec.num_experts)

@@ -115,7 +115,7 @@ def fit(
     """
     chunk = 2048
     wanted_TE = torch.nn.functional.one_hot(label_T, count).float()
-    pairs = zip(x_TD.split(chunk), wanted_TE.split(chunk), strict=True)
+    pairs = zip(torch.split(x_TD, chunk), torch.split(wanted_TE, chunk), strict=True)
     found = [regress(pairs, penalty=penalty), _nearest_centre(x_TD.double(), label_T, count)]
 
     def right(scores: tuple[torch.Tensor, torch.Tensor]) -> int:

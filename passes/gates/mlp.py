@@ -109,7 +109,7 @@ def _step(
 ) -> None:
     loss = F.binary_cross_entropy_with_logits(_logits(tensors, x_TD), target_TE)
     optimizer.zero_grad()
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step()
 
 
