@@ -58,7 +58,7 @@ class CalibrationData:
         """For the report."""
         found = {"data": self.what, "batches": len(self.batches), "sequential": sequential}
         if self.domains is not None:
-            found["domains"] = len(torch.cat(list(self.domains)).unique())
+            found["domains"] = int(torch.cat(list(self.domains)).bincount().count_nonzero())
         return found
 
     @property
@@ -140,8 +140,7 @@ def calibration_data(
     if given.batches:
         return _placed(model, given.batches, given.what)
     if given.tensors is not None or given.images:
-        batches = _examples(model, given, wanted, directory)
-        return _placed(model, batches, given.what)
+        return _placed(model, _examples(model, given, wanted, directory), given.what)
     _check_reads_text(model)
     if tokenizer is None:
         raise UsageError(

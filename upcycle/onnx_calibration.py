@@ -138,7 +138,7 @@ def _batches(source: OnnxSource, tensors: Mapping[str, torch.Tensor]) -> list[Fe
     count = count // rows * rows if fixed else count
     if not count:
         raise UsageError(f"--calibration: the file reads {rows} examples at once; give as many")
-    split = {name: tensors[name][:count].split(rows) for name in names}
+    split = {name: torch.split(tensors[name][:count], rows) for name in names}
     return [
         given_inputs(source.model, {name: pieces[i].numpy() for name, pieces in split.items()})
         for i in range(-(-count // rows))

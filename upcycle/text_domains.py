@@ -34,7 +34,8 @@ def text_domains(
             f"--calibration: {len(ids)} sequences cannot be grouped into {count} domains; give "
             "more data, or a shorter `calibration.length`"
         )
-    _, flat = torch.tensor([i for row in ids for i in row]).unique(return_inverse=True)
+    flat_T = torch.tensor([i for row in ids for i in row])
+    _, flat = flat_T.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     row_T = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor([len(r) for r in ids]))
     count_NV = torch.zeros(len(ids), int(flat.max()) + 1, dtype=torch.float64)
     count_NV.index_put_((row_T, flat), torch.ones(len(flat), dtype=torch.float64), accumulate=True)
