@@ -128,7 +128,9 @@ class _Place:
         batch, domain_B = self.batch
         numbers_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None]
         kept = tokens_of(batch, numbers_T1, self.shape, domain_B)
-        y_TO: torch.Tensor = _Measured.apply(x_TD, self, kept.x[0][:, 0], kept.domain_T)
+        y_TO: torch.Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
+            x_TD, self, kept.x[0][:, 0], kept.domain_T
+        )
         return y_TO
 
     def add(

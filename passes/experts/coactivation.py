@@ -73,7 +73,7 @@ def counts(markers: Markers) -> sparse.csr_array:
 
 def bisected(together_FF: sparse.csr_array, sizes: list[int], generator: torch.Generator) -> Ints:
     """The group of each node, by bisecting the graph of the strongest edges again and again."""
-    graph = nx.Graph()
+    graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(together_FF.shape[0]))
     for node in graph:
         row = slice(together_FF.indptr[node], together_FF.indptr[node + 1])

@@ -36,9 +36,9 @@ def profile(ffn: FFNWeights, data: Activations) -> torch.Tensor:
 def _groups(data: Activations) -> tuple[torch.Tensor, int]:
     """The group of each token, [T] int64, and how many groups there are."""
     if data.domain_T is not None:
-        names, group_T = data.domain_T.unique(return_inverse=True)
-        if len(names) > 1:
-            return group_T, len(names)
+        domains = 1 + int(data.domain_T.max())
+        if domains > 1:
+            return data.domain_T, domains
     tokens = len(data)
     count = min(BLOCKS, max(tokens, 1))
     return torch.arange(tokens) * count // max(tokens, 1), count
