@@ -2,19 +2,16 @@
 
 from dataclasses import dataclass
 
-from upcycle.passes.experts import EXPERTS
+from upcycle.ffn import FFN, Located, Projection
 from upcycle.passes.needs import needs
-from upcycle.recipe import Recipe
+from upcycle.passes.plan import make_plan
+from upcycle.pointwise import Pointwise
+from upcycle.recipe import Layers, Recipe
 from upcycle.recipe_file import load_recipe
 
-PROMISES = {
-    "copies": "exact: it starts as the dense model",
-    "slices": "exact: it starts as the dense model",
-    "residual": "exact: it starts as the dense model",
-    "altered": "approximate: the experts are changed copies",
-    "split": "exact when all experts are run",
-    "subsets": "approximate: experts share or leave out neurons",
-}
+# A recipe is planned for an FFN as they are in most language models.
+_WIDTH, _NEURONS = 4096, 12288
+_SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 
 
 @dataclass(frozen=True)
@@ -35,34 +32,37 @@ def shipped_facts(name: str) -> RecipeFacts:
 
 
 def recipe_facts(recipe: Recipe) -> RecipeFacts:
-    """What can be said of `recipe` for every model; ``upcycle plan`` says what it is for one."""
-    experts, router = recipe.experts, recipe.router
-    kind = EXPERTS[experts.method].kind
-    promise = PROMISES[kind]
-    if kind == "split" and router.top_k == "all" and router.select in ("top_k", "all"):
-        promise = "exact: all experts are run"
-    if recipe.compensate.any:
-        promise = "approximate: compensated in closed form"
+    """What can be said of `recipe` for most models; ``upcycle plan`` says what it is for one.
+
+    The promise and the neurons that a token meets, at most, are those of a plan for one SwiGLU FFN
+    of 12288 neurons.
+    """
+    names = ("gate", "up", "down")
+    gate, up, down = (Projection(n, f"{n}.weight", None, False, (0, _NEURONS, 1)) for n in names)
+    ffn = FFN(
+        path="mlp",
+        kind="ffn",
+        placement="module",
+        expansions=(gate, up),
+        contraction=down,
+        pointwise=_SWIGLU,
+        d_model=_WIDTH,
+        d_ff=_NEURONS,
+        d_out=_WIDTH,
+    )
+    experts = recipe.experts
+    if experts.method == "from_checkpoints":  # the user names them
+        sources = experts.sources or ("base",) * experts.count
+        experts = experts.model_copy(update={"sources": sources})
+    planned = recipe.model_copy(update={"layers": Layers(), "experts": experts})
+    (spec,) = make_plan(Located((ffn,)), planned).specs
+    active = (spec.top_k * spec.width + spec.shared) / _NEURONS
     wanted = needs(recipe)
-    input_of = "nothing but the model"
+    shown = "nothing but the model"
     if "gradients" in wanted:
-        input_of = "gradients on calibration data"
+        shown = "gradients on calibration data"
     elif wanted or experts.adaptive:
-        input_of = "activations on calibration data"
+        shown = "activations on calibration data"
     if experts.method == "from_checkpoints":
-        input_of = f"several checkpoints, and {input_of}" if wanted else "several checkpoints"
-    return RecipeFacts(promise, _active(recipe, kind), input_of)
-
-
-def _active(recipe: Recipe, kind: str) -> str:
-    """The neurons that a token meets, relative to those of the dense FFN, at most."""
-    experts, router = recipe.experts, recipe.router
-    if kind == "subsets" or isinstance(experts.shared, float):
-        return "see `upcycle plan`"
-    slices = experts.granularity if kind in ("slices", "residual") else 1
-    routed = experts.count - (experts.shared if kind == "split" else 0)
-    top_k = routed if router.top_k == "all" else router.top_k
-    parts = experts.count if kind == "split" else slices
-    part = (top_k + (experts.shared if kind == "split" else 0)) / parts
-    part += 1 if kind == "residual" else 0
-    return f"{part:.0%} of the FFN"
+        shown = f"several checkpoints, {shown}" if wanted else "several checkpoints"
+    return RecipeFacts(spec.promise, f"{active:.0%} of the FFN", shown)
