@@ -167,6 +167,12 @@ def plain() -> nn.Module:
     return Plain()
 
 
+def weightless() -> nn.Module:
+    """For ``small_models:weightless``."""
+    with torch.device("meta"):
+        return Plain()
+
+
 def plain_inputs() -> tuple[torch.Tensor, ...]:
     """For ``--inputs small_models:plain_inputs``."""
     return (torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0)),)

@@ -153,6 +153,7 @@ def test_pickles_are_read_when_allowed(copied: Path, tmp_path: Path) -> None:
         ("small_models:nothing", "small_models:nothing: calling it failed: AttributeError"),
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("small_models:tokenizer", "not an nn.Module"),
+        ("small_models:weightless", "the model has no weights, it is on the meta device"),
         (":f", "write it as package.module:callable"),
     ],
 )

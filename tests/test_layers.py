@@ -84,6 +84,7 @@ LAYERS = {
     "upcycle.layer_weights": 1,
     "upcycle.kept": 1,
     "upcycle.modes": 1,
+    "upcycle.named": 1,
     "upcycle.moe": 1,
     "upcycle.plain_json": 1,
     "upcycle.pointwise": 1,

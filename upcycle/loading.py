@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 from upcycle.errors import UsageError
+from upcycle.named import call_named
 from upcycle.quiet import quiet
-from upcycle.source import call_named
 from upcycle.tap import install
 from upcycle.targets import remote_code
 from upcycle.targets.checkpoint import UPCYCLE_JSON

@@ -1,9 +1,6 @@
 """The dense model that the user names: a Hugging Face directory, a sample, or a Python callable."""
 
-import importlib
 import json
-import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +12,7 @@ from torch import nn
 from upcycle import samples
 from upcycle.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError
+from upcycle.named import call_named, one_line
 from upcycle.quiet import quiet
 from upcycle.targets.tensor_source import read_tensors
 
@@ -53,7 +51,7 @@ class Source:
     def skeleton(self) -> nn.Module:
         """The model without weights: on the meta device where it comes from a configuration."""
         if self.directory is None:
-            return self.load()
+            return self._called()
         config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
         cls = self._model_class(config)
         try:
@@ -69,6 +67,13 @@ class Source:
             ) from error
         return model.eval()
 
+    def _called(self) -> nn.Module:
+        """What the callable returns, on the device; a model without weights stays as it is."""
+        module: nn.Module = call_named(self.name, nn.Module, "an nn.Module")
+        if self.dtype is not None:
+            module = module.to(self.dtype)
+        return module.eval() if _is_meta(module) else module.to(self.device).eval()
+
     def load(self, *, mapped: bool = False) -> nn.Module:
         """The model with its weights, in eval mode.
 
@@ -78,10 +83,13 @@ class Source:
             UsageError: the files are broken, or do not fit the configuration.
         """
         if self.directory is None:
-            module: nn.Module = call_named(self.name, nn.Module, "an nn.Module")
-            if self.dtype is not None:
-                module = module.to(self.dtype)
-            return module.to(self.device).eval()
+            module = self._called()
+            if _is_meta(module):
+                raise UsageError(
+                    f"{self.name}: the model has no weights, it is on the meta device; give one "
+                    "that has them (inspect and plan need none)"
+                )
+            return module
         config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
         stored = read_tensors(self.directory, allow_pickle=self.allow_pickle)  # or what is broken
         options: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
@@ -212,7 +220,7 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
                 f"{directory}: the model brings its own Python code; pass --trust-remote-code if "
                 "you have read it and trust it"
             ) from error
-        raise UsageError(f"{directory}/config.json: {_line(error)}") from error
+        raise UsageError(f"{directory}/config.json: {one_line(error)}") from error
 
 
 def _check_not_ours(directory: Path) -> None:
@@ -241,6 +249,10 @@ def _check_dense(directory: Path, config: Any) -> None:
             )
 
 
+def _is_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
 def _device(device: str | None) -> str:
     if device in (None, "cpu"):
         return "cpu"
@@ -249,31 +261,8 @@ def _device(device: str | None) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {_line(error)}") from error
+        raise UsageError(f"--device {device}: {one_line(error)}") from error
     return str(device)
-
-
-def call_named(name: str, kind: Any, wanted: str) -> Any:
-    """What ``package.module:callable`` returns; modules of the working directory are found.
-
-    Raises:
-        UsageError: there is no such callable, it failed, or it returned something else than `kind`.
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"{name}: write it as package.module:callable")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        value = getattr(importlib.import_module(module_name), attribute)()
-    except Exception as error:
-        raise UsageError(
-            f"{name}: calling it failed: {type(error).__name__}: {_line(error)}"
-        ) from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    if not isinstance(value, kind):
-        raise UsageError(f"{name}: it returned {type(value).__name__}, not {wanted}")
-    return value
 
 
 def _unless_ours(error: Exception, problem: str) -> Exception:
@@ -282,11 +271,4 @@ def _unless_ours(error: Exception, problem: str) -> Exception:
         return error
     if "DefaultCPUAllocator" in str(error):
         return error
-    return UsageError(f"{problem}: {_line(error)}")
-
-
-def _line(error: BaseException) -> str:
-    """The error's own words on one line, at most about 300 characters of them."""
-    text = textwrap.shorten(" ".join(str(error).split()), 300, placeholder=" ...")
-    name = type(error).__name__
-    return f"{name} {text}" if isinstance(error, KeyError) else text or name
+    return UsageError(f"{problem}: {one_line(error)}")

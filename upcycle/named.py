@@ -1,0 +1,39 @@
+"""Objects that the user names: what ``package.module:callable`` returns."""
+
+import importlib
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import UsageError
+
+
+def call_named(name: str, kind: Any, wanted: str) -> Any:
+    """What ``package.module:callable`` returns; modules of the working directory are found.
+
+    Raises:
+        UsageError: there is no such callable, it failed, or it returned something else than `kind`.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UsageError(f"{name}: write it as package.module:callable")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        value = getattr(importlib.import_module(module_name), attribute)()
+    except Exception as error:
+        raise UsageError(
+            f"{name}: calling it failed: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(value, kind):
+        raise UsageError(f"{name}: it returned {type(value).__name__}, not {wanted}")
+    return value
+
+
+def one_line(error: BaseException) -> str:
+    """The error's own words on one line, at most about 300 characters of them."""
+    text = textwrap.shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+    name = type(error).__name__
+    return f"{name} {text}" if isinstance(error, KeyError) else text or name
