@@ -55,7 +55,7 @@ def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activatio
         return made
     ffn = ffn.to(torch.float32)
     stream = _Stream(made, ffn, spec, data)
-    if wanted.refit or wanted.low_rank or wanted.mean:
+    if wanted.refit or spec.low_rank or wanted.mean:
         down_OF, bias_O, thin = _fit(stream, spec)
     else:
         down_OF, bias_O, thin = ffn.down_OF, torch.zeros(len(ffn.down_OF)), None
@@ -136,10 +136,10 @@ Thin = tuple[torch.Tensor, torch.Tensor] | None
 
 def _fit(stream: _Stream, spec: MoESpec) -> tuple[torch.Tensor, torch.Tensor, Thin]:
     """The contraction [O, F], the offset [O], and the linear map, fitted together."""
-    wanted, ffn = spec.compensate, stream.ffn
+    wanted, ffn, rank = spec.compensate, stream.ffn, spec.low_rank
     d_out, d_ff = ffn.down_OF.shape
     d_model = ffn.up_MFD.shape[-1]
-    neurons, inputs = (d_ff if wanted.refit else 0), (d_model if wanted.low_rank else 0)
+    neurons, inputs = (d_ff if wanted.refit else 0), (d_model if rank else 0)
     count = neurons + inputs + int(wanted.mean)
     fit, held_out = Sums.zeros(count, d_out), Sums.zeros(count, d_out)
     place = 0
@@ -163,16 +163,15 @@ def _fit(stream: _Stream, spec: MoESpec) -> tuple[torch.Tensor, torch.Tensor, Th
     if inputs:
         these = slice(neurons, neurons + inputs)
         beta_PO = solve(whole, penalty * relative_P)
-        thin_DR = input_basis(beta_PO[these], whole.zz_PP[these, these], wanted.low_rank)
-        basis_PQ = torch.eye(count)[:, : count - inputs + wanted.low_rank]
+        thin_DR = input_basis(beta_PO[these], whole.zz_PP[these, these], rank)
+        basis_PQ = torch.eye(count)[:, : count - inputs + rank]
         basis_PQ[these] = 0
-        basis_PQ[these, neurons : neurons + wanted.low_rank] = thin_DR
-        basis_PQ[neurons + inputs :, neurons + wanted.low_rank :] = torch.eye(int(wanted.mean))
+        basis_PQ[these, neurons : neurons + rank] = thin_DR
+        basis_PQ[neurons + inputs :, neurons + rank :] = torch.eye(int(wanted.mean))
         relative_P = torch.full((basis_PQ.shape[1],), FREE)
         relative_P[:neurons] = 1
     beta_QO = solve(whole.through(basis_PQ), penalty * relative_P)
     down_OF = ffn.down_OF + beta_QO[:neurons].t() if neurons else ffn.down_OF
-    rank = wanted.low_rank
     thin = None
     if rank:
         map_RO = beta_QO[neurons : neurons + rank]

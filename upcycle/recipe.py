@@ -199,7 +199,9 @@ class Compensate(Section):
     scale: bool = Field(False, description="one factor on the output")
     affine: bool = Field(False, description="a factor and an offset for each output")
     mean: bool = Field(False, description="the mean of what was dropped")
-    low_rank: int = Field(0, ge=0, description="rank of a linear map of the input")
+    low_rank: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0, description="rank of a linear map of the input; below 1, that part of its width"
+    )
     refit: bool = Field(False, description="fit the down projections again, on the chosen neurons")
     ridge: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.1, 0.5, 2.0),

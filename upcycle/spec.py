@@ -53,12 +53,18 @@ class MoESpec:
         return [e * count // self.num_experts for e in range(self.num_experts)] if count else []
 
     @property
+    def low_rank(self) -> int:
+        """The rank of the linear map that every token gets; 0 if there is none."""
+        wanted = self.compensate.low_rank
+        return wanted if isinstance(wanted, int) else round(wanted * self.ffn.d_model)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the layer is the best `top_k` of experts by linear scores, and nothing else."""
         router = self.router_config()
         is_best = router["select"]["rule"] == "top_k" and not router["balance"]
         rules = ("one", "renormalised", "renorm_detach", "softmax")
-        has_more = self.shared or self.compensate.low_rank
+        has_more = self.shared or self.low_rank
         linear = router["kind"] == "linear" and router["weights"] in rules
         return linear and is_best and not has_more
 
@@ -108,7 +114,7 @@ class MoESpec:
             "num_experts": self.num_experts,
             "width": self.width,
             "shared": self.shared,
-            "low_rank": self.compensate.low_rank,
+            "low_rank": self.low_rank,
             "d_model": ffn.d_model,
             "d_out": ffn.d_out,
             "axis": ffn.axis,

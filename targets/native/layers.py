@@ -89,7 +89,7 @@ def _router_reason(spec: MoESpec, weight_rules: Collection[WeightRule]) -> str |
     router = spec.router
     if spec.shared:
         return "it has no shared expert"
-    if spec.compensate.low_rank:
+    if spec.low_rank:
         return "it has no low-rank term; set `compensate.low_rank: 0`"
     if spec.layer_config()["output_bias"]:
         return "it has no output bias, which `compensate` makes"
