@@ -50,7 +50,10 @@ def overrides_for(recipe: Recipe, level: float, ffns: int) -> list[str] | None:
     """Changes of a recipe so that a token meets this part of all neurons; None if it cannot."""
     experts, layers = recipe.experts, recipe.layers
     if experts.method == "token_sets":  # its own layers: those that stay dense count fully
-        dense = int(layers.skip_first) + int(layers.skip_last)
+        dense = sum(
+            math.floor(n * ffns + 1e-9) if isinstance(n, float) else n
+            for n in (layers.skip_first, layers.skip_last)
+        )
         part = (level * ffns - dense) / (ffns - dense)
         shared = experts.shared if isinstance(experts.shared, float) else 0.0
         return [f"experts.width={part - shared:.4f}"] if part > shared else None
