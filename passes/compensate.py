@@ -12,12 +12,14 @@ P predictors.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from upcycle.activations import Activations
 from upcycle.passes.least_squares import Sums, best_penalty, input_basis, solve
-from upcycle.routers import ROUTERS
+from upcycle.passes.visits import members, visits
+from upcycle.recipe import Compensate
 from upcycle.spec import MoESpec
 from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights
 
@@ -101,34 +103,22 @@ class _Stream:
     """The calibration tokens as the fits read them, computed again on each pass."""
 
     def __init__(self, made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activations) -> None:
-        self.ffn, self._data = replace(ffn, down_bias_O=None), data
-        self._router = ROUTERS[spec.router_config()["kind"]](spec.router_config()).eval()
-        self._router.load_state_dict(dict(made.router))
+        self.ffn = replace(ffn, down_bias_O=None)
         d_ff = ffn.down_OF.shape[1]
-        self._member_EF = _members(made.experts.neuron_EI, d_ff)
+        self._member_EF = members(made.experts.neuron_EI, d_ff)
         self._always_F = torch.zeros(d_ff)
         if made.shared is not None:
-            self._always_F = _members(made.shared.neuron_EI, d_ff)[0]
-        sizes = [y_TO.square().sum(1) for y_TO in map(self.ffn, data.chunks())]
+            self._always_F = members(made.shared.neuron_EI, d_ff)[0]
+        plain = replace(spec, compensate=Compensate())
+        self._visits = partial(visits, plain, ffn, made, data)
+        sizes = [(h_TF @ ffn.down_OF.t()).square().sum(1) for _, h_TF in data.hidden(ffn)]
         self._median = float(torch.cat(sizes).median()) or 1.0
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[_Tokens]:
-        for x_TD, h_TF in self._data.hidden(self.ffn):
-            _, weights_TK, index_TK = self._router(x_TD)
-            weights_TE = torch.zeros(len(x_TD), len(self._member_EF))
-            weights_TE.scatter_(1, index_TK, weights_TK)
+        for x_TD, h_TF, weights_TE in self._visits():
             visited_TF = h_TF * (weights_TE @ self._member_EF + self._always_F)
             y_TO = h_TF @ self.ffn.down_OF.t()
             yield _Tokens(x_TD, visited_TF, y_TO, 1 / (y_TO.square().sum(1) + self._median))
-
-
-def _members(neuron_EI: torch.Tensor, d_ff: int) -> torch.Tensor:
-    """1 where expert e holds neuron f, [E, F] float32."""
-    member_EF = torch.zeros(len(neuron_EI), d_ff + 1)
-    # Padding goes to an extra column.
-    member_EF.scatter_(1, torch.where(neuron_EI < 0, d_ff, neuron_EI), 1.0)
-    return member_EF[:, :d_ff]
 
 
 Thin = tuple[torch.Tensor, torch.Tensor] | None

@@ -1,12 +1,15 @@
 """Compensation: exact where it can be, the least-squares optimum elsewhere, and never worse."""
 
+import dataclasses
+
 import numerics
 import pytest
 import torch
 
 from upcycle.errors import PlanError
 from upcycle.passes.least_squares import Sums, input_basis, solve
-from upcycle.recipe import Recipe
+from upcycle.passes.visits import members, visits
+from upcycle.recipe import Compensate, Recipe, Router
 
 SPLIT = {"method": "random", "count": 6, "shared": 1, "shared_by": "contribution"}
 ROUTER = {"method": "normal", "top_k": 2, "weights": "one", "std": 0.3}
@@ -83,6 +86,36 @@ def test_what_is_dropped_and_constant_is_put_back() -> None:
     assert (without.tokens(x_TD) - ffn(x_TD)).abs().max() > 0.1
     mean_TO = (layer.tokens(x_TD) - ffn(x_TD)).mean(0)
     assert (mean_TO.abs() < (without.tokens(x_TD) - ffn(x_TD)).mean(0).abs().max()).all()
+
+
+def test_a_router_that_looks_at_ids_is_followed() -> None:
+    ffn = numerics.random_ffn("gelu", dtype=torch.float32)
+    data = numerics.seen(ffn)
+
+    def gap(compensate: dict[str, object]) -> float:
+        made = recipe(compensate)
+        router = Router(method="hash", top_k=1, weights="one")
+        spec, weights, _ = numerics.convert(ffn, made.model_copy(update={"router": router}))
+        plain = dataclasses.replace(spec, compensate=Compensate())
+        plain_weights = dataclasses.replace(weights, low_rank=None)
+        held_EF = members(weights.experts.neuron_EI, 48)
+        down_EFO = torch.zeros(spec.num_experts, 48, 16)
+        for expert, neurons in enumerate(weights.experts.neuron_EI.tolist()):
+            for slot, neuron in enumerate(neurons):
+                if neuron >= 0:
+                    down_EFO[expert, neuron] = weights.experts.down_EOI[expert, :, slot]
+        assert torch.equal(down_EFO.abs().sum(-1) > 0, held_EF > 0)
+        assert weights.shared is not None
+        shared_SO = weights.shared.down_EOI[0].t()
+        total = 0.0
+        for x_TD, h_TF, weights_TE in visits(plain, ffn, plain_weights, data):
+            y_TO = torch.einsum("te,tf,efo->to", weights_TE, h_TF, down_EFO)
+            y_TO = y_TO + h_TF[:, weights.shared.neuron_EI[0]] @ shared_SO
+            assert weights.output_bias_O is not None
+            total += float((y_TO + weights.output_bias_O - ffn(x_TD)).square().sum())
+        return total
+
+    assert gap({"refit": True, "mean": True}) < 0.9 * gap({})
 
 
 def test_only_sets_of_neurons_are_compensated() -> None:

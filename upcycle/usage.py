@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from upcycle.activations import Activations
-from upcycle.context import Given
-from upcycle.layer_weights import layer_around
+from upcycle.passes.visits import members, visits
 from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights, MoEWeights
 
@@ -30,29 +29,15 @@ def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations) -
         made: what it became.
         seen: what it was given. Memory: the hidden activations of 2048 tokens.
     """
-    router = layer_around(spec.layer_config(), made).router
-    neuron_EI, d_ff = made.experts.neuron_EI, ffn.down_OF.shape[1]
-    member_EF = torch.zeros(len(neuron_EI), d_ff + 1)
-    member_EF.scatter_(1, neuron_EI.where(neuron_EI >= 0, d_ff), 1.0)
-    member_EF = member_EF[:, :-1]  # the last column collected padding and new neurons
+    d_ff = ffn.down_OF.shape[1]
+    member_EF = members(made.experts.neuron_EI, d_ff)
     shared_F = torch.zeros(d_ff)
     shared_F[made.provenance.shared_S] = 1
     length_F = ffn.down_OF.float().norm(dim=0)
     load_E = torch.zeros(spec.num_experts, dtype=torch.int64)
     captured, total = 0.0, 0.0
-    by: str | None = getattr(router, "by", None)
-    ids_T = {"token": seen.id_T, "domain": seen.domain_T}.get(by or "")
-    given = Given(by or "token", None)
-    if by is not None:
-        router.given = given  # type: ignore[assignment]  # no module
-    done = 0
-    for x_TD, h_TF in seen.hidden(ffn):
-        rows = torch.arange(done, done + len(x_TD))
-        given.keep(rows if ids_T is None else ids_T[rows])
-        done += len(x_TD)
-        _, weights_TK, index_TK = router(x_TD)
-        visited_TE = torch.zeros(len(x_TD), spec.num_experts)
-        visited_TE.scatter_add_(1, index_TK, (weights_TK != 0).to(visited_TE))
+    for _, h_TF, weights_TE in visits(spec, ffn, made, seen):
+        visited_TE = (weights_TE != 0).float()
         load_E += visited_TE.sum(0).long()
         mass_TF = h_TF.abs() * length_F
         there_TF = (visited_TE @ member_EF + shared_F).clamp(max=1)
