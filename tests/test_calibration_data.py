@@ -57,6 +57,17 @@ def test_verification_reads_a_quarter_and_calibration_the_rest() -> None:
     assert len(first) == len(samples.default_text()) // 4
 
 
+def test_source_code_that_is_held_out_is_not_calibrated_on() -> None:
+    held_out, rest = (samples.library_source(held_out=held) for held in (True, False))
+    mixed = samples.mixed_calibration_text()
+    assert not any(line in rest for line in held_out.splitlines()[::50] if len(line) > 70)
+    assert len(mixed) > 1.9 * len(samples.calibration_text())
+    first = mixed[:20_000]
+    assert samples.calibration_text()[:4000] in first
+    assert rest[:4000] in first
+    assert samples.verification_text()[:4000] not in mixed
+
+
 @pytest.mark.parametrize(
     "given",
     [

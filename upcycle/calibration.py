@@ -133,10 +133,7 @@ def calibration_data(
         batches = evaluation_for(model, seed=1000 + recipe.seed).batches
         what = "random inputs, which stand for nothing: give data with --calibration"
         return _placed(model, batches, what)
-    if given is None:
-        given = Given("the documentation of Python", texts=(samples.calibration_text(),))
-    else:
-        given = given.parts()[1]
+    given = _default(model) if given is None else given.parts()[1]
     if given.batches:
         return _placed(model, given.batches, given.what)
     if given.tensors is not None or given.images:
@@ -190,6 +187,13 @@ def _check_reads_text(model: nn.Module) -> None:
     kind = getattr(model, "main_input_name", "input_ids")
     if kind != "input_ids":
         raise UsageError(f"--calibration: a text, and the model reads {kind}; give that")
+
+
+def _default(model: nn.Module) -> Given:
+    if is_language_model(model):
+        what = "the documentation and the source code of Python"
+        return Given(what, texts=(samples.mixed_calibration_text(),))
+    return Given("the documentation of Python", texts=(samples.calibration_text(),))
 
 
 def _sequences(
