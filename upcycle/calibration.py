@@ -115,8 +115,9 @@ def calibration_data(
         model: the dense model, perhaps on the meta device; its data is then on the CPU.
         recipe: how many tokens in sequences of what length, and whether domains are wanted. Those
             that are not given are found by clustering the sequences.
-        given: by the user. If None: three quarters of the documentation of Python for a model with
-            a tokenizer, else random inputs, from which nothing is to be learned.
+        given: by the user. If None: three quarters of the documentation of Python, for a language
+            model in turn with its source code; without a tokenizer random inputs, from which
+            nothing is to be learned.
         directory: where its tokenizer is, if it has one.
         example: inputs that the user gave for the capture, which are better than random ones.
         domains: how many the methods want, if they want any.
