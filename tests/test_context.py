@@ -206,12 +206,13 @@ def test_expert_choice_is_for_encoders() -> None:
 
 @pytest.mark.parametrize("method", ["hash", "ridge", "mlp"])
 def test_decoders_do_not_look_ahead(method: str) -> None:
-    """Changing the last token leaves the outputs before it, bit for bit."""
+    """Changing the last token leaves the outputs before it."""
     more = {} if method == "hash" else {"entries": 65536}
     model = converted("llama", method=method, **more).model
     changed = IDS.clone()
     changed[:, -1] = 99
     with torch.no_grad():
         before, after = model(input_ids=IDS).logits, model(input_ids=changed).logits
+    # Logits are about 10, and tokens of other experts change in which order a kernel sums.
     torch.testing.assert_close(after[:, :-1], before[:, :-1], rtol=0, atol=1e-4)
     assert not torch.allclose(after[:, -1], before[:, -1], atol=1e-2)
