@@ -121,7 +121,7 @@ def _width(ffn: FFN, experts: recipe.Experts, *, shared: int) -> int:
     if kind not in HAS_SHARED:
         return ffn.d_ff
     if experts.width is not None:
-        return min(round(ffn.d_ff * experts.width), ffn.d_ff - shared)
+        return min(max(round(ffn.d_ff * experts.width), 1), ffn.d_ff - shared)
     return -(-(ffn.d_ff - shared) // _num_experts(experts))
 
 
@@ -188,6 +188,17 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
     if recipe.compensate.any and kind not in HAS_SHARED:
         problems.append(
             f"`experts.method: {experts.method}` drops no neurons; leave `compensate` out"
+        )
+    if kind in HAS_SHARED and _shared(ffn, experts) >= ffn.d_ff:
+        problems.append(
+            f"a shared expert of all {ffn.d_ff} neurons leaves none for the others; "
+            "set `experts.shared` lower"
+        )
+    rank, most_rank = recipe.compensate.low_rank, min(ffn.d_model, ffn.d_out)
+    if rank > most_rank:
+        problems.append(
+            f"a linear map from {ffn.d_model} to {ffn.d_out} has no rank of {rank}; "
+            f"set `compensate.low_rank` to {most_rank} or less"
         )
     if top_k > most:
         problems.append(

@@ -118,6 +118,34 @@ def test_a_router_that_looks_at_ids_is_followed() -> None:
     assert gap({"refit": True, "mean": True}) < 0.9 * gap({})
 
 
+def test_a_rank_may_be_a_part_of_the_width() -> None:
+    ffn = numerics.random_ffn("gelu", dtype=torch.float32)
+    spec, weights, _ = numerics.convert(ffn, recipe({"low_rank": 0.25}))
+    assert spec.low_rank == 4
+    assert weights.low_rank is not None
+    assert [tuple(t.shape) for t in weights.low_rank] == [(4, 16), (16, 4)]
+
+
+def test_a_rank_that_no_map_has_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"no rank of 17; set `compensate\.low_rank` to 16"):
+        numerics.convert(numerics.random_ffn("gelu"), recipe({"low_rank": 17}))
+
+
+def test_a_shared_expert_leaves_neurons_for_the_others() -> None:
+    with pytest.raises(PlanError, match=r"of all 48 neurons leaves none for the others"):
+        numerics.convert(numerics.random_ffn("gelu"), recipe({}, SPLIT | {"shared": 0.999}))
+
+
+def test_fewer_tokens_than_kinds_of_tokens() -> None:
+    ffn = numerics.random_ffn("swiglu", dtype=torch.float32)
+    experts = {"method": "token_sets", "count": 600, "width": 0.001}
+    router = {"method": "ridge", "top_k": 1, "weights": "one"}
+    spec, weights, _ = numerics.convert(ffn, numerics.make_recipe(experts, router))
+    assert spec.width == 1
+    assert len(numerics.seen(ffn)) < 600 == len(weights.experts.neuron_EI)
+    assert bool((weights.experts.neuron_EI >= 0).all())
+
+
 def test_only_sets_of_neurons_are_compensated() -> None:
     with pytest.raises(PlanError, match=r"`experts\.method: copy` drops no neurons"):
         numerics.convert(

@@ -87,7 +87,8 @@ def _first_groups(
     sketch_TS = (predicted_TF - predicted_TF.mean(0)) @ torch.randn(
         width, SKETCH, generator=generator
     )
-    centre_ES = sketch_TS[torch.randperm(len(sketch_TS), generator=generator)[:count]]
+    drawn_T = torch.randperm(len(sketch_TS), generator=generator)
+    centre_ES = sketch_TS[drawn_T[torch.arange(count) % len(drawn_T)]]  # again, if tokens are few
     for _ in range(6):
         label_T = torch.cdist(sketch_TS, centre_ES).argmin(1)
         count_E1 = torch.bincount(label_T, minlength=count)[:, None].clamp(min=1)
