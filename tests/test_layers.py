@@ -12,6 +12,7 @@ LAYERS = {
     "upcycle": 5,  # its public names
     # 6: the command line
     "upcycle.cli": 6,
+    "upcycle.commands": 6,
     "upcycle.program": 6,
     # 5: the driver
     "upcycle.calibration": 5,

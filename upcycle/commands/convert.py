@@ -1,0 +1,111 @@
+"""``upcycle convert``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle import console
+from upcycle.commands import options
+from upcycle.program import size_in_bytes
+
+
+@click.command()
+@click.argument("model")
+@options.recipe
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory for the result."
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    type=click.Choice(["safetensors", "onnx"]),
+    default=["safetensors", "onnx"],
+    show_default=True,
+    help="What to write; may be repeated.",
+)
+@click.option(
+    "--calibration",
+    multiple=True,
+    metavar="PATH",
+    help="Data for recipes that need it: text, .jsonl, images, tensors. Several are domains.",
+)
+@click.option(
+    "--text-field",
+    default="text",
+    show_default=True,
+    metavar="NAME",
+    help="Field of a .jsonl record, or column of a data set, with the text.",
+)
+@options.inputs
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: cpu]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    help="Load the weights in this dtype.  [default: the checkpoint's]",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of every draw.  [default: recipe]")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    callback=size_in_bytes,
+    default="5GB",
+    show_default=True,
+    help="Largest size of a weight file.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+@click.option("--verify/--no-verify", default=True, help="Compare with the dense model.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Convert piece by piece, for models larger than memory.  [default: if it must be]",
+)
+@click.option("--resume", is_flag=True, help="Go on with a streamed run that was interrupted.")
+@options.trust
+@click.option(
+    "--allow-pickle", is_flag=True, help="Read weights from .bin files, which can run code."
+)
+@options.log
+def convert(
+    model: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: Path,
+    targets: tuple[str, ...],
+    inputs: str | None,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    seed: int | None,
+    **others: Any,
+) -> None:
+    """Convert MODEL, verify the result and write it."""
+    from upcycle import driver, recipe_file, report
+    from upcycle.source import open_model
+
+    if seed is not None:
+        overrides = (*overrides, f"seed={seed}")
+    loaded = recipe_file.load_recipe(recipe, overrides)
+    source = open_model(
+        model,
+        inputs=inputs,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        dtype=dtype,
+        device=device,
+    )
+    with console.progress() as progress:
+        done = driver.convert_model(
+            source,
+            loaded,
+            recipe_name=Path(recipe).name,
+            out=out,
+            targets=list(dict.fromkeys(targets)),
+            progress=progress,
+            **others,
+        )
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(out)): path.stat().st_size for path in files}
+    console.print_result(*report.conversion_report(done, str(out), sizes))

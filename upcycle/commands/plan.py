@@ -1,0 +1,38 @@
+"""``upcycle plan``."""
+
+from pathlib import Path
+
+import click
+
+from upcycle import console
+from upcycle.commands import options
+from upcycle.program import collector_paused
+
+
+@click.command()
+@click.argument("model")
+@options.recipe
+@options.inputs
+@options.as_json
+@options.trust
+@options.log
+def plan(
+    model: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    inputs: str | None,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Show what a recipe would do to MODEL, and what it costs."""
+    with collector_paused():
+        from upcycle import preview, recipe_file, report
+        from upcycle.source import open_model
+
+        loaded = recipe_file.load_recipe(recipe, overrides)
+        source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
+        planned, estimate = preview.plan_model(source, loaded, Path(recipe).name)
+    if as_json:
+        console.print_json(report.plan_json(planned, estimate))
+    else:
+        console.print_result(*report.plan_report(planned, estimate))

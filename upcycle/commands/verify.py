@@ -1,0 +1,32 @@
+"""``upcycle verify``."""
+
+from pathlib import Path
+
+import click
+
+from upcycle import console
+from upcycle.commands import options
+
+
+@click.command()
+@click.argument("dense")
+@click.argument("converted", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@options.inputs
+@options.as_json
+@options.trust
+@options.log
+def verify(
+    dense: str, converted: Path, inputs: str | None, as_json: bool, trust_remote_code: bool
+) -> None:
+    """Compare CONVERTED with the DENSE model that it was made from."""
+    from upcycle import driver, report
+    from upcycle.source import open_model
+    from upcycle.verification import raise_if_failed
+
+    source = open_model(dense, inputs=inputs, trust_remote_code=trust_remote_code)
+    checked = driver.verify_paths(source, converted)
+    if as_json:
+        console.print_json(checked)
+    else:
+        console.print_result(*report.verification_report(checked))
+    raise_if_failed(checked)
