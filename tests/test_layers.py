@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "upcycle": 5,  # its public names
     # 6: the command line
+    "upcycle.__main__": 6,
     "upcycle.cli": 6,
     "upcycle.commands": 6,
     "upcycle.program": 6,

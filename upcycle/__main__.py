@@ -1,0 +1,5 @@
+"""``python -m upcycle``, which is the command ``upcycle``."""
+
+from upcycle.cli import main
+
+main()
