@@ -29,7 +29,7 @@ from upcycle.ffn import FFN, Located, Projection
 from upcycle.pointwise import Pointwise
 from upcycle.routing import WeightRule
 from upcycle.spec import MoESpec, Plan
-from upcycle.targets.native import NATIVE, build_config, choose, entries, fit
+from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries, fit
 from upcycle.targets.native.layers import is_swiglu, layer_index
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import read_tensors, write_tensors
@@ -472,6 +472,20 @@ def test_choose_gives_the_first_that_fits_and_the_reasons_of_the_others() -> Non
     nothing, reasons = choose(NATIVE, llama(attention_bias=True), plan_of())
     assert nothing is None
     assert list(reasons) == ["mixtral", "qwen3_moe"]
+
+
+def test_choose_asks_whether_a_target_is_wanted_and_can_be_held_to_one() -> None:
+    def few_experts(target: NativeTarget, config: Mapping[str, Any]) -> str | None:
+        return f"{config['num_local_experts']} experts" if target.model_type == "mixtral" else None
+
+    target, reasons = choose(NATIVE, llama(), plan_of(), accepts=few_experts)
+    assert reasons["mixtral"] == "4 experts"
+    target, reasons = choose(NATIVE, llama(), plan_of(), only="mixtral")
+    assert (target, reasons) == (NATIVE["mixtral"], {})
+    target, reasons = choose(NATIVE, llama(), plan_of(), only="qwen3_moe")
+    assert (target, list(reasons)) == (None, ["qwen3_moe"])
+    target, reasons = choose(NATIVE, llama(), plan_of(), only="qwen4")
+    assert (target, "does not know" in reasons["qwen4"]) == (None, True)
 
 
 def test_swiglu_is_known_by_its_values() -> None:

@@ -100,12 +100,32 @@ def fit(target: NativeTarget, config: PreTrainedConfig, plan: Plan) -> str | Non
 
 
 def choose(
-    targets: Mapping[str, NativeTarget], config: PreTrainedConfig, plan: Plan
+    targets: Mapping[str, NativeTarget],
+    config: PreTrainedConfig,
+    plan: Plan,
+    *,
+    accepts: Callable[[NativeTarget, Mapping[str, Any]], str | None] | None = None,
+    only: str | None = None,
 ) -> tuple[NativeTarget | None, dict[str, str]]:
-    """The first target that fits, or None; and the reason of each one before it, by name."""
+    """The first target that fits, or None; and the reason of each one before it, by name.
+
+    Args:
+        targets: architectures by name, in the order in which they are tried.
+        config: the dense model's config, as ``AutoConfig`` reads it.
+        plan: what is converted, and to what.
+        accepts: given a target that fits and the content of its ``config.json``, None or why it is
+            not wanted.
+        only: the one architecture that is tried.
+    """
+    if only is not None and only not in targets:
+        known = ", ".join(targets)
+        return None, {only: f"upcycle does not know this architecture; it knows {known}"}
     reasons: dict[str, str] = {}
-    for name, target in targets.items():
+    for name in targets if only is None else [only]:
+        target = targets[name]
         reason = fit(target, config, plan)
+        if reason is None and accepts is not None:
+            reason = accepts(target, build_config(target, config, plan))
         if reason is None:
             return target, reasons
         reasons[name] = reason
