@@ -26,7 +26,7 @@ def adapted(specs: tuple[MoESpec, ...], score_F: Mapping[str, torch.Tensor]) -> 
         score_F: FFN path -> how useful each neuron is, larger is more.
 
     Source:
-        the idea of a ratio for each layer is that of "ExpertWeaver", 2026,
+        the idea of a ratio for each layer is that of Zhao et al., "ExpertWeaver", 2026,
         https://arxiv.org/abs/2602.15521
     """
     blocks: list[tuple[float, int]] = []

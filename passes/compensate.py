@@ -10,7 +10,7 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, F neurons, I neurons of
 P predictors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -46,7 +46,9 @@ def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activatio
 
     Returns:
         The layer with other contractions, output bias and low-rank term; `made` if nothing is
-        asked for.
+        asked for. Its figures, unless only ``scale`` or ``affine`` is: the ``penalty``, and the
+        square error without and with what was fitted, ``error_before`` and ``error_after``,
+        relative to the square of the output, on tokens that were held out.
 
     Source:
         after the closed-form repair of pruned networks, e.g. An et al., "FLAP", 2023,
@@ -57,10 +59,10 @@ def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activatio
         return made
     ffn = ffn.to(torch.float32)
     stream = _Stream(made, ffn, spec, data)
+    down_OF, bias_O, thin = ffn.down_OF, torch.zeros(len(ffn.down_OF)), None
+    figures: Mapping[str, float] = {}
     if wanted.refit or spec.low_rank or wanted.mean:
-        down_OF, bias_O, thin = _fit(stream, spec)
-    else:
-        down_OF, bias_O, thin = ffn.down_OF, torch.zeros(len(ffn.down_OF)), None
+        down_OF, bias_O, thin, figures = _fit(stream, spec)
     if wanted.scale or wanted.affine:
         gain_O, offset_O = _affine(stream, down_OF, bias_O, thin, each=wanted.affine)
         down_OF = down_OF * gain_O[:, None]
@@ -77,6 +79,7 @@ def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activatio
         shared=None if made.shared is None else _with_down(made.shared, down_OF),
         output_bias_O=bias_O.to(dtype) if has_bias else None,
         low_rank=None if thin is None else (thin[0].to(dtype), thin[1].to(dtype)),
+        figures=figures,
     )
 
 
@@ -124,15 +127,17 @@ class _Stream:
 Thin = tuple[torch.Tensor, torch.Tensor] | None
 
 
-def _fit(stream: _Stream, spec: MoESpec) -> tuple[torch.Tensor, torch.Tensor, Thin]:
-    """The contraction [O, F], the offset [O], and the linear map, fitted together."""
+def _fit(
+    stream: _Stream, spec: MoESpec
+) -> tuple[torch.Tensor, torch.Tensor, Thin, dict[str, float]]:
+    """The contraction [O, F], the offset [O] and the linear map, fitted together; the figures."""
     wanted, ffn, rank = spec.compensate, stream.ffn, spec.low_rank
     d_out, d_ff = ffn.down_OF.shape
     d_model = ffn.up_MFD.shape[-1]
     neurons, inputs = (d_ff if wanted.refit else 0), (d_model if rank else 0)
     count = neurons + inputs + int(wanted.mean)
     fit, held_out = Sums.zeros(count, d_out), Sums.zeros(count, d_out)
-    place = 0
+    place, held_out_size = 0, 0.0
     for tokens in stream:
         parts = [tokens.visited_TF] * bool(neurons) + [tokens.x_TD] * bool(inputs)
         parts += [torch.ones(len(tokens.x_TD), 1)] * wanted.mean
@@ -140,34 +145,46 @@ def _fit(stream: _Stream, spec: MoESpec) -> tuple[torch.Tensor, torch.Tensor, Th
         gap_TO = tokens.y_TO - tokens.visited_TF @ ffn.down_OF.t()
         for start in range(0, len(z_TP), BLOCK):
             some = slice(start, start + BLOCK)
-            sums = held_out if place % EVERY == EVERY - 1 else fit
+            is_held_out = place % EVERY == EVERY - 1
+            sums = held_out if is_held_out else fit
             sums.add(z_TP[some], gap_TO[some], tokens.weight_T[some])
+            if is_held_out:
+                held_out_size += _size(tokens.y_TO[some], tokens.weight_T[some])
             place += 1
     relative_P = torch.ones(count)
     relative_P[neurons:] = FREE
     penalty = wanted.ridge[0]
     if place >= EVERY and len(wanted.ridge) > 1:
         penalty = best_penalty(fit, held_out, wanted.ridge, relative_P)
-    whole = fit + held_out
-    basis_PQ = torch.eye(count)
-    if inputs:
-        these = slice(neurons, neurons + inputs)
-        beta_PO = solve(whole, penalty * relative_P)
-        thin_DR = input_basis(beta_PO[these], whole.zz_PP[these, these], rank)
-        basis_PQ = torch.eye(count)[:, : count - inputs + rank]
-        basis_PQ[these] = 0
-        basis_PQ[these, neurons : neurons + rank] = thin_DR
-        basis_PQ[neurons + inputs :, neurons + rank :] = torch.eye(int(wanted.mean))
-        relative_P = torch.full((basis_PQ.shape[1],), FREE)
-        relative_P[:neurons] = 1
-    beta_QO = solve(whole.through(basis_PQ), penalty * relative_P)
-    down_OF = ffn.down_OF + beta_QO[:neurons].t() if neurons else ffn.down_OF
-    thin = None
-    if rank:
-        map_RO = beta_QO[neurons : neurons + rank]
-        thin = (thin_DR.t().contiguous(), map_RO.t().contiguous())
-    bias_O = beta_QO[-1] if wanted.mean else torch.zeros(d_out)
-    return down_OF, bias_O, thin
+    figures = {"penalty": penalty}
+    if held_out_size:
+        figures["error_before"] = held_out.yy / held_out_size
+        beta_PO, _ = _solution(fit, penalty * relative_P, neurons, rank, inputs)
+        figures["error_after"] = held_out.error(beta_PO) / held_out_size
+    beta_PO, thin = _solution(fit + held_out, penalty * relative_P, neurons, rank, inputs)
+    down_OF = ffn.down_OF + beta_PO[:neurons].t() if neurons else ffn.down_OF
+    bias_O = beta_PO[-1] if wanted.mean else torch.zeros(d_out)
+    return down_OF, bias_O, thin, figures
+
+
+def _size(y_TO: torch.Tensor, weight_T: torch.Tensor) -> float:
+    return float((weight_T * y_TO.square().sum(1)).sum())
+
+
+def _solution(
+    sums: Sums, penalty_P: torch.Tensor, neurons: int, rank: int, inputs: int
+) -> tuple[torch.Tensor, Thin]:
+    """The coefficients [P, O] of neurons, inputs and offset; those of the inputs have `rank`."""
+    if not inputs:
+        return solve(sums, penalty_P), None
+    count = len(penalty_P)
+    these, rest = slice(neurons, neurons + inputs), count - neurons - inputs
+    thin_DR = input_basis(solve(sums, penalty_P)[these], sums.zz_PP[these, these], rank)
+    basis_PQ = torch.block_diag(torch.eye(neurons), thin_DR, torch.eye(rest))
+    penalty_Q = torch.cat([penalty_P[:neurons], penalty_P[-1].expand(rank + rest)])
+    beta_QO = solve(sums.through(basis_PQ), penalty_Q)
+    map_RO = beta_QO[neurons : neurons + rank]
+    return basis_PQ @ beta_QO, (thin_DR.t().contiguous(), map_RO.t().contiguous())
 
 
 def _affine(

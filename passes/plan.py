@@ -2,7 +2,7 @@
 
 The FFNs are chosen in this order: those of the wanted kinds; of them, those whose path fits
 `include` and not `exclude`; without the first and last that are to be skipped; of the rest every
-n-th (the n-th, the 2n-th, ..., as transformers counts ``decoder_sparse_step``).
+n-th (the n-th, the 2n-th, ..., as transformers counts ``decoder_sparse_step``; from `start` on).
 """
 
 import hashlib
@@ -72,13 +72,14 @@ def select_sites(located: Located, layers: recipe.Layers) -> list[FFN]:
     ]
     first, last = (_how_many(n, len(named)) for n in (layers.skip_first, layers.skip_last))
     chosen = named[first : len(named) - last if last < len(named) else 0][
-        layers.every - 1 :: layers.every
+        (layers.start or layers.every) - 1 :: layers.every
     ]
     if not chosen:
         raise UnsupportedError(
             f"the recipe's `layers` leave none of the {len(ffns)} FFNs to convert: {len(named)} "
             f"fit `include` and `exclude`, {first} are skipped at the start and {last} at the end, "
-            f"and `every` is {layers.every}; the paths are {_few([ffn.path for ffn in ffns])}"
+            f"`every` is {layers.every} and `start` {layers.start or layers.every}; "
+            f"the paths are {_few([ffn.path for ffn in ffns])}"
         )
     return chosen
 
@@ -107,7 +108,7 @@ def _num_experts(experts: recipe.Experts) -> int:
 def _shared(ffn: FFN, experts: recipe.Experts) -> int:
     """Neurons of the shared expert."""
     kind = EXPERTS[experts.method].kind
-    if kind == "residual":
+    if kind == "residual" or (kind == "copies" and experts.shared):
         return ffn.d_ff
     part = experts.shared / (experts.count if isinstance(experts.shared, int) else 1)
     return round(ffn.d_ff * part)
@@ -160,7 +161,9 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
     experts, router = recipe.experts, recipe.router
     method, gate = EXPERTS[experts.method], GATES[router.method]
     kind = method.kind
-    if experts.shared and kind not in HAS_SHARED:
+    if experts.shared and kind == "copies" and experts.shared != 1:
+        return ["one copy can be permanent; set `experts.shared: 1`, or leave it out"]
+    if experts.shared and kind not in (*HAS_SHARED, "copies"):
         return [
             f"`experts.method: {experts.method}` makes no shared expert; leave `experts.shared` out"
         ]

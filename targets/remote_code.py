@@ -2,12 +2,14 @@
 
 The file is the source text of upcycle's own layer, with the kinds of routers that it has, and a
 subclass of the dense transformers class that puts the layers in place when it is built, from the
-description in ``config.json``. It needs transformers and torch, not upcycle. Experts are stored
-fused, so no weight converter is needed.
+description in ``config.json``. The classes with other heads are there, too, for finetuning. It
+needs transformers and torch, not upcycle. Experts are stored fused, so no weight converter is
+needed.
 """
 
 import inspect
 import re
+from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +21,11 @@ import upcycle.context
 import upcycle.experts
 import upcycle.moe
 import upcycle.pointwise
+import upcycle.pretrained
 import upcycle.routing
 import upcycle.selection
 import upcycle.tap
+from upcycle.pretrained import FORMAT
 from upcycle.routers import ROUTERS
 from upcycle.spec import Plan, router_kind
 from upcycle.version import __version__
@@ -34,42 +38,43 @@ _BEFORE: tuple[ModuleType, ...] = (
     upcycle.routing,
     upcycle.experts,
 )
-_AFTER: tuple[ModuleType, ...] = (upcycle.moe, upcycle.tap)
+_AFTER: tuple[ModuleType, ...] = (upcycle.moe, upcycle.tap, upcycle.pretrained)
 
-_CLASSES = '''
+_CONFIG = '''
 class {config}({dense_config}):
     """{dense_config} with the description of the MoE layers in `upcycle`."""
 
     model_type = "{model_type}"
+'''
 
-
-class {model}({dense}):
+_MODEL = '''
+class {model}(UpcycledModel, {dense}):
     """{dense} with MoE layers in the place of dense FFNs."""
 
     config_class = {config}
-    _keep_in_fp32_modules_strict = {{"router", *({dense}._keep_in_fp32_modules_strict or ())}}
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        dtype = config.dtype or torch.get_default_dtype()
-        for layer in install(self, config.upcycle["sites"]):
-            layer.to(dtype)
-            layer.router.to(torch.promote_types(dtype, torch.float32))
 '''
-
-
-def class_names(model: PreTrainedModel) -> tuple[str, str]:
-    """Names of the configuration and model class of the converted model."""
-    return f"Upcycle{type(model.config).__name__}", f"Upcycle{type(model).__name__}"
 
 
 def modeling_file(model: PreTrainedModel, plan: Plan) -> str:
     """Source text of the modeling file; the same class and kinds of routers give the same text."""
-    dense_config, dense = type(model.config), type(model)
-    config_name, model_name = class_names(model)
-    kinds = {kind: ROUTERS[kind] for kind in sorted({router_kind(s.router) for s in plan.specs})}
+    kinds = {router_kind(spec.router) for spec in plan.specs}
+    return modeling_text(type(model.config), heads(type(model.config), type(model)), kinds)
+
+
+def modeling_text(
+    dense_config: type, dense: Mapping[str, type], router_kinds: Collection[str]
+) -> str:
+    """As `modeling_file`.
+
+    Args:
+        dense_config: class of the dense configuration.
+        dense: Auto class -> dense class, as `heads` finds them.
+        router_kinds: keys of `ROUTERS`.
+    """
+    kinds = {kind: ROUTERS[kind] for kind in sorted(router_kinds)}
     homes = [m for m in map(inspect.getmodule, kinds.values()) if m and m not in _BEFORE]
-    imports: set[str] = set()
+    classes = sorted(set(dense.values()), key=lambda cls: cls.__name__)
+    imports = {_import(cls) for cls in (dense_config, *classes)}
 
     def body(module: ModuleType) -> str:
         lines = inspect.getsource(module).split('"""', 2)[2]
@@ -80,18 +85,15 @@ def modeling_file(model: PreTrainedModel, plan: Plan) -> str:
     table = ", ".join(f'"{kind}": {cls.__name__}' for kind, cls in kinds.items())
     bodies = [body(module) for module in dict.fromkeys([*_BEFORE, *homes])]
     bodies += [f"ROUTERS = {{{table}}}", *map(body, _AFTER)]
-    imports |= {_import(dense_config), _import(dense)}
+    names = {"config": new_name(dense_config), "dense_config": dense_config.__name__}
+    bodies.append(_CONFIG.format(**names, model_type=new_model_type(dense_config)).strip())
+    for cls in classes:
+        names = {"config": new_name(dense_config), "model": new_name(cls), "dense": cls.__name__}
+        bodies.append(_MODEL.format(**names).strip())
     plain = sorted(line for line in imports if line.startswith("import"))
-    classes = _CLASSES.format(
-        config=config_name,
-        dense_config=dense_config.__name__,
-        model=model_name,
-        dense=dense.__name__,
-        model_type=model_type(model),
-    )
-    head = f'"""{model_name}: made by upcycle {__version__}; needs transformers and torch."""'
+    head = f'"""{new_name(dense_config)}, made by upcycle {__version__}; needs transformers and torch."""'
     text = "\n".join([head, "", *plain, *sorted(imports - set(plain)), ""])
-    return text + "\n\n" + "\n\n\n".join([*bodies, classes.strip()]) + "\n"
+    return text + "\n\n" + "\n\n\n".join(bodies) + "\n"
 
 
 def _import(cls: type) -> str:
@@ -102,37 +104,66 @@ def _import(cls: type) -> str:
     return f"from {module} import {cls.__name__}"
 
 
-def model_type(model: PreTrainedModel) -> str:
+def new_name(dense: type) -> str:
+    """Name of the class that is made of a dense configuration or model."""
+    return f"Upcycle{dense.__name__}"
+
+
+def new_model_type(dense_config: Any) -> str:
     """A model type of its own: under the dense one the file would load with missing weights."""
-    return f"upcycle_{model.config.model_type}"
+    return f"upcycle_{dense_config.model_type}"
 
 
 def build_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     """The content of ``config.json``: the dense configuration, the layers, and the classes."""
-    config_name, model_name = class_names(model)
-    stem = FILE.removesuffix(".py")
-    auto_map = {"AutoConfig": f"{stem}.{config_name}"}
-    auto_map |= dict.fromkeys(auto_classes(model), f"{stem}.{model_name}")
     data: dict[str, Any] = model.config.to_dict()
     data.pop("_name_or_path", None)
+    description = {"version": __version__, "format": FORMAT}
     data.update(
-        architectures=[model_name],
-        auto_map=auto_map,
+        architectures=[new_name(type(model))],
+        auto_map=auto_map(type(model.config), heads(type(model.config), type(model))),
         dtype=str(model.dtype).removeprefix("torch."),
-        model_type=model_type(model),
-        upcycle={"version": __version__, "sites": [spec.site() for spec in plan.specs]},
+        model_type=new_model_type(model.config),
+        upcycle={**description, "sites": [spec.site() for spec in plan.specs]},
     )
     return data
 
 
-def auto_classes(model: nn.Module) -> list[str]:
-    """The Auto classes of transformers that know the dense class, most specific first."""
-    names = []
+def auto_map(dense_config: type, dense: Mapping[str, type]) -> dict[str, str]:
+    """Auto class -> the class in the file."""
+    stem = FILE.removesuffix(".py")
+    names = {"AutoConfig": dense_config, **dense}
+    return {auto: f"{stem}.{new_name(cls)}" for auto, cls in names.items()}
+
+
+def heads(dense_config: type, dense: type | None = None) -> dict[str, type]:
+    """Auto class of transformers -> the class that it makes of the dense configuration.
+
+    Where it knows several, that is `dense` if it is among them. A class that no Auto class knows
+    becomes that of ``AutoModel``.
+    """
+    found = {}
+    for name, known in auto_mapping(dense_config).items():
+        found[name] = dense if dense in known else known[0]
+    if dense is not None and dense not in found.values():
+        found["AutoModel"] = dense
+    return found
+
+
+def auto_mapping(dense_config: type) -> dict[str, tuple[type, ...]]:
+    """Auto class -> the classes that it may make of the dense configuration."""
+    found = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
-        if not name.startswith("AutoModel") or mapping is None:
-            continue
-        known = mapping.get(type(getattr(model, "config", None)), None)
-        if type(model) in (known if isinstance(known, tuple | list) else [known]):
-            names.append(name)
+        if name.startswith("AutoModel") and mapping is not None:
+            known = mapping.get(dense_config, None)
+            if known is not None:
+                found[name] = known if isinstance(known, tuple) else (known,)
+    return found
+
+
+def auto_classes(model: nn.Module) -> list[str]:
+    """The Auto classes of transformers that know the dense class, most specific first."""
+    mapping = auto_mapping(type(getattr(model, "config", None)))
+    names = [name for name, known in mapping.items() if type(model) in known]
     return sorted(names, key=lambda name: (name == "AutoModel", name)) or ["AutoModel"]

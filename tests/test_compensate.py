@@ -1,13 +1,18 @@
 """Compensation: exact where it can be, the least-squares optimum elsewhere, and never worse."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numerics
 import pytest
 import torch
 
+from upcycle.costs import costs
 from upcycle.errors import PlanError
+from upcycle.ffn import Located
 from upcycle.passes.least_squares import Sums, input_basis, solve
+from upcycle.passes.plan import make_plan
+from upcycle.passes.transform import transform
 from upcycle.passes.visits import members, visits
 from upcycle.recipe import Compensate, Recipe, Router
 
@@ -124,6 +129,32 @@ def test_a_rank_may_be_a_part_of_the_width() -> None:
     assert spec.low_rank == 4
     assert weights.low_rank is not None
     assert [tuple(t.shape) for t in weights.low_rank] == [(4, 16), (16, 4)]
+
+
+def test_the_figures_are_those_of_tokens_that_were_held_out() -> None:
+    ffn = numerics.random_ffn("gelu", dtype=torch.float32)
+
+    def figures(part: dict[str, object], tokens: int) -> Mapping[str, float]:
+        (spec,) = make_plan(Located(ffns=(numerics.site(ffn),)), recipe(part)).specs
+        return transform(ffn, spec, numerics.seen(ffn, tokens)).figures
+
+    some, more = figures({"mean": True}, 3000), figures(PARTS[5], 3000)
+    assert some["error_before"] == more["error_before"]
+    assert more["error_after"] < some["error_after"] < some["error_before"]
+    assert figures({"mean": True}, 500) == {"penalty": 1e-6}  # too few to hold any out
+    assert not figures({"scale": True}, 3000)
+
+
+def test_what_compensation_costs_is_counted_apart() -> None:
+    ffn = numerics.random_ffn("gelu", dtype=torch.float32)
+    plan = make_plan(Located(ffns=(numerics.site(ffn),)), recipe({"low_rank": 4, "scale": True}))
+    found = costs(plan, 10_000, 4)
+    d_model, d_out = ffn.up_MFD.shape[2], len(ffn.down_OF)
+    assert found.compensation_parameters == 4 * (d_model + d_out)
+    assert found.compensation_flops == 2 * 4 * (d_model + d_out)
+    plain = costs(make_plan(Located(ffns=(numerics.site(ffn),)), recipe({})), 10_000, 4)
+    assert plain.flops_after + found.compensation_flops == found.flops_after
+    assert plain.compensation_parameters == plain.compensation_flops == 0
 
 
 def test_a_rank_that_no_map_has_is_refused() -> None:

@@ -147,6 +147,27 @@ def test_a_rank_beyond_the_matrices_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(rows(made), rows(copies), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_a_permanent_copy_is_averaged_with_the_chosen_ones(name: str, dtype: torch.dtype) -> None:
+    ffn = numerics.random_ffn(name, dtype=dtype)
+    recipe = numerics.make_recipe(
+        {"method": "copy", "count": 5, "shared": 1},
+        {"method": "cosine", "top_k": 2, "weights": "renormalised"},
+    )
+    spec, _, layer = numerics.convert(ffn, recipe)
+    assert (spec.promise, spec.shared, spec.num_experts) == ("exact", 48, 4)
+    x_TD = numerics.random_tokens(33, 16, dtype)
+    bound_TO = numerics.bound([ffn], x_TD, dtype)
+    expected_TO = ffn.to(torch.float64)(x_TD.double())
+    with torch.no_grad():
+        numerics.assert_equal_up_to_rounding(layer(x_TD), expected_TO, bound_TO)
+        layer.shared_expert.down_proj.weight.zero_()
+        bias_O = 0 if ffn.down_bias_O is None else ffn.down_bias_O.double()
+        half_TO = (expected_TO - bias_O) / 2 + bias_O
+        numerics.assert_equal_up_to_rounding(layer(x_TD), half_TO, bound_TO)
+
+
 ANY_ROUTER: list[dict[str, object]] = [
     {"top_k": 1, "weights": "softmax"},
     {"top_k": 3, "weights": "one", "scale": 2.0},

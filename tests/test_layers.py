@@ -90,6 +90,7 @@ LAYERS = {
     "upcycle.moe": 1,
     "upcycle.plain_json": 1,
     "upcycle.pointwise": 1,
+    "upcycle.pretrained": 1,
     "upcycle.progress": 1,
     "upcycle.quiet": 1,
     "upcycle.routers": 1,

@@ -56,6 +56,8 @@ def chosen(**layers: object) -> list[int]:
         ({"include": ("layers.[0-3].mlp",), "exclude": ("*.1.mlp",)}, [0, 2, 3]),
         ({"every": 2}, [1, 3, 5]),
         ({"every": 2, "skip_first": 1}, [2, 4]),
+        ({"every": 2, "start": 1}, [0, 2, 4]),
+        ({"every": 2, "start": 2}, [1, 3, 5]),
         ({"skip_first": 0.5}, [3, 4, 5]),
         ({"skip_first": 1, "skip_last": 0.4}, [1, 2, 3]),
     ],

@@ -1,12 +1,13 @@
 """What a plan costs, before a weight is read: parameters, FLOPs, bytes."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
 from upcycle.ffn import FFN
 from upcycle.layer_weights import empty_layer
+from upcycle.recipe import Compensate
 from upcycle.spec import MoESpec, Plan
 
 ROUTED = ("experts.up_proj", "experts.gate_up_proj", "experts.down_proj")
@@ -21,6 +22,7 @@ class Costs:
         active_parameters: of those, the ones that a token meets.
         flops_before, flops_after: per token, in the linear maps of the converted FFNs and in their
             routers; a multiply-add is two.
+        compensation_parameters, compensation_flops: of those after, what `compensate` added.
         bytes_before, bytes_on_disk: of the dense and of the converted weights.
         peak_bytes: the dense model and the converted layers side by side.
     """
@@ -30,6 +32,8 @@ class Costs:
     active_parameters: int
     flops_before: int
     flops_after: int
+    compensation_parameters: int
+    compensation_flops: int
     bytes_before: int
     bytes_on_disk: int
     peak_bytes: int
@@ -51,13 +55,18 @@ def costs(plan: Plan, total_parameters: int, itemsize: int) -> Costs:
     dense = sum(spec.ffn.num_parameters for spec in specs)
     layers = sum(layer_parameters(spec, spec.num_experts) for spec in specs)
     active = sum(layer_parameters(spec, spec.top_k) for spec in specs)
+    plain = [replace(spec, compensate=Compensate()) for spec in specs]
+    bare = sum(layer_parameters(spec, spec.num_experts) for spec in plain)
+    flops = sum(layer_flops(spec) for spec in specs)
     after = total_parameters - dense + layers
     return Costs(
         parameters_before=total_parameters,
         parameters_after=after,
         active_parameters=total_parameters - dense + active,
         flops_before=sum(2 * _multiply_adds(spec.ffn, spec.ffn.d_ff) for spec in specs),
-        flops_after=sum(layer_flops(spec) for spec in specs),
+        flops_after=flops,
+        compensation_parameters=layers - bare,
+        compensation_flops=flops - sum(layer_flops(spec) for spec in plain),
         bytes_before=total_parameters * itemsize,
         bytes_on_disk=after * itemsize,
         peak_bytes=(total_parameters + layers) * itemsize,

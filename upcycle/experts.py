@@ -9,6 +9,7 @@ G = arity * I.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,10 +67,7 @@ class Experts(nn.Module):
         self.has_bias = bias
         self._is_expert_parallel = False
         self.act_fn = Activation(pointwise, dropout)
-        # The kernels of transformers take the output width from the input: d_out = d_model only.
-        self.config = SimpleNamespace(
-            _experts_implementation="grouped_mm" if d_out == d_model else "eager"
-        )
+        self.config: Any = SimpleNamespace(_experts_implementation="grouped_mm")
         self.up_name = "gate_up_proj" if self.has_gate else "up_proj"
         rows = pointwise.arity * width
         self.register_parameter(self.up_name, nn.Parameter(torch.zeros(num_experts, rows, d_model)))
@@ -104,7 +102,9 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """Tokens [T, D], index [T, K] int64, weights [T, K] -> [T, O], in the tokens' dtype."""
         name = self.config._experts_implementation
-        if name == "grouped_mm" and not self._fits_grouped_mm():
+        # The functions of transformers take the width of the output from the input.
+        is_square = self.down_proj.shape[1] == self.hidden_dim
+        if not is_square or (name == "grouped_mm" and not self._fits_grouped_mm()):
             name = "eager"
         if name != "eager":
             kernel = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(self).eager_forward)

@@ -71,8 +71,11 @@ def _load_transformers(directory: Path) -> nn.Module:
     config = _read_json(directory / "config.json")
     read_tensors(directory)  # says which file is damaged
     has_code = (directory / remote_code.FILE).is_file()
-    auto = [name for name in config.get("auto_map", {}) if name.startswith("AutoModel")]
-    name = auto[0] if auto else (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    written = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    autos = config.get("auto_map", {}).items()
+    # AutoModel last: it is the one that a class without an Auto class of its own is under
+    autos = sorted(autos, key=lambda item: (item[0] == "AutoModel", item[0]))
+    name = next((auto for auto, home in autos if home.endswith(f".{written}")), written)
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")  # transformers warns about its own classes
         try:

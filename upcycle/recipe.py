@@ -30,6 +30,9 @@ class Layers(Section):
         "(adapter, squeeze and excitation), head (classifier, pooler, plain MLP that narrows)",
     )
     every: int = Field(1, ge=1, description="convert every n-th of the remaining FFNs")
+    start: int | None = Field(
+        None, ge=1, description="the first to convert of those that remain; null is the n-th"
+    )
     skip_first: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         0, description="leave the first n FFNs dense; below 1, that fraction of them"
     )
@@ -67,7 +70,7 @@ class Experts(Section):
     shared: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         0,
         description="splits: how many of the experts become one that every token visits; below 1, "
-        "that part of the neurons besides the experts",
+        "that part of the neurons besides the experts; copy: 1 for a copy that every token visits",
     )
     shared_by: Literal[
         "norm", "rate", "contribution", "steady", "importance", "domains", "first"
@@ -230,6 +233,52 @@ class Calibration(Section):
     )
 
 
+class Onnx(Section):
+    """How the ONNX file is made, if there is to be one."""
+
+    profile: Literal["cpu", "cuda", "portable"] = Field(
+        "cpu",
+        description="where it will run, which decides what is `auto`: cpu (the faster of fused and "
+        "unrolled in each layer), cuda (fused, float16), portable (standard operations alone)",
+    )
+    form: Literal["auto", "fused", "unrolled", "quantised"] = Field(
+        "auto",
+        description="fused: one node of ONNX Runtime for a layer; unrolled: standard operations "
+        "for each expert; quantised: the fused node with rounded weights",
+    )
+    gelu: Literal["exact", "tanh"] = Field(
+        "exact",
+        description="tanh lets the fused node's form of GELU stand for the one with erf, which is "
+        "off by 1e-3 of the output",
+    )
+    quantise: Literal[8, 4] | None = Field(
+        None, description="bits of a weight, where a layer is quantised; with `auto` it may be"
+    )
+    block: Literal["adaptive", "row", 16, 32, 64, 128, 256] = Field(
+        "adaptive",
+        description="inputs that share one scale of a quantised row: all, so many, or as few as "
+        "the matrix needs",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="of the graph; auto is float16 for cuda, else float32"
+    )
+    tokens: int = Field(
+        256, ge=1, description="tokens of one call, for which `auto` chooses the faster form"
+    )
+
+    @property
+    def half(self) -> Literal["float16", "bfloat16"] | None:
+        """The narrow type that the graph is to have; None for float32."""
+        if self.dtype == "auto":
+            return "float16" if self.profile == "cuda" else None
+        return None if self.dtype == "float32" else self.dtype
+
+    @property
+    def bits(self) -> Literal[8, 4]:
+        """Of a weight in a layer that is quantised."""
+        return self.quantise or 8
+
+
 class Verify(Section):
     """What the conversion must hold; beyond it the run fails."""
 
@@ -247,5 +296,6 @@ class Recipe(Section):
     router: Router
     compensate: Compensate = Compensate()
     calibration: Calibration = Calibration()
+    onnx: Onnx = Onnx()
     verify: Verify = Verify()
     seed: int = Field(0, ge=0, description="seed of every random draw")

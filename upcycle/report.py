@@ -83,6 +83,10 @@ def costs_table(costs: Costs) -> Table:
         ("bytes on disk", costs.bytes_before, costs.bytes_on_disk, _bytes),
     ):
         table.add_row(name, text(old), text(new), f"{new / old:.2f}" if old else "")
+    if costs.compensation_parameters:
+        share = costs.compensation_flops / costs.flops_after
+        what = f"{short(costs.compensation_parameters)} parameters"
+        table.add_row("of these for compensation", "", what, f"{share:.2f} of the FLOPs")
     table.add_row("peak memory", "", _bytes(costs.peak_bytes), "")
     return table
 

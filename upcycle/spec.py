@@ -163,12 +163,18 @@ def router_kind(router: recipe.Router) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole decision: what was found, and what each converted FFN becomes."""
+    """The whole decision: what was found, and what each converted FFN becomes.
+
+    `runtimes` must run the checkpoint, and `architecture` is the one that it is written in; by
+    default both are free.
+    """
 
     located: Located
     specs: tuple[MoESpec, ...]
     recipe: recipe.Recipe
     recipe_name: str
+    runtimes: tuple[str, ...] = ()
+    architecture: str | None = None
 
     @property
     def promise(self) -> Promise:

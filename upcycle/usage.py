@@ -22,6 +22,7 @@ def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations) -
     `captured_mass` is the part of ``sum_j |h_j| ||d_j||`` over all tokens and neurons that is in
     experts which the token visits, or in the shared one: 1 if nothing is left out. `load_entropy`
     is that of the loads relative to ``log E``: 1 if all experts are visited equally often.
+    `compensation` has the figures of `upcycle.passes.compensate`, if it fitted anything.
 
     Args:
         spec: the plan of the layer.
@@ -50,6 +51,7 @@ def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations) -
         "dead_experts": int((load_E == 0).sum()),
         "load_entropy": _entropy(load_E),
         "captured_mass": captured / total if total else 1.0,
+        **({"compensation": dict(made.figures)} if made.figures else {}),
     }
 
 

@@ -5,7 +5,7 @@ expert, G = M * I rows of an expert's fused expansion.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -115,6 +115,7 @@ class MoEWeights:
         output_bias_O: added once, or None.
         shared: the shared expert as a single expert, or None.
         low_rank: ``(V_RD, U_OR)`` of the term ``U V x`` that every token gets, or None.
+        figures: what fitting measured, for the report.
     """
 
     experts: ExpertWeights
@@ -122,6 +123,7 @@ class MoEWeights:
     output_bias_O: torch.Tensor | None
     shared: ExpertWeights | None = None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def provenance(self) -> Provenance:

@@ -18,7 +18,9 @@ def copy(
     """Repeat the dense FFN as every expert.
 
     The layer computes ``sum_k w_k FFN(x)``, so it is exact for every router and every top_k if the
-    weights of the chosen experts sum to one.
+    weights of the chosen experts sum to one. With ``experts.shared: 1`` there is a permanent copy,
+    too, and the layer computes the mean of it and of the chosen ones, ``(FFN(x) + sum_k w_k
+    FFN(x)) / 2``, as Cong et al., "GNT-MOVE", 2023, https://arxiv.org/abs/2308.11793; as exact.
 
     Args:
         ffn: any dense FFN, in one float dtype, which is kept.
@@ -27,13 +29,17 @@ def copy(
         data: unused.
 
     Returns:
-        E experts of width F. Memory: E times the dense FFN.
+        E experts of width F, and the permanent one. Memory: E times the dense FFN, or one more.
 
     Source:
         Komatsuzaki et al., "Sparse Upcycling", 2022, https://arxiv.org/abs/2212.05055
     """
-    d_ff = ffn.up_MFD.shape[1]
-    return Parts(gather_experts(ffn, torch.arange(d_ff).repeat(spec.num_experts, 1)))
+    neuron_1F = torch.arange(ffn.up_MFD.shape[1])[None]
+    neuron_EF = neuron_1F.repeat(spec.num_experts, 1)
+    if not spec.shared:
+        return Parts(gather_experts(ffn, neuron_EF))
+    experts, permanent = (gather_experts(ffn, n, down_scale=0.5) for n in (neuron_EF, neuron_1F))
+    return Parts(experts, permanent)
 
 
 COPY = ExpertMethod(

@@ -42,7 +42,7 @@ def universal_specialised(
         of the experts: that of the dense FFN, and the padding.
 
     Source:
-        "ExpertWeaver", 2026, https://arxiv.org/abs/2602.15521
+        Zhao et al., "ExpertWeaver", 2026, https://arxiv.org/abs/2602.15521
     """
     assert data is not None, "`passes.needs` asks for it"
     activity_FG = profile(ffn, data)
@@ -57,7 +57,7 @@ UNIVERSAL_SPECIALISED = ExpertMethod(
     name="universal_specialised",
     kind="split",
     build=split(universal_specialised),
-    paper='"ExpertWeaver", 2026',
+    paper='Zhao et al., "ExpertWeaver", 2026',
     source="https://arxiv.org/abs/2602.15521",
     needs=frozenset({"activations"}),
 )

@@ -34,7 +34,7 @@ def usefulness(
       (Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416).
     - ``contribution``: the mean of ``|h|`` times the length of its column.
     - ``steady``: its mean activity less the deviation of that between texts
-      (after "ExpertWeaver", 2026, https://arxiv.org/abs/2602.15521).
+      (after Zhao et al., "ExpertWeaver", 2026, https://arxiv.org/abs/2602.15521).
     - ``importance``: the mean ``|h dL/dh|``
       (Zuo et al., "MoEBERT", 2022, https://arxiv.org/abs/2204.07675).
     - ``domains``: for how many domains it is among the `width` most important neurons; of equals,

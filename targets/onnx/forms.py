@@ -11,9 +11,10 @@ import torch
 
 from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
+from upcycle.recipe import Onnx
+from upcycle.targets.onnx.cost_model import Work, seconds
 
-Gelu = Literal["exact", "tanh"]
-Form = Literal["fused", "unrolled"]
+Form = Literal["fused", "unrolled", "quantised"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,52 @@ def same_function(a: Pointwise, b: Pointwise) -> bool:
     return torch.allclose(a(*z), b(*z), rtol=1e-6, atol=1e-6)
 
 
-def fused_form(layer: MoE, *, gelu: Gelu = "exact") -> Fused | None:
+def choose(layer: MoE, options: Onnx) -> tuple[Form, Fused | None]:
+    """The form of `layer` under `options`, and the fused node if it is one.
+
+    What the kernels do not compute is unrolled under every option.
+    """
+    fused = fused_form(layer, gelu=options.gelu)
+    if fused is None or options.form == "unrolled":
+        return "unrolled", None
+    fits = _fits_quantised(layer, options.bits)
+    if options.form != "auto":
+        form: Form = "quantised" if fits else "unrolled"
+        return (form, fused) if options.form == "quantised" else ("fused", fused)
+    if options.profile == "portable":
+        return "unrolled", None
+    may_round = options.quantise is not None and fits
+    if options.profile == "cuda":
+        return "quantised" if may_round else "fused", fused
+    form = _fastest(layer, fused, options, may_round=may_round)
+    return form, None if form == "unrolled" else fused
+
+
+def _fits_quantised(layer: MoE, bits: int) -> bool:
+    """Whether the kernel for rounded weights takes the shapes: two 4-bit numbers fill a byte."""
+    experts = layer.experts
+    return bits == 8 or (experts.hidden_dim % 2 == 0 and experts.intermediate_dim % 2 == 0)
+
+
+def _fastest(layer: MoE, fused: Fused, options: Onnx, *, may_round: bool) -> Form:
+    experts = layer.experts
+    work = Work(
+        tokens=options.tokens,
+        num_experts=experts.num_experts,
+        top_k=most_visited(layer),
+        d_model=experts.hidden_dim,
+        width=experts.intermediate_dim,
+        arity=1 + fused.gated,
+        gelu=fused.activation == "gelu",
+    )
+    blocks = "" if options.block in ("row", "adaptive") else " blocks"
+    kinds: dict[Form, str] = {"unrolled": "unrolled", "fused": "fused"}
+    if may_round:
+        kinds["quantised"] = f"int{options.bits}{blocks}"
+    return min(kinds, key=lambda form: seconds(kinds[form], work))
+
+
+def fused_form(layer: MoE, *, gelu: str = "exact") -> Fused | None:
     """The fused node that computes `layer`, or None if there is none.
 
     Args:
