@@ -5,7 +5,6 @@ with a self-contained modeling file. Any other module becomes ``model.safetensor
 ``upcycle.json``, which `upcycle.load` reads.
 """
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ from upcycle.layer_weights import layer_tensors, weights_of
 from upcycle.moe import MoE
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets import remote_code
-from upcycle.targets.native import NATIVE
-from upcycle.targets.native.native import NativeTarget, build_config, choose
+from upcycle.targets.destination import destination
+from upcycle.targets.native.native import build_config
 from upcycle.targets.native.tensors import OneLayer, entries
+from upcycle.targets.runtimes import Support
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
 from upcycle.version import __version__
@@ -42,6 +42,7 @@ class Checkpoint:
         stored: where every tensor is.
         reasons: why each native architecture was not chosen.
         auto_class: the Auto class of transformers that loads it.
+        runtimes: software by name, and what it does with the checkpoint.
     """
 
     form: str
@@ -49,7 +50,16 @@ class Checkpoint:
     stored: dict[str, Stored]
     reasons: dict[str, str] = field(default_factory=dict)
     auto_class: str = "AutoModel"
-    runtimes: Mapping[str, str] = field(default_factory=dict)
+    runtimes: Mapping[str, Support] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``report.json``."""
+        return {
+            "form": self.form,
+            "architecture": self.architecture,
+            "not_native_because": self.reasons,
+            "runtimes": {name: support.to_json() for name, support in self.runtimes.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -75,15 +85,6 @@ def content_of(model: nn.Module, plan: Plan) -> Content:
     )
 
 
-def native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, dict[str, str]]:
-    """The native architecture that holds the plan, or None; and why the others do not."""
-    if not isinstance(dense, PreTrainedModel):
-        return None, {}
-    config = copy.deepcopy(dense.config)
-    config.architectures = [type(dense).__name__]  # a model built in memory does not say it
-    return choose(NATIVE, config, plan)
-
-
 def write_checkpoint(
     directory: Path,
     model: nn.Module,
@@ -105,9 +106,13 @@ def write_checkpoint(
         factory: ``package.module:callable`` that builds the dense module, for `upcycle.load`.
         max_shard_size: bytes of one file.
         log: knows the files of an interrupted run that are whole.
+
+    Raises:
+        UnsupportedError: nothing that holds the model is what the plan requires.
     """
     content = content or content_of(model, plan)
-    target, reasons = native_target(model, plan)
+    chosen = destination(model, plan)
+    target = chosen.target
     if target is not None:
         made = entries(target, _DenseNames(model, plan, content), plan, content.layer)
     else:
@@ -121,25 +126,26 @@ def write_checkpoint(
             "sites": [spec.site() for spec in plan.specs],
         }
         _write_json(directory / UPCYCLE_JSON, description)
-        return Checkpoint("module", type(model).__name__, stored)
+        name = type(model).__name__
+        return Checkpoint(chosen.form, name, stored, runtimes=chosen.runtimes)
     if target is not None:
         config = build_config(target, model.config, plan, dtype=model.dtype)
         auto_class = "AutoModelForCausalLM"
-        form, architecture = "native", target.model_type
+        architecture = target.model_type
     else:
         config = remote_code.build_config(model, plan)
         (directory / remote_code.FILE).write_text(
             remote_code.modeling_file(model, plan), encoding="utf-8"
         )
         auto_class = remote_code.auto_classes(model)[0]
-        form, architecture = "remote_code", config["model_type"]
+        architecture = config["model_type"]
     _write_json(directory / "config.json", config)
     generation = getattr(model, "generation_config", None)
     path = directory / "generation_config.json"
     if model.can_generate() and generation is not None and not path.exists():
         _write_json(path, generation.to_diff_dict())
-    runtimes = target.runtimes if target else {}
-    return Checkpoint(form, architecture, stored, reasons, auto_class, runtimes)
+    reasons = dict(chosen.reasons)
+    return Checkpoint(chosen.form, architecture, stored, reasons, auto_class, chosen.runtimes)
 
 
 def planned_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[MoESpec, MoE]]:

@@ -33,7 +33,7 @@ def card(
         **_common(plan, report),
         targets=[written.form] + (["onnx"] if "onnx" in targets else []),
         auto_class=written.auto_class,
-        runtimes=written.runtimes,
+        runtimes={name: support.text() for name, support in written.runtimes.items()},
         notes=list(_notes(plan, targets)),
     )
 

@@ -94,11 +94,7 @@ def emit(
             written = write_checkpoint(
                 directory, model, plan, factory=factory, max_shard_size=max_shard_size
             )
-        report["checkpoint"] = {
-            "form": written.form,
-            "architecture": written.architecture,
-            "not_native_because": written.reasons,
-        }
+        report["checkpoint"] = written.to_json()
         if verify:
             allowed = ROUNDING[model_dtype(model)]
             if written.form == "native":  # whose routers compute in float32, in transformers

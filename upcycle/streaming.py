@@ -152,7 +152,7 @@ def convert_streamed(
             max_shard_size=max_shard_size,
             log=manifest,
         )
-        report["checkpoint"] = {"form": written.form, "architecture": written.architecture}
+        report["checkpoint"] = written.to_json()
         if verify:
             _verify(directory, plan, written, tensors, provenance, report, progress)
             raise_if_failed(report)

@@ -1,0 +1,38 @@
+"""Which software runs a converted model: one file per runtime, and the matrix of all of them."""
+
+from collections.abc import Mapping, Sequence
+
+from upcycle.spec import Plan
+from upcycle.targets.runtimes import llama_cpp, onnx_runtime, sglang, transformers, vllm
+from upcycle.targets.runtimes.support import Config, Judge, Support
+
+__all__ = ["RUNTIMES", "Support", "matrix", "refusal"]
+
+RUNTIMES: Mapping[str, Judge] = {
+    "transformers": transformers.judge,
+    "vllm": vllm.judge,
+    "sglang": sglang.judge,
+    "llama.cpp": llama_cpp.judge,
+    "onnxruntime": onnx_runtime.judge,
+}
+
+
+def matrix(target: str, config: Config, plan: Plan) -> dict[str, Support]:
+    """What each runtime does with the model.
+
+    Args:
+        target: what it is written as: a model type of `targets.native`, ``remote_code`` or
+            ``module``.
+        config: the content of its ``config.json``.
+        plan: what is converted, which is not nothing.
+    """
+    return {name: judge(target, config, plan) for name, judge in RUNTIMES.items()}
+
+
+def refusal(wanted: Sequence[str], target: str, config: Config, plan: Plan) -> str | None:
+    """Why one of the `wanted` runtimes does not run it, or None; begins with the runtime."""
+    for name in wanted:
+        support = RUNTIMES[name](target, config, plan)
+        if support.level == "no":
+            return f"{name} does not run it, {support.why[0]}"
+    return None

@@ -1,0 +1,52 @@
+"""SGLang, by its source (the stored versions are of mixed age, 2024 to 2026); not run.
+
+granitemoe, mixtral: the width of a head is hidden_size / num_attention_heads, and positions follow
+``rope_theta`` alone. qwen2_moe: every layer is sparse.
+"""
+
+from upcycle.spec import Plan
+from upcycle.targets.runtimes.support import (
+    CUSTOM,
+    PLAIN,
+    Config,
+    Support,
+    first,
+    has_own_head_dim,
+    loads,
+    needs_every_layer,
+    only_silu,
+    refuses,
+    scaled_rope,
+    sliding,
+    without_biases,
+)
+
+NATIVE = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe"),
+    *("granitemoe", "granitemoeshared", "ernie4_5_moe", "glm4_moe", "dots1", "cohere2_moe"),
+    *("hunyuan_v1_moe", "llama4_text"),
+)
+GENERIC = "with --model-impl transformers"
+
+
+def judge(target: str, config: Config, plan: Plan) -> Support:
+    """Whether SGLang loads it and computes the same."""
+    if target == PLAIN:
+        return refuses("MODEL", "it loads models of transformers, and this is a plain module")
+    if target == CUSTOM:
+        return only_silu(plan) or loads(f"{GENERIC} and --trust-remote-code")
+    if target == "gpt_oss":
+        return refuses("swiglu_alpha", "it computes with 1.702, and the experts here need 1")
+    if target == "switch_transformers":
+        return refuses("model_type", "it has no T5 and no Switch Transformers")
+    if target not in NATIVE:
+        return loads(GENERIC)
+    found, limit = None, None
+    if target == "mixtral":
+        found = first(has_own_head_dim(config), scaled_rope(config))
+        limit = sliding(config)
+    elif target == "qwen2_moe":
+        found = first(needs_every_layer(plan), has_own_head_dim(config))
+    elif target in ("granitemoe", "granitemoeshared"):
+        found = first(without_biases(config), has_own_head_dim(config), scaled_rope(config))
+    return found or loads(limit)

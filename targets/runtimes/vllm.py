@@ -1,0 +1,52 @@
+"""vLLM, by its source (registry and models of 2026, after 0.28); not run.
+
+It renormalises the weights of mixtral and granitemoe always and reads ``norm_topk_prob`` elsewhere,
+as transformers does. The number of tensor-parallel ranks may not exceed that of the experts.
+"""
+
+from upcycle.spec import Plan
+from upcycle.targets.runtimes.support import (
+    CUSTOM,
+    PLAIN,
+    Config,
+    Support,
+    first,
+    has_own_head_dim,
+    loads,
+    only_silu,
+    refuses,
+    without_biases,
+)
+
+NATIVE = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe"),
+    *("granitemoe", "granitemoeshared", "ernie4_5_moe", "glm4_moe", "llama4_text"),
+)
+GENERIC = "through its backend for transformers models"
+
+
+def judge(target: str, config: Config, plan: Plan) -> Support:
+    """Whether vLLM loads it and computes the same."""
+    if target == PLAIN:
+        return refuses("MODEL", "it loads models of transformers, and this is a plain module")
+    if target == CUSTOM:
+        generic = f"{GENERIC}, with --trust-remote-code, where that knows the dense class"
+        return only_silu(plan) or loads(generic)
+    if target == "gpt_oss":
+        return refuses("swiglu_alpha", "it computes with 1.702, and the experts here need 1")
+    if target == "switch_transformers":
+        return refuses("model_type", "it has no T5 and no Switch Transformers")
+    if target == "dots1":
+        return loads("in versions up to 0.23.0, which still have this architecture")
+    if target not in NATIVE:
+        return loads(GENERIC)
+    found: Support | None = None
+    if target == "qwen2_moe":
+        if not config.get("qkv_bias", True):
+            found = refuses("qkv_bias", "it always reads biases of queries, keys and values")
+        found = first(found, has_own_head_dim(config))
+    elif target == "qwen3_moe":
+        found = without_biases(config)
+    elif target in ("granitemoe", "granitemoeshared"):
+        found = first(without_biases(config), has_own_head_dim(config))
+    return found or loads()
