@@ -14,6 +14,7 @@ from torch import nn
 from upcycle.errors import UnsupportedError
 from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
+from upcycle.recipe import Onnx
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.running import session
 
@@ -51,7 +52,7 @@ def export(layers: list[MoE], folder: Path, shape: tuple[int, ...] = (2, 3), **o
         path=folder / "model.onnx",
         stored=save(model, folder),
         strict=True,
-        **options,
+        options=Onnx(**{"form": "fused", **options}),
     )
 
 

@@ -37,7 +37,14 @@ def _function(
     return ir.Function(domain, name, graph=graph, attributes=undefined)
 
 
-def unrolled(name: str, pointwise: Pointwise, num_experts: int, *, bias: bool) -> ir.Function:
+def unrolled(
+    name: str,
+    pointwise: Pointwise,
+    num_experts: int,
+    *,
+    bias: bool,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.Function:
     """One expert after the other, each on its own tokens only.
 
     Inputs: x [T, D], weights [T, E] with zeros for the experts that a token skips, up [E, G, D],
@@ -45,10 +52,10 @@ def unrolled(name: str, pointwise: Pointwise, num_experts: int, *, bias: bool) -
     """
     x_TD, weights_TE, up_EGD, down_EOI = (ir.Value(name=i) for i in ("x", "weights", "up", "down"))
     bias_EG = ir.Value(name="up_bias") if bias else None
-    n = Nodes()
+    n = Nodes(dtype=dtype)
     tokens = n("Shape", x_TD, start=0, end=1)
     shape = n("Concat", tokens, n("Shape", down_EOI, start=1, end=2), axis=0)
-    out_TO = n("ConstantOfShape", shape)
+    out_TO = n.zeros(shape)
     for expert in range(num_experts):
         n.scope = f"expert_{expert}/"
         e = n.const(expert)
@@ -71,7 +78,9 @@ def unrolled(name: str, pointwise: Pointwise, num_experts: int, *, bias: bool) -
     return _function(OWN, name, inputs, out_TO, n)
 
 
-def fused(activations: list[str], *, bias: bool) -> ir.Function:
+def fused(
+    activations: list[str], *, bias: bool, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Function:
     """What the kernel ``com.microsoft::MoE`` computes with ``normalize_routing_weights=1``.
 
     For runtimes without the kernel: every expert on every token, so correct and slow. A file holds
@@ -82,7 +91,7 @@ def fused(activations: list[str], *, bias: bool) -> ir.Function:
     x_TD, scores_TE, up_EGD, bias_EG, down_EDI = (
         ir.Value(name=i) for i in ("x", "scores", "up", "up_bias", "down")
     )
-    n = Nodes()
+    n = Nodes(dtype=dtype)
     k = n(
         "Reshape",
         n("Constant", value_int=ir.RefAttr("value_int", "k", ir.AttributeType.INT)),
@@ -91,7 +100,7 @@ def fused(activations: list[str], *, bias: bool) -> ir.Function:
     p_TE = n("Softmax", scores_TE, axis=-1)
     top_TK, index_TK = n.many("TopK", p_TE, k, outputs=2, axis=-1)
     top_TK = n("Div", top_TK, n("ReduceSum", top_TK, n.const([1]), keepdims=1))
-    zeros_TE = n("ConstantOfShape", n("Shape", scores_TE))
+    zeros_TE = n.zeros(n("Shape", scores_TE))
     weights_TE = n("ScatterElements", zeros_TE, index_TK, top_TK, axis=1)
     z_ETG = n("MatMul", x_TD, n("Transpose", up_EGD, perm=[0, 2, 1]))
     if bias:
@@ -112,7 +121,7 @@ def _choose(n: Nodes, activations: list[str], z: ir.Value) -> ir.Value:
         return _activate(n, name, z)
     branches: dict[str, Any] = {}
     for branch, names in (("then_branch", [name]), ("else_branch", rest)):
-        inner = Nodes(f"{n.scope}{branch}_{names[0]}/")
+        inner = Nodes(f"{n.scope}{branch}_{names[0]}/", dtype=n.dtype)
         inner_out = _choose(inner, names, z)
         branches[branch] = ir.Graph([], [inner_out], nodes=inner.nodes, name=names[0])
     wanted = ir.RefAttr("value_string", "activation_type", ir.AttributeType.STRING)

@@ -164,8 +164,21 @@ def share_weights(model: ir.Model, store: Store, path: Path, *, strict: bool) ->
     if missing and strict:
         names = ", ".join(str(value.name) for value in missing)
         raise UnsupportedError(f"{path.name}: not in the checkpoint: {names}")
-    _write(missing, path)
+    size = _write(missing, path)
+    if missing:
+        log.warning(
+            "%s.data: %d tensors (%d bytes) are not in the checkpoint",
+            *(path.name, len(missing), size),
+        )
     return len(missing)
+
+
+def write_weights(model: ir.Model, path: Path) -> int:
+    """Write every large initializer of `model` to ``<path>.data``; returns how many there are."""
+    values = [v for graph in model.graphs() for v in graph.initializers.values()]
+    large = [v for v in values if (tensor := tensor_of(v)) is not None and not _is_small(tensor)]
+    _write(large, path)
+    return len(large)
 
 
 def _is_small(tensor: torch.Tensor) -> bool:
@@ -202,16 +215,14 @@ def stored_value(name: str, stored: Stored, directory: Path) -> ir.Value:
     return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
 
 
-def _write(values: list[ir.Value], path: Path) -> None:
-    if not values:
-        return
+def _write(values: list[ir.Value], path: Path) -> int:
+    """Move the tensors to ``<path>.data``; returns their bytes."""
     tensors = [value.const_value for value in values if value.const_value is not None]
+    if not tensors:
+        return 0
     written = ir.external_data.convert_tensors_to_external(
         tensors, path.parent, f"{path.name}.data"
     )
     for value, tensor in zip(values, written, strict=True):
         value.const_value = tensor
-    size = sum(tensor.nbytes for tensor in written)
-    log.warning(
-        "%s.data: %d tensors (%d bytes) are not in the checkpoint", path.name, len(written), size
-    )
+    return sum(tensor.nbytes for tensor in written)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
@@ -10,11 +9,21 @@ OPSET = 21  # the first with IR version 10; Gelu needs 20, string Equal 19
 
 
 class Nodes(Tape):
-    """Nodes in the order of their making; `scope` is the prefix of every name."""
+    """Nodes in the order of their making.
 
-    def __init__(self, scope: str = "", metadata: dict[str, str] | None = None) -> None:
+    `scope` is the prefix of every name; `dtype` that of the floats that they compute with.
+    """
+
+    def __init__(
+        self,
+        scope: str = "",
+        metadata: dict[str, str] | None = None,
+        *,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+    ) -> None:
         super().__init__()
         self.scope = scope
+        self.dtype = dtype
         self._metadata = metadata or {}
         self._count = 0
 
@@ -52,7 +61,20 @@ class Nodes(Tape):
         )
         return values
 
+    @property
+    def is_half(self) -> bool:
+        """Whether the floats are narrower than float32."""
+        return self.dtype != ir.DataType.FLOAT
+
     def const(self, value: float | int | list[int]) -> ir.Value:
-        """A float32 scalar for a float; int64 for an int or a list of ints."""
-        dtype = np.float32 if isinstance(value, float) else np.int64
-        return self("Constant", value=ir.tensor(np.array(value, dtype)))
+        """A scalar of `dtype` for a float; int64 for an int or a list of ints."""
+        dtype = self.dtype if isinstance(value, float) else ir.DataType.INT64
+        return self("Constant", value=ir.tensor(value, dtype=dtype))
+
+    def single(self, value: float) -> ir.Value:
+        """A float32 scalar."""
+        return self("Constant", value=ir.tensor(value, dtype=ir.DataType.FLOAT))
+
+    def zeros(self, shape: ir.Value) -> ir.Value:
+        """Zeros of `dtype`."""
+        return self("ConstantOfShape", shape, value=ir.tensor([0.0], dtype=self.dtype))

@@ -1,4 +1,4 @@
-"""`Pointwise` programs as ONNX nodes, in float32."""
+"""`Pointwise` programs as ONNX nodes, in the dtype of the nodes."""
 
 import math
 from collections.abc import Callable
@@ -79,15 +79,15 @@ def _gelu(n: Nodes, x: ir.Value, approximate: str = "none") -> ir.Value:
 
 def _cast(n: Nodes, x: ir.Value, dtype: str) -> ir.Value:
     types = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-    if dtype == "float32":
+    if dtype == "float32":  # what a narrower graph would round again
         return x
     if dtype not in types:
         raise UnsupportedError(f"ONNX export of an activation with a cast to {dtype} is not there")
-    return n("Cast", n("Cast", x, to=types[dtype].value), to=ir.DataType.FLOAT.value)
+    return n("Cast", n("Cast", x, to=types[dtype].value), to=n.dtype.value)
 
 
 def _comparison(op_type: str) -> Operation:
-    return lambda n, x, y: n("Cast", n(op_type, x, y), to=ir.DataType.FLOAT.value)
+    return lambda n, x, y: n("Cast", n(op_type, x, y), to=n.dtype.value)
 
 
 def _where(n: Nodes, condition: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:

@@ -1,0 +1,134 @@
+"""Rounding the weights of experts to few bits, in the layout of the kernel ``QMoE``.
+
+Symmetric, in groups along a row, without calibration data, after Kim et al., "FineQuant", 2023,
+https://arxiv.org/abs/2308.09723. How large the groups are is decided for each expert's matrix.
+
+Shape suffixes: E experts, N rows, K inputs of a row, G groups of a row, P packed bytes of a row.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Block = str | int
+SMALLEST = 16  # the kernel's smallest group; it takes powers of two
+_SHRINKS = 0.9  # a halved group has to have at most this part of the range to be worth its scales
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A stack of matrices, of which an element is ``(q - 2 ** (bits - 1)) * scale``.
+
+    Attributes:
+        packed: [E, N, P] uint8; of two 4-bit numbers in a byte the first is the low one.
+        scale: [E, N] if `block` is None, one for each row, else [E, N, G]; float32.
+        bits: 8 or 4.
+        block: inputs of one group, of which the last may be shorter.
+        groups: what was decided for each matrix: inputs that share a scale.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    bits: int
+    block: int | None
+    groups: tuple[int, ...]
+
+
+def quantise(stacks: Sequence[torch.Tensor], bits: int, block: Block) -> list[Quantised]:
+    """Round stacks of matrices [E, N, K], which one kernel reads, to `bits` bits.
+
+    Every element is off by at most half the scale of its group, which is the group's largest
+    magnitude over ``2 ** (bits - 1) - 1``.
+
+    Args:
+        stacks: float32; K even for 4 bits.
+        bits: 8 or 4.
+        block: ``row``, inputs that share a scale, or ``adaptive``.
+    """
+    widths = [stack.shape[2] for stack in stacks]
+    if isinstance(block, int):
+        block = min(block, *(2 ** int(math.log2(width)) for width in widths))
+        return [_in_groups(s, bits, (block,) * len(s), block) for s in stacks]
+    sizes = [(stack.shape[2],) * len(stack) for stack in stacks]
+    if block == "adaptive":
+        sizes = [tuple(adaptive_group(matrix) for matrix in stack) for stack in stacks]
+    parts = [size for s, width in zip(sizes, widths, strict=True) for size in s if size < width]
+    # One size for the kernel, which is fast where it divides all widths.
+    even = min(math.gcd(width, 2**30) for width in widths)
+    finest = max(min(even, *parts), SMALLEST) if parts else None
+    return [_in_groups(s, bits, size, finest) for s, size in zip(stacks, sizes, strict=True)]
+
+
+def _in_groups(
+    weight_ENK: torch.Tensor, bits: int, groups: tuple[int, ...], block: int | None
+) -> Quantised:
+    """Round with a size of the groups for each matrix; scales are repeated for each `block`."""
+    limit, columns = 2 ** (bits - 1), weight_ENK.shape[2]
+    q_ENK = torch.empty(weight_ENK.shape, dtype=torch.uint8)
+    scales = []
+    for expert, (weight_NK, group) in enumerate(zip(weight_ENK, groups, strict=True)):
+        scale_NG = _largest(weight_NK, group) / (limit - 1)
+        scale_NG = torch.where(scale_NG == 0, torch.ones_like(scale_NG), scale_NG)
+        scale_NK = _spread(scale_NG, group, columns)
+        steps = (weight_NK / scale_NK).round().clamp(1 - limit, limit - 1)
+        q_ENK[expert] = (steps + limit).to(torch.uint8)
+        scales.append(scale_NK[:, 0] if block is None else scale_NK[:, ::block])
+    return Quantised(_pack(q_ENK, bits), torch.stack(scales), bits, block, groups)
+
+
+def dequantise(quantised: Quantised, columns: int) -> torch.Tensor:
+    """The rounded matrices [E, N, K] in float32; `columns` is K."""
+    q_ENK = _unpack(quantised.packed, quantised.bits).float() - 2 ** (quantised.bits - 1)
+    scale = quantised.scale
+    if quantised.block is None:
+        return q_ENK * scale[..., None]
+    return q_ENK * _spread(scale, quantised.block, columns)
+
+
+def adaptive_group(weight_NK: torch.Tensor) -> int:
+    """How many inputs of a row share a scale: as many as the outliers of the matrix let them.
+
+    From whole rows on, groups become smaller as long as each halving shrinks the mean range of a
+    group to 0.9 or less; so a matrix whose magnitudes are alike keeps one scale for each row.
+    """
+    columns = weight_NK.shape[1]
+    group, mean = columns, _largest(weight_NK, columns).mean()
+    for smaller in _candidates(columns):
+        shrunk = _largest(weight_NK, smaller).mean()
+        if shrunk > mean * _SHRINKS ** math.log2(group / smaller):
+            break
+        group, mean = smaller, shrunk
+    return group
+
+
+def _candidates(columns: int) -> Iterator[int]:
+    """Powers of two below `columns` that divide it, from the largest on."""
+    size = 2 ** int(math.log2(max(columns - 1, 1)))
+    while size >= SMALLEST:
+        if columns % size == 0:
+            yield size
+        size //= 2
+
+
+def _largest(weight_NK: torch.Tensor, group: int) -> torch.Tensor:
+    """The largest magnitude of each group, [N, G]."""
+    pad = -weight_NK.shape[1] % group
+    magnitude_NK = torch.nn.functional.pad(weight_NK.abs(), (0, pad))
+    return magnitude_NK.unflatten(1, (-1, group)).amax(-1)
+
+
+def _spread(scale: torch.Tensor, group: int, columns: int) -> torch.Tensor:
+    """The scale of each element, [..., K]."""
+    return scale.repeat_interleave(group, dim=-1)[..., :columns]
+
+
+def _pack(q_ENK: torch.Tensor, bits: int) -> torch.Tensor:
+    return q_ENK if bits == 8 else q_ENK[..., 0::2] | (q_ENK[..., 1::2] << 4)
+
+
+def _unpack(packed_ENP: torch.Tensor, bits: int) -> torch.Tensor:
+    if bits == 8:
+        return packed_ENP
+    return torch.stack([packed_ENP & 15, packed_ENP >> 4], dim=-1).flatten(2)
