@@ -6,19 +6,21 @@ will do; any other module becomes plain weights.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle.errors import UnsupportedError
+from upcycle.errors import UnsupportedError, UsageError
 from upcycle.spec import Plan
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.native import NativeTarget, build_config, choose
-from upcycle.targets.runtimes import Support, matrix, refusal
-from upcycle.targets.runtimes.support import CUSTOM, PLAIN
+from upcycle.targets.runtimes import RUNTIMES, Support, matrix, refusal
+from upcycle.targets.runtimes.support import CUSTOM, PLAIN, loads, refuses
+
+GRAPH = "onnx"
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,36 @@ class Destination:
 
     Attributes:
         target: the native architecture, or None.
-        form: ``native``, ``remote_code`` or ``module``.
+        form: ``native``, ``remote_code``, ``module`` or ``onnx``.
         reasons: why each native architecture that was tried was not chosen.
+        near: those of them that are about this model and this plan.
         runtimes: software by name, and what it does with the checkpoint.
     """
 
     target: NativeTarget | None
     form: str
     reasons: Mapping[str, str]
+    near: Mapping[str, str]
     runtimes: Mapping[str, Support]
 
-    @property
-    def architecture(self) -> str | None:
-        """The model type of the native architecture, or None."""
-        return None if self.target is None else self.target.model_type
+    def text(self) -> str:
+        """What it is written as, in words."""
+        if self.target is not None:
+            return f"{self.target.model_type}, an architecture of transformers"
+        return {
+            CUSTOM: "the dense architecture with a self-contained modeling file",
+            PLAIN: "weights that upcycle.load puts into the dense module",
+            GRAPH: "an ONNX file",
+        }[self.form]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``upcycle plan --json``."""
+        return {
+            "form": self.form,
+            "architecture": self.target.model_type if self.target else None,
+            "not_native_because": dict(self.near),
+            "runtimes": {name: support.to_json() for name, support in self.runtimes.items()},
+        }
 
 
 def destination(model: nn.Module, plan: Plan) -> Destination:
@@ -51,8 +69,15 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
         plan: what is converted; its `runtimes` and `architecture` are requirements.
 
     Raises:
+        UsageError: there is no such runtime or architecture.
         UnsupportedError: nothing that holds the model meets the requirements.
     """
+    for name in plan.runtimes:
+        if name not in RUNTIMES:
+            raise UsageError(f"--runtime {name}: unknown; choose from {', '.join(RUNTIMES)}")
+    if plan.architecture is not None and plan.architecture not in NATIVE:
+        known = ", ".join(NATIVE)
+        raise UsageError(f"--architecture {plan.architecture}: unknown; choose from {known}")
     target, reasons = native_target(model, plan)
     config = _config(model, plan, target)
     form = "native" if target else CUSTOM if isinstance(model, PreTrainedModel) else PLAIN
@@ -60,12 +85,28 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
     if target is None and plan.architecture is not None:
         why = reasons.get(plan.architecture, "the model is no model of transformers")
         raise UnsupportedError(f"--architecture {plan.architecture}: {why}")
+    nearest = _near(reasons, config)
     why_not = refusal(plan.runtimes, written_as, config, plan)
     if why_not is not None:
-        nearest = near(reasons, config)
-        others = "".join(f"; {name}: {reason}" for name, reason in nearest.items())
-        raise UnsupportedError(f"--runtime {why_not}{others}")
-    return Destination(target, form, reasons, matrix(written_as, config, plan))
+        others = [f"{name} is not possible: {reason}" for name, reason in nearest.items()]
+        if not nearest and form == CUSTOM:
+            others = [f"no native architecture holds a model of type {config['model_type']}"]
+        raise UnsupportedError("; ".join([f"--runtime {why_not}", *others]))
+    return Destination(target, form, reasons, nearest, matrix(written_as, config, plan))
+
+
+def onnx_destination(plan: Plan) -> Destination:
+    """The same for a model that is an ONNX file, and becomes one.
+
+    Raises:
+        UsageError: the plan requires more than that.
+    """
+    others = [name for name in plan.runtimes if name != "onnxruntime"]
+    if others or plan.architecture is not None:
+        option = f"--runtime {others[0]}" if others else f"--architecture {plan.architecture}"
+        raise UsageError(f"{option}: an ONNX file becomes an ONNX file; leave it out")
+    runtimes = {name: refuses("MODEL", "it is an ONNX file") for name in RUNTIMES}
+    return Destination(None, GRAPH, {}, {}, runtimes | {"onnxruntime": loads()})
 
 
 def native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, dict[str, str]]:
@@ -79,14 +120,10 @@ def native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, di
     return choose(NATIVE, _asked(dense), plan, accepts=accepts, only=plan.architecture)
 
 
-def near(reasons: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The reasons of the architectures that hold models of this type, if not this one."""
-    kind = str(config.get("model_type"))
-    return {
-        name: reason
-        for name, reason in reasons.items()
-        if name not in NATIVE or kind in NATIVE[name].sources
-    }
+def _near(reasons: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The reasons of the architectures that hold models of this type, if not this plan."""
+    kind = config.get("model_type")
+    return {name: why for name, why in reasons.items() if kind in NATIVE[name].sources}
 
 
 def _asked(dense: PreTrainedModel) -> Any:
@@ -107,8 +144,3 @@ def _config(model: nn.Module, plan: Plan, target: NativeTarget | None) -> dict[s
 def _dtype(model: nn.Module) -> str:
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     return str(dtypes[0]).removeprefix("torch.") if dtypes else "float32"
-
-
-def rows(runtimes: Mapping[str, Support]) -> Sequence[tuple[str, str]]:
-    """The matrix for a table."""
-    return [(name, support.text()) for name, support in runtimes.items()]

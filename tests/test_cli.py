@@ -20,11 +20,13 @@ FLAGS = {
     "": LOG | {"--version"},
     "convert": LOG
     | {"MODEL", "--recipe", "--set", "--out", "--target", "--calibration", "--inputs", "--device"}
-    | {"--text-field"}
+    | {"--text-field", "--runtime", "--architecture"}
     | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
     | {"--stream", "--no-stream", "--resume"}
     | {"--trust-remote-code", "--allow-pickle"},
-    "plan": LOG | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"},
+    "plan": LOG
+    | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"}
+    | {"--runtime", "--architecture"},
     "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
     "verify": LOG | {"DENSE", "CONVERTED", "--inputs", "--json", "--trust-remote-code"},
     "recipes": LOG | {"[NAME]"},

@@ -43,6 +43,7 @@ LAYERS = {
     "upcycle.onnx_source": 5,
     "upcycle.onnx_verify": 5,
     "upcycle.report": 5,
+    "upcycle.tables": 2,
     "upcycle.source": 5,
     "upcycle.sources": 5,
     "upcycle.module_tensors": 5,

@@ -209,7 +209,7 @@ def test_the_page_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_plan_reads_sizes(tmp_path: Path) -> None:
     source = open_model(str(onnx_files.by_hand(tmp_path / "dense.onnx", "relu")))
-    plan, costs = plan_model(source, load_recipe("sparse-upcycling"), "sparse-upcycling")
+    plan, costs, _ = plan_model(source, load_recipe("sparse-upcycling"), "sparse-upcycling")
     assert len(plan.specs) == 2
     assert costs.parameters_before == 2 * (16 * 32 + 32 + 32 * 16 + 16)
 

@@ -16,6 +16,9 @@ from upcycle.ffn import FFN, Located, Miss, Projection
 from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
 from upcycle.spec import MoESpec, Plan
+from upcycle.tables import short
+from upcycle.targets.destination import Destination
+from upcycle.targets.runtimes.support import loads, refuses
 
 
 def ffn(path: str = "mlp", *, gated: bool = False, bias: bool = True) -> FFN:
@@ -108,9 +111,14 @@ def test_the_dense_count_is_that_of_torch() -> None:
     assert ffn().num_parameters == sum(p.numel() for p in layers.parameters())
 
 
+def written() -> Destination:
+    runtimes = {"here": loads(), "near": loads("slowly"), "there": refuses("width", "too wide")}
+    return Destination(None, "remote_code", {}, {"mixtral": "its router has no bias"}, runtimes)
+
+
 def test_the_plan_report_says_what_becomes_of_each_ffn() -> None:
     planned = plan(*(ffn(f"layers.{i}.mlp") for i in range(6)), convert=4)
-    lines = text(report.plan_report(planned, costs(planned, 1_234_567, 2)))
+    lines = text(report.plan_report(planned, costs(planned, 1_234_567, 2), written()))
     becomes = "8 experts of 24, a token visits 2"
     assert lines[1].split("  ")[0] == "layers.{0..3}.mlp"
     assert becomes in lines[1]
@@ -119,15 +127,25 @@ def test_the_plan_report_says_what_becomes_of_each_ffn() -> None:
     assert "sparse-upcycling converts 4 of 6 dense FFNs" in lines
     assert any(line.split() == ["parameters", "1.2M", "1.3M", "1.02"] for line in lines)
     assert lines[-1].split(maxsplit=1) == ["pool", "a softmax mixes the hidden axis"]
+    assert "not as mixtral: its router has no bias" in lines
+    start = lines.index("runtime  runs it")
+    assert lines[start + 1 : start + 4] == [
+        "here     yes",
+        "near     yes: slowly",
+        "there    no, width: too wide",
+    ]
 
 
 def test_the_plan_as_json() -> None:
     planned = plan(ffn("a"), ffn("b"), convert=1)
-    data = report.plan_json(planned, costs(planned, 10_000, 4))
+    data = report.plan_json(planned, costs(planned, 10_000, 4), written())
     assert json.loads(json.dumps(data)) == data
     assert [layer["path"] for layer in data["layers"]] == ["a"]
     assert data["dense"] == ["b"]
     assert data["promise"] == "exact"
+    there = {"level": "no", "why": ["too wide"], "field": "width"}
+    assert data["checkpoint"]["runtimes"]["there"] == there
+    assert data["checkpoint"]["not_native_because"] == {"mixtral": "its router has no bias"}
     (miss,) = data["misses"]
     assert miss == {
         "path": "pool",
@@ -141,9 +159,9 @@ def test_a_plan_without_layers_has_a_report() -> None:
     planned = plan(ffn("a"), convert=0)
     estimate = costs(planned, 10_000, 4)
     assert "sparse-upcycling converts 0 of 1 dense FFN" in text(
-        report.plan_report(planned, estimate)
+        report.plan_report(planned, estimate, written())
     )
-    assert report.plan_json(planned, estimate)["promise"] is None
+    assert report.plan_json(planned, estimate, written())["promise"] is None
 
 
 @pytest.mark.parametrize(
@@ -205,4 +223,4 @@ def test_the_size_of_a_model_is_that_of_its_checkpoint() -> None:
     [(0, "0"), (999, "999"), (1000, "1.0k"), (134_515_008, "134.5M"), (999_960, "1.0M")],
 )
 def test_short_numbers(number: int, expected: str) -> None:
-    assert report.short(number) == expected
+    assert short(number) == expected

@@ -88,6 +88,8 @@ class Conversion:
         out: str | Path,
         *,
         targets: Sequence[str] = ("safetensors",),
+        runtimes: Sequence[str] = (),
+        architecture: str | None = None,
         overwrite: bool = False,
         max_shard_size: int = MAX_SHARD_SIZE,
         verify: bool = True,
@@ -98,6 +100,8 @@ class Conversion:
         Args:
             out: the directory; it is written beside its place and renamed at the end.
             targets: of ``safetensors``, ``onnx``; an ONNX file reads the safetensors beside it.
+            runtimes: what has to run the checkpoint: transformers, vllm, sglang, llama.cpp, ...
+            architecture: the MoE architecture of transformers to write; by default what fits.
             overwrite: replace an existing directory.
             max_shard_size: bytes of one safetensors file.
             verify: load the files again and compare (tiers T3 and T4).
@@ -117,7 +121,7 @@ class Conversion:
             emission = emit(
                 directory,
                 self.model,
-                self.plan,
+                replace(self.plan, runtimes=tuple(runtimes), architecture=architecture),
                 dense=self.dense,
                 evaluation=self.evaluation,
                 source=self.source,

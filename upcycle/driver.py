@@ -29,6 +29,7 @@ from upcycle.recipe import Recipe
 from upcycle.source import DTYPES, Source
 from upcycle.sources import check_sources
 from upcycle.streaming import check_streamable, convert_streamed, must_stream
+from upcycle.targets.destination import destination, onnx_destination
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, check_disk
 from upcycle.verification import budget, compare_models, model_dtype
 
@@ -43,6 +44,8 @@ def convert_model(
     recipe_name: str,
     out: Path,
     targets: Sequence[str] = ("safetensors",),
+    runtimes: Sequence[str] = (),
+    architecture: str | None = None,
     calibration: Sequence[str] = (),
     text_field: str = "text",
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -54,11 +57,15 @@ def convert_model(
 ) -> dict[str, Any]:
     """Convert a named model into a directory and return the report, which is also written there.
 
-    Everything that can be refused is refused before the weights are read. `stream` (also if it is
+    Everything that can be refused is refused before the weights are read. `runtimes` have to run
+    the result, and `architecture` is what it is written in. `stream` (also if it is
     None and the memory is too small) works piece by piece, and `resume` goes on with a run of that
     kind that was interrupted; see `upcycle.streaming`.
     """
     check_targets(targets, verify=verify)
+    if "onnxruntime" in runtimes and "onnx" not in targets:
+        raise UsageError("--runtime onnxruntime: it runs the file of --target onnx; add that")
+    wanted = {"runtimes": tuple(runtimes), "architecture": architecture}
     _check_out(out, source, overwrite=overwrite)
     given = read_calibration(calibration, field=text_field) if calibration else None
     if not isinstance(source, Source):
@@ -68,6 +75,7 @@ def convert_model(
             raise UsageError("--stream: it does not apply to an ONNX file; leave it out")
         _check_gradients(recipe, "an ONNX file")
         _check_alone(recipe, "an ONNX file")
+        onnx_destination(replace(source.plan(recipe, recipe_name), **wanted))
         return convert_onnx(
             source,
             recipe,
@@ -83,8 +91,9 @@ def convert_model(
     with step(progress, "capturing"):
         skeleton = source.skeleton()
         located = locate_in(skeleton, source.example)
-    plan = make_plan(located, recipe, recipe_name=recipe_name)
+    plan = replace(make_plan(located, recipe, recipe_name=recipe_name), **wanted)
     check_model(skeleton, plan)
+    destination(skeleton, plan)
     if given is not None:  # the model may read something else, or there is no tokenizer for it
         text, example = verification_inputs(skeleton, recipe, given, directory=source.directory)
         evaluation_for(skeleton, directory=source.directory, example=example, text=text)
@@ -130,6 +139,8 @@ def convert_model(
     result.save(
         out,
         targets=targets,
+        runtimes=runtimes,
+        architecture=architecture,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         verify=verify,

@@ -3,6 +3,8 @@
 Apart from the driver because it must answer at once: it imports nothing that writes or verifies.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from upcycle.costs import Costs, costs, model_size
@@ -13,6 +15,7 @@ from upcycle.passes.plan import make_plan
 from upcycle.recipe import Recipe
 from upcycle.source import Source
 from upcycle.spec import Plan
+from upcycle.targets.destination import Destination, destination, onnx_destination
 
 if TYPE_CHECKING:
     from upcycle.onnx_source import OnnxSource
@@ -26,13 +29,24 @@ def inspect_model(source: "Source | OnnxSource") -> Located:
 
 
 def plan_model(
-    source: "Source | OnnxSource", recipe: Recipe, recipe_name: str
-) -> tuple[Plan, Costs]:
-    """What a conversion would do and cost, from the configuration alone."""
+    source: "Source | OnnxSource",
+    recipe: Recipe,
+    recipe_name: str,
+    *,
+    runtimes: Sequence[str] = (),
+    architecture: str | None = None,
+) -> tuple[Plan, Costs, Destination]:
+    """What a conversion would do, cost and write, from the configuration alone.
+
+    Raises:
+        UnsupportedError: no checkpoint is what `runtimes` and `architecture` require.
+    """
+    wanted = {"runtimes": tuple(runtimes), "architecture": architecture}
     if not isinstance(source, Source):
-        plan = source.plan(recipe, recipe_name)
-        return plan, source.costs(plan)
+        plan = replace(source.plan(recipe, recipe_name), **wanted)
+        return plan, source.costs(plan), onnx_destination(plan)
     skeleton = source.skeleton()
     plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
+    plan = replace(plan, **wanted)
     check_model(skeleton, plan)
-    return plan, costs(plan, *model_size(skeleton))
+    return plan, costs(plan, *model_size(skeleton)), destination(skeleton, plan)

@@ -34,5 +34,5 @@ def refusal(wanted: Sequence[str], target: str, config: Config, plan: Plan) -> s
     for name in wanted:
         support = RUNTIMES[name](target, config, plan)
         if support.level == "no":
-            return f"{name} does not run it, {support.why[0]}"
+            return f"{name}: {support.field}: {support.why[0]}"
     return None

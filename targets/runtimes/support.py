@@ -34,9 +34,8 @@ class Support:
 
     def text(self) -> str:
         """One cell of a table."""
-        start = "no" if self.level == "no" else "yes"
-        reasons = "; ".join(self.why)
-        return f"{start}: {reasons}" if reasons else start
+        start = f"no, {self.field}" if self.level == "no" else "yes"
+        return ": ".join([start, "; ".join(self.why)]) if self.why else start
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `why` is a list."""
@@ -53,8 +52,8 @@ def loads(*limits: str | None) -> Support:
 
 
 def refuses(field: str, why: str) -> Support:
-    """It does not, because of `field`, which is told before the reason."""
-    return Support("no", (f"`{field}`: {why}",), field)
+    """It does not, because of `field`."""
+    return Support("no", (why,), field)
 
 
 def left_dense(plan: Plan) -> list[str]:

@@ -38,6 +38,7 @@ from upcycle.program import size_in_bytes
     metavar="NAME",
     help="Field of a .jsonl record, or column of a data set, with the text.",
 )
+@options.runtimes
 @options.inputs
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: cpu]")
 @click.option(

@@ -12,6 +12,7 @@ from upcycle.program import collector_paused
 @click.command()
 @click.argument("model")
 @options.recipe
+@options.runtimes
 @options.inputs
 @options.as_json
 @options.trust
@@ -20,19 +21,23 @@ def plan(
     model: str,
     recipe: str,
     overrides: tuple[str, ...],
+    runtimes: tuple[str, ...],
+    architecture: str | None,
     inputs: str | None,
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Show what a recipe would do to MODEL, and what it costs."""
+    """Show what a recipe would do to MODEL, what it costs, and which software runs the result."""
     with collector_paused():
         from upcycle import preview, recipe_file, report
         from upcycle.source import open_model
 
         loaded = recipe_file.load_recipe(recipe, overrides)
         source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-        planned, estimate = preview.plan_model(source, loaded, Path(recipe).name)
+        planned, estimate, written = preview.plan_model(
+            source, loaded, Path(recipe).name, runtimes=runtimes, architecture=architecture
+        )
     if as_json:
-        console.print_json(report.plan_json(planned, estimate))
+        console.print_json(report.plan_json(planned, estimate, written))
     else:
-        console.print_result(*report.plan_report(planned, estimate))
+        console.print_result(*report.plan_report(planned, estimate, written))

@@ -1,0 +1,74 @@
+"""Tables and numbers for people."""
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+from rich.table import Table
+
+
+def fold(paths: Sequence[str]) -> str:
+    """``layers.0.mlp`` to ``layers.11.mlp`` as ``layers.{0..11}.mlp``; ``{0..10..2}`` in steps."""
+    parts = [path.split(".") for path in paths]
+    varying = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+    if not varying:
+        return paths[0]
+    numbers = [int(part[varying[0]]) for part in parts]
+    step = numbers[1] - numbers[0]
+    text = f"{numbers[0]}..{numbers[-1]}" + (f"..{step}" if step != 1 else "")
+    parts[0][varying[0]] = f"{{{text}}}"
+    return ".".join(parts[0])
+
+
+def short(number: int) -> str:
+    """``134515008`` as ``134.5M``."""
+    value, unit = float(number), ""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if value < 999.95 or unit == "P":
+            break
+        value /= 1000
+    return f"{value:.1f}{unit}" if unit else str(number)
+
+
+def size(number: int) -> str:
+    """``134515008`` as ``134.5 MB``."""
+    text = short(number)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
+def count(items: Sequence[Any], noun: str) -> str:
+    """``2 layers`` for two items."""
+    return f"{len(items)} {noun}" if len(items) == 1 else f"{len(items)} {noun}s"
+
+
+def new_table(*columns: str) -> Table:
+    """An empty table without lines."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def add_rows(table: Table, rows: Iterable[tuple[str, ...]]) -> None:
+    """Add `rows`; neighbours that differ only in one number of their path become one row."""
+    for _, group in groupby(rows, key=lambda row: (re.sub(r"\d+", "#", row[0]), *row[1:])):
+        run: list[tuple[str, ...]] = []
+        for row in group:
+            if run and not _continues([r[0] for r in run], row[0]):
+                table.add_row(fold([r[0] for r in run]), *run[0][1:])
+                run = []
+            run.append(row)
+        table.add_row(fold([r[0] for r in run]), *run[0][1:])
+
+
+def _continues(paths: list[str], path: str) -> bool:
+    """Whether `path` follows `paths`: one number grows, always the same and by the same step."""
+    chain = [p.split(".") for p in (*paths[-2:], path)]
+    steps = []
+    for a, b in pairwise(chain):
+        changed = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+        if len(changed) != 1 or not (a[changed[0]].isdigit() and b[changed[0]].isdigit()):
+            return False
+        steps.append((changed[0], int(b[changed[0]]) - int(a[changed[0]])))
+    return len(set(steps)) == 1
