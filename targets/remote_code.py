@@ -91,7 +91,7 @@ def modeling_text(
         names = {"config": new_name(dense_config), "model": new_name(cls), "dense": cls.__name__}
         bodies.append(_MODEL.format(**names).strip())
     plain = sorted(line for line in imports if line.startswith("import"))
-    head = f'"""{new_name(dense_config)}, made by upcycle {__version__}; needs transformers and torch."""'
+    head = f'"""Made by upcycle {__version__}; needs transformers and torch."""'
     text = "\n".join([head, "", *plain, *sorted(imports - set(plain)), ""])
     return text + "\n\n" + "\n\n\n".join(bodies) + "\n"
 
@@ -166,4 +166,6 @@ def auto_classes(model: nn.Module) -> list[str]:
     """The Auto classes of transformers that know the dense class, most specific first."""
     mapping = auto_mapping(type(getattr(model, "config", None)))
     names = [name for name, known in mapping.items() if type(model) in known]
-    return sorted(names, key=lambda name: (name == "AutoModel", name)) or ["AutoModel"]
+    first, last = ("CausalLM", "Seq2SeqLM"), ("ForPreTraining", "AutoModel", "ForTextEncoding")
+    names.sort(key=lambda name: (not name.endswith(first), name.endswith(last), name))
+    return names or ["AutoModel"]

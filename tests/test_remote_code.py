@@ -4,9 +4,6 @@ The directories are written here, and opened in one other process in which ``imp
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import small_models
 import torch
 import transformers
 from click.testing import CliRunner
+from remote_case import without_upcycle
 from safetensors.torch import load_file, save_file
 
 from upcycle.cli import main
@@ -35,34 +33,6 @@ GENERATING = ("gpt2", "t5", "opt", "llama")
 
 # Run with the folder as the argument; prints one JSON object with what was found for each model.
 ELSEWHERE = """
-import json, sys, warnings
-from pathlib import Path
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "upcycle":
-            raise ImportError("upcycle is not installed here")
-
-sys.meta_path.insert(0, Blocked())
-warnings.simplefilter("ignore")
-import torch, transformers
-from safetensors.torch import load_file
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-try:
-    import upcycle
-    raise SystemExit("upcycle can be imported")
-except ImportError:
-    pass
-
-def floats(model, inputs):
-    with torch.no_grad():
-        out = model(**inputs)
-    return (out.logits if "logits" in out else out[0]).double()
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
 found = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     about = json.loads((folder / "about.json").read_text())
@@ -115,20 +85,6 @@ def write(name: str, folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "example.safetensors")
     about = {"auto": auto_classes(dense)[0], "generates": name in GENERATING}
     (folder / "about.json").write_text(json.dumps(about))
-
-
-def without_upcycle(code: str, *arguments: object) -> Any:
-    """The last line that `code` prints, as JSON; `-P` keeps this directory off the path."""
-    process = subprocess.run(
-        [sys.executable, "-P", "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"},
-        cwd="/",
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
