@@ -74,7 +74,11 @@ def convert_model(
         if stream or resume:
             raise UsageError("--stream: it does not apply to an ONNX file; leave it out")
         _check_gradients(recipe, "an ONNX file")
-        _check_alone(recipe, "an ONNX file")
+        if recipe.experts.sources:
+            raise UsageError(
+                "an ONNX file is read by itself, and the recipe takes experts from other models; "
+                "convert the model directory that it came from"
+            )
         onnx_destination(replace(source.plan(recipe, recipe_name), **wanted))
         return convert_onnx(
             source,
@@ -108,7 +112,11 @@ def convert_model(
     if stream or resume or (stream is None and source.directory and must_stream(estimate)):
         check_streamable(source, targets)
         _check_gradients(recipe, "a model that is converted piece by piece")
-        _check_alone(recipe, "a model that is converted piece by piece")
+        if recipe.experts.sources and needs(recipe):
+            raise UsageError(
+                "a model that is converted piece by piece cannot be calibrated on the merge of "
+                "several models; take a router that needs no data, or pass --no-stream"
+            )
         return convert_streamed(
             source,
             plan,
@@ -160,15 +168,6 @@ def _check_gradients(recipe: Recipe, what: str) -> None:
         raise UsageError(
             f"{what} is not run before it is converted, as `experts.adaptive` needs; set it to "
             "false, or convert a model that fits in memory"
-        )
-
-
-def _check_alone(recipe: Recipe, what: str) -> None:
-    """Refuse a recipe that takes experts from other models where only one is read."""
-    if recipe.experts.sources:
-        raise UsageError(
-            f"{what} is read by itself, and the recipe takes experts from other models; convert a "
-            "model directory that fits in memory"
         )
 
 

@@ -46,7 +46,10 @@ NO_SOURCES = Sources((), ())
 
 
 def open_sources(
-    wanted: Sequence[nn.Module | str | Path], model: nn.Module, like: Source | None = None
+    wanted: Sequence[nn.Module | str | Path],
+    model: nn.Module,
+    like: Source | None = None,
+    held: Mapping[str, torch.Tensor] | None = None,
 ) -> Sources:
     """Open the models that experts are taken from.
 
@@ -54,12 +57,13 @@ def open_sources(
         wanted: modules, or models as the command line names them; ``base`` is `model`.
         model: the dense model that is converted; on the meta device, only shapes can be read.
         like: where `model` comes from: what is allowed there is allowed here.
+        held: the tensors of `model`, where it is on the meta device.
 
     Raises:
         UsageError: one of them is no such model, or has another architecture, other shapes, other
             tied weights, or lacks a tensor.
     """
-    held = model.state_dict()
+    held = model.state_dict() if held is None else held
     opened: dict[object, Mapping[str, torch.Tensor]] = {BASE: held}
     names, tensors = [], []
     for one in wanted:
@@ -92,17 +96,38 @@ def merged(model: nn.Module, sources: Sources, merge: str | int) -> nn.Module:
     Returns:
         The copy; integer buffers are those of `model`. The mean is taken in float64.
     """
-    chosen: Sequence[Mapping[str, torch.Tensor]] = sources.tensors
-    if merge != "mean":
-        index = 0 if merge == "first" else int(merge)
-        chosen = chosen[index : index + 1]
     made = copy.deepcopy(model)
+    state = made.state_dict()
+    rest = Merged(state, sources, merge)
     with torch.no_grad():
-        for name, tensor in made.state_dict().items():
-            if tensor.is_floating_point() and all(name in tensors for tensors in chosen):
-                total = sum(tensors[name].double() for tensors in chosen)
-                tensor.copy_(total / len(chosen))
+        for name, tensor in state.items():
+            tensor.copy_(rest[name])
     return made
+
+
+class Merged(Mapping[str, torch.Tensor]):
+    """What `merged` holds, one tensor at a time: `held`, in its dtypes, after the sources."""
+
+    def __init__(
+        self, held: Mapping[str, torch.Tensor], sources: Sources, merge: str | int
+    ) -> None:
+        self._held, self._chosen = held, sources.tensors
+        if merge != "mean":
+            index = 0 if merge == "first" else int(merge)
+            self._chosen = sources.tensors[index : index + 1]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        held = self._held[name]
+        if not held.is_floating_point() or not all(name in tensors for tensors in self._chosen):
+            return held
+        total = sum(tensors[name].double() for tensors in self._chosen)
+        return torch.as_tensor(total / len(self._chosen)).to(held.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 def distances(

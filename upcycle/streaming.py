@@ -32,6 +32,7 @@ from upcycle.plain_json import json_text
 from upcycle.progress import Progress, silent
 from upcycle.recipe_file import dump_recipe
 from upcycle.source import DTYPES, Source
+from upcycle.sources import BASE, Merged, Sources, open_sources
 from upcycle.spec import MoESpec, Plan
 from upcycle.streamed_calibration import Spool, as_stored, calibrate_mapped
 from upcycle.tap import install
@@ -108,6 +109,10 @@ def convert_streamed(
     assert source.directory is not None
     tensors = _by_module_name(source, skeleton)
     dtype = tensors[plan.specs[0].ffn.parameters[0]].dtype
+    experts = plan.recipe.experts
+    sources = open_sources(experts.sources, skeleton, source, held=tensors)
+    if sources.names:
+        tensors = Merged(tensors, sources, experts.merge)
     converted = _converted_skeleton(skeleton, plan, dtype)
     mapped, data = None, None
     if needs(plan.recipe):
@@ -123,7 +128,7 @@ def convert_streamed(
     provenance: dict[str, Provenance] = {}
 
     def layer(spec: MoESpec) -> MoEWeights:
-        made = transform(read_ffn(spec.ffn, tensors), spec)
+        made = transform(read_ffn(spec.ffn, tensors, sources.tensors), spec)
         provenance[spec.ffn.path] = made.provenance
         progress("converting", len(provenance), len(plan.specs))
         return made
@@ -154,7 +159,7 @@ def convert_streamed(
         )
         report["checkpoint"] = written.to_json()
         if verify:
-            _verify(directory, plan, written, tensors, provenance, report, progress)
+            _verify(directory, plan, written, tensors, sources, provenance, report, progress)
             raise_if_failed(report)
         _describe(directory, plan, written, report, out.name)
         shutil.rmtree(directory / SPOOL, ignore_errors=True)
@@ -201,7 +206,13 @@ def _converted_skeleton(skeleton: nn.Module, plan: Plan, dtype: torch.dtype) -> 
 def _key(source: Source, plan: Plan, max_shard_size: int, data: str | None) -> str:
     """What a partial directory is a part of: version, model files, decisions, sizes, data."""
     assert source.directory is not None
-    files = [*sorted(source.directory.glob("*.safetensors")), source.directory / "config.json"]
+    others = [Path(name) for name in plan.recipe.experts.sources if name != BASE]
+    files = [
+        file
+        for folder in (source.directory, *others)
+        for file in (*sorted(folder.glob("*.safetensors")), folder / "config.json")
+        if file.exists()
+    ]
     facts = [
         __version__,
         [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
@@ -232,6 +243,7 @@ def _verify(
     plan: Plan,
     written: Checkpoint,
     tensors: Mapping[str, torch.Tensor],
+    sources: Sources,
     provenance: Mapping[str, Provenance],
     report: dict[str, Any],
     progress: Progress,
@@ -242,9 +254,9 @@ def _verify(
         layer = layer_around(spec.layer_config(), read_layer(directory, written, spec))
         origin = provenance.get(spec.ffn.path)
         if origin is None:  # its file was whole already
-            origin = transform(read_ffn(spec.ffn, tensors), spec).provenance
+            origin = transform(read_ffn(spec.ffn, tensors, sources.tensors), spec).provenance
         x_TD = random_tokens(spec, layer)
-        rows.append(layer_report(spec, layer, x_TD, tensors, origin))
+        rows.append(layer_report(spec, layer, x_TD, tensors, origin, sources.tensors))
         progress("verifying", i, len(plan.specs))
     report["layers"] = rows
     report["checks"] += layer_checks(rows, DTYPES[report["dtype"]])
