@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from upcycle.errors import UnsupportedError, UsageError
+from upcycle.recipe import Onnx
 from upcycle.tap import Tap, TappedMoE
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.running import session
@@ -115,8 +116,8 @@ def test_names_and_axes(tmp_path) -> None:
     axes = [d.dim_param or d.dim_value for d in file.graph.output[0].type.tensor_type.shape.dim]
     assert axes == ["batch", "sequence", 32]
     assert [n.name for n in file.graph.node if n.op_type.startswith("MoE")] == [
-        "encoder.layer.0.intermediate/MoE",
-        "encoder.layer.1.intermediate/MoE",
+        "encoder/layer/0/intermediate/MoE",
+        "encoder/layer/1/intermediate/MoE",
     ]
     assert b"/site-packages/" not in path.read_bytes()
 
@@ -183,7 +184,7 @@ def test_experts_one_by_one_on_disk(tmp_path, form) -> None:
         assert parts[-1].offset == parts[0].offset + 4 * 48 * 32 * (count - 1)
         stack = (count, *parts[0].shape)
         stored[name] = Stored(file.name, parts[0].offset, stack, torch.float32)
-    path = export(model, tmp_path, stored, form=form)
+    path = export(model, tmp_path, stored, options=Onnx(form=form))
     assert set(kinds) <= set(external(path))
     nodes = onnx.load(path, load_external_data=False).graph.node
     domain = {"fused": "com.microsoft", "unrolled": "upcycle"}[form]

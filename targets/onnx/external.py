@@ -69,7 +69,7 @@ class Store:
         self._maps: dict[str, np.memmap] = {}
         self._index: dict[object, list[Match]] = defaultdict(list)
         for name, entry in stored.items():
-            if math.prod(entry.shape) == 0:
+            if not entry.shape or math.prod(entry.shape) == 0:  # a scalar is in the graph itself
                 continue
             for transposed in (False, True) if len(entry.shape) == 2 else (False,):
                 for cast in (False, True) if entry.dtype in _NARROW else (False,):

@@ -4,7 +4,8 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,23 +15,26 @@ from torch import nn
 from upcycle.errors import UnsupportedError
 from upcycle.experts import Experts
 from upcycle.moe import MoE
+from upcycle.targets.onnx.parts import Compute
 
 OPAQUE = ("upcycle", "MoE")
 
 
 @contextmanager
-def symbolic_layers(model: nn.Module) -> Iterator[dict[str, MoE]]:
+def symbolic_layers(
+    model: nn.Module, dtype: torch.dtype = torch.float32
+) -> Iterator[dict[str, MoE]]:
     """Within it `model` is in eval mode and the experts of its MoE layers export as opaque nodes.
 
     The value is the layers by path. Afterwards `model` is as it was.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     for path, layer in layers.items():
-        dtype = layer.experts.down_proj.dtype
-        if dtype != torch.float32:
+        found = layer.experts.down_proj.dtype
+        if found != dtype:
             raise UnsupportedError(
-                f"{path}: ONNX Runtime computes MoE layers in float32 and the experts are {dtype}; "
-                "export model.float(), the stored weights may stay as they are"
+                f"{path}: the graph is to be in {dtype} and the experts are {found}; export "
+                "model.float() for float32, the stored weights may stay as they are"
             )
         _check_router(path, layer)
     modes = {module: module.training for module in model.modules()}
@@ -106,10 +110,17 @@ def named_tensors(result: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def tensor_outputs(model: nn.Module) -> Iterator[list[str]]:
+def tensor_outputs(
+    model: nn.Module, compute: Compute | None = None, inputs: Sequence[str] = ()
+) -> Iterator[list[str]]:
     """Within it `model` returns a flat tuple of tensors.
 
     The value is a list that holds their names once the model has run.
+
+    Args:
+        model: afterwards it is as it was.
+        compute: what it computes, if that is not its forward; see `upcycle.targets.onnx.parts`.
+        inputs: the names of what `compute` reads. The arguments are these as `identifier` has them.
     """
     names: list[str] = []
     before = vars(model).get("forward")
@@ -117,10 +128,18 @@ def tensor_outputs(model: nn.Module) -> Iterator[list[str]]:
 
     @functools.wraps(forward)
     def flat(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        found = named_tensors(forward(*args, **kwargs))
+        if compute is None:
+            found = named_tensors(forward(*args, **kwargs))
+        else:
+            given = {name: kwargs[identifier(name)] for name in inputs}
+            found = named_tensors(compute(forward, given))
         names[:] = found
         return tuple(found.values())
 
+    if compute is not None:  # torch.export asks for the names of the arguments
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        arguments = [inspect.Parameter(identifier(name), kind) for name in inputs]
+        vars(flat)["__signature__"] = inspect.Signature(arguments)
     vars(model)["forward"] = flat
     try:
         yield names
@@ -128,3 +147,8 @@ def tensor_outputs(model: nn.Module) -> Iterator[list[str]]:
         vars(model).pop("forward")
         if before is not None:
             vars(model)["forward"] = before
+
+
+def identifier(name: str) -> str:
+    """The name of an argument for the input `name` of a graph."""
+    return name.replace(".", "_")

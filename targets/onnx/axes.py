@@ -1,0 +1,79 @@
+"""The axes of a graph that may vary, and their names."""
+
+import logging
+import re
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from upcycle.errors import UnsupportedError
+
+log = logging.getLogger(__name__)
+
+Axes = Mapping[str, Mapping[int, str]]
+
+
+def default_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    """Axis 0 is ``batch``; axis 1 of token ids, masks and [batch, sequence, width] ``sequence``.
+
+    It is ``decoder_sequence`` for inputs of a decoder and ``samples`` for raw audio. The sizes of
+    images are those of the example; beside texts their number is ``image_batch``.
+    """
+    axes: dict[str, dict[int, str]] = {}
+    for name, tensor in inputs.items():
+        several = name == "pixel_values" and "input_ids" in inputs
+        axes[name] = {0: "image_batch" if several else "batch"} if tensor.dim() > 0 else {}
+        if tensor.dim() == (3 if tensor.is_floating_point() else 2):
+            axes[name][1] = "decoder_sequence" if name.startswith("decoder_") else "sequence"
+        elif tensor.dim() == 2 and name == "input_values":
+            axes[name][1] = "samples"
+    return axes
+
+
+def fixed_sizes(program: torch.onnx.ONNXProgram) -> dict[str, int]:
+    """The symbols that have one value only: the graph shows them as if they could vary."""
+    assert program.exported_program is not None
+    ranges = program.exported_program.range_constraints
+    return {str(s): int(r.lower) for s, r in ranges.items() if r.lower == r.upper}
+
+
+def name_axes(model: ir.Model, axes: Axes, fixed: Mapping[str, int], *, required: bool) -> None:
+    """Name the dynamic axes of the inputs, and what follows from them inside.
+
+    Args:
+        model: the graph; changed in place.
+        axes: the wanted names.
+        fixed: as `fixed_sizes` returns it.
+        required: refuse an axis that the model does not let vary; else the log says so.
+
+    Raises:
+        UnsupportedError: an axis is required and has one size only.
+    """
+    renamed: dict[str, str | int] = dict(fixed)
+    for value in model.graph.inputs:
+        for axis, label in axes.get(str(value.name), {}).items():
+            assert value.shape is not None
+            size = value.shape[axis]
+            only = size if isinstance(size, int) else fixed.get(str(size.value))
+            if only is None and not isinstance(size, int):
+                renamed.setdefault(str(size.value), label)
+                continue
+            problem = f"axis {axis} ({label}) of input {value.name} can only be {only}"
+            if required:
+                raise UnsupportedError(f"{problem}: the model's code depends on it")
+            log.warning("%s", problem)
+    _rename(model, renamed)
+
+
+def _rename(model: ir.Model, renamed: Mapping[str, str | int]) -> None:
+    """Put names for the exporter's symbols, also inside products such as ``s31*s81``."""
+    values = [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]
+    for value in values:
+        if value.shape is None or value.shape.frozen:
+            continue
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                label = re.sub(r"\w+", lambda m: str(renamed.get(m[0], m[0])), str(size.value))
+                value.shape[axis] = int(label) if label.isdigit() else label

@@ -1,0 +1,101 @@
+"""Key-value caches as the flat inputs and outputs of a graph, named as optimum names them.
+
+Every layer keeps its whole past, also one that attends to a window of it: its mask hides the rest.
+So one past length serves all layers, and it may be 0.
+
+Shape suffixes: B batch, H heads of keys and values, P past, S new tokens, W width of a head.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from upcycle.errors import UnsupportedError
+
+PAST, PRESENT = "past_key_values", "present"
+_KEPT = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a model remembers: heads and width of the keys and of the values, by layer; their dtype.
+
+    `count` is the number of layers; those that use the cache of another one have no entry.
+    """
+
+    count: int
+    heads: Mapping[int, tuple[tuple[int, int], tuple[int, int]]]
+    dtype: torch.dtype
+    part: str = ""
+
+    def names(self, prefix: str) -> list[str]:
+        """``<prefix>.<layer><part>.key`` and ``.value``, layer by layer."""
+        return [f"{prefix}.{i}{self.part}.{what}" for i in self.heads for what in ("key", "value")]
+
+    def zeros(self, batch: int, length: int) -> dict[str, Tensor]:
+        """A past of `length` tokens: tensors [B, H, P, W] by the names of the inputs."""
+        sizes = [size for pair in self.heads.values() for size in pair]
+        return {
+            name: torch.zeros(batch, heads, length, width, dtype=self.dtype)
+            for name, (heads, width) in zip(self.names(PAST), sizes, strict=True)
+        }
+
+
+def shape_of(cache: object, part: str = "") -> CacheShape:
+    """The shape of a cache that a model has filled.
+
+    Args:
+        cache: what it returned as its ``past_key_values``.
+        part: what stands in the names between the layer and the kind, such as ``.decoder``.
+
+    Raises:
+        UnsupportedError: it is not made of keys and values that grow with the text.
+    """
+    if not isinstance(cache, Cache) or not cache.layers:
+        raise UnsupportedError(f"it returns {type(cache).__name__} where its cache should be")
+    heads: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+    dtype = torch.float32
+    for i, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(layer, DummyLayer) or (type(layer) is DynamicLayer and keys is None):
+            continue
+        if type(layer) not in _KEPT or keys is None or values is None or keys.dim() != 4:
+            raise UnsupportedError(
+                f"layer {i} remembers a {type(layer).__name__} and not keys and values of all "
+                "tokens, which is what an ONNX graph can hand on"
+            )
+        heads[i] = ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]))
+        dtype = keys.dtype
+    return CacheShape(len(cache.layers), heads, dtype, part)
+
+
+def filled(shape: CacheShape, past: Mapping[str, Tensor]) -> DynamicCache:
+    """The cache that holds `past`, whose names are those of `shape`, as a model reads it."""
+    cache = DynamicCache()
+    for i in range(shape.count):
+        layer = DynamicLayer()
+        if i in shape.heads:  # as `update` would do, which concatenates with an empty tensor first
+            layer.keys, layer.values = (
+                past[f"{PAST}.{i}{shape.part}.{what}"] for what in ("key", "value")
+            )
+            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+            layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
+
+
+def tensors_of(shape: CacheShape, cache: Cache) -> dict[str, Tensor]:
+    """The tensors of `cache` by the names of the outputs."""
+    tensors: Iterable[Tensor] = (
+        tensor for i in shape.heads for tensor in (cache.layers[i].keys, cache.layers[i].values)
+    )
+    return dict(zip(shape.names(PRESENT), tensors, strict=True))

@@ -1,0 +1,166 @@
+"""The ONNX files of a model: one, or those that generate text with a cache.
+
+- A causal language model is ``model.onnx``: new tokens and the past go in, logits and the longer
+  past come out. With an empty past it reads the prompt.
+- An encoder-decoder that generates is ``encoder_model.onnx``, which also makes the keys and values
+  that the decoder looks at, and ``decoder_with_past_model.onnx``, which reads those and its past.
+- Any other model is ``model.onnx`` with the inputs of its forward.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+
+from upcycle.errors import UnsupportedError
+from upcycle.targets.onnx.cache import PAST, CacheShape, filled, shape_of, tensors_of
+
+log = logging.getLogger(__name__)
+
+MODEL = "model.onnx"
+ENCODER, DECODER = "encoder_model.onnx", "decoder_with_past_model.onnx"
+FILES = (MODEL, ENCODER, DECODER)
+
+Axes = Mapping[str, Mapping[int, str]]
+# The model's own forward and the inputs by name -> the outputs by name.
+Compute = Callable[[Callable[..., Any], dict[str, Tensor]], Mapping[str, Any]]
+_TEXT = {"input_ids", "attention_mask", "position_ids"}
+# Sizes of the example, all distinct; only their number of axes matters.
+_BATCH, _NEW, _PAST, _ENCODED = 2, 3, 5, 7
+_LINE = {0: "batch", 1: "sequence"}
+_CACHED = {0: "batch", 2: "past"}
+_LONGER = {0: "batch", 1: "past + sequence"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a model.
+
+    Attributes:
+        file: its name.
+        example: what it reads.
+        axes: names of the axes that must vary, by input; None lets the exporter decide.
+        compute: what it computes, if that is not the model's forward.
+    """
+
+    file: str
+    example: Mapping[str, Tensor] | tuple[Tensor, ...]
+    axes: Axes | None = None
+    compute: Compute | None = None
+
+
+def parts(model: nn.Module, example: Mapping[str, Tensor] | tuple[Tensor, ...]) -> list[Part]:
+    """The files to write for `model`, which runs once, on one token.
+
+    Args:
+        model: any module, float32 on the CPU.
+        example: inputs of its forward: by name, or in order.
+    """
+    whole = [Part(MODEL, example)]
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return whole
+    if not isinstance(example, Mapping):
+        return whole
+    try:
+        if model.config.is_encoder_decoder:
+            return _encoder_decoder(model, example)
+        return [_causal(model, example)]
+    except UnsupportedError as error:
+        log.warning("%s: written without a cache, so generating is slow: %s", MODEL, error)
+        return whole
+
+
+def _causal(model: PreTrainedModel, example: Mapping[str, Tensor]) -> Part:
+    parameters = inspect.signature(model.forward).parameters
+    if PAST not in parameters or "use_cache" not in parameters:
+        raise UnsupportedError("its forward takes no past_key_values")
+    if more := set(example) - _TEXT:
+        raise UnsupportedError(f"it also reads {', '.join(sorted(more))}")
+    shape = shape_of(_cache_of(model, {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}))
+    tokens = torch.zeros(_BATCH, _NEW, dtype=torch.int64)
+    inputs = {"input_ids": tokens, "attention_mask": tokens.new_ones(_BATCH, _PAST + _NEW)}
+    axes: dict[str, dict[int, str]] = {"input_ids": _LINE, "attention_mask": _LONGER}
+    if "position_ids" in parameters:
+        inputs["position_ids"] = torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW)
+        axes["position_ids"] = _LINE
+
+    def compute(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
+        text = {name: given[name] for name in inputs}
+        out = forward(**text, past_key_values=filled(shape, given), use_cache=True)
+        return {"logits": out.logits, **tensors_of(shape, out.past_key_values)}
+
+    past = shape.zeros(_BATCH, _PAST)
+    axes |= dict.fromkeys(past, _CACHED)
+    return Part(MODEL, {**inputs, **past}, axes, compute)
+
+
+def _encoder_decoder(model: PreTrainedModel, example: Mapping[str, Tensor]) -> list[Part]:
+    main = model.main_input_name
+    given = {n: t for n, t in example.items() if not n.startswith("decoder_")}
+    if more := set(given) - {main, "attention_mask"}:
+        raise UnsupportedError(f"it also reads {', '.join(sorted(more))}")
+    start = torch.zeros(1, 1, dtype=torch.int64)
+    cache = _cache_of(model, {main: given[main][:1], "decoder_input_ids": start})
+    if not isinstance(cache, EncoderDecoderCache):
+        raise UnsupportedError(f"it returns {type(cache).__name__} where its cache should be")
+    crossed = shape_of(cache.cross_attention_cache, ".encoder")
+    if main == "input_ids":
+        given.setdefault("attention_mask", torch.ones_like(given[main]))
+    else:
+        given.pop("attention_mask", None)  # of frames: models of this kind read whole windows
+
+    def encode(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
+        first = torch.zeros(given[main].shape[0], 1, dtype=torch.int64)
+        out = forward(**given, decoder_input_ids=first, use_cache=True)
+        made = tensors_of(crossed, out.past_key_values.cross_attention_cache)
+        return {"last_hidden_state": out.encoder_last_hidden_state, **made}
+
+    own = shape_of(cache.self_attention_cache, ".decoder")
+    return [Part(ENCODER, given, None, encode), _decoder(model, own, crossed, main == "input_ids")]
+
+
+def _decoder(model: PreTrainedModel, own: CacheShape, crossed: CacheShape, has_mask: bool) -> Part:
+    inputs = {"input_ids": torch.zeros(_BATCH, _NEW, dtype=torch.int64)}
+    axes: dict[str, dict[int, str]] = {"input_ids": _LINE}
+    if has_mask:
+        inputs["encoder_attention_mask"] = torch.ones(_BATCH, _ENCODED, dtype=torch.int64)
+        axes["encoder_attention_mask"] = {0: "batch", 1: "encoded"}
+    past, encoded = own.zeros(_BATCH, _PAST), crossed.zeros(_BATCH, _ENCODED)
+    axes |= dict.fromkeys(past, _CACHED) | dict.fromkeys(encoded, {0: "batch", 2: "encoded"})
+    width = model.config.hidden_size
+
+    def decode(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
+        cache = EncoderDecoderCache(filled(own, given), filled(crossed, given))
+        keys = given[next(iter(encoded))]
+        # Keys and values are all that the decoder needs of the encoder; of this only the shape.
+        hidden = keys.new_zeros(keys.shape[0], keys.shape[2], width)
+        mask = {"attention_mask": given["encoder_attention_mask"]} if has_mask else {}
+        out = forward(
+            decoder_input_ids=given["input_ids"],
+            encoder_outputs=(hidden,),
+            past_key_values=cache,
+            use_cache=True,
+            **mask,
+        )
+        longer = out.past_key_values.self_attention_cache
+        return {"logits": out.logits, **tensors_of(own, longer)}
+
+    return Part(DECODER, {**inputs, **past, **encoded}, axes, decode)
+
+
+def _cache_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> object:
+    """What `model` remembers of `inputs`."""
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+    return getattr(out, PAST, None)
+
+
+def is_cached(names: Iterable[str]) -> bool:
+    """Whether a file with inputs of these `names` reads a past."""
+    return any(name.startswith(f"{PAST}.") for name in names)
