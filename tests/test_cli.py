@@ -28,6 +28,7 @@ FLAGS = {
     | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"}
     | {"--runtime", "--architecture"},
     "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
+    "diff": LOG | {"A", "B", "--json", "--allow-pickle"},
     "verify": LOG | {"DENSE", "CONVERTED", "--inputs", "--json", "--trust-remote-code"},
     "recipes": LOG | {"[NAME]"},
     "schema": LOG,

@@ -21,7 +21,8 @@ from upcycle.errors import UpcycleError
 
 LLAMA_FILES = {
     *("README.md", "config.json", "generation_config.json", "model.onnx", "model.safetensors"),
-    *("recipe.yaml", "report.json", "tokenizer.json", "tokenizer_config.json"),
+    *("provenance.json", "recipe.yaml", "report.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
 }
 
 
@@ -112,7 +113,7 @@ def test_the_model_card(mixtral: Path) -> None:
         "| converted perplexity |",
         "AutoModelForCausalLM.from_pretrained(",
         "onnxruntime.InferenceSession(",
-        "| vLLM | native |",
+        "| llama.cpp | yes: its quantised types want",
         "method: copy",
     ):
         assert text in card
@@ -290,7 +291,8 @@ def test_a_plain_module(tmp_path: Path) -> None:
     assert report["checkpoint"]["form"] == "module"
     assert report["end_to_end"]["inputs"] == "the given inputs"
     assert {p.name for p in out.iterdir()} == {
-        *("README.md", "model.onnx", "model.safetensors", "recipe.yaml", "report.json"),
+        *("README.md", "model.onnx", "model.safetensors", "provenance.json"),
+        *("recipe.yaml", "report.json"),
         "upcycle.json",
     }
     x = small_models.plain_inputs()[0]

@@ -33,7 +33,11 @@ def card(
         **_common(plan, report),
         targets=[written.form] + (["onnx"] if "onnx" in targets else []),
         auto_class=written.auto_class,
-        runtimes={name: support.text() for name, support in written.runtimes.items()},
+        runtimes={
+            name: support.text()
+            for name, support in written.runtimes.items()
+            if name != "onnxruntime" or "onnx" in targets
+        },
         notes=list(_notes(plan, targets)),
     )
 

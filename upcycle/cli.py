@@ -2,7 +2,7 @@
 
 import click
 
-from upcycle.commands import convert, inspect, options, plan, recipes, samples, verify
+from upcycle.commands import convert, diff, inspect, options, plan, recipes, samples, verify
 from upcycle.program import Program
 from upcycle.version import __version__
 
@@ -22,6 +22,7 @@ for command in (
     convert.convert,
     plan.plan,
     inspect.inspect,
+    diff.diff,
     verify.verify,
     recipes.recipes,
     recipes.schema,

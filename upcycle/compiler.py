@@ -123,6 +123,7 @@ class Conversion:
                 self.model,
                 replace(self.plan, runtimes=tuple(runtimes), architecture=architecture),
                 dense=self.dense,
+                provenance=self.provenance,
                 evaluation=self.evaluation,
                 source=self.source,
                 targets=targets,

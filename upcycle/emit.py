@@ -1,12 +1,13 @@
 """Emit: write a converted model in the asked formats, and check the files as a user would use them.
 
 The directory holds the checkpoint, the ONNX file (whose weights are in the checkpoint), what the
-dense directory had beside its weights, ``recipe.yaml``, ``report.json`` and a model card.
+dense directory had beside its weights, ``recipe.yaml``, ``report.json``, ``provenance.json`` and a
+model card.
 """
 
 import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from upcycle.loading import load
 from upcycle.metrics import ROUNDING
 from upcycle.modes import eval_mode
 from upcycle.onnx_output import ONNX_CHECK, in_float32, verify_onnx, write_onnx
+from upcycle.origins import write_origins
 from upcycle.plain_json import json_text
 from upcycle.progress import Progress, step
 from upcycle.recipe_file import dump_recipe
@@ -37,6 +39,7 @@ from upcycle.verification import (
     raise_if_failed,
     same_greedy_text,
 )
+from upcycle.weights import Provenance
 
 TARGETS = ("safetensors", "onnx")
 RELOADED, GREEDY = "files loaded again", "greedy text differs from the dense model's"
@@ -69,6 +72,7 @@ def emit(
     plan: Plan,
     *,
     dense: nn.Module,
+    provenance: Mapping[str, Provenance],
     evaluation: Evaluation,
     source: Source | None,
     targets: Sequence[str],
@@ -105,13 +109,14 @@ def emit(
         if "onnx" in targets:
             single = in_float32(model, rounded_routers=written.form == "native")
             with step(progress, "exporting to ONNX"):
-                path = write_onnx(directory, single, evaluation, written)
+                write_onnx(directory, single, evaluation, written)
             if verify:
                 with step(progress, "running ONNX"):
-                    report["checks"] += verify_onnx(path, single, evaluation)
+                    report["checks"] += verify_onnx(directory, single, evaluation)
     raise_if_failed(report)
     (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (directory / "report.json").write_text(json_text(report), encoding="utf-8")
+    write_origins(directory, plan, provenance)
     text = card(name, plan, written, targets, report)
     (directory / "README.md").write_text(text, encoding="utf-8")
     return Emission(written, tuple(sorted(p.name for p in directory.iterdir())))

@@ -1,6 +1,7 @@
 """ONNX in, ONNX out: convert a file into a directory, and verify it in ONNX Runtime."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,37 @@ import torch
 
 from upcycle.calibration_files import Given
 from upcycle.card import onnx_card
+from upcycle.checks import Check
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.onnx_calibration import onnx_calibration, verification_feeds
 from upcycle.onnx_rewrite import FILE, write_converted
+from upcycle.onnx_rounding import verify_rounding
 from upcycle.onnx_source import OnnxSource
-from upcycle.onnx_verify import compare_outputs, end_to_end, feeds_for, verify_onnx_layers
+from upcycle.onnx_verify import (
+    compare_outputs,
+    end_to_end,
+    feeds_for,
+    stored_layer,
+    verify_onnx_layers,
+)
+from upcycle.origins import write_origins
 from upcycle.passes.needs import needs
 from upcycle.plain_json import json_text
 from upcycle.progress import Progress, step
 from upcycle.recipe import Recipe
 from upcycle.recipe_file import dump_recipe
-from upcycle.spec import Plan
-from upcycle.targets.onnx.external import TORCH_TYPES
+from upcycle.spec import Plan, router_kind
+from upcycle.targets.onnx.external import TORCH_TYPES, Store
+from upcycle.targets.onnx.feeds import Array
+from upcycle.targets.onnx.insert import unique_keys
 from upcycle.targets.onnx.running import run
 from upcycle.targets.staging import staged
+from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import check_disk
 from upcycle.verification import raise_if_failed
 from upcycle.version import __version__
+
+FLOAT = "float"  # the folder of the float experts while a file is made that has rounded ones
 
 
 def convert_onnx(
@@ -55,7 +70,8 @@ def convert_onnx(
     with step(progress, "capturing"):
         plan = source.plan(recipe, recipe_name)
         report = _header(source, plan)
-    _check_plain(plan)
+    _check_routers(plan)
+    _check_dtype(plan.recipe)
     check_disk(out, report["costs"]["bytes_on_disk"])
     feeds, dense = verification_feeds(source, calibration), {}
     feeds = feeds_for(source, recipe.seed) if feeds is None else feeds
@@ -64,10 +80,13 @@ def convert_onnx(
         with step(progress, "running the dense file"):
             dense = run(source.path, feeds)
     with staged(out, overwrite=overwrite, protect=[source.path]) as directory:
+        beside = directory / FLOAT if plan.recipe.onnx.may_round else directory
+        beside.mkdir(exist_ok=True)
         stored, origins, rows = write_converted(
             source,
             plan,
             directory,
+            beside=beside,
             max_shard_size=max_shard_size,
             progress=progress,
             calibration=shown,
@@ -79,23 +98,52 @@ def convert_onnx(
                 source,
                 plan,
                 directory / FILE,
+                beside=beside,
                 stored=stored,
                 origins=origins,
                 feeds=feeds,
                 progress=progress,
             )
             found = compare_outputs(dense, run(directory / FILE, feeds), feeds)
-            checks.append(end_to_end(recipe, found["relative"], _dtype(source, plan)))
+            rounded, more = _verify_rounding(source, directory / FILE, plan, stored, beside, feeds)
+            if rounded:  # then the outputs are off by more than the recipe says: it is only told
+                report["rounding"] = {"layers": rounded}
+                checks += more
+            else:
+                checks.append(end_to_end(recipe, found["relative"], _dtype(source, plan)))
             worst = max(rows, key=lambda row: row["relative"])
             where = {"layer": worst["path"], "relative": worst["relative"]}
             report |= {"layers": rows, "end_to_end": found, "largest_error_at": where}
             report["checks"] += checks
             raise_if_failed(report)
+        if beside != directory:
+            shutil.rmtree(beside)
         (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
         (directory / "report.json").write_text(json_text(report), encoding="utf-8")
+        write_origins(directory, plan, origins)
         text = onnx_card(out.absolute().name, plan, report)
         (directory / "README.md").write_text(text, encoding="utf-8")
     return report
+
+
+def _verify_rounding(
+    source: OnnxSource,
+    path: Path,
+    plan: Plan,
+    stored: Mapping[str, Stored],
+    beside: Path,
+    feeds: Mapping[str, Array],
+) -> tuple[list[dict[str, Any]], list[Check]]:
+    """What rounding did to the layers, if any is rounded."""
+    if not plan.recipe.onnx.may_round:
+        return [], []
+    store = Store(beside, {})
+    keys = unique_keys({path: len(found) for path, found in source.found.regions.items()})
+    layers = {}
+    for spec in plan.specs:
+        layer = stored_layer(spec, stored, store)
+        layers |= dict.fromkeys(keys[spec.ffn.path], layer)
+    return verify_rounding(path, layers, [feeds])
 
 
 def verify_onnx_files(
@@ -113,15 +161,29 @@ def verify_onnx_files(
     return kept | {"end_to_end": found, "checks": checks}
 
 
-def _check_plain(plan: Plan) -> None:
-    """Refuse layers whose parts cannot be put into a foreign graph yet."""
+def _check_routers(plan: Plan) -> None:
+    """Refuse routers that read what a foreign graph does not have, or that no one wants in one."""
     for spec in plan.specs:
-        if not spec.is_plain or spec.compensate.any:
+        kind = router_kind(spec.router)
+        if kind == "oracle":
             raise UnsupportedError(
-                f"{spec.ffn.path}: in an ONNX file a layer has experts, chosen as the best `top_k` "
-                "of linear scores, and no shared expert and no compensation; use another recipe, "
-                "or convert the model that the file was exported from"
+                f"{spec.ffn.path}: an oracle runs every expert to choose some, which is for "
+                "comparing other routers with; use another router"
             )
+        if kind == "table":
+            raise UnsupportedError(
+                f"{spec.ffn.path}: its router reads {spec.router.by} ids, and an ONNX file does "
+                "not say which of its inputs they are; convert the model that it was exported from"
+            )
+
+
+def _check_dtype(recipe: Recipe) -> None:
+    """Refuse a type that is not the file's own."""
+    if recipe.onnx.dtype not in ("auto", "float32"):
+        raise UsageError(
+            f"onnx.dtype: {recipe.onnx.dtype}: an ONNX file keeps its type, and its layers compute "
+            "in float32; leave it out, or convert the model that the file was exported from"
+        )
 
 
 def _dtype(source: OnnxSource, plan: Plan) -> torch.dtype:

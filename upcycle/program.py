@@ -2,6 +2,8 @@
 
 0 ok    2 usage or recipe    3 verification failed    4 unsupported    5 disk or memory
 130 interrupted              1 a bug in upcycle
+
+``upcycle diff`` ends with 3, too, if the two models differ.
 """
 
 import errno
@@ -17,7 +19,9 @@ from typing import Any
 import click
 
 from upcycle import console
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, VerificationError
+
+DIFFERENT = VerificationError.exit_code
 
 
 class Program(click.Group):

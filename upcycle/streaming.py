@@ -26,6 +26,7 @@ from upcycle.kept import read_kept
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
 from upcycle.layer_weights import layer_around
 from upcycle.module_tensors import by_module_name
+from upcycle.origins import write_origins
 from upcycle.passes.needs import needs
 from upcycle.passes.transform import transform
 from upcycle.plain_json import json_text
@@ -158,10 +159,15 @@ def convert_streamed(
             log=manifest,
         )
         report["checkpoint"] = written.to_json()
+        for spec in plan.specs:
+            if spec.ffn.path not in provenance:  # its file was whole already
+                made = transform(read_ffn(spec.ffn, tensors), spec)
+                provenance[spec.ffn.path] = made.provenance
         if verify:
             _verify(directory, plan, written, tensors, sources, provenance, report, progress)
             raise_if_failed(report)
         _describe(directory, plan, written, report, out.name)
+        write_origins(directory, plan, provenance)
         shutil.rmtree(directory / SPOOL, ignore_errors=True)
         manifest.remove()
         publish(directory, out, overwrite=overwrite, protect=[source.directory])

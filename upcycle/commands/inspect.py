@@ -1,5 +1,7 @@
 """``upcycle inspect``."""
 
+from pathlib import Path
+
 import click
 
 from upcycle import console
@@ -14,11 +16,22 @@ from upcycle.program import collector_paused
 @options.trust
 @options.log
 def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bool) -> None:
-    """List the dense FFNs of MODEL, and what only looks like one."""
+    """List the dense FFNs of MODEL, and what only looks like one.
+
+    Of a directory that upcycle wrote: its layers, and the dense neurons that they are made of.
+    """
     with collector_paused():
-        from upcycle import preview, report
+        from upcycle import inspection, preview, report
+        from upcycle.inspection_report import converted_report
         from upcycle.source import open_model
 
+        if inspection.is_converted(Path(model)):
+            found = inspection.inspect_converted(Path(model))
+            if as_json:
+                console.print_json(found)
+            else:
+                console.print_result(*converted_report(found))
+            return
         source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
         located = preview.inspect_model(source)
     if as_json:
