@@ -30,6 +30,7 @@ from upcycle.source import DTYPES, Source
 from upcycle.sources import check_sources
 from upcycle.streaming import check_streamable, convert_streamed, must_stream
 from upcycle.targets.destination import destination, onnx_destination
+from upcycle.targets.onnx.parts import FILES as ONNX_FILES
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE, check_disk
 from upcycle.verification import budget, compare_models, model_dtype
 
@@ -214,9 +215,8 @@ def verify_paths(dense: "Source | OnnxSource", converted: Path) -> dict[str, Any
     report["end_to_end"] = compare_models(reference, other, evaluation)
     allowed = budget(recipe, model_dtype(reference))
     report["checks"] = [check(END_TO_END, report["end_to_end"]["relative"], allowed)]
-    if (converted / "model.onnx").is_file():
-        path = converted / "model.onnx"
-        report["checks"] += verify_onnx(path, in_float32(other), evaluation)
+    if any((converted / name).is_file() for name in ONNX_FILES):
+        report["checks"] += verify_onnx(converted, in_float32(other), evaluation)
     report.pop("largest_error_at", None)  # of the conversion, which this is not
     report.pop("layers", None)
     return report

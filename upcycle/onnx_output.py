@@ -1,10 +1,10 @@
-"""Write the ONNX file of a converted model, and run it against the model (tier T4)."""
+"""Write the ONNX files of a converted model, and run them against the model (tier T4)."""
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,21 +12,27 @@ from torch import nn
 from upcycle.capture import ExampleInputs
 from upcycle.checks import Check, check
 from upcycle.errors import UnsupportedError, VerificationError
-from upcycle.evaluation import Evaluation, comparable, device_of, outputs_of
+from upcycle.evaluation import Evaluation, comparable, device_of
 from upcycle.metrics import ROUNDING, distance
+from upcycle.modes import eval_mode
 from upcycle.moe import MoE
 from upcycle.targets.checkpoint import Checkpoint
+from upcycle.targets.onnx.decoding import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.running import session
+from upcycle.targets.onnx.parts import parts
+from upcycle.targets.onnx.symbolic import named_tensors
 from upcycle.verification import model_dtype
 
 ONNX_CHECK = "ONNX Runtime against PyTorch"
+_T = TypeVar("_T")
 
 
 def write_onnx(
     directory: Path, model: nn.Module, evaluation: Evaluation, written: Checkpoint
-) -> Path:
-    """Write ``model.onnx``, which computes in float32 and reads the weights of the checkpoint.
+) -> list[Path]:
+    """Write the ONNX files, which compute in float32 and read the weights of the checkpoint.
+
+    A model that generates text gets files with a cache; see `upcycle.targets.onnx.parts`.
 
     Args:
         directory: of the checkpoint.
@@ -34,61 +40,80 @@ def write_onnx(
         evaluation: its first batch is the example.
         written: the checkpoint.
 
+    Returns:
+        The files.
+
     Raises:
         UnsupportedError: torch cannot export the model.
     """
     try:
-        with _without_cache(model):
-            return export_onnx(
-                model,
-                _tensors(evaluation.batches[0]),
-                path=directory / "model.onnx",
-                stored=written.stored,
-            )
+        with _without_cache(model), eval_mode(model):
+            return [
+                export_onnx(
+                    model,
+                    part.example,
+                    path=directory / part.file,
+                    stored=written.stored,
+                    dynamic=part.axes,
+                    compute=part.compute,
+                )
+                for part in parts(model, _tensors(evaluation.batches[0]))
+            ]
     except UnsupportedError as error:
         raise UnsupportedError(
             f"--target onnx: {error}; --target safetensors alone writes the checkpoint"
         ) from error
 
 
-def verify_onnx(path: Path, model: nn.Module, evaluation: Evaluation) -> list[Check]:
+def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> list[Check]:
     """Tier T4: ONNX Runtime against `model`, which is in float32, on the evaluation's batches.
 
+    With a cache all tokens but the last are read first, and the last one then.
+
     Raises:
-        VerificationError: ONNX Runtime cannot run the file, or it has other outputs than the model.
+        VerificationError: ONNX Runtime cannot run a file, or it has other outputs than the model.
     """
-    runner = session(path)
-    names = [value.name for value in runner.get_outputs()]
     worst = 0.0
-    with _without_cache(model):
+    files = _ran(OnnxFiles, directory)
+    with _without_cache(model), eval_mode(model):
         for batch in evaluation.batches:
             given = _tensors(batch)
-            values = list(given.values()) if isinstance(given, Mapping) else list(given)
-            inputs = [value.name for value in runner.get_inputs()]
-            if len(inputs) != len(values):
-                raise VerificationError(
-                    f"{path.name} has {len(inputs)} inputs and the model {len(values)}"
-                )
-            feeds = {name: t.numpy() for name, t in zip(inputs, values, strict=True)}
-            try:
-                made = runner.run(None, feeds)
-            except Exception as error:  # onnxruntime's own types, which say what and where
-                reason = " ".join(str(error).split())[:300]
-                raise VerificationError(
-                    f"ONNX Runtime cannot run {path.name}: {reason}; --target safetensors alone "
-                    "writes the checkpoint"
-                ) from error
-            arrays = {name: torch.from_numpy(a) for name, a in zip(names, made, strict=True)}
-            worst = max(worst, _distance(comparable(arrays, given), outputs_of(model, given), path))
+            arrays = _ran(files.outputs, given)
+            made = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            reference = _outputs_of(model, files.completed(given))
+            if files.has_cache:
+                reference = {name: reference[name] for name in made}
+            ours, theirs = comparable(made, given), comparable(reference, given)
+            worst = max(worst, _distance(ours, theirs, directory))
     return [check(ONNX_CHECK, worst, ROUNDING[torch.float32])]
 
 
+def _ran(function: Callable[[Any], _T], argument: Any) -> _T:
+    """What `function` returns; a refusal of ONNX Runtime is a failed verification."""
+    try:
+        return function(argument)
+    except UnsupportedError as error:
+        raise VerificationError(
+            f"{error}; --target safetensors alone writes the checkpoint"
+        ) from error
+
+
+def _outputs_of(model: nn.Module, given: Any) -> dict[str, torch.Tensor]:
+    """The float tensors that `model` returns, named as in the file."""
+    with torch.no_grad():
+        out = model(**given) if isinstance(given, Mapping) else model(*given)
+    named = named_tensors(out)
+    return {n: t for n, t in named.items() if t.is_floating_point() and t.numel()}
+
+
 def _distance(
-    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], path: Path
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], directory: Path
 ) -> float:
     for name, reference in theirs.items():
         if name not in ours or ours[name].shape != reference.shape:
-            raise VerificationError(f"{path.name} does not return {name} {list(reference.shape)}")
+            raise VerificationError(
+                f"the ONNX file in {directory} does not return {name} {list(reference.shape)}"
+            )
     return max(distance(ours[name], reference).relative for name, reference in theirs.items())
 
 

@@ -74,6 +74,6 @@ def _rename(model: ir.Model, renamed: Mapping[str, str | int]) -> None:
         if value.shape is None or value.shape.frozen:
             continue
         for axis, size in enumerate(value.shape):
-            if not isinstance(size, int):
+            if not isinstance(size, int) and size.value is not None:  # else the size is not known
                 label = re.sub(r"\w+", lambda m: str(renamed.get(m[0], m[0])), str(size.value))
                 value.shape[axis] = int(label) if label.isdigit() else label

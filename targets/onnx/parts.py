@@ -9,7 +9,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ _TEXT = {"input_ids", "attention_mask", "position_ids"}
 _BATCH, _NEW, _PAST, _ENCODED = 2, 3, 5, 7
 _LINE = {0: "batch", 1: "sequence"}
 _CACHED = {0: "batch", 2: "past"}
+_ENCODED_PAST = {0: "batch", 2: "encoded"}
 _LONGER = {0: "batch", 1: "past + sequence"}
 
 
@@ -132,7 +133,7 @@ def _decoder(model: PreTrainedModel, own: CacheShape, crossed: CacheShape, has_m
         inputs["encoder_attention_mask"] = torch.ones(_BATCH, _ENCODED, dtype=torch.int64)
         axes["encoder_attention_mask"] = {0: "batch", 1: "encoded"}
     past, encoded = own.zeros(_BATCH, _PAST), crossed.zeros(_BATCH, _ENCODED)
-    axes |= dict.fromkeys(past, _CACHED) | dict.fromkeys(encoded, {0: "batch", 2: "encoded"})
+    axes |= dict.fromkeys(past, _CACHED) | dict.fromkeys(encoded, _ENCODED_PAST)
     width = model.config.hidden_size
 
     def decode(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
@@ -159,8 +160,3 @@ def _cache_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> object:
     with torch.no_grad():
         out = model(**inputs, use_cache=True)
     return getattr(out, PAST, None)
-
-
-def is_cached(names: Iterable[str]) -> bool:
-    """Whether a file with inputs of these `names` reads a past."""
-    return any(name.startswith(f"{PAST}.") for name in names)

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx
 
-from upcycle.errors import UnsupportedError, UsageError
+from upcycle.errors import UnsupportedError, UpcycleError, UsageError
 from upcycle.targets.onnx.feeds import Array
 
 
@@ -49,7 +49,7 @@ def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> di
         UsageError: ONNX Runtime is not installed.
         UnsupportedError: it cannot load the file, or not run it on `feeds`.
     """
-    with _told(path):
+    with described(path):
         runner = (
             session(_with_outputs(path, extra), weights=path.parent) if extra else session(path)
         )
@@ -64,7 +64,7 @@ def fetch(
 
     Raises: as `run`.
     """
-    with _told(path):
+    with described(path):
         runner = session(_with_outputs(path, names, only=True), weights=path.parent)
         known = {value.name for value in runner.get_inputs()}
         given = [{n: array for n, array in feeds.items() if n in known} for feeds in batches]
@@ -72,10 +72,11 @@ def fetch(
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def described(path: Path) -> Iterator[None]:
+    """Within it what ONNX Runtime raises becomes an UnsupportedError that names the file."""
     try:
         yield
-    except UsageError:
+    except UpcycleError:
         raise
     except Exception as error:  # onnxruntime's own types, which say what and where
         reason = " ".join(str(error).split())[:300]

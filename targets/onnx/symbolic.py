@@ -100,7 +100,7 @@ def named_tensors(result: Any, name: str = "") -> dict[str, torch.Tensor]:
         return {name or "output": result}
     parts: list[tuple[str, Any]] = []
     if isinstance(result, Mapping):
-        parts = [(str(key), part) for key, part in result.items()]
+        parts = [(f"{name}.{key}" if name else str(key), part) for key, part in result.items()]
     elif isinstance(result, (tuple, list)):
         parts = [(f"{name or 'output'}.{i}", part) for i, part in enumerate(result)]
     found: dict[str, torch.Tensor] = {}
