@@ -23,7 +23,8 @@ from upcycle.evaluation import Evaluation
 from upcycle.loading import load
 from upcycle.metrics import ROUNDING
 from upcycle.modes import eval_mode
-from upcycle.onnx_output import ONNX_CHECK, in_float32, verify_onnx, write_onnx
+from upcycle.onnx_output import ONNX_CHECK, in_float32, write_onnx
+from upcycle.onnx_precision import verify_precision
 from upcycle.origins import write_origins
 from upcycle.plain_json import json_text
 from upcycle.progress import Progress, step
@@ -109,10 +110,14 @@ def emit(
         if "onnx" in targets:
             single = in_float32(model, rounded_routers=written.form == "native")
             with step(progress, "exporting to ONNX"):
-                write_onnx(directory, single, evaluation, written)
+                options = plan.recipe.onnx
+                paths = write_onnx(directory, single, evaluation, written, options)
             if verify:
                 with step(progress, "running ONNX"):
-                    report["checks"] += verify_onnx(directory, single, evaluation)
+                    facts, checks = verify_precision(directory, paths, single, evaluation, options)
+                report["checks"] += checks
+                if facts:
+                    report["onnx"] = facts
     raise_if_failed(report)
     (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (directory / "report.json").write_text(json_text(report), encoding="utf-8")

@@ -16,6 +16,7 @@ from upcycle.evaluation import Evaluation, comparable, device_of
 from upcycle.metrics import ROUNDING, distance
 from upcycle.modes import eval_mode
 from upcycle.moe import MoE
+from upcycle.recipe import Onnx
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.onnx.decoding import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx
@@ -28,9 +29,13 @@ _T = TypeVar("_T")
 
 
 def write_onnx(
-    directory: Path, model: nn.Module, evaluation: Evaluation, written: Checkpoint
+    directory: Path,
+    model: nn.Module,
+    evaluation: Evaluation,
+    written: Checkpoint,
+    options: Onnx = Onnx(),
 ) -> list[Path]:
-    """Write the ONNX files, which compute in float32 and read the weights of the checkpoint.
+    """Write the ONNX files, which read the weights of the checkpoint where they are the same.
 
     A model that generates text gets files with a cache; see `upcycle.targets.onnx.parts`.
 
@@ -39,6 +44,7 @@ def write_onnx(
         model: as `in_float32` returns it.
         evaluation: its first batch is the example.
         written: the checkpoint.
+        options: of the recipe.
 
     Returns:
         The files.
@@ -56,6 +62,7 @@ def write_onnx(
                     stored=written.stored,
                     dynamic=part.axes,
                     compute=part.compute,
+                    options=options,
                 )
                 for part in parts(model, _tensors(evaluation.batches[0]))
             ]
@@ -66,7 +73,13 @@ def write_onnx(
 
 
 def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> list[Check]:
-    """Tier T4: ONNX Runtime against `model`, which is in float32, on the evaluation's batches.
+    """Tier T4 for files in float32: `onnx_distance` against rounding."""
+    found = onnx_distance(directory, model, evaluation)
+    return [check(ONNX_CHECK, found, ROUNDING[torch.float32])]
+
+
+def onnx_distance(directory: Path, model: nn.Module, evaluation: Evaluation) -> float:
+    """ONNX Runtime against `model`, which is in float32, on the evaluation's batches; the worst.
 
     With a cache all tokens but the last are read first, and the last one then.
 
@@ -85,7 +98,7 @@ def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> li
                 reference = {name: reference[name] for name in made}
             ours, theirs = comparable(made, given), comparable(reference, given)
             worst = max(worst, _distance(ours, theirs, directory))
-    return [check(ONNX_CHECK, worst, ROUNDING[torch.float32])]
+    return worst
 
 
 def _ran(function: Callable[[Any], _T], argument: Any) -> _T:

@@ -7,8 +7,8 @@ from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-import torch
 
+from upcycle.layer_weights import empty_layer
 from upcycle.moe import MoE
 from upcycle.onnx_calibration import OnnxCalibration
 from upcycle.onnx_source import OnnxSource
@@ -16,7 +16,7 @@ from upcycle.passes.transform import transform
 from upcycle.progress import Progress
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets.onnx.external import ONNX_TYPES, Store, stored_value
-from upcycle.targets.onnx.insert import Place, Tensors, insert_layer, unique_keys
+from upcycle.targets.onnx.insert import Place, insert_layer, unique_keys
 from upcycle.targets.onnx.lower import lower
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import TensorEntry, write_tensors
@@ -32,16 +32,27 @@ def write_converted(
     plan: Plan,
     directory: Path,
     *,
+    beside: Path,
     max_shard_size: int,
     progress: Progress,
     calibration: OnnxCalibration | None = None,
 ) -> tuple[dict[str, Stored], dict[str, Provenance], list[dict[str, Any]]]:
-    """Write ``model.onnx`` and ``experts.safetensors``; the graph of `source` is used up.
+    """Write ``model.onnx``; the graph of `source` is used up.
 
     Weights that were in external files, and are still used, go to ``model.onnx.data``.
 
+    Args:
+        source: the dense file.
+        plan: what its FFNs become.
+        directory: for the file.
+        beside: for ``experts.safetensors``; if it is not `directory`, then what the file reads of
+            it goes to ``model.onnx.data``, too.
+        max_shard_size: bytes of one safetensors file.
+        progress: called after each layer.
+        calibration: what the methods are shown.
+
     Returns:
-        Where each tensor of the experts is; for each FFN the dense neurons behind its layer; and
+        Where each tensor of the experts is in `beside`; for each FFN the dense neurons behind its layer; and
         what `usage` says of each, if there is calibration data.
     """
     model, found = source.model, source.found
@@ -61,21 +72,23 @@ def write_converted(
         return weights
 
     entries = [e for i, spec in enumerate(plan.specs) for e in _entries(spec, i, made)]
-    stored = write_tensors(directory, entries, max_shard_size=max_shard_size, stem=EXPERTS)
+    stored = write_tensors(beside, entries, max_shard_size=max_shard_size, stem=EXPERTS)
     keys = unique_keys({spec.ffn.path: len(found.regions[spec.ffn.path]) for spec in plan.specs})
     layers: dict[str, MoE] = {}
     replaced: dict[ir.Value, ir.Value] = {}
     for spec in plan.specs:
-        with torch.device("meta"):
-            layer = MoE(spec.layer_config())
-        tensors = _tensors(source, spec, stored, directory)
-        for key, region in zip(keys[spec.ffn.path], found.regions[spec.ffn.path], strict=True):
+        layer, path = empty_layer(spec.layer_config()), spec.ffn.path
+        tensors = {}
+        for name in layer.state_dict():
+            full = f"{path}.{name}"
+            tensors[name] = stored_value(full, stored[full], beside)
+        for key, region in zip(keys[path], found.regions[path], strict=True):
             x = replaced.get(region.x, region.x)  # the output of an FFN may be the input of one
             place = Place(x, region.output, region.rank, ONNX_TYPES[region.dtype])
             replaced[region.output] = insert_layer(model, key, layer, tensors, place)
             layers[key] = layer
     common.RemoveUnusedNodesPass()(model)
-    lower(model, layers, Store(directory, {}), form="fused", gelu="exact")
+    lower(model, layers, Store(beside, {}), plan.recipe.onnx)
     common.RemoveUnusedNodesPass()(model)
     _keep_beside(model, directory)
     ir.save(model, directory / FILE)
@@ -84,60 +97,13 @@ def write_converted(
 
 def _entries(spec: MoESpec, index: int, made: Callable[[int], MoEWeights]) -> Iterator[TensorEntry]:
     """The tensors of one layer, of which only the shapes are known yet."""
-    ffn, count = spec.ffn, spec.num_experts
-    rows = len(ffn.expansions) * spec.width
-    shapes: dict[str, tuple[int, ...]] = {
-        "up": (count, rows, ffn.d_model),
-        "down": (count, ffn.d_out, spec.width),
-        "router": (count, ffn.d_model),
-    }
-    if any(p.bias for p in ffn.expansions):
-        shapes["up_bias"] = (count, rows)
-    if spec.router.bias:
-        shapes["router_bias"] = (count,)
-
-    def read(name: str) -> torch.Tensor:
-        weights = made(index)
-        tensor = {
-            "up": weights.experts.up_EGD,
-            "down": weights.experts.down_EOI,
-            "up_bias": weights.experts.up_bias_EG,
-            "router": weights.router["weight"],
-            "router_bias": weights.router.get("bias"),
-        }[name]
-        assert tensor is not None
-        return tensor
-
-    for name, shape in shapes.items():
+    for name, tensor in empty_layer(spec.layer_config()).state_dict().items():
         yield TensorEntry(
-            f"{ffn.path}.{name}",
-            shape,
-            torch.float32,
-            lambda name=name: read(name),  # type: ignore[misc]
+            f"{spec.ffn.path}.{name}",
+            tuple(tensor.shape),
+            tensor.dtype,
+            lambda name=name: made(index).tensors()[name],  # type: ignore[misc]
         )
-
-
-def _tensors(
-    source: OnnxSource, spec: MoESpec, stored: dict[str, Stored], directory: Path
-) -> Tensors:
-    path, bias = spec.ffn.path, spec.ffn.contraction.bias
-
-    def value(name: str) -> ir.Value | None:
-        full = f"{path}.{name}"
-        return stored_value(full, stored[full], directory) if full in stored else None
-
-    router, up, down = value("router"), value("up"), value("down")
-    assert router is not None
-    assert up is not None
-    assert down is not None
-    return Tensors(
-        router=router,
-        up=up,
-        down=down,
-        router_bias=value("router_bias"),
-        up_bias=value("up_bias"),
-        output_bias=source.found.weights.value(bias) if bias else None,
-    )
 
 
 def _keep_beside(model: ir.Model, directory: Path) -> None:
@@ -146,7 +112,9 @@ def _keep_beside(model: ir.Model, directory: Path) -> None:
     foreign, inline = [], []
     for value in values:
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
+        if value.dtype == ir.DataType.UINT8:  # rounded experts
+            foreign.append(value)
+        elif not isinstance(tensor, ir.ExternalTensor):
             inline.append(value)
         elif Path(tensor.base_dir) != directory:
             foreign.append(value)

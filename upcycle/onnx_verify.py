@@ -15,23 +15,25 @@ import torch
 from upcycle.checks import END_TO_END, Check, check
 from upcycle.errors import UsageError, VerificationError
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
-from upcycle.layer_weights import load_weights
+from upcycle.layer_weights import empty_layer
 from upcycle.metrics import ROUNDING, distance
 from upcycle.moe import MoE
+from upcycle.onnx_rounding import rounded_paths
 from upcycle.onnx_source import OnnxSource
 from upcycle.progress import Progress
 from upcycle.recipe import Recipe
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets.onnx.external import Store
 from upcycle.targets.onnx.feeds import Array, describe, draw_inputs, given_inputs
+from upcycle.targets.onnx.insert import unique_keys
 from upcycle.targets.onnx.opening import check_graph
 from upcycle.targets.onnx.running import run
 from upcycle.targets.stored import Stored
-from upcycle.weights import ExpertWeights, MoEWeights, Provenance
+from upcycle.weights import Provenance
 
 NODES, CHECKER = "nodes of a layer against the layer", "complaints of the ONNX checker"
-# A token whose last chosen and best refused expert are nearer than this, relative to the largest
-# score, may be routed either way by two correct computations.
+# A token that another expert is chosen for when it is moved by this part of its largest number may
+# be routed either way by two correct computations.
 _TIE = 1e-5
 
 
@@ -79,6 +81,7 @@ def verify_onnx_layers(
     plan: Plan,
     path: Path,
     *,
+    beside: Path,
     stored: Mapping[str, Stored],
     origins: Mapping[str, Provenance],
     feeds: Mapping[str, Array],
@@ -90,7 +93,8 @@ def verify_onnx_layers(
         source: the dense file, for its weights.
         plan: what was converted.
         path: the converted file.
-        stored: where the tensors of its experts are.
+        beside: the folder of `stored`.
+        stored: where the tensors of its experts are, before any were rounded.
         origins: FFN path -> the dense neurons behind its layer.
         feeds: inputs of the file.
         progress: called after each layer.
@@ -101,19 +105,21 @@ def verify_onnx_layers(
     }
     names = [name for region in regions.values() for name in (region.x_name, region.output_name)]
     seen = run(path, feeds, names)
-    store = Store(path.parent, {})
+    store = Store(beside, {})
+    keys = unique_keys({path: len(found) for path, found in places.items()})
+    rounded = rounded_paths(path)
     rows = []
     for i, spec in enumerate(plan.specs, start=1):
-        layer = _layer(spec, source, stored, store)
+        layer = stored_layer(spec, stored, store)
         region = regions.get(spec.ffn.path)
         x_TD = _tokens(seen[region.x_name], spec) if region else torch.empty(0, spec.ffn.d_model)
         given = {} if len(x_TD) else {"inputs": "random tokens"}
         nodes: dict[str, float] = {}
-        if region and len(x_TD):
+        if not len(x_TD):
+            x_TD = random_tokens(spec, layer)
+        elif region and not rounded & set(keys[spec.ffn.path]):  # those have checks of their own
             y_TO = _tokens(seen[region.output_name], spec)
             nodes["nodes_relative"] = _nodes_error(layer, x_TD, y_TO)
-        else:
-            x_TD = random_tokens(spec, layer)
         row = layer_report(spec, layer, x_TD, source.found.weights, origins[spec.ffn.path])
         rows.append(row | given | nodes)
         progress("verifying", i, len(plan.specs))
@@ -139,38 +145,34 @@ def _tokens(array: Array, spec: MoESpec) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _layer(spec: MoESpec, source: OnnxSource, stored: Mapping[str, Stored], store: Store) -> MoE:
-    """The layer in torch, with the weights that were written."""
-
-    def read(name: str) -> torch.Tensor:
-        return store.read(stored[f"{spec.ffn.path}.{name}"])
-
-    def maybe(name: str) -> torch.Tensor | None:
-        return read(name) if f"{spec.ffn.path}.{name}" in stored else None
-
-    bias = spec.ffn.contraction.bias
-    layer = MoE(spec.layer_config()).eval()
-    experts = ExpertWeights(
-        up_EGD=read("up"),
-        up_bias_EG=maybe("up_bias"),
-        down_EOI=read("down"),
-        neuron_EI=torch.empty(0),
-    )
-    router = {"weight": read("router")}
-    if (router_bias := maybe("router_bias")) is not None:
-        router["bias"] = router_bias
-    output_bias = source.found.weights[bias] if bias else None
-    load_weights(layer, MoEWeights(experts, router, output_bias))
+def stored_layer(spec: MoESpec, stored: Mapping[str, Stored], store: Store) -> MoE:
+    """The layer in torch, with the weights that were written; they stay in their file."""
+    layer = empty_layer(spec.layer_config())
+    names = layer.state_dict()
+    weights = {name: store.read(stored[f"{spec.ffn.path}.{name}"]) for name in names}
+    layer.load_state_dict(weights, assign=True)
     return layer
 
 
 @torch.no_grad()
 def _nodes_error(layer: MoE, x_TD: torch.Tensor, y_TO: torch.Tensor) -> float:
-    """How far the nodes are from the layer, on tokens whose choice of experts is clear."""
-    logits_TE = layer.router(x_TD)[0].double()
-    k = layer.router.config["select"]["k"]
-    if k < logits_TE.shape[1]:
-        top = logits_TE.topk(k + 1).values
-        clear_T = top[:, k - 1] - top[:, k] > _TIE * logits_TE.abs().max()
-        x_TD, y_TO = x_TD[clear_T], y_TO[clear_T]
-    return distance(y_TO, layer.tokens(x_TD)).relative if len(x_TD) else 0.0
+    """How far the nodes are from the layer, on tokens whose choice of experts is clear.
+
+    That is one that tokens a little to the side have, too.
+    """
+    clear_T = torch.ones(len(x_TD), dtype=torch.bool)
+    chosen_TE = _chosen(layer, x_TD)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        noise_TD = torch.randn(x_TD.shape, generator=generator) * x_TD.abs().amax(-1, keepdim=True)
+        clear_T &= (_chosen(layer, x_TD + _TIE * noise_TD) == chosen_TE).all(-1)
+    if not clear_T.any():
+        return 0.0
+    return distance(y_TO[clear_T], layer.tokens(x_TD)[clear_T]).relative
+
+
+def _chosen(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
+    """Which experts each token visits, [T, E] bool."""
+    _, weights_TK, index_TK = layer.router(x_TD)
+    none_TE = torch.zeros(len(x_TD), layer.experts.num_experts)
+    return none_TE.scatter_add(1, index_TK, weights_TK.abs().float()) > 0

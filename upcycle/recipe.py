@@ -274,6 +274,13 @@ class Onnx(Section):
         return None if self.dtype == "float32" else self.dtype
 
     @property
+    def may_round(self) -> bool:
+        """Whether a layer may be quantised."""
+        return self.form == "quantised" or (
+            self.form == "auto" and self.quantise is not None and self.profile != "portable"
+        )
+
+    @property
     def bits(self) -> Literal[8, 4]:
         """Of a weight in a layer that is quantised."""
         return self.quantise or 8

@@ -81,8 +81,10 @@ class OnnxFiles:
 
     def _run(self, file: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [value.name for value in self._runners[file].get_outputs()]
+        types = {value.name: _TYPES.get(value.type) for value in self._runners[file].get_inputs()}
+        given = {n: array.astype(types[n] or array.dtype) for n, array in feeds.items()}
         with described(Path(file)):
-            made = self._runners[file].run(names, dict(feeds))
+            made = self._runners[file].run(names, given)
         return dict(zip(names, made, strict=True))
 
     def _decode(self, file: str, text: Mapping[str, Array], fixed: Mapping[str, Array]) -> Array:

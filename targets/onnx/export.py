@@ -16,6 +16,7 @@ from upcycle.recipe import Onnx
 from upcycle.targets.onnx.axes import Axes, default_axes, fixed_sizes, name_axes
 from upcycle.targets.onnx.external import ONNX_TYPES, Store, share_weights, write_weights
 from upcycle.targets.onnx.lower import lower
+from upcycle.targets.onnx.narrow import narrowed, narrowed_inputs
 from upcycle.targets.onnx.parts import Compute
 from upcycle.targets.onnx.scopes import name_nodes
 from upcycle.targets.onnx.symbolic import identifier, symbolic_layers, tensor_outputs
@@ -56,8 +57,9 @@ def export_onnx(
             of the fields that it returns.
         compute: what the graph computes instead of `model.forward`, which it gets together with
             the inputs; then these are by name, and any name will do.
-        options: the form of the layers and the type of the graph; with a narrow type `model` has
-            it, but for its routers. A file whose weights are not those on disk holds them all.
+        options: the form of the layers and the type of the graph, in which only routers stay in
+            float32. A file in another type, or with rounded weights, holds its weights itself, in
+            ``<path>.data``.
         strict: raise UnsupportedError if a tensor is not on disk.
 
     Returns:
@@ -67,6 +69,9 @@ def export_onnx(
         UnsupportedError: the model cannot be exported, or not with these dynamic axes.
     """
     start = time.perf_counter()
+    kind: torch.dtype = getattr(torch, options.half or "float32")
+    if options.half:
+        model, example_inputs = narrowed(model, kind), narrowed_inputs(example_inputs, kind)
     named = _named(model, example_inputs)
     axes = default_axes(named) if dynamic is None else dynamic
     read = list(named)
@@ -75,7 +80,6 @@ def export_onnx(
         axes = {identifier(name): labels for name, labels in axes.items()}
         input_names = input_names or read
     store = Store(path.parent, stored)
-    kind: torch.dtype = getattr(torch, options.half or "float32")
     with symbolic_layers(model, kind) as layers, tensor_outputs(model, compute, read) as names:
         program = trace(model, example_inputs, named, axes)
         outputs = list(output_names or names)

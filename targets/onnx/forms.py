@@ -28,7 +28,7 @@ class Fused:
 _GELU_TANH = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),))
 _GELU_ERF = Pointwise(1, (("gelu", ("z0",), {}),))
 # The kernel's "gelu" is the tanh form: 3e-4 from the erf form.
-_KERNELS = (
+KERNELS = (
     (Fused("relu"), Pointwise(1, (("relu", ("z0",), {}),))),
     (Fused("silu"), Pointwise(1, (("silu", ("z0",), {}),))),
     (Fused("gelu"), _GELU_TANH),
@@ -59,13 +59,13 @@ def choose(layer: MoE, options: Onnx) -> tuple[Form, Fused | None]:
     fused = fused_form(layer, gelu=options.gelu)
     if fused is None or options.form == "unrolled":
         return "unrolled", None
-    fits = _fits_quantised(layer, options.bits)
-    if options.form != "auto":
-        form: Form = "quantised" if fits else "unrolled"
-        return (form, fused) if options.form == "quantised" else ("fused", fused)
+    may_round = options.may_round and _fits_quantised(layer, options.bits)
+    if options.form == "quantised":
+        return ("quantised", fused) if may_round else ("unrolled", None)
+    if options.form == "fused":
+        return "fused", fused
     if options.profile == "portable":
         return "unrolled", None
-    may_round = options.quantise is not None and fits
     if options.profile == "cuda":
         return "quantised" if may_round else "fused", fused
     form = _fastest(layer, fused, options, may_round=may_round)
@@ -108,7 +108,7 @@ def fused_form(layer: MoE, *, gelu: str = "exact") -> Fused | None:
         return None
     if pointwise.arity > 2 or layer.experts.hidden_dim != layer.experts.down_proj.shape[1]:
         return None
-    for form, program in _KERNELS:
+    for form, program in KERNELS:
         if same_function(pointwise, program):
             return form
     if gelu == "tanh" and same_function(pointwise, _GELU_ERF):

@@ -1,33 +1,29 @@
 """Put MoE layers in the place of FFNs in an existing graph.
 
-The router becomes standard operations and the experts the opaque node that `lower` replaces, so
-that a layer in a foreign file is built by the same code as one in a file that torch exported.
-
-Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts.
+The layer itself is exported, as it would be inside a model: router, shared expert and compensation
+become standard operations, and the experts the opaque node that `lower` replaces. So a layer in a
+foreign file is built by the same code as one in a file that torch exported.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-import numpy as np
+import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
 
 from upcycle.moe import MoE
-from upcycle.routing import Router
 from upcycle.targets.onnx.nodes import Nodes
-from upcycle.targets.onnx.symbolic import OPAQUE
+from upcycle.targets.onnx.symbolic import OPAQUE, symbolic_layers
+from upcycle.targets.onnx.tracing import quiet, trace
 
-
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors of one layer as values of the graph; `output_bias` is that of the FFN."""
-
-    router: ir.Value
-    up: ir.Value
-    down: ir.Value
-    router_bias: ir.Value | None = None
-    up_bias: ir.Value | None = None
-    output_bias: ir.Value | None = None
+# The leading axes of the example, all distinct and longer than 1, so that none is taken as fixed.
+_SIZES = (2, 3, 5, 7, 11)
+_NOTES = "pkg."  # begins the exporter's notes on a node
 
 
 @dataclass(frozen=True)
@@ -43,81 +39,101 @@ class Place:
     dtype: ir.DataType
 
 
-def insert_layer(model: ir.Model, key: str, layer: MoE, tensors: Tensors, place: Place) -> ir.Value:
+def insert_layer(
+    model: ir.Model, key: str, layer: MoE, tensors: Mapping[str, ir.Value], place: Place
+) -> ir.Value:
     """Make what reads the output read a layer of `x`; the nodes between are left without use.
 
     Args:
         model: the graph; changed in place.
         key: name of the layer, unique in the graph.
         layer: its shapes and options; may be on the meta device.
-        tensors: its weights; what is not in the graph yet becomes an initializer.
+        tensors: its weights in float32, by their names in the layer; what is not in the graph yet
+            becomes an initializer.
         place: where it goes.
 
     Returns:
         The tensor in the place of the output, with its name.
+
+    Raises:
+        UnsupportedError: a graph cannot have the router of the layer.
     """
-    graph = model.graph
-    for value in (v for v in vars(tensors).values() if v is not None):
-        if value.producer() is None and value.name not in graph.initializers:
-            graph.register_initializer(value)
-    n = Nodes(f"{key}/route/")  # the names of `lower` start with the key alone
-    rank, axis = place.rank, layer.config["axis"]
+    inner = _exported(json.dumps(layer.config), place.rank)
+    n = Nodes(f"{key}/")
     narrow = place.dtype != ir.DataType.FLOAT
-    x = place.x
-    tokens = n("Cast", x, to=ir.DataType.FLOAT.value, name="tokens") if narrow else x
-    if axis == 1:  # a convolution of [batch, channels, ...]
-        tokens = n("Transpose", tokens, perm=[0, *range(2, rank), 1])
-    shape = n("Shape", tokens, end=-1)
-    x_TD = n("Reshape", tokens, n.const([-1, layer.experts.hidden_dim]))
-    weights_TE = _route(n, x_TD, layer.router, tensors)
-    inputs = [x_TD, weights_TE, _single(n, tensors.up), _single(n, tensors.down)]
-    if tensors.up_bias is not None:
-        inputs.append(_single(n, tensors.up_bias))
-    domain, op_type = OPAQUE
-    y_TO = n(op_type, *inputs, domain=domain, name="experts", layer=key)
-    if tensors.output_bias is not None:
-        flat = n("Reshape", _single(n, tensors.output_bias), n.const([-1]))
-        y_TO = n("Add", y_TO, flat, name="bias")
-    width = n.const([layer.config["d_out"]])
-    y = n("Reshape", y_TO, n("Concat", shape, width, axis=0))
-    if axis == 1:
-        y = n("Transpose", y, perm=[0, rank - 1, *range(1, rank - 1)])
-    if narrow:
-        y = n("Cast", y, to=place.dtype.value)
-    _take_place(place.output, n, y)
+    x = n("Cast", place.x, to=ir.DataType.FLOAT.value, name="tokens") if narrow else place.x
+    for value in list(inner.inputs):
+        given = x if value.name == "x" else _registered(model, tensors[str(value.name)])
+        ir.convenience.replace_all_uses_with(value, given)
+    for value in list(inner.initializers.values()):  # constants of the layer's code
+        name = f"{key}/{value.name}"
+        constant = ir.Value(name=name, type=value.type, shape=value.shape)
+        constant.const_value = value.const_value
+        ir.convenience.replace_all_uses_with(value, _registered(model, constant))
+    (made,) = inner.outputs
+    nodes = list(inner)
+    for i, node in enumerate(nodes):
+        node.name = f"{key}/{node.op_type}_{i}"
+        for value in node.outputs:
+            value.name = f"{key}/{value.name}"
+        if (node.domain, node.op_type) == OPAQUE:
+            node.attributes["layer"] = ir.AttrString("layer", key)
+        for note in [name for name in node.metadata_props if name.startswith(_NOTES)]:
+            del node.metadata_props[note]
+    inner.outputs.clear()
+    inner.remove(nodes)
+    after = Nodes(f"{key}/")
+    y = after("Cast", made, to=place.dtype.value, name="output") if narrow else made
+    _take_place(place.output, [*n.nodes, *nodes, *after.nodes], y)
     return y
 
 
-def _route(n: Nodes, x_TD: ir.Value, router: Router, tensors: Tensors) -> ir.Value:
-    """What `Router.forward` computes, as a weight for each expert; zero where it is not chosen."""
-    rows = [tensors.router] + ([] if tensors.router_bias is None else [tensors.router_bias])
-    logits_TE = n("Gemm", x_TD, *rows, transB=1, name="router")
-    count = n.const([router.config["select"]["k"]])
-    top_TK, index_TK = n.many("TopK", logits_TE, count, outputs=2, axis=-1, name="chosen")
-    if router.weights == "one":
-        one = ir.tensor(np.array([router.scale], np.float32))
-        weights_TK = n("ConstantOfShape", n("Shape", top_TK), value=one)
-    else:
-        if router.weights == "softmax":
-            p_TE = n("Softmax", logits_TE, axis=-1)
-            weights_TK = n("GatherElements", p_TE, index_TK, axis=1)
-        else:
-            weights_TK = n("Softmax", top_TK, axis=-1)
-        if router.scale != 1:
-            weights_TK = n("Mul", weights_TK, n.const(float(router.scale)))
-    zeros_TE = n("ConstantOfShape", n("Shape", logits_TE))
-    return n("ScatterElements", zeros_TE, index_TK, weights_TK, axis=1, name="weights")
+def _exported(config: str, rank: int) -> ir.Graph:
+    """The graph of a layer; its parameters are inputs, by their names in it."""
+    return ir.from_proto(onnx.load_from_string(_exported_bytes(config, rank))).graph
 
 
-def _single(n: Nodes, value: ir.Value) -> ir.Value:
-    """The tensor in float32, in which the layer computes."""
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.dtype == ir.DataType.FLOAT:
-        return value
-    return n("Cast", value, to=ir.DataType.FLOAT.value, name=f"{value.name}/float32")
+@lru_cache(maxsize=64)
+def _exported_bytes(config: str, rank: int) -> bytes:
+    layer = _without_memory(json.loads(config))
+    axis, d_model = layer.axis % rank, layer.experts.hidden_dim
+    sizes = list(_SIZES[: rank - 1])
+    sizes.insert(axis, d_model)
+    x = torch.zeros(sizes)
+    labels = {i: f"axis_{i}" for i in range(rank) if i != axis}
+    with symbolic_layers(layer):
+        program = trace(layer, (x,), {"x": x}, {"x": labels}, optimize=False)
+    model: ir.Model = program.model
+    with quiet():
+        common.InlinePass()(model)
+        common.RemoveUnusedNodesPass()(model)
+    graph, names = model.graph, set(layer.state_dict())
+    for value in [v for v in graph.initializers.values() if v.name in names]:
+        del graph.initializers[str(value.name)]
+        value.const_value = None
+        graph.inputs.append(value)
+    return ir.to_proto(model).SerializeToString()
 
 
-def _take_place(old: ir.Value, n: Nodes, new: ir.Value) -> None:
+def _without_memory(config: dict[str, Any]) -> MoE:
+    """The layer with parameters of the right shapes that are one number each."""
+    with torch.device("meta"):
+        layer = MoE(config)
+    numbers = {
+        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in layer.state_dict().items()
+    }
+    layer.load_state_dict(numbers, assign=True)
+    return layer.eval()
+
+
+def _registered(model: ir.Model, value: ir.Value) -> ir.Value:
+    if value.producer() is None and value.name not in model.graph.initializers:
+        model.graph.register_initializer(value)
+    return value
+
+
+def _take_place(old: ir.Value, nodes: list[ir.Node], new: ir.Value) -> None:
     """Put the nodes right after the one that made `old`, and give the new value its name."""
     producer = old.producer()
     assert producer is not None
@@ -127,7 +143,7 @@ def _take_place(old: ir.Value, n: Nodes, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     old.name = f"{name}/dense"
     new.name = name
-    producer.graph.insert_after(producer, n.nodes)
+    producer.graph.insert_after(producer, nodes)
 
 
 def unique_keys(paths: Mapping[str, int]) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G = ari
 """
 
 import json
+import logging
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -17,6 +18,8 @@ from upcycle.targets.onnx.fused import expansion, fused, rounded
 from upcycle.targets.onnx.nodes import OPSET, Nodes
 from upcycle.targets.onnx.scopes import SCOPES
 from upcycle.targets.onnx.symbolic import OPAQUE
+
+log = logging.getLogger(__name__)
 
 
 def lower(
@@ -42,6 +45,13 @@ def lower(
     nodes = [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == OPAQUE]
     paths = [n.attributes["layer"].as_string() for n in nodes]
     chosen = {path: choose(layers[path], options) for path in dict.fromkeys(paths)}
+    others = sum(options.form not in ("auto", form) for form, _ in chosen.values())
+    if others:
+        log.warning(
+            "%d of %d MoE layers are unrolled: ONNX Runtime has no %s node for what they compute "
+            "(erf GELU: `onnx.gelu: tanh` accepts its form of it)",
+            *(others, len(chosen), options.form),
+        )
     used = {kernel.activation for form, kernel in chosen.values() if form == "fused" and kernel}
     biased = any(layers[p].experts.has_bias for p, (form, _) in chosen.items() if form == "fused")
     unrolled: dict[str, ir.Function] = {}

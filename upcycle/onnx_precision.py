@@ -1,0 +1,87 @@
+"""Verify an ONNX file as far as its numbers go: in float32, in a narrow type, with rounded experts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from upcycle.checks import Check, check
+from upcycle.evaluation import Evaluation
+from upcycle.metrics import ROUNDING
+from upcycle.moe import MoE
+from upcycle.onnx_output import ONNX_CHECK, onnx_distance, verify_onnx
+from upcycle.onnx_rounding import rounded_layers, verify_rounding
+from upcycle.recipe import Onnx
+from upcycle.targets.onnx.feeds import draw_inputs
+from upcycle.targets.onnx.narrow import narrowed
+from upcycle.verification import compare_models
+
+_NOT_RUN = "ONNX Runtime on a CPU does not compute MoE layers in bfloat16, so the file was not run"
+
+
+def verify_precision(
+    directory: Path,
+    paths: Sequence[Path],
+    model: nn.Module,
+    evaluation: Evaluation,
+    options: Onnx,
+) -> tuple[dict[str, Any], list[Check]]:
+    """Tier T4 for the files that `write_onnx` made with `options`; facts for the report, and checks.
+
+    - In float32 the files are held against `model`, to rounding.
+    - With rounded experts against `model` with the same rounded experts, to rounding, unless ONNX
+      Runtime rounds tokens, too; each layer also against what rounding may do to it. How far they
+      are from `model` itself is reported.
+    - In float16 they may be twice as far from `model` as `model` in float16 is, in torch.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot run a file, or it has other outputs than the model.
+    """
+    if options.half == "bfloat16":
+        return {"not_run": _NOT_RUN}, []
+    rows: list[dict[str, Any]] = []
+    checks: list[Check] = []
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    for path in paths if options.may_round else ():
+        of_path, more = verify_rounding(path, layers, [draw_inputs(ir.load(path))])
+        rows += of_path
+        checks += more
+    if not rows and options.half is None:
+        return {}, verify_onnx(directory, model, evaluation)
+    facts: dict[str, Any] = {"relative": onnx_distance(directory, model, evaluation)}
+    if rows:
+        facts["layers"] = rows
+    if options.half is not None:
+        if not rows:
+            narrow = narrowed(model, torch.float16)
+            noise = compare_models(model, narrow, evaluation, predictions=False)["relative"]
+            allowed = max(ROUNDING[torch.float16], 2 * noise)
+            checks.append(check(ONNX_CHECK, facts["relative"], allowed))
+    elif not any(row["bits"] == 8 and row["block"] != "row" for row in rows):
+        with _rounded(layers, paths):
+            checks += verify_onnx(directory, model, evaluation)
+    return facts, checks
+
+
+@contextmanager
+def _rounded(layers: Mapping[str, MoE], paths: Sequence[Path]) -> Iterator[None]:
+    """Within it the layers have the experts of the files."""
+    before = []
+    try:
+        for path in paths:
+            for rounded in rounded_layers(path):
+                experts = layers[rounded.layer].experts
+                for tensor, value in (
+                    (experts.up_EGD, rounded.up_EGD),
+                    (experts.down_proj, rounded.down_EDI),
+                ):
+                    before.append((tensor, tensor.detach().clone()))
+                    tensor.data.copy_(value)
+        yield
+    finally:
+        for tensor, value in reversed(before):
+            tensor.data.copy_(value)
