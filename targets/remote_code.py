@@ -15,7 +15,13 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import (
+    feature_extraction_auto,
+    image_processing_auto,
+    modeling_auto,
+    processing_auto,
+    tokenization_auto,
+)
 
 import upcycle.context
 import upcycle.experts
@@ -41,7 +47,7 @@ _BEFORE: tuple[ModuleType, ...] = (
 _AFTER: tuple[ModuleType, ...] = (upcycle.moe, upcycle.tap, upcycle.pretrained)
 
 _CONFIG = '''
-class {config}({dense_config}):
+class {config}(UpcycledConfig, {dense_config}):
     """{dense_config} with the description of the MoE layers in `upcycle`."""
 
     model_type = "{model_type}"
@@ -86,7 +92,8 @@ def modeling_text(
     bodies = [body(module) for module in dict.fromkeys([*_BEFORE, *homes])]
     bodies += [f"ROUTERS = {{{table}}}", *map(body, _AFTER)]
     names = {"config": new_name(dense_config), "dense_config": dense_config.__name__}
-    bodies.append(_CONFIG.format(**names, model_type=new_model_type(dense_config)).strip())
+    kind = new_model_type(dense_config, classes[0])
+    bodies.append(_CONFIG.format(**names, model_type=kind).strip())
     for cls in classes:
         names = {"config": new_name(dense_config), "model": new_name(cls), "dense": cls.__name__}
         bodies.append(_MODEL.format(**names).strip())
@@ -109,9 +116,18 @@ def new_name(dense: type) -> str:
     return f"Upcycle{dense.__name__}"
 
 
-def new_model_type(dense_config: Any) -> str:
-    """A model type of its own: under the dense one the file would load with missing weights."""
-    return f"upcycle_{dense_config.model_type}"
+def new_model_type(dense_config: Any, dense: type) -> str:
+    """A model type of its own: under the dense one the file would load with missing weights.
+
+    Those of transformers' own classes are known to `upcycle.auto`; a dense class from elsewhere may
+    have the model type of one of them, and gets another.
+    """
+    own = "" if _is_theirs(dense) and _is_theirs(dense_config) else "own_"
+    return f"upcycle_{own}{dense_config.model_type}"
+
+
+def _is_theirs(cls: type) -> bool:
+    return cls.__module__.startswith("transformers.")
 
 
 def build_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
@@ -119,14 +135,28 @@ def build_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     data: dict[str, Any] = model.config.to_dict()
     data.pop("_name_or_path", None)
     description = {"version": __version__, "format": FORMAT}
+    data.update(_processors(model.config.model_type, data))
     data.update(
         architectures=[new_name(type(model))],
         auto_map=auto_map(type(model.config), heads(type(model.config), type(model))),
         dtype=str(model.dtype).removeprefix("torch."),
-        model_type=new_model_type(model.config),
+        model_type=new_model_type(type(model.config), type(model)),
         upcycle={**description, "sites": [spec.site() for spec in plan.specs]},
     )
     return data
+
+
+def _processors(model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """What `AutoTokenizer` and its like take by the dense model type, if nothing else says it."""
+    images = image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {})
+    sounds = feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES
+    names = {
+        "tokenizer_class": tokenization_auto.TOKENIZER_MAPPING_NAMES.get(model_type),
+        "processor_class": processing_auto.PROCESSOR_MAPPING_NAMES.get(model_type),
+        "feature_extractor_type": sounds.get(model_type),
+        "image_processor_type": images.get("torchvision"),  # also if only its twin for PIL runs
+    }
+    return {key: name for key, name in names.items() if name and not config.get(key)}
 
 
 def auto_map(dense_config: type, dense: Mapping[str, type]) -> dict[str, str]:
@@ -136,18 +166,19 @@ def auto_map(dense_config: type, dense: Mapping[str, type]) -> dict[str, str]:
     return {auto: f"{stem}.{new_name(cls)}" for auto, cls in names.items()}
 
 
-def heads(dense_config: type, dense: type | None = None) -> dict[str, type]:
+def heads(dense_config: type, dense: type) -> dict[str, type]:
     """Auto class of transformers -> the class that it makes of the dense configuration.
 
     Where it knows several, that is `dense` if it is among them. A class that no Auto class knows
-    becomes that of ``AutoModel``.
+    becomes that of ``AutoModel``, and one that is not of transformers is the only one.
     """
     found = {}
     for name, known in auto_mapping(dense_config).items():
-        found[name] = dense if dense in known else known[0]
-    if dense is not None and dense not in found.values():
-        found["AutoModel"] = dense
-    return found
+        if dense in known:
+            found[name] = dense
+        elif _is_theirs(dense):
+            found[name] = known[0]
+    return found if dense in found.values() else {**found, "AutoModel": dense}
 
 
 def auto_mapping(dense_config: type) -> dict[str, tuple[type, ...]]:

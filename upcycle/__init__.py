@@ -1,12 +1,14 @@
 """upcycle: a compiler that turns dense neural networks into sparse Mixtures of Experts.
 
 Names are imported when they are first used, so that ``upcycle --help`` does not wait for torch.
+With it imported, the Auto classes of transformers load converted models without a trust flag.
 """
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any
 
+from upcycle.auto import register as _register
 from upcycle.version import __version__
 
 if _TYPE_CHECKING:
@@ -71,6 +73,8 @@ _HOMES = {
     "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

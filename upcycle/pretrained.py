@@ -22,6 +22,13 @@ FORMAT = 1  # of the description in config.json; a later one may say what this c
 REFUSED = ("deepgemm", "sonicmoe")
 
 
+class UpcycledConfig:
+    """To be named before the dense configuration; its `upcycle` describes the layers."""
+
+    output_router_logits = False
+    router_aux_loss_coef = 0.001
+
+
 class UpcycledModel(nn.Module):
     """Puts the layers that ``config.upcycle`` describes in place when the model is built.
 
@@ -32,7 +39,7 @@ class UpcycledModel(nn.Module):
       registered with transformers.
     - ``output_router_logits=True``, as an argument or in the configuration, adds ``router_logits``
       to the output, one [T, E] for each layer, and ``aux_loss``; and that, times
-      ``config.router_aux_loss_coef`` (0.001 if it is not there), to the loss.
+      ``config.router_aux_loss_coef``, to the loss.
     - the experts can be spread over processes: ``DistributedConfig(ep_size=...)``.
     - the routers stay in float32.
     """
@@ -66,6 +73,13 @@ class UpcycledModel(nn.Module):
             cls.forward = with_router_logits(cls.forward)
 
     _keep_in_fp32_modules_strict: Any = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: the configuration, from the same file, brings the file along when it is saved.
+
+        The class of a model may be one that FSDP made, and transformers would save FSDP's file.
+        """
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -116,7 +130,7 @@ def with_router_logits(forward: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, *args: Any, output_router_logits: bool | None = None, **kwargs: Any
     ) -> Any:
         if output_router_logits is None:
-            output_router_logits = getattr(self.config, "output_router_logits", False)
+            output_router_logits = self.config.output_router_logits
         if not output_router_logits:
             return forward(self, *args, **kwargs)
         routed: list[tuple[torch.Tensor, ...]] = []
@@ -135,7 +149,7 @@ def with_router_logits(forward: Callable[..., Any]) -> Callable[..., Any]:
         if routed:
             out["aux_loss"] = torch.stack([load_balance(*found) for found in routed]).mean()
             if out.get("loss") is not None:
-                factor = getattr(self.config, "router_aux_loss_coef", 0.001)
+                factor = self.config.router_aux_loss_coef
                 out["loss"] = out["loss"] + factor * out["aux_loss"].to(out["loss"].device)
         return out
 
