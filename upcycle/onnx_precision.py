@@ -1,4 +1,4 @@
-"""Verify an ONNX file as far as its numbers go: in float32, in a narrow type, with rounded experts."""
+"""Verify ONNX files as far as their numbers go: in float32, in a narrow type, with rounded experts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from upcycle.onnx_output import ONNX_CHECK, onnx_distance, verify_onnx
 from upcycle.onnx_rounding import rounded_layers, verify_rounding
 from upcycle.recipe import Onnx
 from upcycle.targets.onnx.feeds import draw_inputs
+from upcycle.targets.onnx.forms import KERNELS, choose
 from upcycle.targets.onnx.narrow import narrowed
 from upcycle.verification import compare_models
 
@@ -33,9 +34,9 @@ def verify_precision(
     """Tier T4 for the files that `write_onnx` made with `options`; facts for the report, and checks.
 
     - In float32 the files are held against `model`, to rounding.
-    - With rounded experts against `model` with the same rounded experts, to rounding, unless ONNX
-      Runtime rounds tokens, too; each layer also against what rounding may do to it. How far they
-      are from `model` itself is reported.
+    - Where the recipe accepts more, against `model` with the same rounded experts and the same form
+      of GELU, to rounding, unless ONNX Runtime rounds tokens, too; each rounded layer also against
+      what rounding may do to it. How far the files are from `model` itself is reported.
     - In float16 they may be twice as far from `model` as `model` in float16 is, in torch.
 
     Raises:
@@ -50,28 +51,33 @@ def verify_precision(
         of_path, more = verify_rounding(path, layers, [draw_inputs(ir.load(path))])
         rows += of_path
         checks += more
-    if not rows and options.half is None:
+    if not rows and options.half is None and options.gelu == "exact":
         return {}, verify_onnx(directory, model, evaluation)
     facts: dict[str, Any] = {"relative": onnx_distance(directory, model, evaluation)}
     if rows:
         facts["layers"] = rows
-    if options.half is not None:
-        if not rows:
-            narrow = narrowed(model, torch.float16)
-            noise = compare_models(model, narrow, evaluation, predictions=False)["relative"]
-            allowed = max(ROUNDING[torch.float16], 2 * noise)
-            checks.append(check(ONNX_CHECK, facts["relative"], allowed))
-    elif not any(row["bits"] == 8 and row["block"] != "row" for row in rows):
-        with _rounded(layers, paths):
-            checks += verify_onnx(directory, model, evaluation)
-    return facts, checks
+    if options.half is None and any(row["bits"] == 8 and row["block"] != "row" for row in rows):
+        return facts, checks
+    with _as_written(layers, paths, options):
+        if options.half is None:
+            return facts, checks + verify_onnx(directory, model, evaluation)
+        found = onnx_distance(directory, model, evaluation)
+        narrow = narrowed(model, torch.float16)
+        noise = compare_models(model, narrow, evaluation, predictions=False)["relative"]
+    allowed = max(ROUNDING[torch.float16], 2 * noise)
+    return facts, [*checks, check(ONNX_CHECK, found, allowed)]
 
 
 @contextmanager
-def _rounded(layers: Mapping[str, MoE], paths: Sequence[Path]) -> Iterator[None]:
-    """Within it the layers have the experts of the files."""
+def _as_written(layers: Mapping[str, MoE], paths: Sequence[Path], options: Onnx) -> Iterator[None]:
+    """Within it the layers have the experts of the files, and the kernel's form of GELU."""
     before = []
+    programs = {layer: layer.experts.act_fn.pointwise for layer in layers.values()}
     try:
+        for layer in layers.values():
+            _, kernel = choose(layer, options)
+            if kernel is not None:
+                layer.experts.act_fn.pointwise = dict(KERNELS)[kernel]
         for path in paths:
             for rounded in rounded_layers(path):
                 experts = layers[rounded.layer].experts
@@ -83,5 +89,7 @@ def _rounded(layers: Mapping[str, MoE], paths: Sequence[Path]) -> Iterator[None]
                     tensor.data.copy_(value)
         yield
     finally:
+        for layer, pointwise in programs.items():
+            layer.experts.act_fn.pointwise = pointwise
         for tensor, value in reversed(before):
             tensor.data.copy_(value)

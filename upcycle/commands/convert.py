@@ -46,6 +46,11 @@ from upcycle.program import size_in_bytes
     type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
     help="Load the weights in this dtype.  [default: the checkpoint's]",
 )
+@click.option(
+    "--onnx-profile",
+    type=click.Choice(["cpu", "cuda", "portable"]),
+    help="Where the ONNX file will run; as --set onnx.profile.  [default: recipe]",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of every draw.  [default: recipe]")
 @click.option(
     "--max-shard-size",
@@ -79,6 +84,7 @@ def convert(
     dtype: str | None,
     trust_remote_code: bool,
     allow_pickle: bool,
+    onnx_profile: str | None,
     seed: int | None,
     **others: Any,
 ) -> None:
@@ -86,6 +92,8 @@ def convert(
     from upcycle import driver, recipe_file, report
     from upcycle.source import open_model
 
+    if onnx_profile is not None:
+        overrides = (*overrides, f"onnx.profile={onnx_profile}")
     if seed is not None:
         overrides = (*overrides, f"seed={seed}")
     loaded = recipe_file.load_recipe(recipe, overrides)

@@ -1,0 +1,88 @@
+"""Rounding to few bits: how far it may be off, how large groups are, and the bytes of the kernel."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upcycle.targets.onnx.quantise import SMALLEST, adaptive_group, dequantise, quantise
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_outliers(columns: int = 256) -> torch.Tensor:
+    """Every 64th input is 30 times as large as the others."""
+    matrix = drawn(8, columns)
+    matrix[:, ::64] *= 30
+    return matrix
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from([8, 4]),
+    block=st.sampled_from(["row", "adaptive", 16, 32, 64, 256]),
+    experts=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    pairs=st.integers(1, 60),
+    seed=st.integers(0, 99),
+)
+def test_no_element_is_off_by_more_than_half_a_step(bits, block, experts, rows, pairs, seed) -> None:
+    stack = drawn(experts, rows, 2 * pairs, seed=seed)
+    (found,) = quantise([stack], bits, block)
+    assert found.packed.dtype == torch.uint8
+    assert found.packed.shape == (experts, rows, 2 * pairs * bits // 8)
+    back = dequantise(found, 2 * pairs)
+    size = found.block or 2 * pairs
+    step = found.scale if found.block else found.scale[..., None]
+    step = step.repeat_interleave(size, dim=-1)[..., : 2 * pairs]
+    assert ((back - stack).abs() <= step * (0.5 + 2**bits * EPS)).all()
+    largest = (2 ** (bits - 1) - 1) * step
+    assert (stack.abs() <= largest * (1 + 4 * EPS)).all()
+
+
+def test_the_first_of_two_numbers_in_a_byte_is_the_low_one() -> None:
+    (found,) = quantise([torch.tensor([[[-7.0, 7.0, 0.0, 1.0]]])], 4, "row")
+    assert found.packed.tolist() == [[[1 | 15 << 4, 8 | 9 << 4]]]
+    assert found.scale.tolist() == [[1.0]]
+
+
+def test_zeros_stay_zeros() -> None:
+    (found,) = quantise([torch.zeros(1, 2, 32)], 8, 16)
+    assert not dequantise(found, 32).any()
+
+
+def test_smaller_groups_are_nearer() -> None:
+    matrix = with_outliers()[None]
+    errors = []
+    for block in ("row", 128, 64, 32, 16):
+        (found,) = quantise([matrix], 4, block)
+        errors.append((dequantise(found, 256) - matrix).square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 2
+
+
+def test_groups_are_as_small_as_the_outliers_ask_for() -> None:
+    alike = torch.where(drawn(8, 256) > 0, 1.0, -1.0)
+    assert adaptive_group(alike) == 256
+    assert adaptive_group(drawn(64, 256)) == 256
+    assert adaptive_group(with_outliers()) == SMALLEST
+
+
+def test_each_matrix_has_its_groups_and_all_the_finest_block() -> None:
+    plain, outliers = drawn(8, 256), with_outliers()
+    (found, other) = quantise([torch.stack([plain, outliers]), drawn(2, 4, 96)], 8, "adaptive")
+    assert found.groups == (256, SMALLEST)
+    assert found.block == other.block == SMALLEST
+    assert (found.scale[0] == found.scale[0, :, :1]).all()  # one scale for a row, repeated
+    assert found.scale.shape == (2, 8, 16)
+    assert other.scale.shape == (2, 4, 6)
+
+
+def test_a_block_is_not_longer_than_the_shortest_row() -> None:
+    up, down = quantise([drawn(1, 4, 128), drawn(1, 4, 40)], 8, 64)
+    assert (up.block, down.block) == (32, 32)
+    assert down.scale.shape == (1, 4, 2)
