@@ -21,7 +21,7 @@ from upcycle.moe import MoE
 from upcycle.spec import MoESpec, Plan
 from upcycle.targets import remote_code
 from upcycle.targets.destination import destination
-from upcycle.targets.native.native import build_config
+from upcycle.targets.native.native import NativeTarget, build_config
 from upcycle.targets.native.tensors import OneLayer, entries
 from upcycle.targets.runtimes import Support
 from upcycle.targets.stored import Stored
@@ -43,6 +43,7 @@ class Checkpoint:
         reasons: why each native architecture was not chosen.
         auto_class: the Auto class of transformers that loads it.
         runtimes: software by name, and what it does with the checkpoint.
+        target: the native architecture, if it is one.
     """
 
     form: str
@@ -51,6 +52,7 @@ class Checkpoint:
     reasons: dict[str, str] = field(default_factory=dict)
     auto_class: str = "AutoModel"
     runtimes: Mapping[str, Support] = field(default_factory=dict)
+    target: NativeTarget | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``report.json``."""
@@ -114,7 +116,8 @@ def write_checkpoint(
     chosen = destination(model, plan)
     target = chosen.target
     if target is not None:
-        made = entries(target, _DenseNames(model, plan, content), plan, content.layer)
+        config: Any = model.config
+        made = entries(target, _DenseNames(model, plan, content), plan, content.layer, config)
     else:
         made = _module_entries(model, plan, content)
     stored = write_tensors(directory, made, max_shard_size=max_shard_size, log=log)
@@ -130,7 +133,7 @@ def write_checkpoint(
         return Checkpoint(chosen.form, name, stored, runtimes=chosen.runtimes)
     if target is not None:
         config = build_config(target, model.config, plan, dtype=model.dtype)
-        auto_class = "AutoModelForCausalLM"
+        auto_class = target.auto_class
         architecture = target.model_type
     else:
         config = remote_code.build_config(model, plan)
@@ -145,7 +148,9 @@ def write_checkpoint(
     if model.can_generate() and generation is not None and not path.exists():
         _write_json(path, generation.to_diff_dict())
     reasons = dict(chosen.reasons)
-    return Checkpoint(chosen.form, architecture, stored, reasons, auto_class, chosen.runtimes)
+    return Checkpoint(
+        chosen.form, architecture, stored, reasons, auto_class, chosen.runtimes, target
+    )
 
 
 def planned_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[MoESpec, MoE]]:

@@ -9,11 +9,9 @@ import torch
 from upcycle.layer_weights import empty_layer, weights_of
 from upcycle.spec import MoESpec
 from upcycle.targets.checkpoint import Checkpoint
-from upcycle.targets.native import NATIVE
-from upcycle.targets.native.layers import layer_index
-from upcycle.targets.native.tensors import stack_names
+from upcycle.targets.native.tensors import read_native
 from upcycle.targets.stored import Stored
-from upcycle.weights import ExpertWeights, MoEWeights
+from upcycle.weights import MoEWeights
 
 
 def read_stored(directory: Path, stored: Stored) -> torch.Tensor:
@@ -35,13 +33,8 @@ def read_layer(directory: Path, written: Checkpoint, spec: MoESpec) -> MoEWeight
     def read(name: str) -> torch.Tensor:
         return read_stored(directory, written.stored[name])
 
-    if written.form == "native":
-        target = NATIVE[written.architecture]
-        router, *matrices = stack_names(target, layer_index(spec.ffn))
-        gate_EID, up_EID, down_EDI = (read(name) for name in matrices)
-        padding = torch.full((spec.num_experts, spec.width), -1)
-        experts = ExpertWeights(torch.cat([gate_EID, up_EID], dim=1), None, down_EDI, padding)
-        return MoEWeights(experts, {"weight": read(router).float()}, None)
+    if written.target is not None:
+        return read_native(written.target, spec, read)
     site = spec.site()
     path = site["path"] if site["placement"] == "module" else site["contraction"]
     layer = empty_layer(spec.layer_config())

@@ -1,18 +1,34 @@
 """MoE architectures that other software knows, for dense models that fit them exactly.
 
-A checkpoint in such an architecture needs no code of ours. One file per architecture, each a
-`NativeTarget`: data, and the one question that data cannot answer (does this config fit?).
+A checkpoint in such an architecture needs no code of ours. One file per architecture or family,
+each a `NativeTarget`: data, and the questions that data cannot answer (does this config fit?).
 """
 
+from upcycle.targets.native.architecture import NativeTarget
+from upcycle.targets.native.cohere2_moe import COHERE2_MOE
+from upcycle.targets.native.encoder_decoders import NLLB_MOE, SWITCH_TRANSFORMERS
+from upcycle.targets.native.ernie4_5_moe import ERNIE4_5_MOE
+from upcycle.targets.native.glm4_moe import DOTS1, GLM4_MOE, SOLAR_OPEN
+from upcycle.targets.native.gpt_oss import GPT_OSS
+from upcycle.targets.native.granitemoe import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOESHARED
+from upcycle.targets.native.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from upcycle.targets.native.llama4_text import LLAMA4_TEXT
 from upcycle.targets.native.mixtral import MIXTRAL
-from upcycle.targets.native.native import NativeTarget, build_config, choose, fit
+from upcycle.targets.native.native import build_config, choose, fit
+from upcycle.targets.native.olmo import FLEX_OLMO, OLMOE
+from upcycle.targets.native.qwen2_moe import QWEN2_MOE
+from upcycle.targets.native.qwen3_5_moe import QWEN3_5_MOE
 from upcycle.targets.native.qwen3_moe import QWEN3_MOE
 from upcycle.targets.native.tensors import entries
 
 __all__ = ["NATIVE", "NativeTarget", "build_config", "choose", "entries", "fit"]
 
-# In the order in which they are tried.
+# In the order in which they are tried: what the most software loads comes first.
 NATIVE: dict[str, NativeTarget] = {
-    MIXTRAL.model_type: MIXTRAL,
-    QWEN3_MOE.model_type: QWEN3_MOE,
+    target.model_type: target
+    for target in (
+        *(MIXTRAL, QWEN3_MOE, GRANITEMOE, GRANITEMOESHARED, QWEN2_MOE, QWEN3_5_MOE),
+        *(ERNIE4_5_MOE, GLM4_MOE, COHERE2_MOE, HUNYUAN_V1_MOE, DOTS1, SOLAR_OPEN),
+        *(FLEX_OLMO, OLMOE, GRANITEMOE_SWA, LLAMA4_TEXT, SWITCH_TRANSFORMERS, NLLB_MOE, GPT_OSS),
+    )
 }

@@ -1,102 +1,97 @@
-"""What a native MoE architecture is to upcycle, and what it asks of a dense model.
+"""What fits which MoE architecture, and the config that is written.
 
 `fit` says whether a dense model and a plan can be written in it without changing a single output,
 and `build_config` writes the config; `targets.native.tensors` lists what is on disk.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from upcycle.routing import WeightRule
 from upcycle.spec import Plan
-from upcycle.targets.native.layers import layer_index, plan_reason
+from upcycle.targets.native.architecture import NativeTarget, Source
+from upcycle.targets.native.layers import plan_reason, sparse_layers
+from upcycle.targets.native.routers import Fold, fold
 
-# Config fields that every decoder here has and that keep their meaning.
-COMMON_FIELDS = (
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "hidden_size",
-    "initializer_range",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "use_cache",
-    "vocab_size",
-)
+__all__ = ["NativeTarget", "build_config", "choose", "fit"]
+
 # Config fields that `build_config` writes in its own way.
 WRITTEN_FIELDS = ("hidden_act", "intermediate_size", "rope_parameters")
 
 
-def _nothing(config: PreTrainedConfig) -> dict[str, Any]:
-    return {}
-
-
-@dataclass(frozen=True)
-class NativeTarget:
-    """One MoE architecture.
-
-    Attributes:
-        model_type, architecture: how its config names it.
-        sources: the dense model types that it can hold, and their causal-LM classes.
-        fits: a dense config -> None, or why the architecture cannot hold its attention or FFN.
-        weight_rules: the weight rules that its router can follow, and the config fields for each.
-        field_num_experts, field_top_k, field_width: config fields of the MoE.
-        field_dense_layers: config field with the layers that stay dense; None if all are sparse.
-        carried: further fields of the dense config that are copied.
-        checked: fields that `fits` looks at or `attention` writes.
-        ignored: fields without influence on the model.
-        constants: config fields with one value.
-        attention: fields that need more than a copy.
-        router: name of the router weight [E, D]; ``{layer}`` is the decoder layer.
-        expert: name of one matrix of one expert; ``{expert}``, ``{matrix}``.
-        matrices: what ``{matrix}`` is for gate [I, D], up [I, D] and down [D, I].
-        runtimes: other software and how it runs the architecture, for the model card.
-    """
-
-    model_type: str
-    architecture: str
-    sources: Mapping[str, str]
-    fits: Callable[[PreTrainedConfig], str | None]
-    weight_rules: Mapping[WeightRule, Mapping[str, Any]]
-    field_num_experts: str
-    field_top_k: str
-    field_width: str
-    field_dense_layers: str | None
-    carried: tuple[str, ...]
-    checked: tuple[str, ...]
-    ignored: tuple[str, ...]
-    constants: Mapping[str, Any]
-    router: str
-    expert: str
-    matrices: tuple[str, str, str]
-    runtimes: Mapping[str, str]
-    attention: Callable[[PreTrainedConfig], dict[str, Any]] = _nothing
-
-
-def fit(target: NativeTarget, config: PreTrainedConfig, plan: Plan) -> str | None:
+def fit(
+    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, asked: bool = False
+) -> str | None:
     """None if `target` holds the converted model exactly, else the reason, without a full stop.
 
     Args:
         target: the architecture.
         config: the dense model's config, as ``AutoConfig`` reads it.
         plan: what is converted, and to what.
+        asked: the user asked for it, so that what holds only now (copies), or only almost (a
+            tempered router), will do; see `targets.native.routers`.
     """
-    return _config_reason(target, config) or plan_reason(
-        plan,
-        num_layers=config.num_hidden_layers,
-        weight_rules=tuple(target.weight_rules),
-        needs_all_layers=target.field_dense_layers is None,
-    )
+    found = variants(target, config, plan, asked=asked)
+    return found if isinstance(found, str) else None
+
+
+def variants(
+    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, asked: bool
+) -> list[NativeTarget] | str:
+    """The ways in which `target` holds the converted model, the best first, or why there is none.
+
+    Each is the target with a single form and a single source.
+    """
+    reason = _config_reason(target, config)
+    if reason is not None:
+        return reason
+    source = target.sources[config.model_type]
+    dtype = getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))
+    itemsize = dtype.itemsize
+    reason = plan_reason(target, source, source.layers(config), plan, itemsize=itemsize)
+    if reason is not None:
+        return reason
+    found, reasons = [], []
+    for form in target.forms:
+        narrowed = replace(target, forms=(form,), sources={config.model_type: source})
+        made = folds(narrowed, plan)
+        if isinstance(made, str):
+            reasons.append(made)
+        elif made[0].is_exact or asked:
+            found.append((made[0], narrowed))
+        elif made[0].tempered:
+            reasons.append(
+                "its router cannot give every chosen expert the weight one, only almost; ask for "
+                f"it with --architecture {target.model_type}"
+            )
+        else:
+            what = "equal" if made[0].needs == "copies" else "zero"
+            reasons.append(
+                f"it holds experts only while they are {what}; ask for it with "
+                f"--architecture {target.model_type}"
+            )
+    found.sort(key=lambda pair: (pair[0].tempered, bool(pair[0].needs)))
+    targets = [narrowed for _, narrowed in found]
+    if asked and target.may_untie and getattr(config, "tie_word_embeddings", False):
+        targets += [replace(narrowed, untied=True) for narrowed in targets]
+    return targets or reasons[0]
+
+
+def folds(target: NativeTarget, plan: Plan) -> list[Fold] | str:
+    """What is done to each layer if `target` has one form, or why that is not enough."""
+    made: list[Fold] = []
+    for spec in plan.specs:
+        one = fold(target, target.forms[0], spec)
+        if isinstance(one, str):
+            return f"{spec.ffn.path}: {one}"
+        if made and one.config != made[0].config:
+            return f"{spec.ffn.path}: its router differs from that of {plan.specs[0].ffn.path}"
+        made.append(one)
+    return made
 
 
 def choose(
@@ -108,6 +103,9 @@ def choose(
     only: str | None = None,
 ) -> tuple[NativeTarget | None, dict[str, str]]:
     """The first target that fits, or None; and the reason of each one before it, by name.
+
+    The target has a single form and a single source. One that fits a plan not quite or not for
+    ever (see `fit`) is taken if the plan requires runtimes, or with `only`.
 
     Args:
         targets: architectures by name, in the order in which they are tried.
@@ -121,14 +119,19 @@ def choose(
         known = ", ".join(targets)
         return None, {only: f"upcycle does not know this architecture; it knows {known}"}
     reasons: dict[str, str] = {}
-    for name in targets if only is None else [only]:
-        target = targets[name]
-        reason = fit(target, config, plan)
-        if reason is None and accepts is not None:
-            reason = accepts(target, build_config(target, config, plan))
-        if reason is None:
-            return target, reasons
-        reasons[name] = reason
+    for asked in (False, True) if plan.runtimes or only is not None else (False,):
+        for name in targets if only is None else [only]:
+            found = variants(targets[name], config, plan, asked=asked)
+            if isinstance(found, str):
+                reasons[name] = found
+                continue
+            for target in found:
+                written = build_config(target, config, plan)
+                reason = None if accepts is None else accepts(target, written)
+                if reason is None:
+                    reasons.pop(name, None)
+                    return target, reasons
+                reasons[name] = reason
     return None, reasons
 
 
@@ -143,54 +146,78 @@ def build_config(
     (``rope_theta``, ``rope_scaling``), because software that knows only the older one takes a
     default without a word; the same for ``dtype`` and ``torch_dtype``.
     """
-    spec = plan.specs[0]
-    names = (*COMMON_FIELDS, *target.carried)
-    present = {field.name for field in fields(type(config))}
+    source, spec = target.sources[config.model_type], plan.specs[0]
+    made = next(made for made in _folds_of_forms(target, plan) if not isinstance(made, str))
+    present = vars(config)
+    dense = target.dense(sparse_layers(source, source.layers(config), plan))
+    assert not isinstance(dense, str)
     written = {
         "architectures": [target.architecture],
         "model_type": target.model_type,
-        "hidden_act": "silu",
+        "hidden_act": source.activation,
         **target.constants,
-        **{name: getattr(config, name) for name in names if name in present},
-        **target.attention(config),
-        **target.weight_rules[spec.router.weights],
-        target.field_num_experts: spec.num_experts,
-        target.field_top_k: spec.top_k,
-        target.field_width: spec.width,
+        **{name: present[name] for name in (*source.common, *source.carried) if name in present},
+        **source.fields(config),
+        **made[0].config,
+        target.num_experts: spec.num_experts,
+        target.top_k: spec.top_k,
+        target.width: spec.width,
+        **_shared(target, plan),
+        **dense,
         **_rope(config),
     }
-    if target.field_dense_layers is not None:
-        sparse = {layer_index(spec.ffn) for spec in plan.specs}
-        dense = [layer for layer in range(config.num_hidden_layers) if layer not in sparse]
-        written[target.field_dense_layers] = dense
+    if target.untied:
+        written["tie_word_embeddings"] = False
     if (known := dtype or config.dtype) is not None:
         name = str(known).removeprefix("torch.")
         written |= {"dtype": name, "torch_dtype": name}
     return dict(sorted(written.items()))
 
 
+def _folds_of_forms(target: NativeTarget, plan: Plan) -> Iterator[list[Fold] | str]:
+    return (folds(replace(target, forms=(form,)), plan) for form in target.forms)
+
+
+def _shared(target: NativeTarget, plan: Plan) -> dict[str, int]:
+    shared, spec = target.shared, plan.specs[0]
+    if shared is None:
+        return {}
+    size = shared.size(spec)
+    if shared.width is not None:
+        return {shared.width: size}
+    return {} if shared.count is None else {shared.count: size // spec.width}
+
+
 def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None:
     if config.model_type not in target.sources:
         wanted = " and ".join(target.sources)
         return f"the dense model is {config.model_type}, and {target.model_type} holds {wanted}"
-    wanted_class = target.sources[config.model_type]
-    if config.architectures and wanted_class not in config.architectures:
-        return f"the dense model is {config.architectures[0]}, and only {wanted_class} has a twin"
+    if target.refused:
+        return target.refused
+    source = target.sources[config.model_type]
+    wanted = source.architecture
+    if config.architectures and wanted not in config.architectures:
+        return f"the dense model is {config.architectures[0]}, and only {wanted} has a twin"
     if getattr(config, "auto_map", None):
         return "the dense model brings its own code (auto_map), which may differ from its type"
     if getattr(config, "quantization_config", None):
         return "the dense weights are quantised; dequantise the model first"
-    return target.fits(config) or _rope_reason(config) or _unknown_field(target, config)
+    for name in source.absent:
+        if value := getattr(config, name, None):
+            return f"{name} is {json.dumps(value)}, and {target.model_type} has no such thing"
+    reason = source.fits(config) or _rope_reason(source, config)
+    return reason or _unknown_field(source, config)
 
 
-def _unknown_field(target: NativeTarget, config: PreTrainedConfig) -> str | None:
+def _unknown_field(source: Source, config: PreTrainedConfig) -> str | None:
     """A field that a later transformers may have added, set to something: better refused."""
     known: Sequence[str] = (
-        *COMMON_FIELDS,
+        *source.common,
         *WRITTEN_FIELDS,
-        *target.carried,
-        *target.checked,
-        *target.ignored,
+        *source.carried,
+        *source.absent,
+        *source.checked,
+        *source.ignored,
     )
     default = type(config)()
     base = {field.name for field in fields(PreTrainedConfig)}
@@ -202,17 +229,19 @@ def _unknown_field(target: NativeTarget, config: PreTrainedConfig) -> str | None
     return None
 
 
-def _rope_reason(config: PreTrainedConfig) -> str | None:
-    rope = config.rope_parameters or {}
+def _rope_reason(source: Source, config: PreTrainedConfig) -> str | None:
+    rope = getattr(config, "rope_parameters", None) or {}
     if any(isinstance(value, dict) for value in rope.values()):
         return "its layers rotate positions in different ways (rope_parameters by layer type)"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and not source.partial_rope:
         return "it rotates only a part of each head (partial_rotary_factor)"
     return None
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    rope = dict(config.rope_parameters)
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if not rope:
+        return {}
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {
         "rope_parameters": rope,

@@ -1,21 +1,23 @@
-"""The tensors of a native checkpoint: one 2-D tensor per expert and matrix, under its disk names.
-
-transformers fuses them on loading, and vLLM, SGLang and llama.cpp read them as they are.
+"""The tensors of a native checkpoint under their disk names, as other software reads them.
 
 Shape suffixes: E experts, I expert width, D d_model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from transformers import PreTrainedConfig
 
 from upcycle.errors import UsageError
 from upcycle.spec import MoESpec, Plan
-from upcycle.targets.native.layers import layer_index
-from upcycle.targets.native.native import NativeTarget
+from upcycle.targets.native.architecture import Fused, NativeTarget, TensorRule
+from upcycle.targets.native.disk import folded, fuse, gate_noise, unfolded, unfuse
+from upcycle.targets.native.layers import layer_of
+from upcycle.targets.native.routers import Fold, fold
 from upcycle.targets.tensor_file import TensorEntry
-from upcycle.weights import MoEWeights
+from upcycle.weights import ExpertWeights, MoEWeights
 
 
 def entries(
@@ -23,23 +25,32 @@ def entries(
     dense_tensors: Mapping[str, torch.Tensor],
     plan: Plan,
     moe_weights: Callable[[MoESpec], MoEWeights],
+    config: PreTrainedConfig,
 ) -> Iterator[TensorEntry]:
     """Every tensor of the checkpoint, in the order of the dense one.
 
     The MoE layer stands where the first tensor of its FFN stood: the router, then gate, up and
-    down of all experts, each a stack named after its weights without the number of the expert.
+    down of all experts, each a stack named after its weights without the number of the expert,
+    then the shared expert.
 
     Args:
-        target: the architecture.
+        target: the architecture, as `choose` returns it.
         dense_tensors: the dense checkpoint; only shapes are asked for before an entry is read.
         plan: what is converted.
         moe_weights: makes the layer of one spec. Called once per layer if the entries are read in
             order, and one result at a time is kept.
+        config: that of the dense model.
 
     Raises:
         UsageError: a tensor of a converted FFN is missing in `dense_tensors`.
     """
-    one_layer = OneLayer(moe_weights)
+    source = target.sources[config.model_type]
+    rules = source.tensors(config)
+
+    def written(spec: MoESpec) -> MoEWeights:
+        return folded(moe_weights(spec), _fold(target, spec), target, spec)
+
+    one_layer = OneLayer(written)
     spec_of = {name: spec for spec in plan.specs for name in spec.ffn.parameters}
     for name, spec in spec_of.items():
         if name not in dense_tensors:
@@ -50,9 +61,15 @@ def entries(
             spec = spec_of[name]
             if spec.ffn.path not in done:
                 done.add(spec.ffn.path)
-                yield from _moe_entries(target, spec, dense_tensors[name].dtype, one_layer)
+                layer = layer_of(spec.ffn, source)
+                dtype = dense_tensors[name].dtype
+                yield from _moe_entries(target, str(layer), spec, dtype, one_layer)
         elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints contain
-            yield _dense_entry(name, dense_tensors)
+            yield from _dense_entries(name, dense_tensors, rules)
+            if target.untied and name == "model.embed_tokens.weight":
+                yield _entry(
+                    "lm_head.weight", dense_tensors[name], partial(_read, dense_tensors, name)
+                )
 
 
 class OneLayer:
@@ -70,47 +87,174 @@ class OneLayer:
         return self._last[1]
 
 
-def _dense_entry(name: str, tensors: Mapping[str, torch.Tensor]) -> TensorEntry:
+def _fold(target: NativeTarget, spec: MoESpec) -> Fold:
+    made = [fold(target, form, spec) for form in target.forms]
+    return next(one for one in made if isinstance(one, Fold))
+
+
+def _read(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    return tensors[name]
+
+
+def _entry(name: str, like: torch.Tensor, read: Callable[[], torch.Tensor]) -> TensorEntry:
+    return TensorEntry(name, tuple(like.shape), like.dtype, read)
+
+
+def _dense_entries(
+    name: str, tensors: Mapping[str, torch.Tensor], rules: Sequence[TensorRule]
+) -> Iterator[TensorEntry]:
     tensor = tensors[name]
-    return TensorEntry(name, tuple(tensor.shape), tensor.dtype, lambda: tensors[name])
+    matched = False
+    for rule in rules:
+        if match := re.fullmatch(rule.pattern, name):
+            matched = True
+            made = rule.change(torch.empty_like(tensor, device="meta"))
+
+            def read(rule: TensorRule = rule) -> torch.Tensor:
+                return rule.change(tensors[name]).contiguous()
+
+            yield _entry(match.expand(rule.name), made, read)
+    if not matched:
+        yield _entry(name, tensor, partial(_read, tensors, name))
 
 
 def _moe_entries(
     target: NativeTarget,
+    layer: str,
     spec: MoESpec,
     dtype: torch.dtype,
     weights: Callable[[MoESpec], MoEWeights],
 ) -> Iterator[TensorEntry]:
-    layer = layer_index(spec.ffn)
-    d_model, width = spec.ffn.d_model, spec.width
+    count, d_model, width = spec.num_experts, spec.ffn.d_model, spec.width
 
-    def router() -> torch.Tensor:
-        return weights(spec).router["weight"].to(dtype)
+    def router(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        found = weights(spec).router.get(name)
+        return torch.zeros(shape, dtype=dtype) if found is None else found.to(dtype).reshape(shape)
+
+    router_dtype = target.router_dtype or dtype
+    each = (count,) if target.selection_bias_shape == "E" else (1, count)
+    tensors: list[tuple[str, str | None, tuple[int, ...], torch.dtype]] = [
+        ("weight", target.router, (count, d_model), router_dtype),
+        ("bias", target.router_bias, (count,), router_dtype),
+        ("selection_bias", target.selection_bias, each, torch.float32),
+    ]
+    for held, stored_as, shape, kind in tensors:
+        if stored_as is not None:
+            reader = partial(router, held, shape, kind)
+            yield TensorEntry(stored_as.format(layer=layer), shape, kind, reader)
 
     def matrix(role: int, expert: int) -> torch.Tensor:
         experts = weights(spec).experts
-        if role == 2:
+        if role == last:
             return experts.down_EOI[expert].to(dtype)
         return experts.up_EGD[expert, role * width : (role + 1) * width].to(dtype)
 
-    name, *stacks = stack_names(target, layer)
-    yield TensorEntry(name, (spec.num_experts, d_model), dtype, router)
-    for role, (word, stack) in enumerate(zip(target.matrices, stacks, strict=True)):
-        shape = (d_model, width) if role == 2 else (width, d_model)
-        for expert in range(spec.num_experts):
-            yield TensorEntry(
-                name=target.expert.format(layer=layer, expert=expert, matrix=word),
-                shape=shape,
-                dtype=dtype,
-                read=partial(matrix, role, expert),
-                stack=stack,
+    def fused(layout: Fused, name: str) -> torch.Tensor:
+        return fuse(layout, weights(spec).experts)[name].to(dtype).contiguous()
+
+    arity = len(spec.ffn.expansions)
+    layout = target.experts
+    if isinstance(layout, Fused):
+        with torch.device("meta"):
+            empty = ExpertWeights(
+                torch.empty(count, arity * width, d_model),
+                None,
+                torch.empty(count, d_model, width),
+                torch.empty(0),
             )
+            shapes = {name: tuple(t.shape) for name, t in fuse(layout, empty).items()}
+        for name, shape in shapes.items():
+            yield TensorEntry(name.format(layer=layer), shape, dtype, partial(fused, layout, name))
+    else:
+        last = len(layout.matrices) - 1
+        for role, (word, stack) in enumerate(
+            zip(layout.matrices, _stacks(target, layer), strict=True)
+        ):
+            shape = (d_model, width) if role == last else (width, d_model)
+            for expert in range(count):
+                name = layout.name.format(layer=layer, expert=expert, matrix=word)
+                read = partial(matrix, role, expert)
+                yield TensorEntry(name, shape, dtype, read, stack)
+    yield from _shared_entries(target, layer, spec, dtype, weights)
 
 
-def stack_names(target: NativeTarget, layer: int | None) -> list[str]:
-    """Names of the router, and of gate, up and down of all experts as stacks [E, ...]."""
-    stacks = [
-        target.expert.format(layer=layer, expert="{expert}", matrix=word).replace("{expert}.", "")
-        for word in target.matrices
+def _shared_entries(
+    target: NativeTarget,
+    layer: str,
+    spec: MoESpec,
+    dtype: torch.dtype,
+    weights: Callable[[MoESpec], MoEWeights],
+) -> Iterator[TensorEntry]:
+    shared = target.shared
+    if shared is None or not (shared.always or shared.size(spec)):
+        return
+    size = shared.size(spec)
+    d_model, *up_names, down_name = spec.ffn.d_model, *shared.matrices
+    rows = len(spec.ffn.expansions) * size // len(up_names)
+
+    def up(part: int) -> torch.Tensor:
+        held = weights(spec).shared
+        if held is None:
+            return torch.empty(rows, d_model, dtype=dtype)
+        return held.up_EGD[0, part * rows : (part + 1) * rows].to(dtype)
+
+    def down() -> torch.Tensor:
+        held = weights(spec).shared
+        return torch.empty(d_model, 0, dtype=dtype) if held is None else held.down_EOI[0].to(dtype)
+
+    def gate() -> torch.Tensor:
+        return gate_noise((1, d_model), dtype, spec.generator("gate"))
+
+    for part, name in enumerate(up_names):
+        yield TensorEntry(name.format(layer=layer), (rows, d_model), dtype, partial(up, part))
+    yield TensorEntry(down_name.format(layer=layer), (d_model, size), dtype, down)
+    if shared.gate is not None:
+        yield TensorEntry(shared.gate.format(layer=layer), (1, d_model), dtype, gate)
+
+
+def _stacks(target: NativeTarget, layer: str) -> list[str]:
+    """Names of gate, up and down of all experts as stacks [E, ...]."""
+    layout = target.experts
+    assert not isinstance(layout, Fused)
+    return [
+        layout.name.format(layer=layer, expert="{expert}", matrix=word)
+        .replace("{expert}.", "")
+        .replace("expert_{expert}", "all")
+        for word in layout.matrices
     ]
-    return [target.router.format(layer=layer), *stacks]
+
+
+def read_native(
+    target: NativeTarget, spec: MoESpec, read: Callable[[str], torch.Tensor]
+) -> MoEWeights:
+    """The layer of the recipe out of what `entries` wrote; without its provenance.
+
+    Args:
+        target: the architecture, as `choose` returns it.
+        spec: the layer.
+        read: a tensor, or a stack of them, by its name in the files.
+    """
+    (source,) = target.sources.values()
+    layer = str(layer_of(spec.ffn, source))
+
+    def held(name: str) -> torch.Tensor:
+        return read(name.format(layer=layer))
+
+    if isinstance(target.experts, Fused):
+        up_EGD, down_EDI = unfuse(target.experts, held)
+    else:
+        *ups, down_EDI = (read(name) for name in _stacks(target, layer))
+        up_EGD = torch.cat(ups, dim=1)
+    padding = torch.full((spec.num_experts, spec.width), -1)
+    router = {"weight": held(target.router).float()}
+    if target.router_bias is not None:
+        router["bias"] = held(target.router_bias).float()
+    if target.selection_bias is not None:
+        router["selection_bias"] = held(target.selection_bias).flatten()
+    shared = None
+    if target.shared is not None and (size := target.shared.size(spec)):
+        *ups, down = (held(name) for name in target.shared.matrices)
+        none = torch.full((1, size), -1)
+        shared = ExpertWeights(torch.cat(ups)[None], None, down[None], none)
+    made = MoEWeights(ExpertWeights(up_EGD, None, down_EDI, padding), router, None, shared)
+    return unfolded(made, _fold(target, spec), target, spec)

@@ -1,0 +1,126 @@
+"""GLM-4-MoE and its relatives dots1 and Solar Open: sigmoid routers with a bias for the choice.
+
+Router: sigmoid in float32, a bias for the choice alone, weights divided by their sum if
+``norm_topk_prob``, times ``routed_scaling_factor``. Shared experts are added as they are. The first
+layers may stay dense (not in Solar Open). They differ in attention: biases of queries, keys and
+values and norms of queries and keys by flags (GLM), norms and sliding windows (dots1), neither
+(Solar). None has a load-balancing loss. Read in transformers 5.23 (``models/glm4_moe``, ``dots1``,
+``solar_open``).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from upcycle.targets.native.architecture import (
+    Form,
+    NativeTarget,
+    Shared,
+    Source,
+    all_sparse,
+    dense_prefix,
+)
+from upcycle.targets.native.attention import head_dim, no_windows
+
+
+def _attention(*, bias: bool = False, norm: bool = False) -> Any:
+    def fields(config: PreTrainedConfig) -> dict[str, Any]:
+        return {
+            "attention_bias": bias,
+            "use_qk_norm": norm,
+            "head_dim": head_dim(config),
+        }
+
+    return fields
+
+
+WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+
+LLAMA = Source(
+    "LlamaForCausalLM",
+    absent=("attention_bias", "mlp_bias"),
+    carried=("intermediate_size",),
+    ignored=("pretraining_tp",),
+    fields=_attention(),
+)
+QWEN2 = Source(
+    "Qwen2ForCausalLM",
+    fits=no_windows,
+    carried=("intermediate_size",),
+    checked=WINDOWS,
+    fields=_attention(bias=True),
+)
+SEED_OSS = Source(
+    "SeedOssForCausalLM",
+    absent=("attention_out_bias", "mlp_bias"),
+    carried=("intermediate_size", "attention_bias"),
+    ignored=("pretraining_tp", "residual_dropout"),
+    fields=lambda config: {"use_qk_norm": False},
+)
+QWEN3 = Source(
+    "Qwen3ForCausalLM",
+    absent=("attention_bias",),
+    fits=no_windows,
+    carried=("intermediate_size",),
+    checked=WINDOWS,
+    fields=_attention(norm=True),
+)
+QWEN3_WINDOWS = replace(
+    QWEN3,
+    absent=(),
+    fits=lambda config: None,
+    carried=("intermediate_size", "attention_bias", "layer_types", "max_window_layers"),
+    checked=("sliding_window", "use_sliding_window"),
+    fields=lambda config: {"sliding_window": config.sliding_window, "head_dim": head_dim(config)},
+)
+
+GLM4_MOE = NativeTarget(
+    model_type="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
+    sources={"llama": LLAMA, "qwen2": QWEN2, "seed_oss": SEED_OSS, "qwen3": QWEN3},
+    forms=(
+        Form(
+            "sigmoid",
+            renormalise=True,
+            config={"norm_topk_prob": True},
+            factor="routed_scaling_factor",
+        ),
+    ),
+    num_experts="n_routed_experts",
+    dense=dense_prefix("first_k_dense_replace"),
+    constants={
+        "n_group": 1,
+        "num_nextn_predict_layers": 0,
+        "output_router_logits": False,
+        "partial_rotary_factor": 1.0,
+        "topk_group": 1,
+    },
+    selection_bias="{layer}.mlp.gate.e_score_correction_bias",
+    shared=Shared(
+        tuple(f"{{layer}}.mlp.shared_experts.{w}_proj.weight" for w in ("gate", "up", "down")),
+        count="n_shared_experts",
+        always=True,
+    ),
+    fewest=2,
+)
+DOTS1 = replace(
+    GLM4_MOE,
+    model_type="dots1",
+    architecture="Dots1ForCausalLM",
+    sources={"qwen3": QWEN3_WINDOWS},
+    constants={
+        "n_group": 1,
+        "output_router_logits": False,
+        "scoring_func": "sigmoid",
+        "topk_group": 1,
+    },
+)
+SOLAR_OPEN = replace(
+    GLM4_MOE,
+    model_type="solar_open",
+    architecture="SolarOpenForCausalLM",
+    sources={"llama": LLAMA},
+    dense=all_sparse,
+    constants={"n_group": 1, "output_router_logits": False, "topk_group": 1},
+)

@@ -1,0 +1,29 @@
+"""The MoE siblings of OLMo: FlexOlmo holds OLMo 2, OLMoE does not.
+
+Router: softmax, top-k, weights divided by their sum if ``norm_topk_prob``. Attention with norms of
+queries and keys over their full width. FlexOlmo has its norms after attention and FFN, as OLMo 2;
+OLMoE has them before. Read in transformers 5.23 (``models/flex_olmo``, ``models/olmoe``).
+"""
+
+from upcycle.targets.native.architecture import Form, NativeTarget, Source, all_sparse
+
+OLMO2 = Source("Olmo2ForCausalLM", carried=("attention_bias",))
+
+FLEX_OLMO = NativeTarget(
+    model_type="flex_olmo",
+    architecture="FlexOlmoForCausalLM",
+    sources={"olmo2": OLMO2},
+    forms=(
+        Form("softmax", renormalise=True, config={"norm_topk_prob": True}),
+        Form("softmax", renormalise=False, config={"norm_topk_prob": False}),
+    ),
+    width="intermediate_size",
+    dense=all_sparse,
+    constants={"output_router_logits": False},
+)
+OLMOE = NativeTarget(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    sources={"olmo2": OLMO2},
+    refused="its norms stand before attention and FFN, and those of olmo2 after them",
+)

@@ -1,0 +1,139 @@
+"""How the weights of a recipe's router become those of an architecture: the folding rules.
+
+With k of E experts chosen, p the weights that the architecture computes and s the factor of the
+recipe, ``p * fold.down`` are the weights of the recipe:
+
+- p renormalised, recipe ``renormalised``: ``down = s``.
+- p renormalised, recipe ``one``, k = E: a router of zeros makes p = 1/k, so ``down = k s``; k = 1:
+  p = 1 whatever the router says.
+- p renormalised, recipe ``one``, 1 < k < E: a router times ``TEMPER`` chooses the same experts and
+  makes p almost 1/k. Not exact: `tempered`, and only on request.
+- p not renormalised: the same with E instead of k.
+- copies: all experts are equal, so any weights that sum to one will do, also those of a router of
+  zeros; only on request, because that is no longer so after training. Likewise experts of zeros.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from upcycle.spec import MoESpec
+from upcycle.targets.native.architecture import Form, NativeTarget
+
+# A power of two changes no bit of the mantissa. With 2**-10 two chosen experts whose logits are 20
+# apart have weights within 2 % of each other, and float32 still tells logits 1e-4 apart.
+TEMPER = 2.0**-10
+MOST_WEIGHT_ERROR = 0.02
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What is done to the layer of a recipe.
+
+    Attributes:
+        down: factor on the down projections of the routed experts.
+        router: factor on the router, zero or a power of two.
+        config: fields of the config.
+        needs: ``copies`` or ``zeros``: what the experts must be when they are written, if anything.
+        tempered: the weights are those of the recipe within `MOST_WEIGHT_ERROR`.
+        bias: factor from the bias of the router to the selection bias; 0 if it is not written so.
+    """
+
+    down: float = 1.0
+    router: float = 1.0
+    config: dict[str, Any] = field(default_factory=dict)
+    needs: Literal["", "copies", "zeros"] = ""
+    tempered: bool = False
+    bias: float = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is right for any experts, so also after training."""
+        return not self.tempered and not self.needs
+
+
+def fold(target: NativeTarget, form: Form, spec: MoESpec) -> Fold | str:
+    """The folding rule for a layer, or why there is none; see the module."""
+    made = _weights(form, spec) or _special(form, spec)
+    if made is None:
+        return _why_not(target, spec)
+    reason = None if made.needs == "zeros" else _selection_reason(target, form, spec, made)
+    if reason is not None:
+        return reason
+    config = dict(form.config)
+    if form.factor is not None:
+        config[form.factor] = made.down
+        made = replace(made, down=1.0)
+    return replace(made, config=config)
+
+
+def _weights(form: Form, spec: MoESpec) -> Fold | None:
+    """The rules that hold for any experts."""
+    rule, k, scale = spec.router.weights, spec.top_k, spec.scale
+    every = k == spec.num_experts
+    if form.score == "input":
+        return None
+    sum_is_one = form.renormalise or (every and form.score == "softmax")
+    even = scale * (k if sum_is_one else spec.num_experts)  # what undoes p if the logits are equal
+    if k == 1 and form.renormalise and rule in ("renormalised", "one"):
+        return Fold(scale, 1.0 if form.score == "softmax" else 2.0**-4)
+    if rule == "one" and every:
+        return Fold(even, 0.0)
+    if rule == "one":
+        sigmoid = form.score == "sigmoid"
+        return Fold(even, TEMPER, tempered=True, bias=TEMPER / 4 if sigmoid else 0.0)
+    if form.score == "softmax" and rule == ("renormalised" if form.renormalise else "softmax"):
+        return Fold(scale)
+    if form.score == "softmax" and every and rule in ("renormalised", "softmax"):
+        return Fold(scale)  # all weights sum to one
+    return None
+
+
+def _special(form: Form, spec: MoESpec) -> Fold | None:
+    """The rules that hold for copies, and for experts of zeros."""
+    if spec.experts.method == "zero_routed":
+        return Fold(needs="zeros")
+    if spec.experts.method != "copy" or spec.router.weights != "renormalised":
+        return None
+    if form.score == "input":
+        return None
+    if form.renormalise:
+        return Fold(spec.scale, needs="copies")
+    return Fold(spec.scale * spec.num_experts / spec.top_k, 0.0, needs="copies")
+
+
+def _selection_reason(target: NativeTarget, form: Form, spec: MoESpec, made: Fold) -> str | None:
+    """Why the experts would be chosen otherwise than the recipe says, or None."""
+    router = spec.router_config()
+    if router["kind"] != "linear":
+        return f"its router is linear, and that of the recipe is not ({spec.router.method})"
+    every = spec.top_k == spec.num_experts
+    if router["select"]["rule"] not in ("top_k", "all") or (
+        router["select"]["rule"] == "all" and not every
+    ):
+        return "its router takes the best `top_k` of linear scores, and this one does not"
+    if router["tied"]:
+        return "its router cannot be tied to the experts; set `router.tied: false`"
+    if (every and made.router == 0) or made.needs:
+        return None
+    biased_choice = target.selection_bias and form.score == "softmax" and made.router == 1
+    if router["balance"] and not biased_choice:
+        return "its router takes the best `top_k` of linear scores, and this one does not"
+    has_bias = target.router_bias or (made.bias and target.selection_bias)
+    if router["bias"] and not has_bias:
+        return "its router has no bias; set `router.bias: false`"
+    return None
+
+
+def _why_not(target: NativeTarget, spec: MoESpec) -> str:
+    rule = spec.router.weights
+    known = {_name(form) for form in target.forms if form.score != "input"}
+    does = " or ".join(f"`{name}`" for name in sorted(known))
+    if not does:
+        return "its router multiplies the input of an expert, so it holds only `zero_routed`"
+    return f"its router does not follow weights `{rule}`; it does {does}"
+
+
+def _name(form: Form) -> str:
+    if form.score == "sigmoid":
+        return "one"
+    return "renormalised" if form.renormalise else "softmax"
