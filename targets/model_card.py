@@ -31,7 +31,8 @@ LOADING: dict[str, tuple[str, str]] = {
     ),
     "remote_code": (
         "With transformers; the code in this directory is run. A tokenizer or processor that is "
-        "here wants `trust_remote_code=True` as well",
+        "here wants `trust_remote_code=True` as well. After `import upcycle` its own classes are "
+        "used, and no flag is needed",
         "from transformers import {auto_class}\n\n"
         "model = {auto_class}.from_pretrained(\n"
         '    "path/to/this/directory", trust_remote_code=True\n'

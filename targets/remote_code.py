@@ -146,17 +146,24 @@ def build_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     return data
 
 
+_BY_MODEL_TYPE = {
+    "tokenizer_class": (tokenization_auto, "TOKENIZER_MAPPING_NAMES"),
+    "processor_class": (processing_auto, "PROCESSOR_MAPPING_NAMES"),
+    "feature_extractor_type": (feature_extraction_auto, "FEATURE_EXTRACTOR_MAPPING_NAMES"),
+    "image_processor_type": (image_processing_auto, "IMAGE_PROCESSOR_MAPPING_NAMES"),
+}
+
+
 def _processors(model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
     """What `AutoTokenizer` and its like take by the dense model type, if nothing else says it."""
-    images = image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {})
-    sounds = feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES
-    names = {
-        "tokenizer_class": tokenization_auto.TOKENIZER_MAPPING_NAMES.get(model_type),
-        "processor_class": processing_auto.PROCESSOR_MAPPING_NAMES.get(model_type),
-        "feature_extractor_type": sounds.get(model_type),
-        "image_processor_type": images.get("torchvision"),  # also if only its twin for PIL runs
-    }
-    return {key: name for key, name in names.items() if name and not config.get(key)}
+    found = {}
+    for key, (module, table) in _BY_MODEL_TYPE.items():
+        name = getattr(module, table).get(model_type)
+        if isinstance(name, dict):  # by what it is made with; the others have its name and a suffix
+            name = name.get("torchvision")
+        if name and not config.get(key):
+            found[key] = name
+    return found
 
 
 def auto_map(dense_config: type, dense: Mapping[str, type]) -> dict[str, str]:

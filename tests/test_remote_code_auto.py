@@ -6,6 +6,7 @@ seen in another process.
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,27 @@ for name, auto in (("bert", "AutoTokenizer"), ("vit", "AutoImageProcessor")):
 print(json.dumps(found))
 """
     assert python(BEFORE + code, tmp_path) == expected
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/custom-code.md, with a small model in the place of MiniLM."""
+    monkeypatch.chdir(tmp_path)
+    dense = t.BertModel(t.BertConfig(**remote_models.TEXT)).eval()
+    convert(dense, "sparse-upcycling", verify=False).save("minilm-moe", verify=False)
+    small_models.tokenizer().save_pretrained("minilm-moe")
+    page = Path(__file__).parents[1] / "docs" / "custom-code.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+    namespace: dict[str, Any] = {}
+    with quiet():
+        for block in blocks:
+            exec(compile(block, page.name, "exec"), namespace)
+    assert namespace["classifier"].num_labels == 3
+    assert len(namespace["out"].router_logits) == 2
+
+
+def test_the_page_lists_every_architecture_that_is_tested() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "custom-code.md").read_text().lower()
+    names = {re.split(r"(?=For|Model)", name)[0] for name, _, _ in remote_models.MODELS.values()}
+    for name in names:
+        plain = name.removesuffix("LMHead").removesuffix("Encoder").lower()
+        assert plain in re.sub(r"[- ]", "", page.replace("gpt-2", "gpt2")), name

@@ -94,7 +94,7 @@ def _make(dense_type: str) -> type:
         class Model(UpcycledModel, dense):  # type: ignore[misc]
             config_class = Config
 
-            def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
                 """As the dense model; the file for those who have no upcycle is written, too."""
                 kinds = {site["layer"]["router"]["kind"] for site in self.config.upcycle["sites"]}
                 classes = remote_code.heads(dense_config, dense)
