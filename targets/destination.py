@@ -88,7 +88,7 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
     nearest = _near(reasons, config)
     why_not = refusal(plan.runtimes, written_as, config, plan)
     if why_not is not None:
-        others = [f"{name} is not possible: {reason}" for name, reason in nearest.items()]
+        others = [f"not as {names}: {reason}" for names, reason in grouped(nearest).items()]
         if not nearest and form == CUSTOM:
             others = [f"no native architecture holds a model of type {config['model_type']}"]
         raise UnsupportedError("; ".join([f"--runtime {why_not}", *others]))
@@ -118,6 +118,14 @@ def native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, di
         return refusal(plan.runtimes, target.model_type, config, plan)
 
     return choose(NATIVE, _asked(dense), plan, accepts=accepts, only=plan.architecture)
+
+
+def grouped(reasons: Mapping[str, str]) -> dict[str, str]:
+    """The architectures that have the same reason, as one text -> the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return {", ".join(alike): reason for reason, alike in names.items()}
 
 
 def _near(reasons: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from upcycle.costs import Costs
 from upcycle.ffn import FFN, Located
 from upcycle.spec import MoESpec, Plan
 from upcycle.tables import add_rows, count, new_table, short, size
-from upcycle.targets.destination import Destination
+from upcycle.targets.destination import Destination, grouped
 from upcycle.usage import calibration_rows
 
 MAX_LAYERS = 12  # in the table of a verification: the worst ones
@@ -79,7 +79,7 @@ def runtimes_report(written: Destination) -> list[RenderableType]:
     for name, support in written.runtimes.items():
         table.add_row(name, support.text())
     parts: list[RenderableType] = [f"written as {written.text()}"]
-    parts += [f"not as {name}: {reason}" for name, reason in written.near.items()]
+    parts += [f"not as {names}: {reason}" for names, reason in grouped(written.near).items()]
     return [*parts, table]
 
 

@@ -19,6 +19,7 @@ from upcycle.targets.runtimes.support import (
     has_own_head_dim,
     loads,
     needs_every_layer,
+    other_activation,
     refuses,
     sliding,
 )
@@ -33,9 +34,11 @@ RENORMALISES = {
     "olmoe": False,
     "granitemoe": True,
     "granitemoeshared": True,
+    "granitemoe_swa": True,
     "ernie4_5_moe": True,
 }
 READS_NORM = ("cohere2_moe", "dots1")  # from the file
+READS_WINDOWS = ("cohere2_moe", "granitemoe_swa")
 ABSENT = {
     "flex_olmo": "it has no such architecture",
     "switch_transformers": "it has no such architecture",
@@ -56,11 +59,16 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
         return refuses("MODEL" if target == PLAIN else "model_type", ABSENT[target])
     if target not in RENORMALISES and target not in READS_NORM:
         return refuses("model_type", "upcycle does not know whether it has this architecture")
-    refusal = first(_norm(target, config), _experts(plan), _special(target, config, plan))
+    refusal = first(
+        other_activation(config),
+        _norm(target, config),
+        _experts(plan),
+        _special(target, config),
+    )
     if target not in READS_NORM:  # the others have leading dense layers
         refusal = refusal or needs_every_layer(plan)
     return refusal or loads(
-        sliding(config) if target in ("mixtral", "qwen2_moe", "qwen3_moe") else None,
+        sliding(config) if target not in READS_WINDOWS else None,
         _quantised(plan),
         "the tokenizer must be sentencepiece's" if target == "ernie4_5_moe" else None,
     )
@@ -81,14 +89,14 @@ def _experts(plan: Plan) -> Support | None:
     return refuses("experts.count", f"it has at most {MOST_EXPERTS} experts, and here are {most}")
 
 
-def _special(target: str, config: Config, plan: Plan) -> Support | None:
+def _special(target: str, config: Config) -> Support | None:
     if target == "qwen2_moe":
         if not config.get("shared_expert_intermediate_size"):
             return refuses("experts.shared", "its qwen2moe always has a shared expert")
         if config.get("tie_word_embeddings"):
             return refuses("tie_word_embeddings", "its qwen2moe has an output matrix of its own")
         return has_own_head_dim(config)
-    if target in ("granitemoe", "granitemoeshared"):
+    if target in ("granitemoe", "granitemoeshared", "granitemoe_swa"):
         return has_own_head_dim(config)
     if target == "dots1" and config.get("scoring_func") != "sigmoid":
         return refuses("scoring_func", "without it its converter writes no rule for the scores")

@@ -15,6 +15,7 @@ from upcycle.targets.runtimes.support import (
     loads,
     needs_every_layer,
     only_silu,
+    other_activation,
     refuses,
     scaled_rope,
     sliding,
@@ -41,12 +42,12 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
         return refuses("model_type", "it has no T5 and no Switch Transformers")
     if target not in NATIVE:
         return loads(GENERIC)
-    found, limit = None, None
+    found = other_activation(config)
     if target == "mixtral":
-        found = first(has_own_head_dim(config), scaled_rope(config))
-        limit = sliding(config)
+        found = first(found, has_own_head_dim(config), scaled_rope(config))
     elif target == "qwen2_moe":
-        found = first(needs_every_layer(plan), has_own_head_dim(config))
+        found = first(found, needs_every_layer(plan), has_own_head_dim(config))
     elif target in ("granitemoe", "granitemoeshared"):
-        found = first(without_biases(config), has_own_head_dim(config), scaled_rope(config))
-    return found or loads(limit)
+        found = first(found, without_biases(config), has_own_head_dim(config), scaled_rope(config))
+    ignores = target in ("mixtral", "qwen2_moe", "qwen3_moe")
+    return found or loads(sliding(config) if ignores else None)

@@ -103,6 +103,12 @@ def without_biases(config: Config, field: str = "attention_bias") -> Support | N
     return refuses(field, "its attention has no biases") if config.get(field) else None
 
 
+def other_activation(config: Config) -> Support | None:
+    """For a runtime that computes SwiGLU in its native architectures, whatever the config says."""
+    name = config.get("hidden_act", "silu")
+    return None if name == "silu" else refuses("hidden_act", f"it computes SwiGLU, not {name}")
+
+
 def only_silu(plan: Plan) -> Support | None:
     """For a runtime whose kernel for experts in custom code is SwiGLU, whatever the code says."""
     for spec in plan.specs:

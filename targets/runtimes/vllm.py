@@ -14,6 +14,7 @@ from upcycle.targets.runtimes.support import (
     has_own_head_dim,
     loads,
     only_silu,
+    other_activation,
     refuses,
     without_biases,
 )
@@ -40,13 +41,13 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
         return loads("in versions up to 0.23.0, which still have this architecture")
     if target not in NATIVE:
         return loads(GENERIC)
-    found: Support | None = None
+    found = other_activation(config)
     if target == "qwen2_moe":
         if not config.get("qkv_bias", True):
             found = refuses("qkv_bias", "it always reads biases of queries, keys and values")
         found = first(found, has_own_head_dim(config))
     elif target == "qwen3_moe":
-        found = without_biases(config)
+        found = first(found, without_biases(config))
     elif target in ("granitemoe", "granitemoeshared"):
-        found = first(without_biases(config), has_own_head_dim(config))
+        found = first(found, without_biases(config), has_own_head_dim(config))
     return found or loads()
