@@ -1,6 +1,5 @@
-"""Rounding to few bits: how far it may be off, how large groups are, and the bytes of the kernel."""
+"""Rounding to few bits: how far it may be off, how large groups are, the kernel's bytes."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +29,9 @@ def with_outliers(columns: int = 256) -> torch.Tensor:
     pairs=st.integers(1, 60),
     seed=st.integers(0, 99),
 )
-def test_no_element_is_off_by_more_than_half_a_step(bits, block, experts, rows, pairs, seed) -> None:
+def test_no_element_is_off_by_more_than_half_a_step(
+    bits, block, experts, rows, pairs, seed
+) -> None:
     stack = drawn(experts, rows, 2 * pairs, seed=seed)
     (found,) = quantise([stack], bits, block)
     assert found.packed.dtype == torch.uint8
@@ -72,14 +73,12 @@ def test_groups_are_as_small_as_the_outliers_ask_for() -> None:
     assert adaptive_group(with_outliers()) == SMALLEST
 
 
-def test_each_matrix_has_its_groups_and_all_the_finest_block() -> None:
-    plain, outliers = drawn(8, 256), with_outliers()
-    (found, other) = quantise([torch.stack([plain, outliers]), drawn(2, 4, 96)], 8, "adaptive")
-    assert found.groups == (256, SMALLEST)
-    assert found.block == other.block == SMALLEST
-    assert (found.scale[0] == found.scale[0, :, :1]).all()  # one scale for a row, repeated
-    assert found.scale.shape == (2, 8, 16)
-    assert other.scale.shape == (2, 4, 6)
+def test_one_matrix_with_outliers_decides_for_its_layer() -> None:
+    plain, outliers, other = drawn(8, 256), with_outliers(), drawn(2, 4, 96)
+    assert [s.block for s in quantise([plain[None], other], 8, "adaptive")] == [None, None]
+    stacks = quantise([torch.stack([plain, outliers]), other], 8, "adaptive")
+    assert [s.block for s in stacks] == [SMALLEST, SMALLEST]
+    assert [s.scale.shape for s in stacks] == [(2, 8, 16), (2, 4, 6)]
 
 
 def test_a_block_is_not_longer_than_the_shortest_row() -> None:

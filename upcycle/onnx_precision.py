@@ -1,4 +1,4 @@
-"""Verify ONNX files as far as their numbers go: in float32, in a narrow type, with rounded experts."""
+"""Verify ONNX files as far as their numbers go: float32, a narrow type, rounded experts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ def verify_precision(
     evaluation: Evaluation,
     options: Onnx,
 ) -> tuple[dict[str, Any], list[Check]]:
-    """Tier T4 for the files that `write_onnx` made with `options`; facts for the report, and checks.
+    """Tier T4 for what `write_onnx` made with `options`; facts for the report, and checks.
 
     - In float32 the files are held against `model`, to rounding.
     - Where the recipe accepts more, against `model` with the same rounded experts and the same form

@@ -52,8 +52,8 @@ def write_converted(
         calibration: what the methods are shown.
 
     Returns:
-        Where each tensor of the experts is in `beside`; for each FFN the dense neurons behind its layer; and
-        what `usage` says of each, if there is calibration data.
+        Where each tensor of the experts is in `beside`; for each FFN the dense neurons behind its
+        layer; and what `usage` says of each, if there is calibration data.
     """
     model, found = source.model, source.found
     origins: dict[str, Provenance] = {}

@@ -1,4 +1,4 @@
-"""What rounding the experts of an ONNX file did, layer by layer, and whether it is what it should be.
+"""What rounding the experts of an ONNX file did to each layer, and whether that is as expected.
 
 The choice of experts is left out of the comparison: each layer is given the tokens and the weights
 of experts that it has in the file, and computed again with the rounded and with the float weights.
@@ -260,4 +260,4 @@ def _decoded(node: ir.Node, place: int, bits: int, block: int) -> torch.Tensor:
     assert packed is not None
     assert scale is not None
     columns = packed.shape[2] * 8 // bits
-    return dequantise(Quantised(packed, scale.float(), bits, block or None, ()), columns)
+    return dequantise(Quantised(packed, scale.float(), bits, block or None), columns)

@@ -286,6 +286,9 @@ class Onnx(Section):
         return self.quantise or 8
 
 
+ONNX_DEFAULTS = Onnx()
+
+
 class Verify(Section):
     """What the conversion must hold; beyond it the run fails."""
 

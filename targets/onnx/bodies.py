@@ -55,7 +55,7 @@ def unrolled(
     n = Nodes(dtype=dtype)
     tokens = n("Shape", x_TD, start=0, end=1)
     shape = n("Concat", tokens, n("Shape", down_EOI, start=1, end=2), axis=0)
-    out_TO = n.zeros(shape)
+    out_TO = n("ConstantOfShape", shape)  # float32: ONNX Runtime adds nothing narrower on a CPU
     for expert in range(num_experts):
         n.scope = f"expert_{expert}/"
         e = n.const(expert)
@@ -73,7 +73,12 @@ def unrolled(
         down_OI = n("Gather", down_EOI, e, axis=0)
         y_nO = n("Gemm", hidden_nI, down_OI, transB=1, name="down")
         y_nO = n("Mul", y_nO, n("Gather", weights_T, token_n1))
+        if n.is_half:
+            y_nO = n("Cast", y_nO, to=ir.DataType.FLOAT.value)
         out_TO = n("ScatterND", out_TO, token_n1, y_nO, reduction="add", name="add")
+    n.scope = ""
+    if n.is_half:
+        out_TO = n("CastLike", out_TO, x_TD)
     inputs = [x_TD, weights_TE, up_EGD, *([] if bias_EG is None else [bias_EG]), down_EOI]
     return _function(OWN, name, inputs, out_TO, n)
 
@@ -97,11 +102,14 @@ def fused(
         n("Constant", value_int=ir.RefAttr("value_int", "k", ir.AttributeType.INT)),
         n.const([1]),
     )
-    p_TE = n("Softmax", scores_TE, axis=-1)
+    single_TE = n("Cast", scores_TE, to=ir.DataType.FLOAT.value) if n.is_half else scores_TE
+    p_TE = n("Softmax", single_TE, axis=-1)
     top_TK, index_TK = n.many("TopK", p_TE, k, outputs=2, axis=-1)
     top_TK = n("Div", top_TK, n("ReduceSum", top_TK, n.const([1]), keepdims=1))
-    zeros_TE = n.zeros(n("Shape", scores_TE))
+    zeros_TE = n("ConstantOfShape", n("Shape", scores_TE))
     weights_TE = n("ScatterElements", zeros_TE, index_TK, top_TK, axis=1)
+    if n.is_half:
+        weights_TE = n("CastLike", weights_TE, scores_TE)
     z_ETG = n("MatMul", x_TD, n("Transpose", up_EGD, perm=[0, 2, 1]))
     if bias:
         z_ETG = n("Add", z_ETG, n("Unsqueeze", bias_EG, n.const([1])))

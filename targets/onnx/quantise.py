@@ -1,7 +1,8 @@
 """Rounding the weights of experts to few bits, in the layout of the kernel ``QMoE``.
 
 Symmetric, in groups along a row, without calibration data, after Kim et al., "FineQuant", 2023,
-https://arxiv.org/abs/2308.09723. How large the groups are is decided for each expert's matrix.
+https://arxiv.org/abs/2308.09723. How large the groups have to be is asked of each expert's matrix,
+and as the kernel has one size for all matrices of a layer, it is the smallest that one asks for.
 
 Shape suffixes: E experts, N rows, K inputs of a row, G groups of a row, P packed bytes of a row.
 """
@@ -26,14 +27,12 @@ class Quantised:
         scale: [E, N] if `block` is None, one for each row, else [E, N, G]; float32.
         bits: 8 or 4.
         block: inputs of one group, of which the last may be shorter.
-        groups: what was decided for each matrix: inputs that share a scale.
     """
 
     packed: torch.Tensor
     scale: torch.Tensor
     bits: int
     block: int | None
-    groups: tuple[int, ...]
 
 
 def quantise(stacks: Sequence[torch.Tensor], bits: int, block: Block) -> list[Quantised]:
@@ -50,32 +49,26 @@ def quantise(stacks: Sequence[torch.Tensor], bits: int, block: Block) -> list[Qu
     widths = [stack.shape[2] for stack in stacks]
     if isinstance(block, int):
         block = min(block, *(2 ** int(math.log2(width)) for width in widths))
-        return [_in_groups(s, bits, (block,) * len(s), block) for s in stacks]
-    sizes = [(stack.shape[2],) * len(stack) for stack in stacks]
+        return [_in_groups(stack, bits, block) for stack in stacks]
+    asked = [stack.shape[2] for stack in stacks for _ in stack]
     if block == "adaptive":
-        sizes = [tuple(adaptive_group(matrix) for matrix in stack) for stack in stacks]
-    parts = [size for s, width in zip(sizes, widths, strict=True) for size in s if size < width]
+        asked = [adaptive_group(matrix) for stack in stacks for matrix in stack]
+    if min(asked) >= min(widths):
+        return [_in_groups(stack, bits, None) for stack in stacks]
     # One size for the kernel, which is fast where it divides all widths.
     even = min(math.gcd(width, 2**30) for width in widths)
-    finest = max(min(even, *parts), SMALLEST) if parts else None
-    return [_in_groups(s, bits, size, finest) for s, size in zip(stacks, sizes, strict=True)]
+    return [_in_groups(stack, bits, max(min(even, *asked), SMALLEST)) for stack in stacks]
 
 
-def _in_groups(
-    weight_ENK: torch.Tensor, bits: int, groups: tuple[int, ...], block: int | None
-) -> Quantised:
-    """Round with a size of the groups for each matrix; scales are repeated for each `block`."""
+def _in_groups(weight_ENK: torch.Tensor, bits: int, block: int | None) -> Quantised:
     limit, columns = 2 ** (bits - 1), weight_ENK.shape[2]
-    q_ENK = torch.empty(weight_ENK.shape, dtype=torch.uint8)
-    scales = []
-    for expert, (weight_NK, group) in enumerate(zip(weight_ENK, groups, strict=True)):
-        scale_NG = _largest(weight_NK, group) / (limit - 1)
-        scale_NG = torch.where(scale_NG == 0, torch.ones_like(scale_NG), scale_NG)
-        scale_NK = _spread(scale_NG, group, columns)
-        steps = (weight_NK / scale_NK).round().clamp(1 - limit, limit - 1)
-        q_ENK[expert] = (steps + limit).to(torch.uint8)
-        scales.append(scale_NK[:, 0] if block is None else scale_NK[:, ::block])
-    return Quantised(_pack(q_ENK, bits), torch.stack(scales), bits, block, groups)
+    group = block or columns
+    scale_ENG = _largest(weight_ENK, group) / (limit - 1)
+    scale_ENG = torch.where(scale_ENG == 0, torch.ones_like(scale_ENG), scale_ENG)
+    steps = (weight_ENK / _spread(scale_ENG, group, columns)).round().clamp(1 - limit, limit - 1)
+    packed = _pack((steps + limit).to(torch.uint8), bits)
+    scale = scale_ENG if block else scale_ENG[..., 0]
+    return Quantised(packed, scale.contiguous(), bits, block)
 
 
 def dequantise(quantised: Quantised, columns: int) -> torch.Tensor:
@@ -112,11 +105,10 @@ def _candidates(columns: int) -> Iterator[int]:
         size //= 2
 
 
-def _largest(weight_NK: torch.Tensor, group: int) -> torch.Tensor:
-    """The largest magnitude of each group, [N, G]."""
-    pad = -weight_NK.shape[1] % group
-    magnitude_NK = torch.nn.functional.pad(weight_NK.abs(), (0, pad))
-    return magnitude_NK.unflatten(1, (-1, group)).amax(-1)
+def _largest(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """The largest magnitude of each group, [..., K] -> [..., G]."""
+    padded = torch.nn.functional.pad(weight.abs(), (0, -weight.shape[-1] % group))
+    return padded.unflatten(-1, (-1, group)).amax(-1)
 
 
 def _spread(scale: torch.Tensor, group: int, columns: int) -> torch.Tensor:

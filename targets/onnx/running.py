@@ -1,5 +1,6 @@
 """Running ONNX files, also where their inner tensors are wanted."""
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +34,23 @@ def session(model: Path | bytes, *, weights: Path | None = None, threads: int = 
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what matters comes as an exception
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of each weight
+    if not _has_rounded(model):
+        # A copy of each weight. The kernel of rounded experts is another one without it.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if weights is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(weights.absolute()))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _has_rounded(model: Path | bytes) -> bool:
+    """Whether a file has the name of the kernel of rounded experts in it."""
+    if isinstance(model, bytes):
+        return b"QMoE" in model
+    if not model.is_file() or not model.stat().st_size:
+        return False
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return mapped.find(b"QMoE") >= 0
 
 
 def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> dict[str, Array]:
