@@ -6,7 +6,7 @@ So one past length serves all layers, and it may be 0.
 Shape suffixes: B batch, H heads of keys and values, P past, S new tokens, W width of a head.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ def shape_of(cache: object, part: str = "") -> CacheShape:
     heads: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
     dtype = torch.float32
     for i, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        keys, values = _tensors(layer)
         if isinstance(layer, DummyLayer) or (type(layer) is DynamicLayer and keys is None):
             continue
         if type(layer) not in _KEPT or keys is None or values is None or keys.dim() != 4:
@@ -82,7 +82,7 @@ def filled(shape: CacheShape, past: Mapping[str, Tensor]) -> DynamicCache:
     """The cache that holds `past`, whose names are those of `shape`, as a model reads it."""
     cache = DynamicCache()
     for i in range(shape.count):
-        layer = DynamicLayer()
+        layer = DynamicLayer()  # type: ignore[no-untyped-call]
         if i in shape.heads:  # as `update` would do, which concatenates with an empty tensor first
             layer.keys, layer.values = (
                 past[f"{PAST}.{i}{shape.part}.{what}"] for what in ("key", "value")
@@ -95,7 +95,14 @@ def filled(shape: CacheShape, past: Mapping[str, Tensor]) -> DynamicCache:
 
 def tensors_of(shape: CacheShape, cache: Cache) -> dict[str, Tensor]:
     """The tensors of `cache` by the names of the outputs."""
-    tensors: Iterable[Tensor] = (
-        tensor for i in shape.heads for tensor in (cache.layers[i].keys, cache.layers[i].values)
-    )
-    return dict(zip(shape.names(PRESENT), tensors, strict=True))
+    tensors = [tensor for i in shape.heads for tensor in _tensors(cache.layers[i])]
+    return {
+        name: tensor
+        for name, tensor in zip(shape.names(PRESENT), tensors, strict=True)
+        if tensor is not None
+    }
+
+
+def _tensors(layer: object) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and values of a layer of a cache, if it has them."""
+    return getattr(layer, "keys", None), getattr(layer, "values", None)
