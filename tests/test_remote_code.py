@@ -230,5 +230,6 @@ def test_a_dense_model_that_brings_its_own_code(tmp_path: Path) -> None:
     expected = hidden @ tensors["down.weight"].t() + tensors["down.bias"]
     loaded = transformers.AutoModel.from_pretrained(out, trust_remote_code=True)
     assert type(loaded).__name__ == "UpcycleTinyModel"
+    assert loaded.config.model_type == "upcycle_own_tiny_of_a_test"  # not one that upcycle knows
     error = (loaded(x)["hidden"] - expected).abs().max() / expected.abs().max()
     assert error < 1e-6

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
 )
 
+EVERY_LAYER = ["layers.skip_first=0", "layers.every=1", "experts.count=8", "router.top_k=4"]
 CASES = {
     "bert-masked": "sparse-upcycling",  # biased experts, in the places of linear maps
     "gemma3": "sparse-upcycling",  # gated experts, in the place of a module
+    "opt": "emoe",  # tied routers, which look at the experts of both processes in training
     "vit-image": "split-all",  # every expert of a token is on one process or the other
 }
 
@@ -60,6 +62,9 @@ def work(rank, folder, port, out):
         result["gradient"] = relative(mine.double(), gradient)
         model.save_pretrained(path / "saved")
         dist.barrier()
+        routers = {n: p.clone() for n, p in model.named_buffers() if n.endswith("router.weight")}
+        floats(model.train(), example)
+        result["routers"] = [relative(model.get_buffer(n), p) for n, p in routers.items()]
         saved = auto.from_pretrained(path / "saved", trust_remote_code=True).eval()
         result["saved"] = relative(floats(saved, example), expected)
     if rank == 0:
@@ -84,7 +89,8 @@ def write(name: str, folder: Path) -> None:
     dense = remote_models.build(name)
     batch: Any = evaluation_for(dense).batches[0]
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    done = convert(dense, CASES[name], verify=False)
+    changes = EVERY_LAYER if CASES[name] == "emoe" else []
+    done = convert(dense, CASES[name], overrides=changes, verify=False)
     done.save(folder / "moe", verify=False)
     out = done.model(**tensors)
     out.logits.pow(2).mean().backward()
@@ -117,6 +123,11 @@ def test_two_processes_compute_what_one_does(name: str, found: Any) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_they_find_its_gradient_and_save_its_weights(name: str, found: Any) -> None:
     """On the same batch the mean over processes is the gradient of one."""
-    print(found[name])
     assert found[name]["gradient"] <= 4 * BOUND
     assert found[name]["saved"] <= BOUND
+
+
+def test_tied_routers_follow_the_experts_of_both_processes(found: Any) -> None:
+    """They are the mean keys already, so a step of training without an optimizer keeps them."""
+    assert len(found["opt"]["routers"]) == 2
+    assert max(found["opt"]["routers"]) <= BOUND

@@ -84,9 +84,10 @@ class MoE(nn.Module):
     @torch.no_grad()
     def tie_router(self) -> None:
         """Set each router row to the mean key of its expert, not counting zero padding."""
-        key_EID = self.experts.up_EGD[:, : self.experts.intermediate_dim].to(
-            self.router.weight.dtype
-        )
+        up_EGD = self.experts.up_EGD
+        if hasattr(up_EGD, "full_tensor"):  # this process holds some of the experts only
+            up_EGD = up_EGD.full_tensor()
+        key_EID = up_EGD[:, : self.experts.intermediate_dim].to(self.router.weight.dtype)
         count_E1 = (key_EID != 0).any(-1).sum(-1, keepdim=True).clamp(min=1)
         # Not seen by autograd: the same layer may run twice before the backward pass.
         self.router.weight.data.copy_(key_EID.sum(1) / count_E1)
