@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from upcycle.card import card
 from upcycle.checks import Check, check
 from upcycle.errors import UsageError
-from upcycle.evaluation import Evaluation
+from upcycle.evaluation import Evaluation, outputs_of
 from upcycle.loading import load
 from upcycle.metrics import ROUNDING
 from upcycle.modes import eval_mode
@@ -31,8 +31,11 @@ from upcycle.progress import Progress, step
 from upcycle.recipe_file import dump_recipe
 from upcycle.source import Source
 from upcycle.spec import Plan
-from upcycle.targets.checkpoint import Checkpoint, write_checkpoint
+from upcycle.targets.checkpoint import Checkpoint, planned_layers, write_checkpoint
 from upcycle.targets.companions import copy_companions
+from upcycle.targets.native.native import NativeTarget
+from upcycle.targets.native.routers import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
+from upcycle.targets.native.tempered import every_expert, is_tempered, tempered
 from upcycle.targets.tensor_file import check_disk
 from upcycle.verification import (
     compare_models,
@@ -44,7 +47,9 @@ from upcycle.weights import Provenance
 
 TARGETS = ("safetensors", "onnx")
 RELOADED, GREEDY = "files loaded again", "greedy text differs from the dense model's"
-FILE_CHECKS = (RELOADED, GREEDY, ONNX_CHECK)  # tiers T3 and T4
+TEMPERED = "weights of a tempered router"
+ELSEWHERE = "tokens at other experts, by a tempered router"
+FILE_CHECKS = (RELOADED, GREEDY, TEMPERED, ELSEWHERE, ONNX_CHECK)  # tiers T3 and T4
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def emit(
             if written.form == "native":  # whose routers compute in float32, in transformers
                 allowed = max(allowed, ROUNDING[torch.float32])
             with step(progress, "loading again"):
-                checks = _verify_reload(directory, model, dense, evaluation, plan, allowed)
+                checks = _verify_reload(directory, model, dense, evaluation, plan, written, allowed)
             report["checks"] += checks
         if "onnx" in targets:
             single = in_float32(model, rounded_routers=written.form == "native")
@@ -133,11 +138,14 @@ def _verify_reload(
     dense: nn.Module,
     evaluation: Evaluation,
     plan: Plan,
+    written: Checkpoint,
     allowed: float,
 ) -> list[Check]:
     """Tier T3: the files give the model back, and an exact one writes the dense model's text."""
     skeleton = None if isinstance(model, PreTrainedModel) else copy.deepcopy(dense)
     loaded = load(directory, model=skeleton)
+    if written.target is not None and is_tempered(written.target, plan.specs):
+        return _verify_tempered(model, loaded, evaluation, plan, written.target, allowed)
     found = compare_models(model, loaded, evaluation, predictions=False)
     checks = [check(RELOADED, found["relative"], allowed)]
     if plan.promise == "exact" and allowed <= ROUNDING[torch.float32]:
@@ -145,3 +153,30 @@ def _verify_reload(
         if same is not None:
             checks.append(check(GREEDY, float(not same), 0))
     return checks
+
+
+def _verify_tempered(
+    model: nn.Module,
+    loaded: nn.Module,
+    evaluation: Evaluation,
+    plan: Plan,
+    target: NativeTarget,
+    allowed: float,
+) -> list[Check]:
+    """Tier T3 for files with tempered routers, which are almost those of the model.
+
+    They are compared with the model as it is with such routers, all experts visited, so that no
+    near tie is decided in two ways; and what tempering changes is measured by itself.
+    """
+    layers = list(planned_layers(model, plan))
+    with tempered(layers, target) as seen:
+        for batch in evaluation.batches:
+            outputs_of(model, batch)
+    count = plan.specs[0].num_experts
+    with tempered(layers, target, every=True), every_expert(loaded, count):
+        found = compare_models(model, loaded, evaluation, predictions=False)
+    return [
+        check(RELOADED, found["relative"], allowed),
+        check(TEMPERED, seen.weight_error, MOST_WEIGHT_ERROR),
+        check(ELSEWHERE, seen.elsewhere_share, MOST_ELSEWHERE),
+    ]

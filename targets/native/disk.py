@@ -12,7 +12,7 @@ import torch
 from upcycle.errors import UnsupportedError
 from upcycle.spec import MoESpec
 from upcycle.targets.native.architecture import Fused, NativeTarget
-from upcycle.targets.native.routers import Fold
+from upcycle.targets.native.routers import Fold, temper
 from upcycle.weights import ExpertWeights, MoEWeights
 
 GATE_NOISE = 1e-8  # llama.cpp computes the gate as silu(x) / x, and a gate of zero is NaN
@@ -45,18 +45,23 @@ def _router(
 ) -> dict[str, torch.Tensor]:
     if not fold.router or spec.router_config()["kind"] != "linear":
         return {"weight": torch.zeros(spec.num_experts, spec.ffn.d_model)}
-    made = {"weight": router["weight"].float() * fold.router}
-    if "selection_bias" in router and fold.router == 1:
+    weight = router["weight"].float()
+    factor = fold.router * (temper(weight) if fold.tempered else 1.0)
+    made = {"weight": weight * factor}
+    if "selection_bias" in router:
         made["selection_bias"] = router["selection_bias"].float()
     if "bias" in router:
-        made["bias"] = router["bias"].float() * fold.router
+        made["bias"] = router["bias"].float() * factor
         if fold.bias:
-            made["selection_bias"] = router["bias"].float() * fold.bias
+            made["selection_bias"] = made["bias"] * fold.bias
     return made
 
 
 def unfolded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpec) -> MoEWeights:
-    """The layer of the recipe again, up to one rounding; a router of zeros stays one."""
+    """The layer of the recipe again, up to one rounding.
+
+    A router of zeros stays one, and a tempered one stays so: the order of its scores is the same.
+    """
     experts, router = weights.experts, dict(weights.router)
     if fold.down not in (0, 1):
         experts = replace(experts, down_EOI=experts.down_EOI / fold.down)

@@ -6,23 +6,28 @@ recipe, ``p * fold.down`` are the weights of the recipe:
 - p renormalised, recipe ``renormalised``: ``down = s``.
 - p renormalised, recipe ``one``, k = E: a router of zeros makes p = 1/k, so ``down = k s``; k = 1:
   p = 1 whatever the router says.
-- p renormalised, recipe ``one``, 1 < k < E: a router times ``TEMPER`` chooses the same experts and
-  makes p almost 1/k. Not exact: `tempered`, and only on request.
+- p renormalised, recipe ``one``, 1 < k < E: a router times a small power of two (`temper`) chooses
+  the same experts and makes p almost 1/k. Not exact: `tempered`, and only on request.
 - p not renormalised: the same with E instead of k.
 - copies: all experts are equal, so any weights that sum to one will do, also those of a router of
   zeros; only on request, because that is no longer so after training. Likewise experts of zeros.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import torch
 
 from upcycle.spec import MoESpec
 from upcycle.targets.native.architecture import Form, NativeTarget
 
-# A power of two changes no bit of the mantissa. With 2**-10 two chosen experts whose logits are 20
-# apart have weights within 2 % of each other, and float32 still tells logits 1e-4 apart.
-TEMPER = 2.0**-10
+# What is left of the distance of two experts' router rows. The inputs of an FFN have about the size
+# one, so logits are then some 2**-10 apart, and weights as much; a softmax before the choice can
+# tell logits apart that differ by 2**-24.
+TEMPERED_DISTANCE = 2.0**-11
 MOST_WEIGHT_ERROR = 0.02
+MOST_ELSEWHERE = 0.01  # share of the tokens whose experts differ because logits were too near
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,12 @@ class Fold:
 
     Attributes:
         down: factor on the down projections of the routed experts.
-        router: factor on the router, zero or a power of two.
+        router: factor on the router, zero or a power of two; besides that of `temper`.
         config: fields of the config.
         needs: ``copies`` or ``zeros``: what the experts must be when they are written, if anything.
         tempered: the weights are those of the recipe within `MOST_WEIGHT_ERROR`.
-        bias: factor from the bias of the router to the selection bias; 0 if it is not written so.
+        bias: factor from the bias of a tempered router to the selection bias; 0 if it is not
+            written so.
     """
 
     down: float = 1.0
@@ -49,6 +55,17 @@ class Fold:
     def is_exact(self) -> bool:
         """Whether it is right for any experts, so also after training."""
         return not self.tempered and not self.needs
+
+
+def temper(weight_ED: torch.Tensor) -> float:
+    """The power of two that brings the rows of a router within `TEMPERED_DISTANCE` of their mean.
+
+    A power of two changes no bit of a mantissa, so the scores keep their order.
+    """
+    distance = (weight_ED - weight_ED.mean(0)).norm(dim=1).max().item()
+    if not distance:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(TEMPERED_DISTANCE / distance))
 
 
 def fold(target: NativeTarget, form: Form, spec: MoESpec) -> Fold | str:
@@ -80,7 +97,7 @@ def _weights(form: Form, spec: MoESpec) -> Fold | None:
         return Fold(even, 0.0)
     if rule == "one":
         sigmoid = form.score == "sigmoid"
-        return Fold(even, TEMPER, tempered=True, bias=TEMPER / 4 if sigmoid else 0.0)
+        return Fold(even, tempered=True, bias=0.25 if sigmoid else 0.0)  # its slope at zero
     if form.score == "softmax" and rule == ("renormalised" if form.renormalise else "softmax"):
         return Fold(scale)
     if form.score == "softmax" and every and rule in ("renormalised", "softmax"):
@@ -115,7 +132,7 @@ def _selection_reason(target: NativeTarget, form: Form, spec: MoESpec, made: Fol
         return "its router cannot be tied to the experts; set `router.tied: false`"
     if (every and made.router == 0) or made.needs:
         return None
-    biased_choice = target.selection_bias and form.score == "softmax" and made.router == 1
+    biased_choice = target.selection_bias and form.score == "softmax" and not made.tempered
     if router["balance"] and not biased_choice:
         return "its router takes the best `top_k` of linear scores, and this one does not"
     has_bias = target.router_bias or (made.bias and target.selection_bias)

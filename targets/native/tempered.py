@@ -1,0 +1,111 @@
+"""A tempered router in memory, as the files have it, to compare the two and to measure it.
+
+Shape suffixes: T tokens, E experts, K chosen experts.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.moe import MoE
+from upcycle.spec import MoESpec
+from upcycle.targets.native.architecture import Form, NativeTarget
+from upcycle.targets.native.routers import Fold, fold, temper
+
+
+@dataclass
+class Tempering:
+    """What tempering changed while it was watched.
+
+    Attributes:
+        weight_error: the largest distance of a weight from that of the recipe, relative to it.
+        tokens: how many tokens were routed, each layer counted.
+        elsewhere: how many of them went to other experts.
+    """
+
+    weight_error: float = 0.0
+    tokens: int = 0
+    elsewhere: int = 0
+
+    @property
+    def elsewhere_share(self) -> float:
+        """The share of the tokens that went to other experts."""
+        return self.elsewhere / max(self.tokens, 1)
+
+
+@contextmanager
+def tempered(
+    layers: Iterable[tuple[MoESpec, MoE]], target: NativeTarget, *, every: bool = False
+) -> Iterator[Tempering]:
+    """Within it the routers of `layers` compute what the files say.
+
+    With `every` they choose all experts: then no tie can be decided otherwise than by the reader
+    of the files, for whom the last bit of an input may differ.
+    """
+    seen, hooks = Tempering(), []
+    for spec, layer in layers:
+        made = fold(target, target.forms[0], spec)
+        assert isinstance(made, Fold)
+        hook = _hook(seen, target.forms[0], made, spec, every=every)
+        hooks.append(layer.router.register_forward_hook(hook))
+    try:
+        yield seen
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextmanager
+def every_expert(native: nn.Module, count: int) -> Iterator[None]:
+    """Within it a model that transformers loaded visits all `count` experts."""
+    routers: list[Any] = [m for m in native.modules() if isinstance(getattr(m, "top_k", None), int)]
+    saved = [router.top_k for router in routers]
+    try:
+        for router in routers:
+            router.top_k = count
+        yield
+    finally:
+        for router, before in zip(routers, saved, strict=True):
+            router.top_k = before
+
+
+def is_tempered(target: NativeTarget | None, specs: Sequence[MoESpec]) -> bool:
+    """Whether a target that `choose` returned has tempered routers."""
+    if target is None:
+        return False
+    made = fold(target, target.forms[0], specs[0])
+    return isinstance(made, Fold) and made.tempered
+
+
+def _hook(seen: Tempering, form: Form, made: Fold, spec: MoESpec, *, every: bool) -> Any:
+    factor = made.down * (made.config[form.factor] if form.factor else 1.0)
+
+    def as_written(router: Any, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
+        logits_TE, weights_TK, index_TK = output
+        bias_E = None
+        if made.bias and router.bias is not None:  # it only takes part in the choice
+            bias_E = router.bias.to(logits_TE.dtype)
+            logits_TE = logits_TE - bias_E
+        small = temper(router.weight.float())
+        scaled_TE = logits_TE * small
+        p_TE = scaled_TE.softmax(-1) if form.score == "softmax" else scaled_TE.sigmoid()
+        choice_TE = p_TE if bias_E is None else p_TE + bias_E * small * made.bias
+        k = spec.num_experts if every else spec.top_k
+        new_TK = choice_TE.topk(k, dim=-1).indices
+        p_TK = p_TE.gather(-1, new_TK)
+        if form.renormalise:
+            p_TK = p_TK / p_TK.sum(-1, keepdim=True)
+        p_TK = p_TK * factor
+        if every:
+            return output[0], p_TK.to(weights_TK.dtype), new_TK
+        seen.weight_error = max(seen.weight_error, (p_TK / spec.scale - 1).abs().max().item())
+        seen.tokens += len(new_TK)
+        moved_T = (new_TK.sort(-1).values != index_TK.sort(-1).values).any(-1)
+        seen.elsewhere += int(moved_T.sum())
+        return output[0], p_TK.to(weights_TK.dtype), new_TK
+
+    return as_written
