@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,13 @@ def differs(directory: Path, name: str, target: NativeTarget, copies: Plan) -> f
     write_tensors(directory / "moe", written)
     loaded = AutoModelForCausalLM.from_pretrained(directory / "moe").eval()
     return relative(logits(loaded, name), logits(dense, name))
+
+
+def test_the_documentation_has_every_architecture() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "native.md").read_text("utf-8").split("## How")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, flags=re.M))
+    held = {
+        name: "none" if target.refused else ", ".join(target.sources)
+        for name, target in NATIVE.items()
+    }
+    assert list(rows.items()) == list(held.items())
