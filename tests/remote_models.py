@@ -92,7 +92,6 @@ MODELS: dict[str, tuple[str, Callable[[], Any], bool]] = {
     "opt": ("OPTForCausalLM", lambda: small_models.opt().config, True),
     "gemma2": ("Gemma2ForCausalLM", lambda: t.Gemma2Config(**GEMMA), True),
     "gemma3": ("Gemma3ForCausalLM", lambda: t.Gemma3TextConfig(**GEMMA), True),
-    "t5": ("T5ForConditionalGeneration", _t5, True),
     "t5-gated": (
         "T5ForConditionalGeneration",
         lambda: _t5(feed_forward_proj="gated-gelu"),

@@ -102,7 +102,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     for case in CASES:
         write(case, folder / case)
         form = json.loads((folder / case / "moe" / "config.json").read_text())["model_type"]
-        assert form.startswith("upcycle_"), case
+        assert form.startswith("upcycle_"), f"{case}: {form}"
     results: dict[str, dict[str, Any]] = without_upcycle(ELSEWHERE, folder)
     return results
 
