@@ -220,6 +220,7 @@ def test_the_printed_example_writes_the_text_that_pytorch_writes(llama_files) ->
     plain.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="w2")
     tokenizer.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # eos_token_id is 2
     script = Path(__file__).parents[1] / "docs" / "generate.py"
     assert len(script.read_text().splitlines()) <= 40
     prompt = "w5 w17 w30 w8"
