@@ -345,8 +345,8 @@ def test_the_cost_model_names_the_form_that_was_faster(experts, width, k, tokens
 def test_costs_grow_with_the_work() -> None:
     small = Work(tokens=16, num_experts=16, top_k=4, d_model=384, width=96)
     for kind in NANOSECONDS:
-        for more in ({"tokens": 64}, {"width": 384}, {"d_model": 1024}, {"gelu": True}):
-            assert seconds(kind, Work(**{**vars(small), **more})) > 0.99 * seconds(kind, small)
+        for more in ({"tokens": 64}, {"width": 384}, {"d_model": 1024}):
+            assert seconds(kind, Work(**{**vars(small), **more})) > seconds(kind, small)
 
 
 def test_portable_files_have_standard_operations_alone(tmp_path: Path) -> None:

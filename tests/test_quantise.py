@@ -74,11 +74,12 @@ def test_groups_are_as_small_as_the_outliers_ask_for() -> None:
 
 
 def test_one_matrix_with_outliers_decides_for_its_layer() -> None:
-    plain, outliers, other = drawn(8, 256), with_outliers(), drawn(2, 4, 96)
+    plain, outliers, other = drawn(64, 256), with_outliers(), drawn(2, 64, 256)
     assert [s.block for s in quantise([plain[None], other], 8, "adaptive")] == [None, None]
-    stacks = quantise([torch.stack([plain, outliers]), other], 8, "adaptive")
+    stacks = quantise([torch.stack([plain[:8], outliers]), other], 8, "adaptive")
     assert [s.block for s in stacks] == [SMALLEST, SMALLEST]
-    assert [s.scale.shape for s in stacks] == [(2, 8, 16), (2, 4, 6)]
+    assert [s.scale.shape for s in stacks] == [(2, 8, 16), (2, 64, 16)]
+    assert [s.block for s in quantise([outliers[None], drawn(1, 4, 12)], 8, 16)] == [None, None]
 
 
 def test_a_block_is_not_longer_than_the_shortest_row() -> None:

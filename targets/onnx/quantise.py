@@ -46,18 +46,25 @@ def quantise(stacks: Sequence[torch.Tensor], bits: int, block: Block) -> list[Qu
         bits: 8 or 4.
         block: ``row``, inputs that share a scale, or ``adaptive``.
     """
+    size = None if block == "row" else _common(stacks, block)
+    return [_in_groups(stack, bits, size) for stack in stacks]
+
+
+def _common(stacks: Sequence[torch.Tensor], block: Block) -> int | None:
+    """The one block of all matrices, or None for rows; which are all that a short row can have."""
     widths = [stack.shape[2] for stack in stacks]
+    largest = min(2 ** int(math.log2(width)) for width in widths)
+    if largest < SMALLEST:
+        return None
     if isinstance(block, int):
-        block = min(block, *(2 ** int(math.log2(width)) for width in widths))
-        return [_in_groups(stack, bits, block) for stack in stacks]
-    asked = [stack.shape[2] for stack in stacks for _ in stack]
-    if block == "adaptive":
-        asked = [adaptive_group(matrix) for stack in stacks for matrix in stack]
-    if min(asked) >= min(widths):
-        return [_in_groups(stack, bits, None) for stack in stacks]
-    # One size for the kernel, which is fast where it divides all widths.
+        return min(block, largest)
+    asked = [adaptive_group(matrix) for stack in stacks for matrix in stack]
+    rows = [stack.shape[2] for stack in stacks for _ in stack]
+    if asked == rows:
+        return None
+    # The kernel is fast where the block divides all widths.
     even = min(math.gcd(width, 2**30) for width in widths)
-    return [_in_groups(stack, bits, max(min(even, *asked), SMALLEST)) for stack in stacks]
+    return max(min(even, *asked), SMALLEST)
 
 
 def _in_groups(weight_ENK: torch.Tensor, bits: int, block: int | None) -> Quantised:
@@ -108,7 +115,7 @@ def _candidates(columns: int) -> Iterator[int]:
 def _largest(weight: torch.Tensor, group: int) -> torch.Tensor:
     """The largest magnitude of each group, [..., K] -> [..., G]."""
     padded = torch.nn.functional.pad(weight.abs(), (0, -weight.shape[-1] % group))
-    return padded.unflatten(-1, (-1, group)).amax(-1)
+    return padded.reshape(*weight.shape[:-1], -1, group).amax(-1)
 
 
 def _spread(scale: torch.Tensor, group: int, columns: int) -> torch.Tensor:
