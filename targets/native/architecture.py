@@ -113,12 +113,14 @@ class Form:
         renormalise: p is divided by its sum over the chosen experts.
         config: the config fields that select the rule.
         factor: config field of a factor on the weights, or None.
+        by_logits: the experts are chosen before the softmax, which can bring logits together.
     """
 
     score: Literal["softmax", "sigmoid", "input"]
     renormalise: bool
     config: Mapping[str, Any] = field(default_factory=dict)
     factor: str | None = None
+    by_logits: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,14 @@ COHERE2_MOE = NativeTarget(
     model_type="cohere2_moe",
     architecture="Cohere2MoeForCausalLM",
     sources={"cohere2": COHERE2},
-    forms=(Form("softmax", renormalise=True, config={"expert_selection_fn": "softmax"}),),
+    forms=(
+        Form(
+            "softmax",
+            renormalise=True,
+            config={"expert_selection_fn": "softmax"},
+            by_logits=True,
+        ),
+    ),
     width="intermediate_size",
     dense=_dense,
     constants={"output_router_logits": False, "shared_expert_combination_strategy": "sum"},

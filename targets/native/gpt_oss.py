@@ -35,7 +35,7 @@ GPT_OSS = NativeTarget(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     sources={"llama": LLAMA},
-    forms=(Form("softmax", renormalise=True),),
+    forms=(Form("softmax", renormalise=True, by_logits=True),),
     num_experts="num_local_experts",
     width="intermediate_size",
     dense=all_sparse,

@@ -65,7 +65,7 @@ GRANITEMOE = NativeTarget(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
     sources={"granite": GRANITE, "llama": LLAMA, "gemma": GEMMA},
-    forms=(Form("softmax", renormalise=True),),
+    forms=(Form("softmax", renormalise=True, by_logits=True),),
     num_experts="num_local_experts",
     width="intermediate_size",
     dense=all_sparse,

@@ -93,7 +93,8 @@ def _hook(seen: Tempering, form: Form, made: Fold, spec: MoESpec, *, every: bool
         small = temper(router.weight.float())
         scaled_TE = logits_TE * small
         p_TE = scaled_TE.softmax(-1) if form.score == "softmax" else scaled_TE.sigmoid()
-        choice_TE = p_TE if bias_E is None else p_TE + bias_E * small * made.bias
+        score_TE = scaled_TE if form.by_logits else p_TE
+        choice_TE = score_TE if bias_E is None else score_TE + bias_E * small * made.bias
         k = spec.num_experts if every else spec.top_k
         new_TK = choice_TE.topk(k, dim=-1).indices
         p_TK = p_TE.gather(-1, new_TK)
