@@ -20,7 +20,7 @@ FLAGS = {
     "": LOG | {"--version"},
     "convert": LOG
     | {"MODEL", "--recipe", "--set", "--out", "--target", "--calibration", "--inputs", "--device"}
-    | {"--text-field", "--runtime", "--architecture"}
+    | {"--text-field", "--runtime", "--architecture", "--onnx-profile"}
     | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
     | {"--stream", "--no-stream", "--resume"}
     | {"--trust-remote-code", "--allow-pickle"},

@@ -246,12 +246,12 @@ def test_onnxruntime_needs_an_onnx_file(llama: Path, tmp_path: Path) -> None:
 
 def test_an_onnx_file_is_for_onnxruntime() -> None:
     planned = plan()
-    only = Plan(**{**vars(planned), "runtimes": ("onnxruntime",)})
+    only = planned.requiring(["onnxruntime"], None)
     assert onnx_destination(only).runtimes["onnxruntime"].level == "yes"
     assert onnx_destination(only).runtimes["vllm"].field == "MODEL"
-    for change in ({"runtimes": ("vllm",)}, {"architecture": "mixtral"}):
+    for runtimes, architecture in (["vllm"], None), ([], "mixtral"):
         with pytest.raises(UsageError, match="an ONNX file becomes an ONNX file"):
-            onnx_destination(Plan(**{**vars(planned), **change}))
+            onnx_destination(planned.requiring(runtimes, architecture))
 
 
 def test_the_python_interface_requires_it_too(tmp_path: Path) -> None:

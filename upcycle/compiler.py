@@ -121,7 +121,7 @@ class Conversion:
             emission = emit(
                 directory,
                 self.model,
-                replace(self.plan, runtimes=tuple(runtimes), architecture=architecture),
+                self.plan.requiring(runtimes, architecture),
                 dense=self.dense,
                 provenance=self.provenance,
                 evaluation=self.evaluation,

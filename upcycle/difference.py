@@ -60,7 +60,7 @@ def _tensor(name: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, Any] | Non
     if a.dtype == b.dtype and _same_bytes(a, b):
         return None
     largest, reference = 0.0, 0.0
-    for x, y in zip(*(t.reshape(-1).split(AT_A_TIME) for t in (a, b)), strict=True):
+    for x, y in zip(*(torch.split(t.reshape(-1), AT_A_TIME) for t in (a, b)), strict=True):
         largest = _largest(largest, x.double() - y.double())
         reference = _largest(reference, x.double())
     relative = largest / reference if reference else math.inf

@@ -66,7 +66,6 @@ def convert_model(
     check_targets(targets, verify=verify)
     if "onnxruntime" in runtimes and "onnx" not in targets:
         raise UsageError("--runtime onnxruntime: it runs the file of --target onnx; add that")
-    wanted = {"runtimes": tuple(runtimes), "architecture": architecture}
     _check_out(out, source, overwrite=overwrite)
     given = read_calibration(calibration, field=text_field) if calibration else None
     if not isinstance(source, Source):
@@ -80,7 +79,7 @@ def convert_model(
                 "an ONNX file is read by itself, and the recipe takes experts from other models; "
                 "convert the model directory that it came from"
             )
-        onnx_destination(replace(source.plan(recipe, recipe_name), **wanted))
+        onnx_destination(source.plan(recipe, recipe_name).requiring(runtimes, architecture))
         return convert_onnx(
             source,
             recipe,
@@ -96,7 +95,7 @@ def convert_model(
     with step(progress, "capturing"):
         skeleton = source.skeleton()
         located = locate_in(skeleton, source.example)
-    plan = replace(make_plan(located, recipe, recipe_name=recipe_name), **wanted)
+    plan = make_plan(located, recipe, recipe_name=recipe_name).requiring(runtimes, architecture)
     check_model(skeleton, plan)
     destination(skeleton, plan)
     if given is not None:  # the model may read something else, or there is no tokenizer for it

@@ -45,7 +45,7 @@ def inspect_converted(directory: Path) -> dict[str, Any]:
         "form": checkpoint["form"],
         "architecture": checkpoint["architecture"],
         "runtimes": checkpoint.get("runtimes", {}),
-        "has_onnx": (directory / "model.onnx").is_file(),
+        "onnx": sorted(path.name for path in directory.glob("*.onnx")),
         "layers": None if layers is None else [_layer(directory, layer) for layer in layers],
     }
 

@@ -18,7 +18,7 @@ def converted_report(found: dict[str, Any]) -> list[RenderableType]:
     written_as = " ".join(filter(None, (found["form"], found["architecture"])))
     head = [
         f"{found['directory']}: {written_as}, {found['dtype']}"
-        + (", and model.onnx" if found["has_onnx"] and found["form"] != "onnx" else ""),
+        + "".join(f", {name}" for name in found["onnx"]),
         f"made from {found['model']} by {found['recipe']} (upcycle {found['upcycle']}), "
         f"{found['promise']}",
     ]
@@ -27,9 +27,12 @@ def converted_report(found: dict[str, Any]) -> list[RenderableType]:
         return [*head, f"no provenance.json: an older upcycle wrote this directory; {advice}"]
     layers = new_table("layer", "experts", "router", "shared", "compensation", "dense neurons")
     add_rows(layers, [_layer(layer) for layer in found["layers"]])
-    rows = [row for layer in found["layers"] for row in _experts(layer)]
+    each = [list(_experts(layer)) for layer in found["layers"]]
     experts = new_table("layer", "expert", "rows", "dense neurons behind them")
-    shown = rows if len(rows) <= MAX_ROWS else list(_experts(found["layers"][0]))[:MAX_ROWS]
+    rows = [row for layer in each for row in layer]
+    shown = rows if len(rows) <= MAX_ROWS else each[0][:MAX_ROWS]
+    if all([row[1:] for row in layer] == [row[1:] for row in each[0]] for layer in each):
+        shown = [row for alike in zip(*each, strict=True) for row in alike]
     add_rows(experts, shown)
     parts: list[RenderableType] = [*head, "", layers, "", experts]
     if len(shown) < len(rows) or any("..." in row[3] for row in shown):
@@ -127,7 +130,7 @@ def _folded(tensors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         pattern = ".".join("{}" if part.isdigit() else part for part in parts)
         numbers = [int(part) for part in parts if part.isdigit()]
         alike.setdefault((pattern, str(tensor["shape"])), []).append(numbers)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (pattern, shape), found in alike.items():
         seen = [sorted(set(column)) for column in zip(*found, strict=True)]
         is_whole = math.prod(len(column) for column in seen) == len(found)

@@ -4,7 +4,6 @@ Apart from the driver because it must answer at once: it imports nothing that wr
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from upcycle.costs import Costs, costs, model_size
@@ -41,12 +40,11 @@ def plan_model(
     Raises:
         UnsupportedError: no checkpoint is what `runtimes` and `architecture` require.
     """
-    wanted = {"runtimes": tuple(runtimes), "architecture": architecture}
     if not isinstance(source, Source):
-        plan = replace(source.plan(recipe, recipe_name), **wanted)
+        plan = source.plan(recipe, recipe_name).requiring(runtimes, architecture)
         return plan, source.costs(plan), onnx_destination(plan)
     skeleton = source.skeleton()
     plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
-    plan = replace(plan, **wanted)
+    plan = plan.requiring(runtimes, architecture)
     check_model(skeleton, plan)
     return plan, costs(plan, *model_size(skeleton)), destination(skeleton, plan)

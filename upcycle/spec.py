@@ -1,7 +1,8 @@
 """What was decided: one `MoESpec` for each FFN that is converted. Plain data, no tensors."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -175,6 +176,10 @@ class Plan:
     recipe_name: str
     runtimes: tuple[str, ...] = ()
     architecture: str | None = None
+
+    def requiring(self, runtimes: Sequence[str], architecture: str | None) -> "Plan":
+        """The same plan with these requirements."""
+        return replace(self, runtimes=tuple(runtimes), architecture=architecture)
 
     @property
     def promise(self) -> Promise:

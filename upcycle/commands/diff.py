@@ -10,8 +10,8 @@ from upcycle.program import DIFFERENT
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("b", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
 @options.as_json
 @click.option(
     "--allow-pickle", is_flag=True, help="Read weights from .bin files, which can run code."
