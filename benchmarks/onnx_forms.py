@@ -26,8 +26,8 @@ from torch import nn
 
 from upcycle.experts import SharedExpert
 from upcycle.moe import MoE
+from upcycle.onnx_options import Onnx
 from upcycle.pointwise import Pointwise
-from upcycle.recipe import Onnx
 from upcycle.targets.onnx.cost_model import Work
 from upcycle.targets.onnx.export import export_onnx
 

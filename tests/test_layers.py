@@ -73,6 +73,8 @@ LAYERS = {
     "upcycle.model_inputs": 2,
     "upcycle.caches": 2,
     "upcycle.metrics": 2,
+    "upcycle.onnx_options": 2,
+    "upcycle.section": 2,
     "upcycle.places": 2,
     "upcycle.provenance": 2,
     "upcycle.recipe": 2,

@@ -15,8 +15,8 @@ from onnx_case import ACTIVATIONS, moe, save
 from torch import nn
 
 from upcycle.moe import MoE
+from upcycle.onnx_options import Onnx
 from upcycle.onnx_rounding import rounded_layers, run_experts, verify_rounding
-from upcycle.recipe import Onnx
 from upcycle.targets.onnx.cost_model import NANOSECONDS, Work, seconds
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.forms import choose

@@ -13,8 +13,8 @@ from torch import nn
 
 from upcycle.errors import UnsupportedError
 from upcycle.moe import MoE
+from upcycle.onnx_options import Onnx
 from upcycle.pointwise import Pointwise
-from upcycle.recipe import Onnx
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.running import session
 

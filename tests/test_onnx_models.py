@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.recipe import Onnx
+from upcycle.onnx_options import Onnx
 from upcycle.tap import Tap, TappedMoE
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.running import session

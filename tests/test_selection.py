@@ -18,7 +18,7 @@ from onnx_case import moe, save
 from torch import nn
 
 from upcycle.moe import MoE, rebalance
-from upcycle.recipe import Onnx
+from upcycle.onnx_options import Onnx
 from upcycle.routing import Router
 from upcycle.selection import Selected, select, tsallis_entropy
 from upcycle.targets.onnx.export import export_onnx
@@ -357,7 +357,11 @@ def test_onnx_leaves_experts_out(form: Any, tmp_path: Path) -> None:
     model = Side()
     example = (numerics.random_tokens(5, 16, torch.float32, seed=9),)
     path = export_onnx(
-        model, example, path=tmp_path / "m.onnx", stored=save(model, tmp_path), options=Onnx(form=form)
+        model,
+        example,
+        path=tmp_path / "m.onnx",
+        stored=save(model, tmp_path),
+        options=Onnx(form=form),
     )
     for tokens in (1, 37):
         x_TD = numerics.random_tokens(tokens, 16, torch.float32)

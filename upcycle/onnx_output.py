@@ -16,7 +16,7 @@ from upcycle.evaluation import Evaluation, comparable, device_of
 from upcycle.metrics import ROUNDING, distance
 from upcycle.modes import eval_mode
 from upcycle.moe import MoE
-from upcycle.recipe import ONNX_DEFAULTS, Onnx
+from upcycle.onnx_options import ONNX_DEFAULTS, Onnx
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.onnx.decoding import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx

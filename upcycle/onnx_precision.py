@@ -13,9 +13,9 @@ from upcycle.checks import Check, check
 from upcycle.evaluation import Evaluation
 from upcycle.metrics import ROUNDING
 from upcycle.moe import MoE
+from upcycle.onnx_options import Onnx
 from upcycle.onnx_output import ONNX_CHECK, onnx_distance, verify_onnx
 from upcycle.onnx_rounding import rounded_layers, verify_rounding
-from upcycle.recipe import Onnx
 from upcycle.targets.onnx.feeds import draw_inputs
 from upcycle.targets.onnx.forms import KERNELS, choose
 from upcycle.targets.onnx.narrow import narrowed

@@ -12,7 +12,7 @@ import onnx_ir.passes.common as common
 import torch
 from torch import Tensor, nn
 
-from upcycle.recipe import ONNX_DEFAULTS, Onnx
+from upcycle.onnx_options import ONNX_DEFAULTS, Onnx
 from upcycle.targets.onnx.axes import Axes, default_axes, fixed_sizes, name_axes
 from upcycle.targets.onnx.external import ONNX_TYPES, Store, share_weights, write_weights
 from upcycle.targets.onnx.lower import lower

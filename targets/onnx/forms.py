@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 
 from upcycle.moe import MoE
+from upcycle.onnx_options import Onnx
 from upcycle.pointwise import Pointwise
-from upcycle.recipe import Onnx
 from upcycle.targets.onnx.cost_model import Work, seconds
 
 Form = Literal["fused", "unrolled", "quantised"]

@@ -8,7 +8,7 @@ import onnx_ir.tensor_adapters
 import torch
 
 from upcycle.moe import MoE
-from upcycle.recipe import Onnx
+from upcycle.onnx_options import Onnx
 from upcycle.targets.onnx import bodies
 from upcycle.targets.onnx.external import Store, tensor_of
 from upcycle.targets.onnx.forms import Fused, most_visited, total_weight

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from upcycle.moe import MoE
-from upcycle.recipe import Onnx
+from upcycle.onnx_options import Onnx
 from upcycle.targets.onnx import bodies
 from upcycle.targets.onnx.external import Store
 from upcycle.targets.onnx.forms import Form, choose

@@ -1,0 +1,63 @@
+"""The section `onnx` of a recipe: what its ONNX file is to be like."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from upcycle.section import Section
+
+
+class Onnx(Section):
+    """How the ONNX file is made, if there is to be one."""
+
+    profile: Literal["cpu", "cuda", "portable"] = Field(
+        "cpu",
+        description="where it will run, which decides what is `auto`: cpu (the faster of fused and "
+        "unrolled in each layer), cuda (fused, float16), portable (standard operations alone)",
+    )
+    form: Literal["auto", "fused", "unrolled", "quantised"] = Field(
+        "auto",
+        description="fused: one node of ONNX Runtime for a layer; unrolled: standard operations "
+        "for each expert; quantised: the fused node with rounded weights",
+    )
+    gelu: Literal["exact", "tanh"] = Field(
+        "exact",
+        description="tanh lets the fused node's form of GELU stand for the one with erf, which is "
+        "off by 1e-3 of the output",
+    )
+    quantise: Literal[8, 4] | None = Field(
+        None, description="bits of a weight, where a layer is quantised; with `auto` it may be"
+    )
+    block: Literal["adaptive", "row", 16, 32, 64, 128, 256] = Field(
+        "adaptive",
+        description="inputs that share one scale of a quantised row: all, so many, or as few as "
+        "the matrix needs",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="of the graph; auto is float16 for cuda, else float32"
+    )
+    tokens: int = Field(
+        256, ge=1, description="tokens of one call, for which `auto` chooses the faster form"
+    )
+
+    @property
+    def half(self) -> Literal["float16", "bfloat16"] | None:
+        """The narrow type that the graph is to have; None for float32."""
+        if self.dtype == "auto":
+            return "float16" if self.profile == "cuda" else None
+        return None if self.dtype == "float32" else self.dtype
+
+    @property
+    def may_round(self) -> bool:
+        """Whether a layer may be quantised."""
+        return self.form == "quantised" or (
+            self.form == "auto" and self.quantise is not None and self.profile != "portable"
+        )
+
+    @property
+    def bits(self) -> Literal[8, 4]:
+        """Of a weight in a layer that is quantised."""
+        return self.quantise or 8
+
+
+ONNX_DEFAULTS = Onnx()
