@@ -47,6 +47,14 @@ LOADING: dict[str, tuple[str, str]] = {
         "import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("path/to/this/directory/model.onnx")',
     ),
+    "onnx_pair": (
+        "With ONNX Runtime; the encoder runs once, and the decoder reads what it returns and its "
+        "own past (`present.*` of one run is `past_key_values.*` of the next)",
+        "import onnxruntime\n\n"
+        'directory = "path/to/this/directory/"\n'
+        'encoder = onnxruntime.InferenceSession(directory + "encoder_model.onnx")\n'
+        'decoder = onnxruntime.InferenceSession(directory + "decoder_with_past_model.onnx")',
+    ),
 }
 
 PROMISES: dict[str, str] = {

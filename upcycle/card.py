@@ -18,6 +18,8 @@ def card(
     written: Checkpoint,
     targets: Sequence[str],
     report: Mapping[str, Any],
+    *,
+    is_pair: bool = False,
 ) -> str:
     """README.md as text.
 
@@ -27,11 +29,13 @@ def card(
         written: the checkpoint.
         targets: what was asked for.
         report: as `upcycle.compiler.convert` and `upcycle.emit.emit` fill it in.
+        is_pair: the ONNX files are an encoder and a decoder.
     """
+    onnx = ["onnx_pair" if is_pair else "onnx"] if "onnx" in targets else []
     return model_card.model_card(
         name=name,
         **_common(plan, report),
-        targets=[written.form] + (["onnx"] if "onnx" in targets else []),
+        targets=[written.form, *onnx],
         auto_class=written.auto_class,
         runtimes={
             name: support.text()

@@ -36,6 +36,7 @@ from upcycle.targets.companions import copy_companions
 from upcycle.targets.native.native import NativeTarget
 from upcycle.targets.native.routers import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
 from upcycle.targets.native.tempered import every_expert, is_tempered, tempered
+from upcycle.targets.onnx.parts import ENCODER
 from upcycle.targets.tensor_file import check_disk
 from upcycle.verification import (
     compare_models,
@@ -127,7 +128,7 @@ def emit(
     (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (directory / "report.json").write_text(json_text(report), encoding="utf-8")
     write_origins(directory, plan, provenance)
-    text = card(name, plan, written, targets, report)
+    text = card(name, plan, written, targets, report, is_pair=(directory / ENCODER).is_file())
     (directory / "README.md").write_text(text, encoding="utf-8")
     return Emission(written, tuple(sorted(p.name for p in directory.iterdir())))
 
