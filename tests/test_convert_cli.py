@@ -113,7 +113,7 @@ def test_the_model_card(mixtral: Path) -> None:
         "| converted perplexity |",
         "AutoModelForCausalLM.from_pretrained(",
         "onnxruntime.InferenceSession(",
-        "| llama.cpp | yes: its quantised types want",
+        "| llama.cpp | yes: k-quants want",
         "method: copy",
     ):
         assert text in card

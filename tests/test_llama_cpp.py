@@ -126,6 +126,7 @@ CASES = {
     "copies": ("mixtral", "--recipe", "sparse-upcycling"),
     "slices of copies": ("mixtral", "--recipe", "granular"),
     "split": ("mixtral", *SPLIT, *RENORMALISED),
+    "exact split": ("mixtral", "--recipe", "split-all", "--set", "experts.count=4"),
     "shared expert": ("granitemoeshared", *WITH_SHARED, *RENORMALISED),
 }
 
