@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from upcycle.targets.onnx.lower import SCOPES
+from upcycle.targets.onnx.scopes import SCOPES
 
 # Names that the analysis knows for operations that it does not look into.
 _NAMES = {

@@ -11,6 +11,7 @@ from upcycle.calibration_files import Given
 from upcycle.card import onnx_card
 from upcycle.checks import Check
 from upcycle.errors import UnsupportedError, UsageError
+from upcycle.moe import MoE
 from upcycle.onnx_calibration import onnx_calibration, verification_feeds
 from upcycle.onnx_rewrite import FILE, write_converted
 from upcycle.onnx_rounding import verify_rounding
@@ -139,7 +140,7 @@ def _verify_rounding(
         return [], []
     store = Store(beside, {})
     keys = unique_keys({path: len(found) for path, found in source.found.regions.items()})
-    layers = {}
+    layers: dict[str, MoE] = {}
     for spec in plan.specs:
         layer = stored_layer(spec, stored, store)
         layers |= dict.fromkeys(keys[spec.ffn.path], layer)

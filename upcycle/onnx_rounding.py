@@ -71,7 +71,7 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
         assert scale is not None
         assert scale.dtype is not None
         if kernel.gated:
-            up = up.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+            up = up.reshape(len(up), -1, 2, up.shape[2]).transpose(1, 2).flatten(1, 2)
         names = [str(value.name) for value in (node.inputs[0], node.inputs[14]) if value]
         yield RoundedLayer(
             layer=_layer_of(node),
@@ -175,7 +175,7 @@ def _row(
 
 
 def _relative(error: torch.Tensor, reference: torch.Tensor) -> float:
-    return (error.norm() / reference.norm().clamp(min=1e-30)).item()
+    return float(error.norm() / reference.norm().clamp(min=1e-30))
 
 
 def run_experts(
@@ -230,7 +230,7 @@ def expected_error(
         if tokens:
             variance_tD += _rounding_variance(hidden_tI, tokens) @ down_DI.square().T
         total_TD[token] += variance_tD * weight_T[token, None].square()
-    return total_TD.mean().sqrt().item()
+    return float(total_TD.mean().sqrt())
 
 
 def _through(
@@ -249,9 +249,11 @@ def _through(
 def _rounding_variance(x: torch.Tensor, group: int) -> torch.Tensor:
     """Of rounding to 255 steps between plus and minus the largest number of each group."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
-    step = padded.unflatten(-1, (-1, group)).abs().amax(-1, keepdim=True) / 127
+    groups = padded.reshape(*x.shape[:-1], -1, group)
+    step = groups.abs().amax(-1, keepdim=True) / 127
     spread = step.expand(*step.shape[:-1], group).flatten(-2)[..., : x.shape[-1]]
-    return spread.square() / 12
+    variance: torch.Tensor = spread.square() / 12
+    return variance
 
 
 def _decoded(node: ir.Node, place: int, bits: int, block: int) -> torch.Tensor:

@@ -160,8 +160,12 @@ def _nodes_error(layer: MoE, x_TD: torch.Tensor, y_TO: torch.Tensor) -> float:
 
     That is one that tokens a little to the side have, too.
     """
-    clear_T = torch.ones(len(x_TD), dtype=torch.bool)
     chosen_TE = _chosen(layer, x_TD)
+    logits_TE = layer.router(x_TD)[0].float()
+    # Equal scores, such as the zeros of a ReLU, stay equal beside the token, too.
+    least_T = logits_TE.masked_fill(~chosen_TE, torch.inf).amin(-1)
+    refused_T = logits_TE.masked_fill(chosen_TE, -torch.inf).amax(-1)
+    clear_T = (least_T - refused_T).abs() > _TIE * logits_TE.abs().amax()
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         noise_TD = torch.randn(x_TD.shape, generator=generator) * x_TD.abs().amax(-1, keepdim=True)

@@ -67,7 +67,7 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Fused, options: Onnx) -
     assert up is not None
     assert down is not None
     if kernel.gated:
-        up = up.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        up = up.reshape(len(up), 2, -1, up.shape[2]).transpose(1, 2).flatten(1, 2)
     stacks = quantise([up.float(), down.float()], options.bits, options.block)
     values: list[ir.Value] = []
     for value, stack in zip((up_EGD, down_EDI), stacks, strict=True):

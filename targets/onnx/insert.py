@@ -112,7 +112,7 @@ def _exported_bytes(config: str, rank: int) -> bytes:
         del graph.initializers[str(value.name)]
         value.const_value = None
         graph.inputs.append(value)
-    return ir.to_proto(model).SerializeToString()
+    return bytes(ir.to_proto(model).SerializeToString())
 
 
 def _without_memory(config: dict[str, Any]) -> MoE:

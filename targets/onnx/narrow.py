@@ -18,7 +18,8 @@ def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     def cast(tensor: Tensor) -> Tensor:
         return tensor if id(tensor) in kept or not tensor.is_floating_point() else tensor.to(dtype)
 
-    return model._apply(cast)
+    model._apply(cast)  # type: ignore[no-untyped-call]
+    return model
 
 
 def narrowed_inputs(

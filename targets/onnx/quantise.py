@@ -53,7 +53,7 @@ def quantise(stacks: Sequence[torch.Tensor], bits: int, block: Block) -> list[Qu
 def _common(stacks: Sequence[torch.Tensor], block: Block) -> int | None:
     """The one block of all matrices, or None for rows; which are all that a short row can have."""
     widths = [stack.shape[2] for stack in stacks]
-    largest = min(2 ** int(math.log2(width)) for width in widths)
+    largest: int = min(2 ** int(math.log2(width)) for width in widths)
     if largest < SMALLEST:
         return None
     if isinstance(block, int):
@@ -115,7 +115,8 @@ def _candidates(columns: int) -> Iterator[int]:
 def _largest(weight: torch.Tensor, group: int) -> torch.Tensor:
     """The largest magnitude of each group, [..., K] -> [..., G]."""
     padded = torch.nn.functional.pad(weight.abs(), (0, -weight.shape[-1] % group))
-    return padded.reshape(*weight.shape[:-1], -1, group).amax(-1)
+    largest: torch.Tensor = padded.reshape(*weight.shape[:-1], -1, group).amax(-1)
+    return largest
 
 
 def _spread(scale: torch.Tensor, group: int, columns: int) -> torch.Tensor:
