@@ -62,7 +62,7 @@ def command(recipe: str, model: str, copies: int, tokens: int | None, scratch: P
     made = ["convert", f"sample:{model}", "--recipe", recipe, "--target", "safetensors"]
     loaded = upcycle.load_recipe(recipe)
     experts, top_k = loaded.experts, loaded.router.top_k
-    if EXPERTS[experts.method].kind not in ("split", "subsets") and experts.count > copies:
+    if EXPERTS[experts.method].kind in ("copies", "altered") and experts.count > copies:
         made += ["--set", f"experts.count={copies}"]
         if isinstance(top_k, int) and top_k > copies:
             made += ["--set", f"router.top_k={copies}"]
