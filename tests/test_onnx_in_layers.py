@@ -69,7 +69,7 @@ def test_a_convolution_with_shared_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["oracle", "hash"])
 def test_routers_that_no_file_can_have_are_refused(method: str, tmp_path: Path) -> None:
     path = onnx_files.by_hand(tmp_path / "dense.onnx", "relu")
-    changes = ("experts.count=4", f"router.method={method}", "router.tied=false")
+    changes = ("experts.count=4", f"router.method={method}", "router.tied=false", "router.top_k=2")
     with pytest.raises(UnsupportedError, match=r"oracle runs every expert|reads token ids"):
         convert(path, tmp_path / "out", "emoe", *changes)
     assert not (tmp_path / "out").exists()
