@@ -25,6 +25,8 @@ from native_case import (
 )
 from torch import nn
 
+from upcycle.targets.native import NATIVE, choose
+
 # On the way to a logit each of 3 layers sums 32 products four times for attention, 32 for gate and
 # up and 48 for down, and the head 32: 656 roundings. As a random walk they are off by 26 eps, and
 # three times that is 9e-6.
@@ -146,3 +148,12 @@ def test_distinct_experts_are_the_reference(
     expected = logits(reference(name, plan), name)
     assert relative(logits(moe, name), expected) < BOUNDS.get(name, BOUND)
     assert relative(logits(native_models.dense_model(name), name), expected) > 1e-2
+
+
+def test_a_switch_sends_a_token_to_one_expert() -> None:
+    """A split of which a token visits all experts is no Switch, though the weights would fit."""
+    plan = plan_of("t5", SLICES, ROUTERS["every"], "switch_transformers")
+    config = native_models.dense_model("t5").config
+    target, reasons = choose(NATIVE, config, plan, only="switch_transformers")
+    assert target is None
+    assert "its tokens visit 1 expert each" in reasons["switch_transformers"]

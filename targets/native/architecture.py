@@ -206,6 +206,7 @@ class NativeTarget:
         experts: the tensors of the experts on disk.
         shared: its shared expert, or None.
         fewest: experts that its router has at least.
+        most_chosen: experts that a token visits at most, or None.
         grouped: transformers runs its experts with grouped_mm, for rows of 16 n bytes.
         auto_class: of transformers, which loads it.
         may_untie: llama.cpp wants an output matrix of its own, so a tied one may be written twice.
@@ -230,6 +231,7 @@ class NativeTarget:
     experts: Stacks | Fused = Stacks("{layer}.mlp.experts.{expert}.{matrix}.weight")
     shared: Shared | None = None
     fewest: int = 1
+    most_chosen: int | None = None
     grouped: bool = True
     auto_class: str = "AutoModelForCausalLM"
     may_untie: bool = False

@@ -70,6 +70,7 @@ SWITCH_TRANSFORMERS = NativeTarget(
     },
     router="{layer}.mlp.router.classifier.weight",
     experts=Stacks("{layer}.mlp.experts.expert_{expert}.{matrix}.weight", ("wi", "wo")),
+    most_chosen=1,
     grouped=False,
     auto_class="AutoModelForSeq2SeqLM",
 )

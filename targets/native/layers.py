@@ -73,6 +73,8 @@ def plan_reason(
         )
     if first.num_experts < target.fewest:
         return f"its router wants {target.fewest} experts at least"
+    if target.most_chosen is not None and first.top_k > target.most_chosen:
+        return f"its tokens visit {target.most_chosen} expert each; set `router.top_k: 1`"
     dense = target.dense(sparse_layers(source, layers, plan))
     return dense if isinstance(dense, str) else None
 
