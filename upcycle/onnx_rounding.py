@@ -7,7 +7,7 @@ Shape suffixes: T tokens, D d_model, E experts, I expert width, G = arity * I.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ from upcycle.targets.onnx.forms import KERNELS
 from upcycle.targets.onnx.quantise import Quantised, dequantise
 from upcycle.targets.onnx.running import run
 
+STEPS = "rounded weights against float ones, in half steps of their scales"
 KERNEL = "rounded experts in ONNX Runtime against PyTorch"
 ROUNDED = "rounded experts against float ones, rms over what independent errors give"
+# One, and what 127 times a scale in float16, which is off by 2^-11, adds to it.
+_HALF_STEP = 1 + 2 * 127 * 2**-11
 _INDEPENDENT = 2.0  # how much more than independent errors of each weight are taken for a mistake
 
 
@@ -39,6 +42,7 @@ class RoundedLayer:
         x, weights, y: names of its tensors: tokens, the weight of each expert, and the output.
         pointwise: what its kernel computes.
         up_EGD, down_EDI: the matrices as they are decoded; gate rows first.
+        step: of each element of the two.
         facts: for the report.
         rounds_tokens: the kernel rounds its input to 8 bits in groups of so many, 0 if not.
         dtype: in which it computes what it does not round.
@@ -51,6 +55,7 @@ class RoundedLayer:
     pointwise: Pointwise
     up_EGD: torch.Tensor
     down_EDI: torch.Tensor
+    step: tuple[torch.Tensor, torch.Tensor]
     facts: dict[str, Any]
     rounds_tokens: int
     dtype: torch.dtype
@@ -66,12 +71,15 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
         block = node.attributes.get_int("block_size", 0)
         activation = node.attributes["activation_type"].as_string()
         kernel, pointwise = next(pair for pair in KERNELS if pair[0].activation == activation)
-        up, down = (_decoded(node, place, bits, block) for place in (2, 5))
+        (up, up_step), (down, down_step) = (_decoded(node, i, bits, block) for i in (2, 5))
         scale = node.inputs[3]
         assert scale is not None
         assert scale.dtype is not None
         if kernel.gated:
-            up = up.reshape(len(up), -1, 2, up.shape[2]).transpose(1, 2).flatten(1, 2)
+            up, up_step = (
+                t.reshape(len(t), -1, 2, t.shape[2]).transpose(1, 2).flatten(1, 2)
+                for t in (up, up_step)
+            )
         names = [str(value.name) for value in (node.inputs[0], node.inputs[14]) if value]
         yield RoundedLayer(
             layer=_layer_of(node),
@@ -81,6 +89,7 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
             pointwise=pointwise,
             up_EGD=up,
             down_EDI=down,
+            step=(up_step, down_step),
             facts={"bits": bits, "block": block or "row"},
             rounds_tokens=block if bits == 8 else 0,
             dtype=TORCH_TYPES[scale.dtype],
@@ -105,8 +114,9 @@ def _layer_of(node: ir.Node) -> str:
 def verify_rounding(
     path: Path, layers: Mapping[str, MoE], batches: list[Mapping[str, Array]]
 ) -> tuple[list[dict[str, Any]], list[Check]]:
-    """What rounding did to each layer of a file, and two checks of it.
+    """What rounding did to each layer of a file, and three checks of it.
 
+    - No weight is further from its float one than half a step.
     - ONNX Runtime computes the rounded layer as PyTorch does, up to the rounding of tokens to
       8 bits that its int8 kernel does in blocks.
     - The error of a layer is not more than twice what independent errors of that size, in each
@@ -128,10 +138,13 @@ def verify_rounding(
         )
         rows.append(_row(layer, layers[layer.layer], x, weights, y))
     checks = []
-    for key, what in (("kernel_over_allowed", KERNEL), ("rounding_over_expected", ROUNDED)):
+    for key, what, allowed in (
+        ("half_steps", STEPS, _HALF_STEP),
+        ("kernel_over_allowed", KERNEL, 1.0),
+        ("rounding_over_expected", ROUNDED, _INDEPENDENT),
+    ):
         if rows:
             worst = max(rows, key=lambda row: row[key])
-            allowed = 1.0 if key == "kernel_over_allowed" else _INDEPENDENT
             checks.append(check(f"{what}, worst at {worst['path']}", worst[key], allowed))
     return rows, checks
 
@@ -169,9 +182,18 @@ def _row(
             "down": _relative(rounded.down_EDI - down, down),
         },
         "output_rms": error / size if size else 0.0,
+        "half_steps": max(
+            _half_steps(rounded.up_EGD - up, rounded.step[0]),
+            _half_steps(rounded.down_EDI - down, rounded.step[1]),
+        ),
         "kernel_over_allowed": kernel,
         "rounding_over_expected": error / off if off else 0.0,
     }
+
+
+def _half_steps(error: torch.Tensor, step: torch.Tensor) -> float:
+    """The largest error in halves of its step; zeros stay zeros."""
+    return float((2 * error.abs() / step.abs()).max())
 
 
 def _relative(error: torch.Tensor, reference: torch.Tensor) -> float:
@@ -256,10 +278,16 @@ def _rounding_variance(x: torch.Tensor, group: int) -> torch.Tensor:
     return variance
 
 
-def _decoded(node: ir.Node, place: int, bits: int, block: int) -> torch.Tensor:
+def _decoded(node: ir.Node, place: int, bits: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stack of matrices, and the step of each element."""
     values = node.inputs[place], node.inputs[place + 1]
     packed, scale = (None if value is None else tensor_of(value) for value in values)
     assert packed is not None
     assert scale is not None
     columns = packed.shape[2] * 8 // bits
-    return dequantise(Quantised(packed, scale.float(), bits, block or None), columns)
+    found = Quantised(packed, scale.float(), bits, block or None)
+    ones = torch.full_like(packed, 2 ** (bits - 1) + 1)
+    if bits == 4:
+        ones = torch.full_like(packed, 9 | 9 << 4)
+    step = dequantise(replace(found, packed=ones), columns)
+    return dequantise(found, columns), step
