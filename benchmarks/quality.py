@@ -55,11 +55,13 @@ def overrides_for(recipe: Recipe, level: float, ffns: int) -> list[str] | None:
         part = (level * ffns - dense) / (ffns - dense)
         shared = experts.shared if isinstance(experts.shared, float) else 0.0
         return [f"experts.width={part - shared:.4f}"] if part > shared else None
+    everywhere = ["layers.every=1", "layers.skip_first=0", "layers.skip_last=0"]
+    if EXPERTS[experts.method].kind == "subsets":  # they overlap, so one expert gets wider
+        return [*everywhere, f"experts.width={level}"]
     shared = experts.shared if isinstance(experts.shared, int) else 0
     top_k = round(level * experts.count) - shared
     if top_k < 1:
         return None
-    everywhere = ["layers.every=1", "layers.skip_first=0", "layers.skip_last=0"]
     return [*everywhere, f"router.top_k={top_k}"]
 
 
