@@ -180,7 +180,8 @@ def _solution(
     count = len(penalty_P)
     these, rest = slice(neurons, neurons + inputs), count - neurons - inputs
     thin_DR = input_basis(solve(sums, penalty_P)[these], sums.zz_PP[these, these], rank)
-    basis_PQ = torch.block_diag(torch.eye(neurons), thin_DR, torch.eye(rest))
+    blocks = (torch.eye(neurons), thin_DR, torch.eye(rest))
+    basis_PQ = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     penalty_Q = torch.cat([penalty_P[:neurons], penalty_P[-1].expand(rank + rest)])
     beta_QO = solve(sums.through(basis_PQ), penalty_Q)
     map_RO = beta_QO[neurons : neurons + rank]
