@@ -59,7 +59,8 @@ def variant(model: str, seed: int, directory: Path) -> Path:
 
 def command(recipe: str, model: str, copies: int, tokens: int | None, scratch: Path) -> list[str]:
     """The command line, without ``--out``."""
-    made = ["convert", f"sample:{model}", "--recipe", recipe, "--target", "safetensors"]
+    made = ["convert", f"sample:{model}", "--recipe", recipe, "--no-stream"]
+    made += ["--target", "safetensors"]
     loaded = upcycle.load_recipe(recipe)
     experts, top_k = loaded.experts, loaded.router.top_k
     if EXPERTS[experts.method].kind in ("copies", "altered") and experts.count > copies:
