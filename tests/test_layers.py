@@ -107,6 +107,10 @@ LAYERS = {
     "upcycle.routing": 1,
     "upcycle.selection": 1,
     "upcycle.tap": 1,
+    "upcycle.triton_kernels": 1,
+    "upcycle.triton_launch": 1,
+    "upcycle.triton_operation": 1,
+    "upcycle.triton_source": 1,
     "upcycle.version": 1,
     "upcycle.weights": 1,
 }
