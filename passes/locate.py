@@ -37,7 +37,7 @@ from upcycle.passes.sharing import read_elsewhere, without_tied
 from upcycle.pointwise import Pointwise
 from upcycle.recorder import Program, op_name
 
-EXPERT_OPS = {"grouped_mm"}  # matrices chosen per token
+EXPERT_OPS = {"grouped_mm", "moe"}  # matrices chosen per token
 
 
 def locate(program: Program) -> Located:

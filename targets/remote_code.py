@@ -24,8 +24,11 @@ from transformers.models.auto import (
 )
 
 import upcycle.context
+import upcycle.expert_kernels
 import upcycle.experts
+import upcycle.kernels
 import upcycle.moe
+import upcycle.operation
 import upcycle.pointwise
 import upcycle.pretrained
 import upcycle.routing
@@ -42,6 +45,9 @@ _BEFORE: tuple[ModuleType, ...] = (
     upcycle.selection,
     upcycle.context,
     upcycle.routing,
+    upcycle.expert_kernels,
+    upcycle.operation,
+    upcycle.kernels,
     upcycle.experts,
 )
 _AFTER: tuple[ModuleType, ...] = (upcycle.moe, upcycle.tap, upcycle.pretrained)

@@ -39,7 +39,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["upcycle", "eager", "grouped_mm", "batched_mm"])
 def test_a_way_to_run_the_experts_is_asked_for_on_loading(name: str, folder: Path) -> None:
     model, reference = opened(folder, experts_implementation=name), opened(folder)
     assert model.config._experts_implementation == name
@@ -47,8 +47,8 @@ def test_a_way_to_run_the_experts_is_asked_for_on_loading(name: str, folder: Pat
     assert (logits(model) - expected).abs().max() <= ULPS * EPS * expected.abs().max()
 
 
-def test_the_default_is_grouped_mm(folder: Path) -> None:
-    assert opened(folder).get_experts_implementation() == {"": "grouped_mm"}
+def test_the_default_is_the_kernels_of_upcycle(folder: Path) -> None:
+    assert opened(folder).get_experts_implementation() == {"": "upcycle"}
 
 
 def test_the_function_that_was_asked_for_is_the_one_that_runs(
@@ -81,7 +81,6 @@ def test_what_may_compute_another_function_is_refused(name: str, folder: Path) -
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_the_default_runs_in_every_dtype(dtype: torch.dtype, folder: Path) -> None:
-    """torch's grouped_mm has no float64, so the experts run one after the other."""
     model, slow = opened(folder, dtype=dtype), opened(folder, experts_implementation="eager")
     expected = logits(slow.to(dtype))
     eps = torch.finfo(dtype).eps

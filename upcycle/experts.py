@@ -8,6 +8,7 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I exp
 G = arity * I.
 """
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from upcycle.kernels import run_experts
 from upcycle.pointwise import Pointwise
 
 
@@ -40,8 +42,9 @@ class Experts(nn.Module):
     """E experts of I neurons each, stored as 3-D tensors.
 
     Gated: `gate_up_proj` [E, 2I, D] (gate rows first); plain: `up_proj` [E, I, D]; then
-    `down_proj` [E, O, I]; optional `*_bias`. Which kernel runs is
-    ``config._experts_implementation``, a name that transformers knows, or ``eager``.
+    `down_proj` [E, O, I]; optional `*_bias`. `program` is the activation as a line of JSON.
+    Which kernel runs is ``config._experts_implementation``: ``upcycle``, which is `run_experts` on
+    the CPU and ``grouped_mm`` elsewhere, another name that transformers knows, or ``eager``.
     """
 
     has_post_expert_norm = False
@@ -67,7 +70,8 @@ class Experts(nn.Module):
         self.has_bias = bias
         self._is_expert_parallel = False
         self.act_fn = Activation(pointwise, dropout)
-        self.config: Any = SimpleNamespace(_experts_implementation="grouped_mm")
+        self.config: Any = SimpleNamespace(_experts_implementation="upcycle")
+        self.program = json.dumps(pointwise.to_json())
         self.up_name = "gate_up_proj" if self.has_gate else "up_proj"
         rows = pointwise.arity * width
         self.register_parameter(self.up_name, nn.Parameter(torch.zeros(num_experts, rows, d_model)))
@@ -102,6 +106,13 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """Tokens [T, D], index [T, K] int64, weights [T, K] -> [T, O], in the tokens' dtype."""
         name = self.config._experts_implementation
+        if name == "upcycle":
+            if hidden_states.device.type != "cpu":
+                name = "grouped_mm"
+            elif self._must_be_unrolled():
+                return self.masked_forward(hidden_states, top_k_index, top_k_weights)
+            else:
+                return run_experts(self, hidden_states, top_k_index, top_k_weights)
         # The functions of transformers take the width of the output from the input.
         is_square = self.down_proj.shape[1] == self.hidden_dim
         if not is_square or (name == "grouped_mm" and not self._fits_grouped_mm()):
@@ -114,6 +125,12 @@ class Experts(nn.Module):
             kernel = type(self).eager_forward
         out: torch.Tensor = kernel(self, hidden_states, top_k_index, top_k_weights)
         return out
+
+    def _must_be_unrolled(self) -> bool:
+        """A graph of ordinary operations is wanted, or one that ``upcycle::moe`` cannot be in."""
+        if not torch.compiler.is_compiling():
+            return False
+        return torch.onnx.is_in_onnx_export() or (self.training and self.act_fn.dropout > 0)
 
     def _fits_grouped_mm(self) -> bool:
         """torch's grouped_mm: no float64, and rows whose length in bytes is a multiple of 16."""

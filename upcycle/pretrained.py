@@ -34,9 +34,9 @@ class UpcycledModel(nn.Module):
 
     To be named before the dense class, which it changes in four ways:
 
-    - ``experts_implementation`` may be ``grouped_mm`` (the default: layers that torch's kernel does
-      not fit run one expert after the other), ``eager``, ``batched_mm``, or a function that was
-      registered with transformers.
+    - ``experts_implementation`` may be ``upcycle`` (the default: its own kernels on the CPU, else
+      ``grouped_mm``), ``grouped_mm`` (layers that torch's kernel does not fit run one expert after
+      the other), ``eager``, ``batched_mm``, or a function that was registered with transformers.
     - ``output_router_logits=True``, as an argument or in the configuration, adds ``router_logits``
       to the output, one [T, E] for each layer, and ``aux_loss``; and that, times
       ``config.router_aux_loss_coef``, to the loss.
@@ -49,7 +49,7 @@ class UpcycledModel(nn.Module):
         # The dense classes inside know no experts and refuse a name for how to run them.
         chosen, config._experts_implementation = config._experts_implementation, None
         super().__init__(config, *args, **kwargs)
-        chosen = self.get_correct_experts_implementation(chosen) or "grouped_mm"
+        chosen = self.get_correct_experts_implementation(chosen) or "upcycle"
         config._experts_implementation_internal = chosen
         sites = [moved(self, site) for site in config.upcycle["sites"]]
         dtype = config.dtype or torch.get_default_dtype()
@@ -90,7 +90,7 @@ class UpcycledModel(nn.Module):
         if requested in REFUSED or requested not in (None, "eager", *ALL_EXPERTS_FUNCTIONS.keys()):
             raise ValueError(
                 f'experts_implementation="{requested}": it is not known to compute what these '
-                "experts compute; choose eager, grouped_mm or batched_mm"
+                "experts compute; choose upcycle, eager, grouped_mm or batched_mm"
             )
         return requested
 

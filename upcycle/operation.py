@@ -1,0 +1,127 @@
+"""The experts of a layer as one operation of torch, ``upcycle::moe``.
+
+``torch.compile`` and ``torch.export`` see one node, whose shapes do not depend on the routing.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
+G = arity * I.
+"""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from upcycle.expert_kernels import ExpertWeights, visit
+from upcycle.pointwise import Pointwise
+
+
+def run_as_one_node(
+    experts: Any, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """``upcycle::moe`` of an `upcycle.experts.Experts`."""
+    parameters = (experts.up_EGD, experts.up_bias_EG, experts.down_proj, experts.program)
+    y_TO: torch.Tensor = torch.ops.upcycle.moe(x_TD, index_TK, weights_TK, *parameters)
+    return y_TO
+
+
+@lru_cache(maxsize=256)
+def activation(program: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation that `Pointwise.to_json` describes, on expansions side by side."""
+    pointwise = Pointwise.from_json(json.loads(program))
+    return partial(_activate, pointwise)
+
+
+def _activate(pointwise: Pointwise, z_TG: torch.Tensor) -> torch.Tensor:
+    return pointwise(*z_TG.chunk(pointwise.arity, dim=-1))
+
+
+def moe(
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    program: str,
+) -> torch.Tensor:
+    """What ``torch.ops.upcycle.moe`` computes; `program` is the activation, see `activation`.
+
+    Returns:
+        [T, O], in the dtype of `x_TD`.
+    """
+    weights = ExpertWeights(up_EGD, up_bias_EG, down_EOI, None, activation(program), None)
+    return visit(weights, x_TD, index_TK, weights_TK)
+
+
+def moe_backward(
+    grad_TO: torch.Tensor,
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    program: str,
+) -> list[torch.Tensor]:
+    """The gradients of `moe` by its tokens, weights and parameters; it is computed again."""
+    given = [t for t in (x_TD, weights_TK, up_EGD, up_bias_EG, down_EOI) if t is not None]
+    with torch.enable_grad():
+        given = [tensor.detach().requires_grad_() for tensor in given]
+        x_TD, weights_TK, up_EGD, *bias, down_EOI = given
+        y_TO = moe(x_TD, index_TK, weights_TK, up_EGD, *(bias or [None]), down_EOI, program)
+        if not y_TO.requires_grad:  # nobody is visited
+            return [torch.zeros_like(tensor) for tensor in given]
+        return list(torch.autograd.grad(y_TO, given, grad_TO, materialize_grads=True))
+
+
+def _moe_shape(
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    program: str,
+) -> torch.Tensor:
+    return x_TD.new_empty(x_TD.shape[0], down_EOI.shape[1])
+
+
+def _backward_shapes(
+    grad_TO: torch.Tensor,
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    program: str,
+) -> list[torch.Tensor]:
+    given = (x_TD, weights_TK, up_EGD, up_bias_EG, down_EOI)
+    return [torch.empty_like(tensor) for tensor in given if tensor is not None]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.program = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    x, weights, up, *bias, down = torch.ops.upcycle.moe_backward(grad_TO, *saved, ctx.program)
+    return x, None, weights, up, bias[0] if bias else None, down, None
+
+
+_GIVEN = (
+    "Tensor x, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, str program"
+)
+
+if not hasattr(torch.ops.upcycle, "moe"):  # the file of a converted model has this text, too
+    torch.library.define("upcycle::moe", f"({_GIVEN}) -> Tensor")
+    torch.library.define("upcycle::moe_backward", f"(Tensor grad, {_GIVEN}) -> Tensor[]")
+    torch.library.impl("upcycle::moe", "cpu", moe)
+    torch.library.impl("upcycle::moe_backward", "cpu", moe_backward)
+    torch.library.register_fake("upcycle::moe", _moe_shape)
+    torch.library.register_fake("upcycle::moe_backward", _backward_shapes)
+    torch.library.register_autograd("upcycle::moe", _gradients, setup_context=_keep)
