@@ -177,13 +177,16 @@ class _DenseNames(Mapping[str, torch.Tensor]):
             dtype = layer.experts.down_proj.dtype
             self._replaced |= dict.fromkeys(spec.ffn.parameters, dtype)
             inside.add(f"{spec.ffn.path}.")
-        kept = [name for name in _untied(model) if not name.startswith(tuple(inside))]
-        self._names = sorted([*kept, *self._replaced], key=_natural)
+        self._kept = {name for name in _untied(model) if not name.startswith(tuple(inside))}
+        self._names = sorted([*self._kept, *self._replaced], key=_natural)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._replaced:
             return torch.empty(0, dtype=self._replaced[name])
         return self._content.tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._replaced or name in self._kept
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -25,6 +25,7 @@ __all__ = ["TensorEntry", "check_disk", "read_tensors", "write_tensors"]
 
 GB = 10**9
 MAX_SHARD_SIZE = 5 * GB
+PIECE = 2**18  # bytes of one write: large ones make Linux look for large pages, which is slower
 
 # The names that safetensors files use for element types.
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -249,5 +250,6 @@ def _write_tensor(file: BinaryIO, entry: TensorEntry) -> None:
             f"read {tensor.dtype} {tuple(tensor.shape)}"
         )
     flat = tensor.to("cpu").contiguous().reshape(-1)
-    if flat.numel():
-        file.write(flat.view(torch.uint8).numpy().data)
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    for start in range(0, len(data), PIECE):
+        file.write(data[start : start + PIECE])

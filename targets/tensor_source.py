@@ -13,6 +13,7 @@ from upcycle.errors import UsageError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+MAPPED = 2**28
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -20,19 +21,27 @@ class SafetensorsMapping(Mapping[str, torch.Tensor]):
     """Tensors by name out of one or several safetensors files.
 
     A tensor is a view of the memory-mapped file, so asking for its shape reads nothing. Only the
-    file that was used last is kept mapped by this object.
+    file that was used last is kept mapped by this object, and it is mapped anew after each
+    `MAPPED` bytes of tensors: pages that were read count as memory of the process as long as their
+    mapping lives.
     """
 
     def __init__(self, file_of: Mapping[str, Path]) -> None:
         self._file_of = dict(file_of)
         self._open: tuple[Path, Any] | None = None
+        self._given = 0
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self._file_of[name]
-        if self._open is None or self._open[0] != path:
+        if self._open is None or self._open[0] != path or self._given > MAPPED:
             self._open = (path, _safe_open(path))
+            self._given = 0
         tensor: torch.Tensor = self._open[1].get_tensor(name)
+        self._given += tensor.nbytes
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)

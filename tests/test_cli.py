@@ -22,7 +22,7 @@ FLAGS = {
     | {"MODEL", "--recipe", "--set", "--out", "--target", "--calibration", "--inputs", "--device"}
     | {"--text-field", "--runtime", "--architecture", "--onnx-profile"}
     | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
-    | {"--stream", "--no-stream", "--resume"}
+    | {"--stream", "--no-stream", "--resume", "--jobs", "--executor"}
     | {"--trust-remote-code", "--allow-pickle"},
     "plan": LOG
     | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"}

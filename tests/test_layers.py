@@ -27,6 +27,7 @@ LAYERS = {
     "upcycle.compiler": 5,
     "upcycle.conversion_report": 5,
     "upcycle.costs": 5,
+    "upcycle.executors": 5,
     "upcycle.driver": 5,
     "upcycle.preview": 5,
     "upcycle.streaming": 5,

@@ -21,6 +21,7 @@ from upcycle.capture import ExampleInputs
 from upcycle.conversion_report import header, verify_conversion
 from upcycle.emit import FILE_CHECKS, Emission, check_targets, emit
 from upcycle.evaluation import Evaluation, evaluation_for
+from upcycle.executors import HERE, Workers, layer_maker
 from upcycle.ffn import Located
 from upcycle.modes import eval_mode
 from upcycle.passes.calibrate import calibrate
@@ -173,6 +174,7 @@ def convert(
     source: Source | None = None,
     sources: Sequence[nn.Module | str | Path] | None = None,
     located: Located | None = None,
+    workers: Workers = HERE,
     progress: Progress = silent,
 ) -> Conversion:
     """Turn the dense FFNs of `model` into MoE layers.
@@ -190,7 +192,7 @@ def convert(
         recipe_name: how reports call the recipe; its name or that of its file if None.
         source: where the model comes from, for its tokenizer and for `Conversion.save`.
         sources: for ``from_checkpoints``: modules or names, instead of ``experts.sources``.
-        located: the result of `upcycle.locate`, if it is known already.
+        located, workers: the result of `upcycle.locate`, if it is known; who makes the layers.
         progress: called after each layer.
 
     Raises:
@@ -223,9 +225,8 @@ def convert(
             domains=plan.specs[0].num_experts,
         )
         plan, important = survey(model, plan, data)
-    converted, provenance, calibrated = convert_layers(
-        model, plan, data, progress, opened, important
-    )
+    made = convert_layers(model, plan, data, progress, opened, important, workers)
+    converted, provenance, calibrated = made
     report = header(plan, model, source)
     if calibrated:
         report["calibration"] = calibrated
@@ -245,6 +246,7 @@ def convert_layers(
     progress: Progress = silent,
     sources: Sources = NO_SOURCES,
     important: Mapping[str, torch.Tensor] | None = None,
+    workers: Workers = HERE,
 ) -> tuple[nn.Module, dict[str, Provenance], dict[str, Any]]:
     """A converted copy of `model`; FFN path -> the dense neurons behind its layer; the calibration.
 
@@ -257,6 +259,7 @@ def convert_layers(
         progress: called after each layer.
         sources: the models that experts are taken from; the rest of the result is their merge.
         important: FFN path -> the importance of its neurons, as `upcycle.survey.survey` finds it.
+        workers: make the layers if there is no data.
     """
     if sources.tensors:
         model = merged(model, sources, plan.recipe.experts.merge)
@@ -264,12 +267,14 @@ def convert_layers(
     provenance: dict[str, Provenance] = {}
     rows: list[dict[str, Any]] = []
 
-    def made(spec: MoESpec, ffn: FFNWeights, seen: Activations | None = None) -> MoEWeights:
-        if seen is not None and important:
+    def fitted(spec: MoESpec, ffn: FFNWeights, seen: Activations) -> MoEWeights:
+        if important:
             seen = replace(seen, importance_NF=important[spec.ffn.path])
         weights = transform(ffn, spec, seen)
-        if seen is not None:
-            rows.append(usage(spec, ffn, weights, seen))
+        rows.append(usage(spec, ffn, weights, seen))
+        return noted(spec, weights)
+
+    def noted(spec: MoESpec, weights: MoEWeights) -> MoEWeights:
         provenance[spec.ffn.path] = weights.provenance
         progress("converting", len(provenance), len(plan.specs))
         return weights
@@ -278,16 +283,18 @@ def convert_layers(
         return read_ffn(spec.ffn, parameters, sources.tensors)
 
     if data is None:
-        return rewrite(model, plan.specs, lambda spec: made(spec, read(spec))), provenance, {}
+        with layer_maker(workers, plan.specs, read) as make:
+            converted = rewrite(model, plan.specs, lambda spec: noted(spec, make(spec)))
+        return converted, provenance, {}
     converted, layers = with_empty_layers(model, plan.specs)
     calibrate(
         converted,
         list(zip(plan.specs, layers, strict=True)),
         data.batches,
         dense=read,
-        visit=lambda spec, layer, ffn, seen: fill(layer, made(spec, ffn, seen)),
+        visit=lambda spec, layer, ffn, seen: fill(layer, fitted(spec, ffn, seen)),
         sequential=plan.recipe.calibration.sequential,
         domains=data.domains,
     )
-    described = data.describe(sequential=plan.recipe.calibration.sequential)
-    return converted, provenance, described | {"layers": rows}
+    sequential = plan.recipe.calibration.sequential
+    return converted, provenance, data.describe(sequential=sequential) | {"layers": rows}

@@ -18,6 +18,7 @@ from upcycle.costs import costs, model_size
 from upcycle.emit import check_targets
 from upcycle.errors import UsageError
 from upcycle.evaluation import device_of, evaluation_for
+from upcycle.executors import HERE, Workers, check_workers
 from upcycle.loading import load
 from upcycle.onnx_output import in_float32, verify_onnx
 from upcycle.passes.locate import locate_in
@@ -54,6 +55,7 @@ def convert_model(
     verify: bool = True,
     stream: bool | None = None,
     resume: bool = False,
+    workers: Workers = HERE,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Convert a named model into a directory and return the report, which is also written there.
@@ -61,9 +63,10 @@ def convert_model(
     Everything that can be refused is refused before the weights are read. `runtimes` have to run
     the result, and `architecture` is what it is written in. `stream` (also if it is
     None and the memory is too small) works piece by piece, and `resume` goes on with a run of that
-    kind that was interrupted; see `upcycle.streaming`.
+    kind that was interrupted; see `upcycle.streaming`. `workers` make the layers.
     """
     check_targets(targets, verify=verify)
+    check_workers(workers)
     if "onnxruntime" in runtimes and "onnx" not in targets:
         raise UsageError("--runtime onnxruntime: it runs the file of --target onnx; add that")
     _check_out(out, source, overwrite=overwrite)
@@ -127,6 +130,7 @@ def convert_model(
             overwrite=overwrite,
             resume=resume,
             verify=verify,
+            workers=workers,
             progress=progress,
         )
     del skeleton
@@ -141,6 +145,7 @@ def convert_model(
         recipe_name=recipe_name,
         source=source,
         located=located,
+        workers=workers,
         progress=progress,
     )
     gc.collect()

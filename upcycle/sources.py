@@ -123,6 +123,9 @@ class Merged(Mapping[str, torch.Tensor]):
         total = sum(tensors[name].double() for tensors in self._chosen)
         return torch.as_tensor(total / len(self._chosen)).to(held.dtype)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._held)
 

@@ -22,6 +22,7 @@ from upcycle.calibration_files import Given
 from upcycle.card import card
 from upcycle.costs import Costs
 from upcycle.errors import UnsupportedError, UsageError
+from upcycle.executors import HERE, Workers, layer_maker
 from upcycle.kept import read_kept
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
 from upcycle.layer_weights import layer_around
@@ -45,7 +46,7 @@ from upcycle.targets.staging import publish
 from upcycle.targets.tensor_file import MAX_SHARD_SIZE
 from upcycle.verification import raise_if_failed
 from upcycle.version import __version__
-from upcycle.weights import MoEWeights, Provenance, read_ffn
+from upcycle.weights import FFNWeights, MoEWeights, Provenance, read_ffn
 
 SPOOL = "upcycle-layers"  # in a partial directory, what calibration made
 
@@ -85,6 +86,7 @@ def convert_streamed(
     overwrite: bool = False,
     resume: bool = False,
     verify: bool = True,
+    workers: Workers = HERE,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the converted checkpoint of a Hugging Face directory, and return the report.
@@ -102,6 +104,7 @@ def convert_streamed(
         overwrite: replace `out` if it exists.
         resume: go on with the ``<out>.partial`` of an interrupted run; else it is removed.
         verify: trace and compare each layer as it was written (tiers T0 and T1).
+        workers: where layers are made that need no calibration.
 
     Raises:
         UnsupportedError: the checkpoint names its tensors otherwise than the model does.
@@ -128,20 +131,27 @@ def convert_streamed(
         )
     provenance: dict[str, Provenance] = {}
 
-    def layer(spec: MoESpec) -> MoEWeights:
-        made = transform(read_ffn(spec.ffn, tensors, sources.tensors), spec)
-        provenance[spec.ffn.path] = made.provenance
-        progress("converting", len(provenance), len(plan.specs))
-        return made
+    def dense(spec: MoESpec) -> FFNWeights:
+        return read_ffn(spec.ffn, tensors, sources.tensors)
 
     kept = {kept.name: kept for spec in plan.specs for kept in spec.ffn.kept}
 
     def tensor(name: str) -> torch.Tensor:
         return read_kept(kept[name], tensors) if name in kept else tensors[name]
 
-    content = Content(tensor=tensor, layer=layer)
     report = _header(source, plan, dtype)
-    with _resumable(out, resume=resume) as directory:
+    with (
+        _resumable(out, resume=resume) as directory,
+        layer_maker(workers, plan.specs, dense) as make,
+    ):
+
+        def layer(spec: MoESpec) -> MoEWeights:
+            made = make(spec)
+            provenance[spec.ffn.path] = made.provenance
+            progress("converting", len(provenance), len(plan.specs))
+            return made
+
+        content = Content(tensor=tensor, layer=layer)
         digest = None if data is None else data.digest
         manifest = Manifest(directory, _key(source, plan, max_shard_size, digest))
         if mapped is not None and data is not None:
@@ -161,8 +171,7 @@ def convert_streamed(
         report["checkpoint"] = written.to_json()
         for spec in plan.specs:
             if spec.ffn.path not in provenance:  # its file was whole already
-                made = transform(read_ffn(spec.ffn, tensors), spec)
-                provenance[spec.ffn.path] = made.provenance
+                provenance[spec.ffn.path] = transform(dense(spec), spec).provenance
         if verify:
             _verify(directory, plan, written, tensors, sources, provenance, report, progress)
             raise_if_failed(report)

@@ -5,7 +5,7 @@ import torch
 from upcycle.activations import Activations
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, gather_experts
+from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
 
 
 def copy(
@@ -29,7 +29,9 @@ def copy(
         data: unused.
 
     Returns:
-        E experts of width F, and the permanent one. Memory: E times the dense FFN, or one more.
+        E experts of width F, and the permanent one. Without that one the experts are views of the
+        dense FFN, which takes no memory, so nothing may be written into them; with it E + 1 times
+        the dense FFN.
 
     Source:
         Komatsuzaki et al., "Sparse Upcycling", 2022, https://arxiv.org/abs/2212.05055
@@ -37,9 +39,20 @@ def copy(
     neuron_1F = torch.arange(ffn.up_MFD.shape[1])[None]
     neuron_EF = neuron_1F.repeat(spec.num_experts, 1)
     if not spec.shared:
-        return Parts(gather_experts(ffn, neuron_EF))
+        return Parts(_views(ffn, neuron_EF))
     experts, permanent = (gather_experts(ffn, n, down_scale=0.5) for n in (neuron_EF, neuron_1F))
     return Parts(experts, permanent)
+
+
+def _views(ffn: FFNWeights, neuron_EF: torch.Tensor) -> ExpertWeights:
+    """The dense FFN seen E times, each time the same memory."""
+    count, bias_MF = len(neuron_EF), ffn.up_bias_MF
+    return ExpertWeights(
+        up_EGD=ffn.up_MFD.flatten(0, 1).expand(count, -1, -1),
+        up_bias_EG=None if bias_MF is None else bias_MF.flatten().expand(count, -1),
+        down_EOI=ffn.down_OF.expand(count, -1, -1),
+        neuron_EI=neuron_EF,
+    )
 
 
 COPY = ExpertMethod(

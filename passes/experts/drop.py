@@ -7,7 +7,7 @@ import torch
 
 from upcycle.activations import Activations
 from upcycle.passes.experts.copy import copy
-from upcycle.passes.experts.matrices import exact, matrices
+from upcycle.passes.experts.matrices import apart, exact, matrices
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights
@@ -43,7 +43,7 @@ def drop(
     Source:
         Nakamura et al., "Drop-Upcycling", 2025, https://arxiv.org/abs/2502.19261
     """
-    experts = copy(ffn, spec, generator=generator, data=data).experts
+    experts = apart(copy(ffn, spec, generator=generator, data=data).experts)
     d_ff = ffn.up_MFD.shape[1]
     count = math.floor(spec.experts.ratio * d_ff + 1e-9)  # 0.29 of 100 is 29
     neuron_EI = experts.neuron_EI.clone()

@@ -4,6 +4,7 @@ Shape suffixes: E experts, F neurons, D d_model, O d_out, M expansions.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,17 @@ def matrices(experts: ExpertWeights) -> list[Matrix]:
         biases = torch.split(experts.up_bias_EG, d_ff, dim=1)
     down_EFO = experts.down_EOI.transpose(1, 2)
     return [*map(Matrix, ups, biases), Matrix(down_EFO, None)]
+
+
+def apart(experts: ExpertWeights) -> ExpertWeights:
+    """The same experts, each in memory of its own, so that they can be changed."""
+    bias_EG, whole = experts.up_bias_EG, torch.contiguous_format
+    return replace(
+        experts,
+        up_EGD=experts.up_EGD.clone(memory_format=whole),
+        up_bias_EG=None if bias_EG is None else bias_EG.clone(memory_format=whole),
+        down_EOI=experts.down_EOI.clone(memory_format=whole),
+    )
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:

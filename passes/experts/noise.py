@@ -6,7 +6,7 @@ import torch
 
 from upcycle.activations import Activations
 from upcycle.passes.experts.copy import copy
-from upcycle.passes.experts.matrices import exact, matrices
+from upcycle.passes.experts.matrices import apart, exact, matrices
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights
@@ -37,7 +37,7 @@ def noise(
     Source:
         Komatsuzaki et al., "Sparse Upcycling", 2022, https://arxiv.org/abs/2212.05055
     """
-    experts = copy(ffn, spec, generator=generator, data=data).experts
+    experts = apart(copy(ffn, spec, generator=generator, data=data).experts)
     if not spec.experts.noise:
         return Parts(experts)
     for weight_EFX, _ in matrices(experts):

@@ -6,7 +6,7 @@ import torch
 
 from upcycle.activations import Activations
 from upcycle.passes.experts.copy import copy
-from upcycle.passes.experts.matrices import exact, matrices
+from upcycle.passes.experts.matrices import apart, exact, matrices
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.spec import MoESpec
 from upcycle.weights import FFNWeights
@@ -40,7 +40,7 @@ def svd(
     Source:
         structural-moe-upcycling, 2026, https://github.com/simjay/structural-moe-upcycling
     """
-    experts = copy(ffn, spec, generator=generator, data=data).experts
+    experts = apart(copy(ffn, spec, generator=generator, data=data).experts)
     if not spec.experts.noise:
         return Parts(experts)
     for weight_EFX, _ in matrices(experts):

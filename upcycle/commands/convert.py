@@ -68,6 +68,18 @@ from upcycle.program import size_in_bytes
     help="Convert piece by piece, for models larger than memory.  [default: if it must be]",
 )
 @click.option("--resume", is_flag=True, help="Go on with a streamed run that was interrupted.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Layers made at a time, where no data is needed.  [default: cores, or what memory holds]",
+)
+@click.option(
+    "--executor",
+    type=click.Choice(["threads", "ray"]),
+    default="threads",
+    show_default=True,
+    help="Make layers here, or on the Ray cluster of RAY_ADDRESS.",
+)
 @options.trust
 @click.option(
     "--allow-pickle", is_flag=True, help="Read weights from .bin files, which can run code."
@@ -86,10 +98,12 @@ def convert(
     allow_pickle: bool,
     onnx_profile: str | None,
     seed: int | None,
+    jobs: int | None,
+    executor: str,
     **others: Any,
 ) -> None:
     """Convert MODEL, verify the result and write it."""
-    from upcycle import driver, recipe_file, report
+    from upcycle import driver, executors, recipe_file, report
     from upcycle.source import open_model
 
     if onnx_profile is not None:
@@ -112,6 +126,7 @@ def convert(
             recipe_name=Path(recipe).name,
             out=out,
             targets=list(dict.fromkeys(targets)),
+            workers=executors.Workers(executor, jobs),
             progress=progress,
             **others,
         )
