@@ -30,6 +30,9 @@ FLAGS = {
     "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
     "diff": LOG | {"A", "B", "--json", "--allow-pickle"},
     "verify": LOG | {"DENSE", "CONVERTED", "--inputs", "--json", "--trust-remote-code"},
+    "bench": LOG
+    | {"CONVERTED", "--against", "--engine", "--tokens", "--layers", "--threads", "--seconds"}
+    | {"--plot", "--inputs", "--json", "--trust-remote-code"},
     "recipes": LOG | {"[NAME]"},
     "schema": LOG,
     "samples": LOG,

@@ -16,6 +16,7 @@ LAYERS = {
     "upcycle.commands": 6,
     "upcycle.program": 6,
     # 5: the driver
+    "upcycle.bench": 5,
     "upcycle.calibration": 5,
     "upcycle.calibration_files": 5,
     "upcycle.image_inputs": 5,

@@ -2,7 +2,7 @@
 
 import click
 
-from upcycle.commands import convert, diff, inspect, options, plan, recipes, samples, verify
+from upcycle.commands import bench, convert, diff, inspect, options, plan, recipes, samples, verify
 from upcycle.program import Program
 from upcycle.version import __version__
 
@@ -24,6 +24,7 @@ for command in (
     inspect.inspect,
     diff.diff,
     verify.verify,
+    bench.bench,
     recipes.recipes,
     recipes.schema,
     samples.samples,

@@ -12,13 +12,20 @@ from upcycle.errors import UnsupportedError, UpcycleError, UsageError
 from upcycle.targets.onnx.feeds import Array
 
 
-def session(model: Path | bytes, *, weights: Path | None = None, threads: int = 0) -> Any:
+def session(
+    model: Path | bytes,
+    *,
+    weights: Path | None = None,
+    threads: int = 0,
+    prepack: bool = False,
+) -> Any:
     """An ONNX Runtime session on the CPU.
 
     Args:
         model: the file, or its bytes.
         weights: the folder of the external data of a file given as bytes.
         threads: 0 lets ONNX Runtime choose.
+        prepack: lay a copy of each weight out for the kernels: faster, and twice the memory.
 
     Raises:
         UsageError: ONNX Runtime is not installed.
@@ -34,8 +41,7 @@ def session(model: Path | bytes, *, weights: Path | None = None, threads: int = 
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what matters comes as an exception
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not _has_rounded(model):
-        # A copy of each weight. The kernel of rounded experts is another one without it.
+    if not prepack and not _has_rounded(model):  # whose kernel is another one without it
         options.add_session_config_entry("session.disable_prepacking", "1")
     if weights is not None:
         key = "session.model_external_initializers_file_folder_path"

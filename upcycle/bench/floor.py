@@ -1,0 +1,112 @@
+"""The least time that a machine needs for a layer or a model: no implementation goes below it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from upcycle.bench.machine import Machine
+from upcycle.costs import layer_flops, layer_parameters
+from upcycle.onnx_options import Onnx
+from upcycle.spec import MoESpec
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What counts: the FLOPs of linear maps that a token meets, and the bytes of their weights.
+
+    Attributes:
+        machine: its rates.
+        itemsize: bytes of a weight as it is computed with.
+        routed_itemsize: of a weight of a routed expert, which may be rounded.
+        specs: of all converted layers.
+        parameters: of the dense model, without tables of embeddings, which are looked up.
+        head: of those, the ones that make logits of a hidden state.
+    """
+
+    machine: Machine
+    itemsize: float
+    routed_itemsize: float
+    specs: Sequence[MoESpec]
+    parameters: int
+    head: int
+
+    def of_layer(self, spec: MoESpec, tokens: int, visited: int) -> dict[str, float]:
+        """Seconds of ``dense`` and ``converted`` for tokens that visit so many experts together."""
+        ffn = spec.ffn
+        flops = 2 * ffn.d_ff * (len(ffn.expansions) * ffn.d_model + ffn.d_out) * tokens
+        dense = self.machine.floor(flops, ffn.num_parameters * self.itemsize)
+        sparse = self.machine.floor(layer_flops(spec) * tokens, self._layer_bytes(spec, visited))
+        return {"dense": dense, "converted": sparse}
+
+    def of_model(self, tokens: int, logits: int) -> dict[str, float]:
+        """Seconds for so many tokens, of which so many get logits.
+
+        Attention to other tokens is left out, and so are all experts that one token does not meet.
+        """
+        before = sum(spec.ffn.num_parameters for spec in self.specs)
+        rest = self.parameters - before
+        head = 2 * self.head * (logits - tokens)  # is in `rest` for every token
+
+        def seconds(flops: float, weight_bytes: float) -> float:
+            return self.machine.floor(
+                (2 * rest + flops) * tokens + head, rest * self.itemsize + weight_bytes
+            )
+
+        active = sum(self._layer_bytes(spec, spec.top_k) for spec in self.specs)
+        return {
+            "dense": seconds(2 * before, before * self.itemsize),
+            "converted": seconds(sum(layer_flops(spec) for spec in self.specs), active),
+        }
+
+    def weight_bytes(self, parameters: int) -> dict[str, float]:
+        """What the weights of ``dense``, which has so many, and of ``converted`` are run with."""
+        before = sum(spec.ffn.num_parameters for spec in self.specs)
+        layers = sum(self._layer_bytes(spec, spec.num_experts) for spec in self.specs)
+        dense = parameters * self.itemsize
+        return {"dense": dense, "converted": dense - before * self.itemsize + layers}
+
+    def _layer_bytes(self, spec: MoESpec, visited: int) -> float:
+        others = layer_parameters(spec, 0)
+        routed = layer_parameters(spec, visited) - others
+        return others * self.itemsize + routed * self.routed_itemsize
+
+
+def floor_of(
+    machine: Machine,
+    dense: nn.Module,
+    specs: Sequence[MoESpec],
+    *,
+    itemsize: int,
+    options: Onnx | None,
+) -> Floor:
+    """The floor of a dense model and what its FFNs became.
+
+    Args:
+        machine: its rates.
+        dense: the dense model.
+        specs: as the layers are.
+        itemsize: bytes of a weight as it is computed with.
+        options: of the ONNX file, if that is run.
+    """
+    asked: Any = dense.get_output_embeddings if isinstance(dense, PreTrainedModel) else lambda: None
+    makes_logits = asked()
+    head = [*makes_logits.parameters()] if isinstance(makes_logits, nn.Module) else []
+    is_head = {id(p) for p in head}
+    tables = {
+        id(m.weight): m.weight.numel() for m in dense.modules() if isinstance(m, nn.Embedding)
+    }
+    looked_up = sum(size for key, size in tables.items() if key not in is_head)
+    size: float = itemsize
+    if options is not None:
+        size = 2 if options.half else itemsize
+    return Floor(
+        machine,
+        size,
+        options.bits / 8 if options is not None and options.may_round else size,
+        specs,
+        sum(p.numel() for p in dense.parameters()) - looked_up,
+        sum(p.numel() for p in head),
+    )

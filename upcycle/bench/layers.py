@@ -1,0 +1,142 @@
+"""Converted layers and their dense FFNs as functions of tokens, in torch.
+
+Shape suffixes: T tokens, D d_model, O d_out, K chosen experts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.capture import ExampleInputs
+from upcycle.evaluation import outputs_of
+from upcycle.moe import MoE
+from upcycle.spec import MoESpec
+from upcycle.weights import read_ffn
+
+Layer = Callable[[torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense FFN and what it became, both as functions of tokens [T, D].
+
+    `visited` says how many experts some tokens visit together.
+    """
+
+    spec: MoESpec
+    dense: Layer
+    converted: Layer
+    visited: Callable[[torch.Tensor], int]
+
+
+def as_made(specs: Sequence[MoESpec], dense: nn.Module, model: nn.Module) -> tuple[MoESpec, ...]:
+    """The specs with the widths that the layers of `model` really have: a recipe may adapt them.
+
+    Raises:
+        AttributeError: `model` was not made from `dense`.
+    """
+    shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if shapes.get(name, parameter.shape) != parameter.shape:
+            raise AttributeError(f"{name} is {list(parameter.shape)} and not {list(shapes[name])}")
+    return tuple(_as_made(spec, converted_layer(model, spec)) for spec in specs)
+
+
+def _as_made(spec: MoESpec, layer: nn.Module) -> MoESpec:
+    if not isinstance(layer, MoE):
+        return spec
+    return replace(spec, width=layer.config["width"], shared=layer.config["shared"])
+
+
+def place_of(spec: MoESpec) -> str:
+    """Where the `MoE` is that an FFN becomes."""
+    ffn = spec.ffn
+    return ffn.path if ffn.placement == "module" else ffn.contraction.module
+
+
+def converted_layer(model: nn.Module, spec: MoESpec) -> nn.Module:
+    """The layer in a loaded model: an `MoE`, or the block of a native architecture.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    if spec.ffn.placement != "module":
+        return model.get_submodule(place_of(spec))
+    parent, _, name = spec.ffn.path.rpartition(".")
+    beside = dict(model.get_submodule(parent).named_children())
+    beside = {name: beside.pop(name), **beside} if name in beside else beside
+    for layer in beside.values():  # an architecture may have another name for it
+        if isinstance(layer, MoE) or hasattr(layer, "experts") or hasattr(layer, "router"):
+            return layer
+    raise AttributeError(f"{spec.ffn.path} has no experts")
+
+
+def pair(dense: nn.Module, converted: nn.Module, spec: MoESpec) -> Pair:
+    """One layer in both models."""
+    ffn = read_ffn(spec.ffn, dict(dense.named_parameters(remove_duplicate=False)))
+    layer = converted_layer(converted, spec)
+
+    def run(x_TD: torch.Tensor) -> Any:
+        if isinstance(layer, MoE):
+            layer.router.stand_in(len(x_TD))
+            return layer.tokens(x_TD)
+        return layer(x_TD[None])
+
+    def visited(x_TD: torch.Tensor) -> int:
+        most = min(spec.num_experts, len(x_TD) * spec.top_k)
+        with _visits(layer) as seen:
+            run(x_TD)
+        return min(most, *seen) if seen else most
+
+    return Pair(spec, ffn, run, visited)
+
+
+@contextmanager
+def _visits(layer: nn.Module) -> Iterator[list[int]]:
+    """Within it the experts of `layer` note how many of them are visited, if they are told."""
+    seen: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        given = [t for t in (*args, *named.values()) if isinstance(t, torch.Tensor)]
+        index = [t for t in given if t.dtype == torch.int64]
+        if len(index) == 1:
+            weights = [t for t in given if t.is_floating_point() and t.shape == index[0].shape]
+            chosen = index[0][weights[0] != 0] if len(weights) == 1 else index[0]
+            seen.append(len(set(chosen.flatten().tolist())))
+
+    experts = getattr(layer, "experts", None)
+    if not isinstance(experts, nn.Module):
+        yield seen
+        return
+    handle = experts.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def inputs_of(
+    model: nn.Module, spec: MoESpec, batches: Sequence[ExampleInputs], count: int
+) -> torch.Tensor:
+    """What the FFN is given in the dense model, [count, D]; repeated if `batches` have less."""
+    seen: list[torch.Tensor] = []
+
+    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].detach().movedim(spec.ffn.axis, -1)
+        seen.append(x.reshape(-1, x.shape[-1]))
+
+    first = model.get_submodule(spec.ffn.expansions[0].module)
+    handle = first.register_forward_pre_hook(note)
+    try:
+        for batch in batches:
+            outputs_of(model, batch)
+            if sum(map(len, seen)) >= count:
+                break
+    finally:
+        handle.remove()
+    x_TD = torch.cat(seen)
+    return x_TD.repeat(-(-count // len(x_TD)), 1)[:count]

@@ -1,0 +1,151 @@
+"""Each figure of a benchmark, as plain data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.bench.engines import Calls, Engine
+from upcycle.bench.floor import Floor
+from upcycle.bench.layers import inputs_of
+from upcycle.bench.meters import readings, six_metrics
+from upcycle.bench.timing import MOST, compared, interleaved
+from upcycle.bench.whole import PROMPT, text_of
+from upcycle.costs import Costs
+from upcycle.evaluation import Evaluation
+from upcycle.text_inputs import longest
+
+STEPS = 20  # tokens to write, at least
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        dense: the dense model in torch.
+        evaluation: inputs.
+        engine: both models, ready to run.
+        floor: what they cannot go below.
+        seconds: for each figure.
+    """
+
+    dense: nn.Module
+    evaluation: Evaluation
+    engine: Engine
+    floor: Floor
+    seconds: float
+
+
+def layer_rows(subject: Subject, tokens: Sequence[int], tick: Tick) -> list[dict[str, Any]]:
+    """Each layer with each number of tokens, which are those of the dense model."""
+    rows = []
+    for pair in subject.engine.pairs:
+        batches = subject.evaluation.batches
+        x_TD = inputs_of(subject.dense, pair.spec, batches, max(tokens))
+        for count in tokens:
+            visited = pair.visited(x_TD[:count])
+            calls = _layer_calls(pair.dense, pair.converted, x_TD[:count])
+            found = interleaved(calls, seconds=subject.seconds)
+            floors = subject.floor.of_layer(pair.spec, count, visited)
+            row = {"path": pair.spec.ffn.path, "tokens": count, "visited_experts": visited}
+            rows.append(row | compared(found, floors))
+            tick()
+    return rows
+
+
+def _layer_calls(dense: Any, converted: Any, x_TD: torch.Tensor) -> Calls:
+    return {"dense": lambda: dense(x_TD), "converted": lambda: converted(x_TD)}
+
+
+def reading_rows(subject: Subject, tokens: Sequence[int], tick: Tick) -> list[dict[str, Any]]:
+    """The whole models on texts of so many tokens; on one batch if they read other things."""
+    rows: list[dict[str, Any]] = []
+    for count in tokens:
+        calls, read, logits = _reading(subject, count)
+        none = {"dense": None, "converted": None}
+        floors: Mapping[str, float | None] = (
+            none if read is None else subject.floor.of_model(read, logits)
+        )
+        rows.append(
+            {"tokens": read} | compared(interleaved(calls, seconds=subject.seconds), floors)
+        )
+        tick()
+        if read is None:
+            break
+    return rows
+
+
+def _reading(subject: Subject, count: int) -> tuple[Calls, int | None, int]:
+    """Calls that read a text; how many tokens it has, None if it is none; how many get logits."""
+    ids_BL = text_of(subject.dense, subject.evaluation, count)
+    if ids_BL is None:
+        return subject.engine.read(subject.evaluation.batches[0]), None, 0
+    calls = subject.engine.read({"input_ids": ids_BL})
+    logits = len(ids_BL) if subject.engine.last_logits_only else ids_BL.numel()
+    return calls, ids_BL.numel(), logits
+
+
+def writing_row(subject: Subject, tick: Tick) -> dict[str, Any] | None:
+    """One token after the other with a cache; None for a model that writes no text."""
+    calls, most = _writing(subject)
+    if calls is None:
+        return None
+    found = interleaved(calls, seconds=subject.seconds, least=min(STEPS, most), most=most)
+    tick()
+    return {"tokens": 1} | compared(found, subject.floor.of_model(1, 1))
+
+
+def _writing(subject: Subject) -> tuple[Calls | None, int]:
+    """Calls that write the next token, and how often they may be called after the first time."""
+    ids_1L = text_of(subject.dense, subject.evaluation, min(PROMPT, longest(subject.dense) // 2))
+    most = min(MOST, longest(subject.dense) // 2 - 1)
+    if subject.engine.write is None or ids_1L is None or most < 1:
+        return None, 0
+    return subject.engine.write(ids_1L), most
+
+
+def six(
+    subject: Subject,
+    last: Mapping[str, Any],
+    size: Costs,
+    report: Mapping[str, Any],
+    tick: Tick,
+) -> dict[str, dict[str, float | None]]:
+    """EfficientLLM's metrics of each model, which then runs by itself.
+
+    It writes a text, or reads if it writes none, for as long as each figure takes.
+
+    Args:
+        subject: what is measured.
+        last: the row of the longest text that was read.
+        size: for the compression rate.
+        report: of the conversion, for the perplexities, if they were measured.
+        tick: called after each model.
+    """
+    calls, most = _writing(subject)
+    tokens: int | None = 1
+    if calls is None:
+        calls, tokens, _ = _reading(subject, last["tokens"] or 1)
+        most = MOST
+    language = (report.get("end_to_end") or {}).get("language_model") or {}
+    nll = [language.get(f"{name}_perplexity") for name in ("dense", "converted")]
+    found = {}
+    for name, call in calls.items():
+        with readings() as meters:
+            alone = {name: call}
+            times = interleaved(alone, seconds=subject.seconds, least=1, most=most)[name]
+        of = {"dense": size.bytes_before, "converted": size.bytes_on_disk}[name]
+        kept = {"dense": nll[0], "converted": nll[1]}[name]
+        found[name] = six_metrics(
+            meters,
+            times,
+            None if tokens is None else tokens * len(times),
+            sizes=(size.bytes_before, of),
+            quality=(1 / nll[0], 1 / kept) if nll[0] and kept else None,
+        )
+        tick()
+    return found

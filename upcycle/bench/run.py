@@ -1,0 +1,164 @@
+"""A whole benchmark of a converted directory: opened, measured, plain data in the end."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from upcycle.bench.engines import check_file, onnx_engine, torch_engine
+from upcycle.bench.floor import floor_of
+from upcycle.bench.layers import as_made
+from upcycle.bench.machine import measure
+from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six, writing_row
+from upcycle.costs import costs, model_size
+from upcycle.driver import read_report
+from upcycle.errors import UsageError
+from upcycle.evaluation import evaluation_for
+from upcycle.loading import load
+from upcycle.passes.locate import locate_in
+from upcycle.passes.plan import make_plan
+from upcycle.progress import Progress, silent
+from upcycle.recipe import Recipe
+from upcycle.source import DTYPES, Source
+from upcycle.spec import Plan
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure.
+
+    Attributes:
+        tokens: how many at a time.
+        layers: how many of the converted layers, from the middle outwards; 0 is all.
+        seconds: for each figure, at least five rounds.
+        engine: what runs the models.
+        threads: of it; None leaves them as they are.
+    """
+
+    tokens: Sequence[int] = (1, 16, 256, 2048)
+    layers: int = 1
+    seconds: float = 2.0
+    engine: Literal["torch", "onnx"] = "torch"
+    threads: int | None = None
+
+
+@torch.no_grad()
+def bench(
+    converted: Path, dense: Source, wanted: Wanted, progress: Progress = silent
+) -> dict[str, Any]:
+    """Measure a directory that `upcycle convert` wrote beside the dense model, on the CPU.
+
+    Args:
+        converted: the directory.
+        dense: the model that it was made from.
+        wanted: what to measure.
+        progress: called after each figure.
+
+    Returns:
+        Plain data: ``machine``, ``costs``, ``memory`` (bytes of the weights as they are run), and
+        of each figure the times of both models and their ratio: ``layers``, ``reading``, and
+        ``writing``, which is None for a model that writes no text; and ``six``, the metrics of
+        EfficientLLM. What cannot be known is None.
+
+    Raises:
+        UsageError: the directory is no output of upcycle, was made from another model, or has no
+            file for the engine.
+    """
+    report = read_report(converted)
+    if wanted.engine == "onnx":
+        check_file(converted)
+    recipe = Recipe.model_validate_json(json.dumps(report["resolved_recipe"]))
+    dense = replace(dense, dtype=DTYPES[report["dtype"]])  # as it was loaded for the conversion
+    with ExitStack() as stack:
+        stack.enter_context(_threads(wanted.threads))
+        reference = dense.load()
+        located = locate_in(reference, dense.example)
+        plan = make_plan(located, recipe, recipe_name=report["recipe"])
+        made, plan = _made(converted, dense, reference, plan)
+        evaluation = evaluation_for(reference, directory=dense.directory, example=dense.example)
+        specs = [plan.specs[i] for i in _middle(len(plan.specs), wanted.layers)]
+        onnx = recipe.onnx if wanted.engine == "onnx" else None
+        kind = DTYPES[report["dtype"]] if onnx is None else torch.float32
+        machine = measure(kind)
+        floor = floor_of(machine, reference, plan.specs, itemsize=kind.itemsize, options=onnx)
+        if onnx is None:
+            engine = torch_engine(reference, made, specs)
+        else:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            threads = torch.get_num_threads()
+            engine = onnx_engine(
+                reference, made, converted, specs, evaluation, folder=folder, threads=threads
+            )
+        size = costs(plan, *model_size(reference))
+        subject = Subject(reference, evaluation, engine, floor, wanted.seconds)
+        tick = _ticker(progress, (len(engine.pairs) + 1) * len(wanted.tokens) + 3)
+        layers = layer_rows(subject, wanted.tokens, tick)
+        reading = reading_rows(subject, wanted.tokens, tick)
+        writing = writing_row(subject, tick)
+        return {
+            "model": report["model"],
+            "recipe": report["recipe"],
+            "engine": wanted.engine,
+            "machine": asdict(machine),
+            "costs": size.to_json(),
+            "memory": floor.weight_bytes(size.parameters_before),
+            "layers": layers,
+            "reading": reading,
+            "writing": writing,
+            "six": six(subject, reading[-1], size, report, tick),
+        }
+
+
+def _made(
+    directory: Path, dense: Source, reference: nn.Module, plan: Plan
+) -> tuple[nn.Module, Plan]:
+    """The converted model, and the plan with its layers as they really are.
+
+    Raises:
+        UsageError: its layers are not where those of the dense model are.
+    """
+    own = None if isinstance(reference, PreTrainedModel) else dense.load()
+    made = load(directory, model=own)
+    try:
+        plan = replace(plan, specs=as_made(plan.specs, reference, made))
+    except AttributeError as error:
+        raise UsageError(
+            f"{directory}: it was not made from {dense.label} ({error}); name its dense model with "
+            "--against"
+        ) from error
+    return made, plan
+
+
+def _middle(count: int, wanted: int) -> list[int]:
+    """So many of `count` layers, from the middle outwards, in order; all if 0."""
+    order = sorted(range(count), key=lambda i: (abs(i - count // 2), i))
+    return sorted(order[: wanted or None])
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _ticker(progress: Progress, total: int) -> Tick:
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress("measuring", min(done, total), total)
+
+    progress("measuring", 0, total)
+    return tick
