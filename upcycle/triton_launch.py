@@ -86,8 +86,12 @@ def launch(
     down_bias_EO: torch.Tensor | None,
     act: str,
     gated: bool,
+    tiles: tuple[Tiles, Tiles] | None = None,
 ) -> torch.Tensor:
-    """Run the kernels; see `upcycle.triton_operation.fused_experts`. The weights may be strided."""
+    """Run the kernels; see `upcycle.triton_operation.fused_experts`. The weights may be strided.
+
+    `tiles` of the two products, with equal `rows`, replace the choice by shape.
+    """
     source = _source()
     experts, chosen = len(up_EGD), index_TK.shape[1]
     slots = index_TK.numel()
@@ -97,12 +101,7 @@ def launch(
     if not slots:
         return y_TO.zero_()
     index_S, router_S = index_TK.contiguous().view(-1), weights_TK.contiguous().view(-1)
-    rows = slots / min(slots, experts)
-    room = _shared_memory(x_TD.device)
-    wide, flat = (
-        fit_stages(choose_tiles(rows, x_TD.dtype, gated=g), x_TD.element_size(), room, gated=g)
-        for g in (gated, False)
-    )
+    wide, flat = tiles or _tiles(slots / min(slots, experts), x_TD, gated=gated)
     # A token's experts differ, so that nothing is gained by sorting one token.
     placed = len(x_TD) > 1
     here = torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext()
@@ -118,6 +117,16 @@ def launch(
         grid = (len(x_TD), -(-width // 1024))
         source.sum_slots[grid](part_SO, index_S, router_S, y_TO, experts, width, K=chosen, BN=1024)
     return y_TO
+
+
+def _tiles(rows: float, x_TD: torch.Tensor, *, gated: bool) -> tuple[Tiles, Tiles]:
+    """The tiles of the two products on the device of `x_TD`."""
+    room, size = _shared_memory(x_TD.device), x_TD.element_size()
+    first, second = (
+        fit_stages(choose_tiles(rows, x_TD.dtype, gated=g), size, room, gated=g)
+        for g in (gated, False)
+    )
+    return first, second
 
 
 def _most_blocks(slots: int, experts: int, rows: int) -> int:
