@@ -15,9 +15,12 @@ from upcycle.weights import MoEWeights
 
 
 def read_stored(directory: Path, stored: Stored) -> torch.Tensor:
-    """A copy of a tensor that lies in a file of `directory`."""
+    """A tensor that lies in a file of `directory`, mapped: what is written to it is not kept."""
     count = math.prod(stored.shape) * stored.dtype.itemsize
-    data = np.fromfile(directory / stored.file, np.uint8, count, offset=stored.offset)
+    if not count:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    file = directory / stored.file
+    data = np.memmap(file, np.uint8, mode="c", offset=stored.offset, shape=(count,))
     return torch.from_numpy(data).view(stored.dtype).reshape(stored.shape)
 
 

@@ -137,7 +137,9 @@ def _reference(
 
 def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> torch.Tensor:
     """The shared expert, the low-rank term and the bias, in float64."""
-    tensors = {name: t.double() for name, t in layer.state_dict().items() if t.is_floating_point()}
+    state = layer.state_dict()
+    few = [name for name in state if not name.startswith(("experts.", "router."))]
+    tensors = {name: state[name].double() for name in few}
     total_TO: torch.Tensor = x_TD.new_zeros(len(x_TD), layer.config["d_out"])
     if layer.shared_expert is not None:
         up = f"shared_expert.{layer.shared_expert.up_name}"

@@ -100,16 +100,31 @@ def _shared_matrices(layer: MoE) -> list[torch.Tensor]:
 
 
 def _wrong(made_EID: torch.Tensor, dense_FD: torch.Tensor, neuron_EI: torch.Tensor) -> torch.Tensor:
+    every_F = torch.arange(len(dense_FD), device=neuron_EI.device)
+    is_whole_E = [
+        torch.equal(neuron_I, every_F) and _same_bits(made_ID, dense_FD)
+        for made_ID, neuron_I in zip(made_EID, neuron_EI, strict=True)
+    ]
+    wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
+    if all(is_whole_E):
+        return wrong_EI
     factor = _factor(made_EID[0], _expected(dense_FD, neuron_EI[0]))
     eps = torch.finfo(made_EID.dtype).eps
     allowed = 0.0 if factor == 1 else 2 * eps  # a factor rounds once on either side
-    wrong_EI = torch.empty_like(neuron_EI, dtype=torch.bool)
     for expert, start in product(range(len(made_EID)), range(0, made_EID.shape[1], ROWS)):
         some = slice(start, start + ROWS)
         made = made_EID[expert, some].double()
         gap = (made - _expected(dense_FD, neuron_EI[expert, some]).double() * factor).abs()
         wrong_EI[expert, some] = (~(gap <= allowed * made.abs())).any(-1)
     return wrong_EI
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two matrices are the same bytes: for copies there is nothing to compute."""
+    if a.dtype != b.dtype or a.device != b.device:
+        return False
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 def _expected(dense_FD: torch.Tensor, neuron_I: torch.Tensor) -> torch.Tensor:
