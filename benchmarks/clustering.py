@@ -1,19 +1,36 @@
 """Time and quality of balanced clustering on shapes of real FFNs: python benchmarks/clustering.py.
 
-Two kinds of rows: independent normal ones, which is the hardest case (there is nothing to find),
-and rows drawn around as many centres as there are groups, with unequal numbers of rows per centre.
-Peak RSS is that of the process, so each line runs in its own.
+    python benchmarks/clustering.py [--only keys,activations,others]
+
+Keys: two kinds of rows, independent normal ones, which is the hardest case (there is nothing to
+find), and rows drawn around as many centres as there are groups, with unequal numbers of rows per
+centre. Activations: neurons of a gated FFN of normal weights, by the tokens of 2048 that they are
+among the strongest for; the marks are timed apart. Others: our clusters beside those of
+k-means-constrained and of scikit-learn's KMeans, whose groups have any size, where these are
+installed, on sizes that they finish. Peak RSS is that of the process, so each line runs in its own.
 """
 
+import argparse
+import importlib.util
 import multiprocessing
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 
+from upcycle.activations import Activations
+from upcycle.passes.experts.activation_carve import carve
 from upcycle.passes.experts.balanced import balanced_clusters, objective
+from upcycle.passes.experts.coactivation import bisected, counts, refined
+from upcycle.passes.experts.markers import mark
+from upcycle.pointwise import Pointwise
+from upcycle.weights import FFNWeights
 
 SHAPES = ((1536, 384, 64), (3072, 768, 16), (11008, 4096, 16), (11008, 4096, 64))
+SMALL = ((1536, 384, 16), (3072, 768, 16))
+TOKENS, MARKERS = 2048, 10
+SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 
 
 def rows(points: int, features: int, centres: int, *, mixed: bool) -> torch.Tensor:
@@ -40,16 +57,87 @@ def measure(points: int, features: int, groups: int, mixed: bool) -> None:
     print(f"{size:>14} {groups:>6}  {kind:<6} {seconds:>8.2f} {ratio:>10.4f} {peak:>9.0f}")
 
 
-def main() -> None:
+def measure_activations(neurons: int, d_model: int, groups: int, method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * d_model**-0.5
+
+    up_MFD, down_OF = draw(2, neurons, d_model), draw(d_model, neurons)
+    ffn = FFNWeights(SWIGLU, up_MFD, None, down_OF, None)
+    data = Activations((torch.randn(TOKENS, d_model, generator=generator),))
+    sizes = [len(part) for part in torch.arange(neurons).tensor_split(groups)]
+    start = time.perf_counter()
+    markers = mark(ffn, data, MARKERS, unit=method == "activation_carve")
+    marked = time.perf_counter()
+    if method == "activation_carve":
+        carve(markers, sizes)
+    else:
+        together_FF = counts(markers)
+        refined(together_FF, bisected(together_FF, sizes, generator), sizes)
+    seconds = time.perf_counter() - marked
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    size = f"{neurons} x {d_model}"
     print(
-        f"{'size':>14} {'groups':>6}  {'rows':<6} {'seconds':>8} {'vs random':>10} {'peak MiB':>9}"
+        f"{size:>14} {groups:>6}  {method:<17} {seconds:>8.2f} {marked - start:>8.2f} {peak:>9.0f}"
     )
-    spawn = multiprocessing.get_context("spawn")
-    for shape in SHAPES:
-        for mixed in (False, True):
-            process = spawn.Process(target=measure, args=(*shape, mixed))
-            process.start()
-            process.join()
+
+
+def measure_other(points: int, features: int, groups: int, who: str) -> None:
+    x = rows(points, features, groups, mixed=True)
+    sizes = [len(part) for part in torch.arange(points).tensor_split(groups)]
+    start = time.perf_counter()
+    if who == "upcycle":
+        labels = balanced_clusters(x, sizes, generator=torch.Generator().manual_seed(1))
+    elif who == "k-means-constrained":
+        from k_means_constrained import KMeansConstrained
+
+        balanced = {"size_min": min(sizes), "size_max": max(sizes)}
+        model = KMeansConstrained(groups, **balanced, n_init=1, random_state=1)
+        labels = torch.from_numpy(model.fit_predict(x.double().numpy())).long()
+    else:
+        from sklearn.cluster import KMeans
+
+        labels = torch.from_numpy(KMeans(groups, n_init=1, random_state=1).fit_predict(x)).long()
+    seconds = time.perf_counter() - start
+    count = torch.bincount(labels, minlength=groups)
+    size = f"{points} x {features}"
+    found = f"{objective(x, labels):>10.1f} {int(count.min()):>7} to {int(count.max())}"
+    print(f"{size:>14} {groups:>6}  {who:<19} {seconds:>8.2f} {found}")
+
+
+def alone(measured: Callable[..., None], *args: object) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=measured, args=args)
+    process.start()
+    process.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="keys,activations,others")
+    only = parser.parse_args().only.split(",")
+    if "keys" in only:
+        print("          size groups  rows    seconds  vs random  peak MiB")
+        for shape in SHAPES:
+            for mixed in (False, True):
+                alone(measure, *shape, mixed)
+    if "activations" in only:
+        print("          size groups  method             seconds    marks  peak MiB")
+        for groups in (16, 64):
+            for method in ("activation_carve", "coactivation"):
+                alone(measure_activations, 11008, 4096, groups, method)
+    if "others" in only:
+        print("          size groups  who                  seconds  objective   sizes")
+        for shape in SMALL:
+            alone(measure_other, *shape, "upcycle")
+            for who, module in (
+                ("k-means-constrained", "k_means_constrained"),
+                ("sklearn KMeans", "sklearn"),
+            ):
+                if importlib.util.find_spec(module) is None:
+                    print(f"{who}: not installed")
+                else:
+                    alone(measure_other, *shape, who)
 
 
 if __name__ == "__main__":
