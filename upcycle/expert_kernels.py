@@ -12,12 +12,15 @@ import numpy
 import torch
 from torch.nn import functional as F
 
-# Nanoseconds for each weight of an expert, by the rows that it is multiplied with: one expert for
-# itself, and experts side by side in one product. Two cores; python benchmarks/expert_kernels.py --costs
+# Nanoseconds for each weight and row of an expert, by the number of rows: one expert for itself,
+# and experts side by side in one product; then for one token, whose products are with a vector.
+# Two cores that other work shares: python benchmarks/expert_kernels.py --costs
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-ALONE = (0.10, 0.20, 0.40, 0.60, 0.70, 0.90, 1.4, 2.2, 3.8)
-BESIDE = (0.30, 0.35, 0.40, 0.45, 0.55, 0.80, 1.2, 2.0, 3.7)
-CALL = 15_000.0  # nanoseconds for what is done with an expert or a chunk, without its numbers
+ALONE = (0.22, 0.20, 0.18, 0.10, 0.064, 0.045, 0.033, 0.026, 0.022)
+BESIDE = (0.20, 0.13, 0.09, 0.06, 0.04, 0.032, 0.024, 0.021, 0.019)
+ONE = 0.08
+CALL, ONE_CALL = 15_000.0, 8_000.0  # nanoseconds of the calls for an expert or a chunk
+MOVE = 1.0  # nanoseconds for each number of a row that is gathered or summed
 
 
 class ExpertWeights(NamedTuple):
@@ -71,20 +74,21 @@ def _visits(index_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) 
 
 def choose(w: ExpertWeights, load_E: Any, tokens: int) -> tuple[str, int]:
     """The cheapest kernel by the table of costs, and for `in_chunks` the experts of a chunk."""
-    num_experts = len(load_E)
-    size = w.up_EGD[0].numel() + w.down_EOI[0].numel()
+    num_experts, d_out, width = w.down_EOI.shape
+    size, row = w.up_EGD[0].numel() + d_out * width, MOVE * (w.up_EGD.shape[2] + d_out)
     if tokens == 1:
-        found = {("one_token", 1): load_E.sum() * (CALL + size * ALONE[0])}
+        found = {("one_token", 1): load_E.sum() * (ONE_CALL + size * ONE)}
     else:
-        visited = numpy.count_nonzero(load_E)
-        alone = size * numpy.interp(load_E, (0, *ROWS), (0, *ALONE)).sum()
-        found = {("in_chunks", 1): visited * CALL + alone}
+        alone = size * (load_E * numpy.interp(load_E, ROWS, ALONE)).sum() + row * load_E.sum()
+        found = {("in_chunks", 1): numpy.count_nonzero(load_E) * CALL + alone}
         for chunk in {min(4, num_experts), num_experts} - {1}:
             most = numpy.maximum.reduceat(load_E, range(0, num_experts, chunk))
-            beside = size * chunk * numpy.interp(most, (0, *ROWS), (0, *BESIDE)).sum()
-            found["in_chunks", chunk] = numpy.count_nonzero(most) * CALL + beside
+            beside = size * (most * numpy.interp(most, ROWS, BESIDE)).sum() + row * most.sum()
+            found["in_chunks", chunk] = numpy.count_nonzero(most) * CALL + chunk * beside
     if w.norm is None and w.up_EGD.is_contiguous():
-        found["dense", 1] = CALL + size * num_experts * numpy.interp(tokens, ROWS, BESIDE)
+        summed = MOVE * d_out * min(tokens, 2 * width)
+        all_rows = size * tokens * numpy.interp(tokens, ROWS, BESIDE) + summed
+        found["dense", 1] = CALL + num_experts * all_rows
     return min(found, key=lambda way: float(found[way]))
 
 

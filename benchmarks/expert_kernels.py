@@ -1,0 +1,148 @@
+"""Time of split experts relative to the dense FFN: python benchmarks/expert_kernels.py
+
+SwiGLU in float32, a linear router included; the ways to run the experts take turns with the dense
+FFN, so that other work on the machine slows all of them. Median of the ratios, and quartiles.
+``--costs`` prints the table of `upcycle.expert_kernels` instead.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from torch.nn import functional as F
+
+from upcycle.expert_kernels import ROWS
+from upcycle.experts import Experts
+from upcycle.pointwise import Pointwise
+
+SHAPES = ((2048, 8192, 16, 4), (576, 1536, 16, 4), (576, 1536, 64, 8))
+TOKENS = (1, 16, 256, 1024)
+WAYS = {"ours": "upcycle", "eager": "eager", "grouped_mm": "grouped_mm", "batched_mm": "batched_mm"}
+SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
+
+
+def split(
+    d_model: int, d_ff: int, count: int, top_k: int, dtype: torch.dtype
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, str], torch.Tensor]]:
+    """A dense FFN, and as many experts of its size together with a router, run in the way named."""
+    up_FD = (torch.randn(2 * d_ff, d_model) / d_model**0.5).to(dtype)
+    down_DF = (torch.randn(d_model, d_ff) / d_ff**0.5).to(dtype)
+    router_ED = torch.randn(count, d_model).to(dtype)
+    experts = Experts(count, d_model, d_ff // count, d_model, pointwise=SWIGLU, bias=False)
+    experts.to(dtype)
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+
+    def dense(x_TD: torch.Tensor) -> torch.Tensor:
+        gate_TF, up_TF = F.linear(x_TD, up_FD).chunk(2, -1)
+        return F.linear(F.silu(gate_TF) * up_TF, down_DF)
+
+    def sparse(x_TD: torch.Tensor, way: str) -> torch.Tensor:
+        logits_TK, index_TK = F.linear(x_TD, router_ED).topk(top_k, -1)
+        experts.config._experts_implementation = WAYS[way]
+        return experts(x_TD, index_TK, logits_TK.softmax(-1))
+
+    return dense, sparse
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratios(
+    shape: tuple[int, int, int, int], tokens: int, budget: float, dtype: torch.dtype
+) -> Iterator[tuple[str, list[float]]]:
+    """For each way its first quartile, median and last quartile, relative to the dense FFN."""
+    dense, sparse = split(*shape, dtype)
+    x_TD = torch.randn(tokens, shape[0]).to(dtype)
+    ways = [way for way in WAYS if tokens == 1 or way != "batched_mm"]
+    for way in ways:  # warm, and right
+        torch.testing.assert_close(sparse(x_TD, way), sparse(x_TD, "eager"), rtol=0.02, atol=0.02)
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    end = time.perf_counter() + budget
+    while time.perf_counter() < end or len(found["ours"]) < 7:
+        for way in ways:
+            base = seconds(lambda: dense(x_TD))
+            found[way].append(seconds(lambda way=way: sparse(x_TD, way)) / base)
+    for way, values in found.items():
+        yield way, statistics.quantiles(values, n=4)
+
+
+def costs(dtype: torch.dtype) -> None:
+    """Nanoseconds for each weight and row: one expert for itself, and 16 side by side."""
+    found: dict[str, list[float]] = {"ALONE": [], "BESIDE": []}
+    vector: list[float] = []
+    for rows in ROWS:
+        per_weight: dict[str, list[float]] = {"ALONE": [], "BESIDE": []}
+        for d_model, width in ((576, 96), (768, 192), (2048, 512)):
+            up = torch.randn(16, 2 * width, d_model).to(dtype)
+            down = torch.randn(16, d_model, width).to(dtype)
+            x_NCD = torch.randn(16, rows, d_model).to(dtype)
+
+            def alone(up=up, down=down, x_NCD=x_NCD) -> None:
+                for e in range(16):
+                    gate, value = F.linear(x_NCD[e], up[e]).chunk(2, -1)
+                    F.linear(F.silu(gate) * value, down[e])
+
+            def beside(up=up, down=down, x_NCD=x_NCD) -> None:
+                gate, value = (x_NCD @ up.mT).chunk(2, -1)
+                (F.silu(gate) * value) @ down.mT
+
+            def one(up=up, down=down, x_D=x_NCD[0, 0]) -> None:
+                for e in range(16):
+                    gate, value = torch.mv(up[e], x_D).chunk(2, -1)
+                    torch.mv(down[e], F.silu(gate) * value)
+
+            turns = range(max(7, 300 // rows))
+            times = [(seconds(alone) - 16 * CALL_SECONDS, seconds(beside)) for _ in turns]
+            for name, spent in zip(per_weight, zip(*times, strict=True), strict=True):
+                per_weight[name].append(min(spent) / (up.numel() + down.numel()) / rows * 1e9)
+            if rows == 1:
+                vector.append(min(seconds(one) - 16 * CALL_SECONDS for _ in turns))
+                vector[-1] *= 1e9 / (up.numel() + down.numel())
+        for name, figures in per_weight.items():
+            found[name].append(statistics.median(figures))
+    for name, figures in found.items():
+        print(f"{name} = ({', '.join(f'{figure:.2g}' for figure in figures)})")
+    print(f"ONE = {statistics.median(vector):.2g}")
+
+
+CALL_SECONDS = 8e-6  # of the five operations of an expert on nothing
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each line")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="one of them")
+    parser.add_argument("--costs", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, given.dtype)
+    if given.costs:
+        costs(dtype)
+        return
+    print(f"{'d':>5} {'F':>5} {'E':>3} {'K':>2} {'T':>5}  " + "".join(f"{w:<18}" for w in WAYS))
+    for shape in SHAPES if given.shape is None else (SHAPES[given.shape],):
+        d_model, d_ff, count, top_k = shape
+        for tokens in TOKENS:
+            cells = {
+                way: f"{middle:.2f} ({low:.2f}-{high:.2f})"
+                for way, (low, middle, high) in ratios(shape, tokens, given.seconds, dtype)
+            }
+            line = f"{d_model:>5} {d_ff:>5} {count:>3} {top_k:>2} {tokens:>5}  "
+            print(line + "".join(f"{cells.get(way, ''):<18}" for way in WAYS), flush=True)
+
+
+if __name__ == "__main__":
+    main()
