@@ -232,7 +232,7 @@ def tokens_of(
             domain_T = domain_B.to(x_TD.device).repeat_interleave(len(x_TD) // len(domain_B))
         return Activations((x_TD,), None, domain_T)
     of_BL, ids_BL, mask_BL = fitting[0]
-    domain_BL = None if domain_B is None else domain_B[:, None].expand(of_BL.shape)
+    domain_BL = None if domain_B is None else domain_B[:, None].expand(of_BL.shape).to(of_BL.device)
     kept_T = None if mask_BL is None else _laid_out(mask_BL.bool(), shape)
 
     def kept(values_T: torch.Tensor) -> torch.Tensor:

@@ -32,8 +32,9 @@ def rewrite(
     """
     specs = list(specs)
     converted, layers = with_empty_layers(model, specs)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for spec, layer in zip(specs, layers, strict=True):
-        fill(layer, weights(spec))
+        fill(layer, weights(spec), parameters[spec.ffn.parameters[0]].device)
     return converted
 
 
@@ -56,15 +57,15 @@ def with_empty_layers(
     return converted, layers
 
 
-def fill(layer: MoE, made: MoEWeights) -> None:
-    """Put weights into a layer, which takes their device and dtype; routers stay in float32."""
-    down = made.experts.down_EOI
-    layer.router.to(device=down.device)
+def fill(layer: MoE, made: MoEWeights, device: torch.device) -> None:
+    """Put weights into a layer on `device`, in their dtype; routers stay in float32."""
+    dtype = made.experts.down_EOI.dtype
+    layer.router.to(device=device)
     for part in (layer.experts, layer.shared_expert, layer.low_rank):
         if part is not None:
-            part.to(device=down.device, dtype=down.dtype)
+            part.to(device=device, dtype=dtype)
     if layer.output_bias is not None:
-        layer.output_bias = nn.Parameter(layer.output_bias.detach().to(down))
+        layer.output_bias = nn.Parameter(layer.output_bias.detach().to(device, dtype))
     load_weights(layer, made)
 
 

@@ -74,7 +74,7 @@ def run(
     def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, given: Activations) -> None:
         assert spec.ffn.path not in seen
         seen[spec.ffn.path] = given
-        fill(layer, transform(ffn, spec, given))
+        fill(layer, transform(ffn, spec, given), torch.device("cpu"))
         also(spec, layer, given)
 
     calibrate(

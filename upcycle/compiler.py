@@ -24,6 +24,7 @@ from upcycle.evaluation import Evaluation, evaluation_for
 from upcycle.executors import HERE, Workers, layer_maker
 from upcycle.ffn import Located
 from upcycle.modes import eval_mode
+from upcycle.moe import MoE
 from upcycle.passes.calibrate import calibrate
 from upcycle.passes.locate import locate_in
 from upcycle.passes.merge import merge
@@ -267,12 +268,13 @@ def convert_layers(
     provenance: dict[str, Provenance] = {}
     rows: list[dict[str, Any]] = []
 
-    def fitted(spec: MoESpec, ffn: FFNWeights, seen: Activations) -> MoEWeights:
+    def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, seen: Activations) -> None:
+        device, ffn, seen = ffn.down_OF.device, ffn.cpu(), seen.cpu()  # as the generators are
         if important:
             seen = replace(seen, importance_NF=important[spec.ffn.path])
         weights = transform(ffn, spec, seen)
         rows.append(usage(spec, ffn, weights, seen))
-        return noted(spec, weights)
+        fill(layer, noted(spec, weights), device)
 
     def noted(spec: MoESpec, weights: MoEWeights) -> MoEWeights:
         provenance[spec.ffn.path] = weights.provenance
@@ -283,18 +285,13 @@ def convert_layers(
         return read_ffn(spec.ffn, parameters, sources.tensors)
 
     if data is None:
-        with layer_maker(workers, plan.specs, read) as make:
+        with layer_maker(workers, plan.specs, lambda spec: read(spec).cpu()) as make:
             converted = rewrite(model, plan.specs, lambda spec: noted(spec, make(spec)))
         return converted, provenance, {}
     converted, layers = with_empty_layers(model, plan.specs)
+    pairs, batches = list(zip(plan.specs, layers, strict=True)), data.batches
+    sequential, domains = plan.recipe.calibration.sequential, data.domains
     calibrate(
-        converted,
-        list(zip(plan.specs, layers, strict=True)),
-        data.batches,
-        dense=read,
-        visit=lambda spec, layer, ffn, seen: fill(layer, fitted(spec, ffn, seen)),
-        sequential=plan.recipe.calibration.sequential,
-        domains=data.domains,
+        converted, pairs, batches, dense=read, visit=visit, sequential=sequential, domains=domains
     )
-    sequential = plan.recipe.calibration.sequential
     return converted, provenance, data.describe(sequential=sequential) | {"layers": rows}

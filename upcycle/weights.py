@@ -65,6 +65,20 @@ class FFNWeights:
             sources=tuple(source.to(dtype) for source in self.sources),
         )
 
+    def cpu(self) -> "FFNWeights":
+        """The same FFN in the memory of the host; this one, if it is there."""
+        if self.up_MFD.device.type == "cpu":
+            return self
+        bias_MF, bias_O = self.up_bias_MF, self.down_bias_O
+        return FFNWeights(
+            pointwise=self.pointwise,
+            up_MFD=self.up_MFD.cpu(),
+            up_bias_MF=None if bias_MF is None else bias_MF.cpu(),
+            down_OF=self.down_OF.cpu(),
+            down_bias_O=None if bias_O is None else bias_O.cpu(),
+            sources=tuple(source.cpu() for source in self.sources),
+        )
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
