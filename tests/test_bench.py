@@ -176,6 +176,7 @@ def test_what_is_refused(dense: Path, native: Path, tmp_path: Path) -> None:
     small_models.llama(hidden_size=64).save_pretrained(tmp_path / "wider")
     weights = convert(dense, tmp_path / "moe", "sparse-upcycling", *WEIGHTS)
     for arguments, words in (
+        ([tmp_path / "nowhere"], "no report.json, so this is not an output of upcycle"),
         ([dense], "no report.json, so this is not an output of upcycle"),
         ([native], "name the dense model with --against"),
         ([native, "--against", gpt2], "it was not made from gpt2"),

@@ -71,7 +71,9 @@ def reader(runner: Any, inputs: ExampleInputs) -> Call:
 
 
 def _array(value: Any) -> Any:
-    return value.numpy() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.float().numpy() if value.is_floating_point() else value.numpy()
 
 
 def has_cache(runner: Any) -> bool:
@@ -128,7 +130,7 @@ def layer(file: Path, first: str, last: str, threads: int) -> Layer | None:
             for value in runner.get_inputs()
             if value.name != x_name
         }
-        feeds[x_name] = x_TD[None].numpy().astype(types[x_name], copy=False)
+        feeds[x_name] = _array(x_TD[None]).astype(types[x_name], copy=False)
         return runner.run(None, feeds)
 
     return run

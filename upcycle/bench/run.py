@@ -98,10 +98,13 @@ def bench(
             )
         size = costs(plan, *model_size(reference))
         subject = Subject(reference, evaluation, engine, floor, wanted.seconds)
-        tick = _ticker(progress, (len(engine.pairs) + 1) * len(wanted.tokens) + 3)
+        total = (len(engine.pairs) + 1) * len(wanted.tokens) + 3
+        tick = _ticker(progress, total)
         layers = layer_rows(subject, wanted.tokens, tick)
         reading = reading_rows(subject, wanted.tokens, tick)
         writing = writing_row(subject, tick)
+        metrics = six(subject, reading[-1], size, report, tick)
+        progress("measuring", total, total)
         return {
             "model": report["model"],
             "recipe": report["recipe"],
@@ -112,7 +115,7 @@ def bench(
             "layers": layers,
             "reading": reading,
             "writing": writing,
-            "six": six(subject, reading[-1], size, report, tick),
+            "six": metrics,
         }
 
 
@@ -158,7 +161,7 @@ def _ticker(progress: Progress, total: int) -> Tick:
     def tick() -> None:
         nonlocal done
         done += 1
-        progress("measuring", min(done, total), total)
+        progress("measuring", min(done, total - 1), total)
 
     progress("measuring", 0, total)
     return tick

@@ -78,7 +78,7 @@ def _times(row: Mapping[str, Any]) -> Iterator[str]:
     for model in ("dense", "converted"):
         times = row[model]
         unit, factor = next(u for u in _UNITS if times["median"] * u[1] >= 1 or u[0] == "us")
-        low, middle, high = (f"{times[key] * factor:.3g}" for key in ("low", "median", "high"))
+        low, middle, high = (_digits(times[key] * factor) for key in ("low", "median", "high"))
         yield f"{middle} {unit} ({low} to {high})"
     low, middle, high = (f"{row['ratio'][key]:.2f}" for key in ("low", "median", "high"))
     yield f"{middle} ({low} to {high})"
@@ -86,6 +86,10 @@ def _times(row: Mapping[str, Any]) -> Iterator[str]:
         row[m]["floor"] and row[m]["floor"] / row[m]["median"] for m in ("dense", "converted")
     ]
     yield ", ".join("-" if part is None else f"{part:.0%}" for part in floors)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -20,7 +20,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, given: str) -> tuple[in
 
 
 @click.command()
-@click.argument("converted", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("converted", type=click.Path(path_type=Path))
 @click.option("--against", metavar="DENSE", help="The dense model.  [default: as converted]")
 @click.option(
     "--engine",
