@@ -67,7 +67,7 @@ def run(kernel: str, w: ExpertWeights, *given: torch.Tensor) -> torch.Tensor:
     if kernel == "dense":
         return expert_kernels.dense(w, *given)
     if kernel == "one token":
-        return expert_kernels.one_token(w, x_TD, visits, weights_TK)
+        return expert_kernels.one_token(w, *given)
     return expert_kernels.in_chunks(w, x_TD, visits, weights_TK, int(kernel.split()[-1]))
 
 
@@ -270,8 +270,8 @@ def choice(w: ExpertWeights, loads: list[int], tokens: int) -> tuple[str, int]:
 
 
 def test_the_choice_follows_the_loads() -> None:
-    assert choice(large(16, 96), [1] * 4 + [0] * 12, 1) == ("one_token", 1)
-    assert choice(large(64, 24), [1] * 64, 1)[0] == "dense", "all experts for one token"
+    assert expert_kernels.one_by_one(large(16, 96), 4)
+    assert not expert_kernels.one_by_one(large(64, 2), 64), "all experts for one token"
     assert choice(large(64, 24), [2] * 64, 16) == ("in_chunks", 64)
     assert choice(large(16, 96), [256] + [0] * 15, 256) == ("in_chunks", 1), "one takes all"
     assert choice(large(64, 24), [256] * 64, 256)[0] == "dense", "all experts for all"

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 # Two cores that other work shares: python benchmarks/expert_kernels.py --costs
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ALONE = (0.22, 0.20, 0.18, 0.10, 0.064, 0.045, 0.033, 0.026, 0.022)
-BESIDE = (0.20, 0.13, 0.09, 0.06, 0.04, 0.032, 0.024, 0.021, 0.019)
+BESIDE = (0.20, 0.15, 0.11, 0.06, 0.04, 0.032, 0.024, 0.021, 0.019)
 ONE = 0.08
-CALL, ONE_CALL = 15_000.0, 8_000.0  # nanoseconds of the calls for an expert or a chunk
+CALL, ONE_CALL = 50_000.0, 8_000.0  # nanoseconds of the calls for a chunk, and for a vector
 MOVE = 1.0  # nanoseconds for each number of a row that is gathered or summed
 
 
@@ -49,13 +49,13 @@ def visit(
 
     Arguments and promise are those of `upcycle.kernels.run_experts`.
     """
+    if len(x_TD) == 1 and one_by_one(w, weights_TK.shape[1]):
+        return one_token(w, x_TD, index_TK, weights_TK).to(x_TD.dtype)
     visits = _visits(index_TK, weights_TK, len(w.up_EGD))
     if not len(visits.pair_S):
         return x_TD.new_zeros(len(x_TD), w.down_EOI.shape[1])
     kernel, chunk = choose(w, visits.load_E, len(x_TD))
-    if kernel == "one_token":
-        y_TO = one_token(w, x_TD, visits, weights_TK)
-    elif kernel == "dense":
+    if kernel == "dense":
         y_TO = dense(w, x_TD, index_TK, weights_TK)
     else:
         y_TO = in_chunks(w, x_TD, visits, weights_TK, chunk)
@@ -72,19 +72,23 @@ def _visits(index_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) 
     return Visits(pair_S, expert_S, numpy.bincount(expert_S, minlength=num_experts))
 
 
+def one_by_one(w: ExpertWeights, top_k: int) -> bool:
+    """Whether `one_token` is the cheapest for one token: it has no time to ask numpy."""
+    num_experts, d_out, width = w.down_EOI.shape
+    size = w.up_EGD.shape[1] * w.up_EGD.shape[2] + d_out * width
+    return top_k * (ONE_CALL + size * ONE) <= CALL + num_experts * size * BESIDE[0]
+
+
 def choose(w: ExpertWeights, load_E: Any, tokens: int) -> tuple[str, int]:
     """The cheapest kernel by the table of costs, and for `in_chunks` the experts of a chunk."""
     num_experts, d_out, width = w.down_EOI.shape
     size, row = w.up_EGD[0].numel() + d_out * width, MOVE * (w.up_EGD.shape[2] + d_out)
-    if tokens == 1:
-        found = {("one_token", 1): load_E.sum() * (ONE_CALL + size * ONE)}
-    else:
-        alone = size * (load_E * numpy.interp(load_E, ROWS, ALONE)).sum() + row * load_E.sum()
-        found = {("in_chunks", 1): numpy.count_nonzero(load_E) * CALL + alone}
-        for chunk in {min(4, num_experts), num_experts} - {1}:
-            most = numpy.maximum.reduceat(load_E, range(0, num_experts, chunk))
-            beside = size * (most * numpy.interp(most, ROWS, BESIDE)).sum() + row * most.sum()
-            found["in_chunks", chunk] = numpy.count_nonzero(most) * CALL + chunk * beside
+    alone = size * (load_E * numpy.interp(load_E, ROWS, ALONE)).sum() + row * load_E.sum()
+    found = {("in_chunks", 1): numpy.count_nonzero(load_E) * CALL + alone}
+    for chunk in {min(4, num_experts), num_experts} - {1}:
+        most = numpy.maximum.reduceat(load_E, range(0, num_experts, chunk))
+        beside = size * (most * numpy.interp(most, ROWS, BESIDE)).sum() + row * most.sum()
+        found["in_chunks", chunk] = numpy.count_nonzero(most) * CALL + chunk * beside
     if w.norm is None and w.up_EGD.is_contiguous():
         summed = MOVE * d_out * min(tokens, 2 * width)
         all_rows = size * tokens * numpy.interp(tokens, ROWS, BESIDE) + summed
@@ -93,17 +97,20 @@ def choose(w: ExpertWeights, load_E: Any, tokens: int) -> tuple[str, int]:
 
 
 def one_token(
-    w: ExpertWeights, x_1D: torch.Tensor, visits: Visits, weights_1K: torch.Tensor
+    w: ExpertWeights, x_1D: torch.Tensor, index_1K: torch.Tensor, weights_1K: torch.Tensor
 ) -> torch.Tensor:
     """Expert after expert: their weights are read where they are, and once."""
     x_D = x_1D[0].to(w.up_EGD.dtype)
-    weight_S = weights_1K[0].to(x_D.dtype)
+    weight_K = weights_1K[0].to(x_D.dtype)
     y_O = x_D.new_zeros(w.down_EOI.shape[1])
-    for pair, expert in zip(visits.pair_S.tolist(), visits.expert_S.tolist(), strict=True):
+    chosen = zip(index_1K[0].tolist(), weights_1K[0].tolist(), weight_K, strict=True)
+    for expert, number, weight in chosen:
+        if not number:
+            continue
         z_G = torch.mv(w.up_EGD[expert], x_D)
         if w.up_bias_EG is not None:
             z_G = z_G + w.up_bias_EG[expert]
-        weight, hidden_I = weight_S[pair], w.activate(z_G)
+        hidden_I = w.activate(z_G)
         if w.norm is None and w.down_bias_EO is None:
             y_O = torch.addmv(y_O, w.down_EOI[expert], hidden_I * weight)
         else:
@@ -170,7 +177,7 @@ def _expert(w: ExpertWeights, expert: int, x_CD: torch.Tensor) -> torch.Tensor:
 
 def _chunk(w: ExpertWeights, first: int, count: int, x_RD: torch.Tensor) -> torch.Tensor:
     chosen = slice(first, first + count)
-    x_NCD = x_RD.unflatten(0, (count, -1))
+    x_NCD = x_RD.view(count, -1, x_RD.shape[1])
     z_NCG = x_NCD @ w.up_EGD[chosen].mT
     if w.up_bias_EG is not None:
         z_NCG = z_NCG + w.up_bias_EG[chosen, None]
@@ -188,7 +195,7 @@ def dense(
     num_experts, d_out, width = w.down_EOI.shape
     bias_G = None if w.up_bias_EG is None else w.up_bias_EG.flatten()
     z_TG = F.linear(x_TD, w.up_EGD.flatten(0, 1), bias_G)
-    hidden_TEI = w.activate(z_TG.unflatten(1, (num_experts, -1)))
+    hidden_TEI = w.activate(z_TG.view(len(x_TD), num_experts, -1))
     # Where the weight is zero the index may be that of an expert of another process.
     index_TK = index_TK.clamp(0, num_experts - 1)
     weights_TE = hidden_TEI.new_zeros(len(x_TD), num_experts)

@@ -66,11 +66,13 @@ def moe_backward(
     program: str,
 ) -> list[torch.Tensor]:
     """The gradients of `moe` by its tokens, weights and parameters; it is computed again."""
-    given = [t for t in (x_TD, weights_TK, up_EGD, up_bias_EG, down_EOI) if t is not None]
     with torch.enable_grad():
-        given = [tensor.detach().requires_grad_() for tensor in given]
-        x_TD, weights_TK, up_EGD, *bias, down_EOI = given
-        y_TO = moe(x_TD, index_TK, weights_TK, up_EGD, *(bias or [None]), down_EOI, program)
+        x, weights, up, down = (
+            tensor.detach().requires_grad_() for tensor in (x_TD, weights_TK, up_EGD, down_EOI)
+        )
+        bias = None if up_bias_EG is None else up_bias_EG.detach().requires_grad_()
+        y_TO = moe(x, index_TK, weights, up, bias, down, program)
+        given = [tensor for tensor in (x, weights, up, bias, down) if tensor is not None]
         if not y_TO.requires_grad:  # nobody is visited
             return [torch.zeros_like(tensor) for tensor in given]
         return list(torch.autograd.grad(y_TO, given, grad_TO, materialize_grads=True))
