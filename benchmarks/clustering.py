@@ -46,15 +46,17 @@ def rows(points: int, features: int, centres: int, *, mixed: bool) -> torch.Tens
 def measure(points: int, features: int, groups: int, mixed: bool) -> None:
     x = rows(points, features, groups, mixed=mixed)
     sizes = [len(part) for part in torch.arange(points).tensor_split(groups)]
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     labels = balanced_clusters(x, sizes, generator=torch.Generator().manual_seed(1))
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     chance = labels[torch.randperm(points, generator=torch.Generator().manual_seed(2))]
     ratio = objective(x, labels) / objective(x, chance)
     kind = "mixed" if mixed else "normal"
     size = f"{points} x {features}"
-    print(f"{size:>14} {groups:>6}  {kind:<6} {seconds:>8.2f} {ratio:>10.4f} {peak:>9.0f}")
+    print(
+        f"{size:>14} {groups:>6}  {kind:<6} {seconds:>8.2f} {cpu:>7.2f} {ratio:>10.4f} {peak:>9.0f}"
+    )
 
 
 def measure_activations(neurons: int, d_model: int, groups: int, method: str) -> None:
@@ -69,24 +71,23 @@ def measure_activations(neurons: int, d_model: int, groups: int, method: str) ->
     sizes = [len(part) for part in torch.arange(neurons).tensor_split(groups)]
     start = time.perf_counter()
     markers = mark(ffn, data, MARKERS, unit=method == "activation_carve")
-    marked = time.perf_counter()
+    marked, begun = time.perf_counter(), time.process_time()
     if method == "activation_carve":
         carve(markers, sizes)
     else:
         together_FF = counts(markers)
         refined(together_FF, bisected(together_FF, sizes, generator), sizes)
-    seconds = time.perf_counter() - marked
+    seconds, cpu = time.perf_counter() - marked, time.process_time() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    size = f"{neurons} x {d_model}"
-    print(
-        f"{size:>14} {groups:>6}  {method:<17} {seconds:>8.2f} {marked - start:>8.2f} {peak:>9.0f}"
-    )
+    size, marking = f"{neurons} x {d_model}", marked - start
+    figures = f"{seconds:>8.2f} {cpu:>7.2f} {marking:>8.2f} {peak:>9.0f}"
+    print(f"{size:>14} {groups:>6}  {method:<17} {figures}")
 
 
 def measure_other(points: int, features: int, groups: int, who: str) -> None:
     x = rows(points, features, groups, mixed=True)
     sizes = [len(part) for part in torch.arange(points).tensor_split(groups)]
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     if who == "upcycle":
         labels = balanced_clusters(x, sizes, generator=torch.Generator().manual_seed(1))
     elif who == "k-means-constrained":
@@ -99,11 +100,11 @@ def measure_other(points: int, features: int, groups: int, who: str) -> None:
         from sklearn.cluster import KMeans
 
         labels = torch.from_numpy(KMeans(groups, n_init=1, random_state=1).fit_predict(x)).long()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - begun
     count = torch.bincount(labels, minlength=groups)
     size = f"{points} x {features}"
     found = f"{objective(x, labels):>10.1f} {int(count.min()):>7} to {int(count.max())}"
-    print(f"{size:>14} {groups:>6}  {who:<19} {seconds:>8.2f} {found}")
+    print(f"{size:>14} {groups:>6}  {who:<19} {seconds:>8.2f} {cpu:>7.2f} {found}")
 
 
 def alone(measured: Callable[..., None], *args: object) -> None:
@@ -117,17 +118,17 @@ def main() -> None:
     parser.add_argument("--only", default="keys,activations,others")
     only = parser.parse_args().only.split(",")
     if "keys" in only:
-        print("          size groups  rows    seconds  vs random  peak MiB")
+        print("          size groups  rows    seconds   CPU s  vs random  peak MiB")
         for shape in SHAPES:
             for mixed in (False, True):
                 alone(measure, *shape, mixed)
     if "activations" in only:
-        print("          size groups  method             seconds    marks  peak MiB")
+        print("          size groups  method             seconds   CPU s    marks  peak MiB")
         for groups in (16, 64):
             for method in ("activation_carve", "coactivation"):
                 alone(measure_activations, 11008, 4096, groups, method)
     if "others" in only:
-        print("          size groups  who                  seconds  objective   sizes")
+        print("          size groups  who                  seconds   CPU s  objective   sizes")
         for shape in SMALL:
             alone(measure_other, *shape, "upcycle")
             for who, module in (
