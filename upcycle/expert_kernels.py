@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 # Nanoseconds for each weight and row of an expert, by the number of rows: one expert for itself,
 # and experts side by side in one product; then for one token, whose products are with a vector.
-# Two cores that other work shares: python benchmarks/expert_kernels.py --costs
+# Set by hand from times of whole layers on two cores that other work shares; to measure products
+# by themselves: python benchmarks/expert_kernels.py --costs
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ALONE = (0.22, 0.20, 0.18, 0.10, 0.064, 0.045, 0.033, 0.026, 0.022)
 BESIDE = (0.20, 0.15, 0.11, 0.06, 0.04, 0.032, 0.024, 0.021, 0.019)
