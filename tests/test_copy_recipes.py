@@ -16,7 +16,6 @@ from upcycle.source import open_model
 SOURCES = {"btx": 4, "clip-moe": 4, "uni-moe": 4, "medplib": 2}
 ALTERED = ["drop-upcycling", "noise-upcycling", *SOURCES]
 EXACT = ["residual-moe", "moe-llava"]
-FORM = dict.fromkeys(["residual-moe", "moe-llava", "medplib", "sepit"], "remote_code")
 
 
 @pytest.mark.parametrize("name", [*ALTERED, *EXACT, "sepit"])
@@ -30,11 +29,9 @@ def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path)
     assert relative < 1e-5 if name in EXACT else relative > 1e-3
     done.save(tmp_path / name, targets=["safetensors", "onnx"])  # tiers T3 and T4
     assert all(check["passed"] for check in done.report["checks"])
-    assert done.report["checkpoint"]["form"] == FORM.get(name, "native"), done.report["checkpoint"]
+    assert done.report["checkpoint"]["form"] == "native", done.report["checkpoint"]
     loaded = upcycle.load(tmp_path / name)
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / name, trust_remote_code=name in FORM
-    )
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
     tokens = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         expected = done.model(input_ids=tokens).logits

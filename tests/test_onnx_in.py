@@ -155,7 +155,7 @@ def test_one_ffn_at_two_places_is_converted_once(tmp_path: Path) -> None:
         x = graph.op("MatMul", graph.op("Relu", z), down)  # the input of the next is an output
     path = onnx_files.write(tmp_path / "dense.onnx", graph, x)
     assert len(located(path).ffns) == 1
-    convert(path, tmp_path / "out", "granular", *EXACT["granular"])
+    convert(path, tmp_path / "out", "granular", *EXACT["granular"], "onnx.form=fused")
     assert relative(path, tmp_path / "out/model.onnx") <= TOLERANCE
     model = onnx.load(tmp_path / "out/model.onnx", load_external_data=False)
     assert sum(node.op_type == "MoE" for node in model.graph.node) == 3

@@ -19,7 +19,7 @@ FORMAT = 1  # of the description in config.json; a later one may say what this c
 
 # Functions of transformers that read the activation from elsewhere, or that nothing here was
 # compared with.
-REFUSED = ("deepgemm", "sonicmoe")
+FOREIGN_KERNELS = ("deepgemm", "sonicmoe")
 
 
 class UpcycledConfig:
@@ -87,7 +87,11 @@ class UpcycledModel(nn.Module):
 
     def get_correct_experts_implementation(self, requested: str | None) -> str | None:
         """`requested`, a way to run the experts; ValueError for one that may compute another."""
-        if requested in REFUSED or requested not in (None, "eager", *ALL_EXPERTS_FUNCTIONS.keys()):
+        if requested in FOREIGN_KERNELS or requested not in (
+            None,
+            "eager",
+            *ALL_EXPERTS_FUNCTIONS.keys(),
+        ):
             raise ValueError(
                 f'experts_implementation="{requested}": it is not known to compute what these '
                 "experts compute; choose upcycle, eager, grouped_mm or batched_mm"
