@@ -164,10 +164,10 @@ def convert_model(
 
 def _check_gradients(recipe: Recipe, what: str) -> None:
     """Refuse a recipe that needs a backward pass where there is none."""
-    if "gradients" in needs(recipe) or recipe.experts.adaptive:
+    if "gradients" in needs(recipe):
         raise UsageError(
-            f"{what} is run once, forwards, and the recipe's methods look at gradients or at all "
-            "layers first; convert a model that fits in memory, or use another recipe"
+            f"{what} is run forwards only, and the recipe's methods look at gradients; convert a "
+            "model that fits in memory, or use another recipe"
         )
     if recipe.experts.adaptive:
         raise UsageError(

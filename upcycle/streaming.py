@@ -242,7 +242,7 @@ def _key(source: Source, plan: Plan, max_shard_size: int, data: str | None) -> s
 def _header(source: Source, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "upcycle": __version__,
-        "model": source.name,
+        "model": source.label,
         "recipe": plan.recipe_name,
         "resolved_recipe": plan.recipe.model_dump(mode="json"),
         "promise": plan.promise,
