@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import small_models
 import torch
 from onnx_case import moe, save, stored_in
 from onnx_compare import compare_with_torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+import upcycle
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.onnx_options import Onnx
 from upcycle.tap import Tap, TappedMoE
@@ -249,3 +251,18 @@ def test_without_onnx_runtime(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UsageError, match=r"pip install 'upcycle\[cpu\]'"):
         session(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "architecture"), [("split-all", "mixtral"), ("sepit", "qwen2_moe")]
+)
+def test_weights_that_a_native_file_holds_scaled_are_not_written_again(
+    recipe: str, architecture: str, tmp_path: Path
+) -> None:
+    done = upcycle.convert(small_models.build("llama"), recipe, overrides=["experts.count=4"])
+    before = {key: tensor.clone() for key, tensor in done.model.state_dict().items()}
+    done.save(tmp_path / "moe", targets=["safetensors", "onnx"])
+    assert done.report["checkpoint"]["architecture"] == architecture
+    assert (tmp_path / "moe" / "model.onnx").is_file()
+    assert not (tmp_path / "moe" / "model.onnx.data").exists()
+    assert all(torch.equal(before[key], value) for key, value in done.model.state_dict().items())

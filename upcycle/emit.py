@@ -33,6 +33,7 @@ from upcycle.source import Source
 from upcycle.spec import Plan
 from upcycle.targets.checkpoint import Checkpoint, planned_layers, write_checkpoint
 from upcycle.targets.companions import copy_companions
+from upcycle.targets.native.in_place import as_on_disk
 from upcycle.targets.native.native import NativeTarget
 from upcycle.targets.native.routers import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
 from upcycle.targets.native.tempered import every_expert, is_tempered, tempered
@@ -114,16 +115,19 @@ def emit(
                 checks = _verify_reload(directory, model, dense, evaluation, plan, written, allowed)
             report["checks"] += checks
         if "onnx" in targets:
-            single = in_float32(model, rounded_routers=written.form == "native")
-            with step(progress, "exporting to ONNX"):
-                options = plan.recipe.onnx
-                paths = write_onnx(directory, single, evaluation, written, options)
-            if verify:
-                with step(progress, "running ONNX"):
-                    facts, checks = verify_precision(directory, paths, single, evaluation, options)
-                report["checks"] += checks
-                if facts:
-                    report["onnx"] = facts
+            with as_on_disk(planned_layers(model, plan), written.target):
+                single = in_float32(model, rounded_routers=written.form == "native")
+                with step(progress, "exporting to ONNX"):
+                    options = plan.recipe.onnx
+                    paths = write_onnx(directory, single, evaluation, written, options)
+                if verify:
+                    with step(progress, "running ONNX"):
+                        facts, checks = verify_precision(
+                            directory, paths, single, evaluation, options
+                        )
+                    report["checks"] += checks
+                    if facts:
+                        report["onnx"] = facts
     raise_if_failed(report)
     (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (directory / "report.json").write_text(json_text(report), encoding="utf-8")

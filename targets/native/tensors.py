@@ -48,7 +48,7 @@ def entries(
     rules = source.tensors(config)
 
     def written(spec: MoESpec) -> MoEWeights:
-        return folded(moe_weights(spec), _fold(target, spec), target, spec)
+        return folded(moe_weights(spec), fold_of(target, spec), target, spec)
 
     one_layer = OneLayer(written)
     spec_of = {name: spec for spec in plan.specs for name in spec.ffn.parameters}
@@ -87,7 +87,8 @@ class OneLayer:
         return self._last[1]
 
 
-def _fold(target: NativeTarget, spec: MoESpec) -> Fold:
+def fold_of(target: NativeTarget, spec: MoESpec) -> Fold:
+    """The folding rule with which a layer is written."""
     made = [fold(target, form, spec) for form in target.forms]
     return next(one for one in made if isinstance(one, Fold))
 
@@ -257,4 +258,4 @@ def read_native(
         none = torch.full((1, size), -1)
         shared = ExpertWeights(torch.cat(ups)[None], None, down[None], none)
     made = MoEWeights(ExpertWeights(up_EGD, None, down_EDI, padding), router, None, shared)
-    return unfolded(made, _fold(target, spec), target, spec)
+    return unfolded(made, fold_of(target, spec), target, spec)
