@@ -66,8 +66,8 @@ class FFNWeights:
         )
 
     def cpu(self) -> "FFNWeights":
-        """The same FFN in the memory of the host; this one, if it is there."""
-        if self.up_MFD.device.type == "cpu":
+        """The same FFN in the memory of the host; this one, if it is there or has no numbers."""
+        if self.up_MFD.device.type in ("cpu", "meta"):
             return self
         bias_MF, bias_O = self.up_bias_MF, self.down_bias_O
         return FFNWeights(
