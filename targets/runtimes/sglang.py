@@ -7,16 +7,15 @@ granitemoe, mixtral: the width of a head is hidden_size / num_attention_heads, a
 from upcycle.spec import Plan
 from upcycle.targets.runtimes.support import (
     CUSTOM,
-    PLAIN,
     Config,
     Support,
     first,
     has_own_head_dim,
+    lacks,
     loads,
     needs_every_layer,
     only_silu,
     other_activation,
-    refuses,
     scaled_rope,
     sliding,
     without_biases,
@@ -32,14 +31,10 @@ GENERIC = "with --model-impl transformers"
 
 def judge(target: str, config: Config, plan: Plan) -> Support:
     """Whether SGLang loads it and computes the same."""
-    if target == PLAIN:
-        return refuses("MODEL", "it loads models of transformers, and this is a plain module")
+    if missing := lacks(target):
+        return missing
     if target == CUSTOM:
         return only_silu(plan) or loads(f"{GENERIC} and --trust-remote-code")
-    if target == "gpt_oss":
-        return refuses("swiglu_alpha", "it computes with 1.702, and the experts here need 1")
-    if target == "switch_transformers":
-        return refuses("model_type", "it has no T5 and no Switch Transformers")
     if target not in NATIVE:
         return loads(GENERIC)
     found = other_activation(config)

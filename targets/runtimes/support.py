@@ -56,6 +56,17 @@ def refuses(field: str, why: str) -> Support:
     return Support("no", (why,), field)
 
 
+def lacks(target: str) -> Support | None:
+    """For a server: what neither vLLM nor SGLang runs, whatever the config says."""
+    if target == PLAIN:
+        return refuses("MODEL", "it loads models of transformers, and this is a plain module")
+    if target == "gpt_oss":
+        return refuses("swiglu_alpha", "it computes with 1.702, and the experts here need 1")
+    if target == "switch_transformers":
+        return refuses("model_type", "it has no T5 and no Switch Transformers")
+    return None
+
+
 def left_dense(plan: Plan) -> list[str]:
     """The paths of the FFNs that the plan does not convert."""
     converted = {spec.ffn.path for spec in plan.specs}

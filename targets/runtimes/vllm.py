@@ -7,11 +7,11 @@ as transformers does. The number of tensor-parallel ranks may not exceed that of
 from upcycle.spec import Plan
 from upcycle.targets.runtimes.support import (
     CUSTOM,
-    PLAIN,
     Config,
     Support,
     first,
     has_own_head_dim,
+    lacks,
     loads,
     only_silu,
     other_activation,
@@ -28,15 +28,11 @@ GENERIC = "through its backend for transformers models"
 
 def judge(target: str, config: Config, plan: Plan) -> Support:
     """Whether vLLM loads it and computes the same."""
-    if target == PLAIN:
-        return refuses("MODEL", "it loads models of transformers, and this is a plain module")
+    if missing := lacks(target):
+        return missing
     if target == CUSTOM:
         generic = f"{GENERIC}, with --trust-remote-code, where that knows the dense class"
         return only_silu(plan) or loads(generic)
-    if target == "gpt_oss":
-        return refuses("swiglu_alpha", "it computes with 1.702, and the experts here need 1")
-    if target == "switch_transformers":
-        return refuses("model_type", "it has no T5 and no Switch Transformers")
     if target == "dots1":
         return loads("in versions up to 0.23.0, which still have this architecture")
     if target not in NATIVE:
