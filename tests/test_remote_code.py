@@ -3,7 +3,9 @@
 The directories are written here, and opened in one other process in which ``import upcycle`` fails.
 """
 
+import ast
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import transformers
 from click.testing import CliRunner
 from remote_case import without_upcycle
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from upcycle.cli import main
 from upcycle.compiler import convert
 from upcycle.evaluation import evaluation_for, outputs_of
-from upcycle.targets.remote_code import auto_classes
+from upcycle.routers import ROUTERS
+from upcycle.targets.remote_code import auto_classes, modeling_text
 
 RECIPES = {
     "bert": "split-all",
@@ -157,6 +161,35 @@ def test_the_file_does_not_mention_upcycle_in_an_import(folder: Path) -> None:
         lines = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
         assert lines
         assert not any("upcycle" in line for line in lines)
+
+
+def clashes(text: str) -> list[str]:
+    """Top-level names of a module that mean two things; the same import twice is one."""
+    origins: dict[str, set[object]] = defaultdict(set)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            origins[node.name].add(node)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            home = getattr(node, "module", None)
+            for alias in node.names:
+                origins[alias.asname or alias.name].add((home, alias.name))
+        else:
+            stored = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+            for name in stored:
+                if isinstance(name.ctx, ast.Store):
+                    origins[name.id].add(node)
+    return sorted(name for name, found in origins.items() if len(found) > 1)
+
+
+def test_no_two_files_that_become_one_share_a_name() -> None:
+    """Two constants of one name, each right in its own file, would be one here: the later."""
+    dense = {"AutoModel": BertModel, "AutoModelForMaskedLM": BertForMaskedLM}
+    text = modeling_text(BertConfig, dense, ROUTERS)
+    assert all(f"class {router.__name__}" in text for router in ROUTERS.values())
+    assert clashes(text) == []
+    for again in ("ROUTERS", "TableRouter", "BertModel", "F"):
+        assert clashes(f"{text}\n{again} = 1\n") == [again]
+    assert clashes(f"{text}\nA_NEW_NAME = 1\n") == []
 
 
 @pytest.mark.parametrize("tied", [True, False])
