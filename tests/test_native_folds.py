@@ -145,7 +145,7 @@ def test_experts_that_are_trained_are_not_zero(tmp_path: Path) -> None:
 def test_a_fold_is_undone(target: str, shared: int) -> None:
     if shared and NATIVE[target].shared is None:
         pytest.skip(f"{target} has no shared expert")
-    split = plan({**SLICES, "shared": shared}, TWO_OF_FOUR)
+    split = plan({**SLICES, "shared": shared}, {**TWO_OF_FOUR, "scale": 1.7})
     spec = split.specs[0]
     native = target_of("llama", replace(split, architecture=target))
     made = fold(native, native.forms[0], spec)
@@ -154,8 +154,12 @@ def test_a_fold_is_undone(target: str, shared: int) -> None:
     again = unfolded(folded(weights, made, native, spec), made, native, spec)
     small = temper(weights.router["weight"])  # the order of the experts is all that is left
     weights.router["weight"].mul_(small)
+    # A down projection is multiplied by 1.7 k and divided by it: two roundings of eps / 2 each,
+    # so that it is off by eps and the square of half of it. All else is a power of two.
+    bound = (1 + torch.finfo(torch.float32).eps / 2) ** 2 - 1
     for name, tensor in weights.tensors().items():
-        torch.testing.assert_close(again.tensors()[name], tensor, rtol=1e-6, atol=0)
+        rtol = bound if name == "experts.down_proj" else 0
+        torch.testing.assert_close(again.tensors()[name], tensor, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
