@@ -13,11 +13,12 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 
 from upcycle.errors import ResourceError, UpcycleError
+from upcycle.targets.output_file import OutputFile
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_source import read_tensors
 
@@ -25,7 +26,7 @@ __all__ = ["TensorEntry", "check_disk", "read_tensors", "write_tensors"]
 
 GB = 10**9
 MAX_SHARD_SIZE = 5 * GB
-PIECE = 2**18  # bytes of one write: large ones make Linux look for large pages, which is slower
+LARGE = GB  # bytes of one checkpoint from which on it is written past the cache
 
 # The names that safetensors files use for element types.
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -117,7 +118,8 @@ def write_tensors(
     """
     groups = _groups(list(entries))
     shards = [_aligned(shard) for shard in _shards(groups, max_shard_size)]
-    check_disk(directory, sum(entry.nbytes for shard in shards for entry in shard))
+    total = sum(entry.nbytes for shard in shards for entry in shard)
+    check_disk(directory, total)
     stored: dict[str, Stored] = {}
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -125,12 +127,11 @@ def write_tensors(
         header, places = _layout(path.name, shard)
         stored |= places
         if log is None or not log.is_whole(path):
-            _write_shard(path, header, shard)
+            _write_shard(path, header, shard, past_cache=total >= LARGE)
             if log is not None:
                 log.finished(path)
     if len(shards) > 1:
         weight_map = {e.name: stored[e.name].file for shard in shards for e in shard}
-        total = sum(entry.nbytes for shard in shards for entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (directory / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -220,9 +221,9 @@ def _layout(file: str, shard: list[TensorEntry]) -> tuple[bytes, dict[str, Store
     return start, stored
 
 
-def _write_shard(path: Path, header: bytes, shard: list[TensorEntry]) -> None:
+def _write_shard(path: Path, header: bytes, shard: list[TensorEntry], *, past_cache: bool) -> None:
     try:
-        with path.open("wb") as file:
+        with OutputFile(path, past_cache=past_cache) as file:
             file.write(header)
             for entry in shard:
                 _write_tensor(file, entry)
@@ -242,7 +243,7 @@ def _note(stored: dict[str, Stored], entry: TensorEntry, place: Stored) -> None:
         stored[entry.stack] = Stored(first.file, first.offset, shape, first.dtype)
 
 
-def _write_tensor(file: BinaryIO, entry: TensorEntry) -> None:
+def _write_tensor(file: OutputFile, entry: TensorEntry) -> None:
     tensor = entry.read().detach()
     if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         raise ValueError(
@@ -250,6 +251,5 @@ def _write_tensor(file: BinaryIO, entry: TensorEntry) -> None:
             f"read {tensor.dtype} {tuple(tensor.shape)}"
         )
     flat = tensor.to("cpu").contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
-    for start in range(0, len(data), PIECE):
-        file.write(data[start : start + PIECE])
+    if flat.numel():
+        file.write(flat.view(torch.uint8).numpy().data)

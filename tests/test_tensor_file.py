@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from upcycle.errors import ResourceError, UpcycleError, UsageError
+from upcycle.targets import tensor_file
+from upcycle.targets.output_file import BUFFER
 from upcycle.targets.stored import Stored
 from upcycle.targets.tensor_file import (
     DTYPE_NAMES,
@@ -111,17 +113,18 @@ def test_same_tensors_same_bytes(tmp_path: Path, tensors: dict[str, torch.Tensor
 
 def test_a_tensor_is_read_once_and_only_in_its_turn(tmp_path: Path) -> None:
     log: list[int] = []
+    numbers = BUFFER // 4
 
     def reader(i: int) -> TensorEntry:
         def read() -> torch.Tensor:
             written = sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
-            assert i == 0 or written > 0
+            assert written >= i * BUFFER
             log.append(i)
-            return torch.full((2000,), float(i))
+            return torch.full((numbers,), float(i))
 
-        return TensorEntry(f"t{i}", (2000,), torch.float32, read)
+        return TensorEntry(f"t{i}", (numbers,), torch.float32, read)
 
-    write_tensors(tmp_path, (reader(i) for i in range(5)), max_shard_size=16000)
+    write_tensors(tmp_path, (reader(i) for i in range(5)), max_shard_size=2 * BUFFER)
     assert log == [0, 1, 2, 3, 4]
 
 
@@ -263,3 +266,14 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         read_tensors(tmp_path)
     with pytest.raises(UsageError, match="no such file"):
         read_tensors(tmp_path / "nothing")
+
+
+def test_a_large_checkpoint_is_written_past_the_cache_with_the_same_bytes(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, large in (("one", tensor_file.LARGE), ("two", 1)):
+        monkeypatch.setattr(tensor_file, "LARGE", large)
+        (tmp_path / name).mkdir()
+        write_tensors(tmp_path / name, entries(tensors))
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()

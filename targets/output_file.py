@@ -1,0 +1,98 @@
+"""Write a file from its start to its end, large ones past the cache that the system keeps of files.
+
+What is written in the usual way is first copied to free memory, and goes to the disk later. For
+gigabytes that nobody reads again soon, finding that memory takes longer than a fast disk does.
+"""
+
+import errno
+import mmap
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+
+BUFFER = 2**22
+PIECE = 2**18  # bytes of one write to the cache: for more Linux looks for large pages, which lasts
+SAMPLE = 2**28  # bytes after which the speed of the disk is known
+FAST = 10**9  # bytes in a second; what a slower disk gets is left to the cache
+DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
+
+
+class OutputFile:
+    """A new file, as a context manager; it replaces one that is there.
+
+    Past the cache it goes as long as the file system can do that and the disk is fast. The bytes
+    are the same either way, and either way a machine that stops right after may lose some.
+    """
+
+    def __init__(self, path: Path, *, past_cache: bool) -> None:
+        self._path = path
+        self._buffer = mmap.mmap(-1, BUFFER)  # begins at a page, as a disk wants it
+        self._filled = self._written = 0
+        self._seconds = 0.0
+        new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self._file = os.open(path, new, 0o666)
+        self._direct = False
+        if past_cache and DIRECT:
+            self._reopen(direct=True)
+
+    def __enter__(self) -> "OutputFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._reopen(direct=False)  # the end need not be a whole page
+                self._flush()
+        finally:
+            os.close(self._file)
+            self._buffer.close()
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append bytes."""
+        start = 0
+        while start < len(data):
+            stop = min(start + BUFFER - self._filled, len(data))
+            end = self._filled + stop - start
+            self._buffer[self._filled : end] = data[start:stop]
+            start, self._filled = stop, end
+            if self._filled == BUFFER:
+                self._flush()
+
+    def _flush(self) -> None:
+        begun, done = time.monotonic(), 0
+        while done < self._filled:
+            stop = min(done + (BUFFER if self._direct else PIECE), self._filled)
+            try:
+                with memoryview(self._buffer)[done:stop] as piece:
+                    count = os.write(self._file, piece)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._reopen(direct=False)  # some file systems say no only now
+            else:
+                done += count
+                self._written += count
+        self._filled = 0
+        self._seconds += time.monotonic() - begun
+        if self._written >= SAMPLE and self._written < FAST * self._seconds:
+            self._reopen(direct=False)
+
+    def _reopen(self, *, direct: bool) -> None:
+        """Go on at the same place, past the cache or not."""
+        if direct == self._direct:
+            return
+        try:
+            file = os.open(self._path, os.O_WRONLY | (DIRECT if direct else 0))
+        except OSError as error:
+            if error.errno == errno.EINVAL and direct:
+                return  # the file system has no other way than the cache
+            raise
+        os.close(self._file)
+        self._file, self._direct = file, direct
+        os.lseek(file, self._written, os.SEEK_SET)
