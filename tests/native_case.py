@@ -27,7 +27,7 @@ ZEROS = {"method": "zero_routed", "count": 4}
 
 
 def plan_of(name: str, experts: dict[str, Any], router: dict[str, Any], target: str) -> Plan:
-    defaults = {"method": "normal", "std": 0.3}
+    defaults = {} if "method" in router else {"method": "normal", "std": 0.3}
     if name == "t5":
         router = {**router, "top_k": 1 if router["top_k"] == 2 else router["top_k"]}
     recipe = numerics.make_recipe(experts, defaults | router)
@@ -94,7 +94,8 @@ class Reference(nn.Module):
         total = sum(p_E[e] for e in chosen)
         out = torch.zeros_like(x_D)
         for e in chosen:
-            rule = {"renormalised": p_E[e] / total, "softmax": p_E[e], "one": 1.0}
+            rule = {"renormalised": p_E[e] / total, "softmax": p_E[e], "one": 1.0, "gain": 1.0}
+            rule["renorm_detach"] = rule["renormalised"]
             weight = rule[spec.router.weights] * spec.scale
             out = out + weight * self.expert(self.weights.experts, e, x_D)
         if self.weights.shared is not None:

@@ -433,7 +433,7 @@ PLAN_REFUSALS: dict[str, tuple[str, Plan, str]] = {
     "dense-layer": ("mixtral", plan_of((0, 2)), "leaves these dense: 1"),
     "weight-one": ("mixtral", plan_of(weights="one"), "the weight one, only almost"),
     "softmax": ("mixtral", plan_of(weights="softmax"), "it does `renormalised`"),
-    "detached": ("qwen3_moe", plan_of(weights="renorm_detach"), "does not follow weights"),
+    "detached": ("qwen3_moe", plan_of(weights="renorm_detach"), "another gradient"),
     "router-bias": ("qwen3_moe", with_router(plan_of(), bias=True), "router has no bias"),
     "tied": ("mixtral", with_router(plan_of(), tied=True), "cannot be tied"),
     "width": ("mixtral", changed(plan_of(), width=24), "width is 24, and 48"),

@@ -190,7 +190,7 @@ PLANS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "sigmoid": ("glm4_moe", SLICES, {"top_k": 2, "weights": "renormalised"}, "does not follow"),
     "input": ("llama4_text", SHARED, {"top_k": 2, "weights": "one"}, "only `zero_routed`"),
     "shared": ("mixtral", SHARED, {"top_k": 2, "weights": "one"}, "no shared expert"),
-    "gain": ("mixtral", SLICES, {"top_k": 2, "weights": "gain"}, "does not follow"),
+    "softmax": ("glm4_moe", COPIES, {"top_k": 2, "weights": "softmax"}, "does not follow"),
     "hash": ("mixtral", SLICES, {"method": "hash", "top_k": 1, "weights": "one"}, "is linear"),
     "balance": (
         "mixtral",

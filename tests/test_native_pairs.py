@@ -73,7 +73,7 @@ PAIRS = [
     ("hunyuan", "hunyuan_v1_moe", "E"),
     ("gemma", "granitemoe", "A"),
     ("smollm3", "llama4_text", "E"),
-    ("t5", "switch_transformers", "B"),
+    *(("t5", "switch_transformers", kind) for kind in "AB"),
 ]
 
 
@@ -89,8 +89,12 @@ def test_the_written_model_is_the_dense_model(
 ) -> None:
     plan = plan_of(name, *KINDS[kind], target)
     fields: dict[str, Any] = {}
-    if kind == "B" and target != "switch_transformers":
+    if kind == "B" and target == "switch_transformers":
+        plan = plan_of(name, COPIES, KINDS[kind][1] | {"method": "zero"}, target)
+    elif kind == "B":
         fields = {"norm_topk_prob": False}
+    elif kind in "CD" and target in ("glm4_moe", "dots1", "solar_open"):
+        fields = {"norm_topk_prob": False, "routed_scaling_factor": 2.0}
     moe = write(tmp_path, name, plan, target_of(name, plan, **fields))
     dense = native_models.dense_model(name)
     assert relative(logits(moe, name), logits(dense, name)) < BOUNDS.get(name, BOUND)
@@ -107,6 +111,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "every": {"top_k": "all", "weights": "one"},
     "bias": {"top_k": 2, "weights": "renormalised", "bias": True},
     "balance": {"top_k": 2, "weights": "renormalised", "balance": True},
+    "detached": {"top_k": 2, "weights": "renorm_detach"},
+    "gains": {"top_k": "all", "weights": "gain"},  # of zero
 }
 DISTINCT = [
     *(("llama", "mixtral", router, 0) for router in ("renormalised", "scaled", "best", "every")),
@@ -132,7 +138,9 @@ DISTINCT = [
     *(("cohere2", "cohere2_moe", "renormalised", shared) for shared in (0, 1)),
     ("hunyuan", "hunyuan_v1_moe", "renormalised", 1),
     ("gemma", "granitemoe", "renormalised", 0),
-    ("t5", "switch_transformers", "probable", 0),
+    *(("t5", "switch_transformers", router, 0) for router in ("probable", "best")),
+    *(("llama", "mixtral", router, 0) for router in ("detached", "gains")),
+    ("llama", "glm4_moe", "gains", 1),
     *(("llama", "gpt_oss", router, 0) for router in ("renormalised", "bias")),
 ]
 

@@ -114,6 +114,8 @@ class Form:
         config: the config fields that select the rule.
         factor: config field of a factor on the weights, or None.
         by_logits: the experts are chosen before the softmax, which can bring logits together.
+        hot: logits and softmax are computed in float32 whatever the model's dtype, so that a router
+            times a large number gives the best expert the whole weight.
     """
 
     score: Literal["softmax", "sigmoid", "input"]
@@ -121,6 +123,7 @@ class Form:
     config: Mapping[str, Any] = field(default_factory=dict)
     factor: str | None = None
     by_logits: bool = False
+    hot: bool = False
 
 
 @dataclass(frozen=True)

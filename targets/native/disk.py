@@ -29,20 +29,25 @@ def folded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpec)
         raise _changed(target, spec, "are not equal, and its router holds only copies")
     if fold.needs == "zeros" and experts.down_EOI.any():
         raise _changed(target, spec, "are not zero, and it holds only experts that add nothing")
+    if "gain" in weights.router and weights.router["gain"].any():
+        raise _changed(target, spec, "have gains by now, and its router has none")
+    if fold.needs == "distances":
+        _check_distances(weights, target, spec)
     if fold.down != 1:
         down = experts.down_EOI
         scaled = (down.to(torch.promote_types(down.dtype, torch.float32)) * fold.down).to(
             down.dtype
         )
         experts = replace(experts, down_EOI=scaled)
-    shared = _shared(weights, target, spec)
-    router = _router(weights.router, fold, spec)
+    shared = shared_on_disk(weights, target, spec)
+    router = router_on_disk(weights.router, fold, spec)
     return replace(weights, experts=experts, router=router, shared=shared)
 
 
-def _router(
+def router_on_disk(
     router: Mapping[str, torch.Tensor], fold: Fold, spec: MoESpec
 ) -> dict[str, torch.Tensor]:
+    """The tensors of the router, those that the architecture has for it among them."""
     if not fold.router or spec.router_config()["kind"] != "linear":
         return {"weight": torch.zeros(spec.num_experts, spec.ffn.d_model)}
     weight = router["weight"].float()
@@ -72,6 +77,8 @@ def unfolded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpe
         made["bias"] = router["selection_bias"] / fold.bias if fold.bias else bias
     if config["balance"]:
         made["selection_bias"] = router["selection_bias"]
+    if config["weights"] == "gain":
+        made["gain"] = torch.zeros(spec.num_experts)
     shared = weights.shared
     if shared is not None:
         half = 0.5 if target.shared and target.shared.gate else 1.0
@@ -90,6 +97,14 @@ def _are_equal(experts: ExpertWeights) -> bool:
     return bool((up == up[:1]).all() and (down == down[:1]).all())
 
 
+def _check_distances(weights: MoEWeights, target: NativeTarget, spec: MoESpec) -> None:
+    """A router that is multiplied by a large number: one expert must be the best."""
+    if len(set(map(tuple, weights.router["weight"].tolist()))) < spec.num_experts:
+        raise _changed(target, spec, "have equal router rows, and its router needs a best one")
+    if weights.experts.down_EOI.dtype == torch.float16:
+        raise _changed(target, spec, "are float16, and its router needs larger numbers than that")
+
+
 def _parts(weights: ExpertWeights) -> torch.Tensor:
     """The expansions apart, [E, M, I, D]."""
     count, width = len(weights.up_EGD), weights.down_EOI.shape[2]
@@ -103,7 +118,9 @@ def _changed(target: NativeTarget, spec: MoESpec, how: str) -> UnsupportedError:
     )
 
 
-def _shared(weights: MoEWeights, target: NativeTarget, spec: MoESpec) -> ExpertWeights | None:
+def shared_on_disk(
+    weights: MoEWeights, target: NativeTarget, spec: MoESpec
+) -> ExpertWeights | None:
     """The shared expert as wide as it is on disk, and doubled if it has a gate."""
     if target.shared is None or not (size := target.shared.size(spec)):
         return None

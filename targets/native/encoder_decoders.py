@@ -1,7 +1,7 @@
 """MoE architectures with an encoder: Switch Transformers holds T5 v1.0, NLLB-MoE nothing.
 
-Router of Switch: the best expert alone, times its probability. Its experts have a capacity, which
-is set beyond reach. Every layer is sparse. Read in transformers 5.23
+Router of Switch: the best expert alone, times its probability, in float32. Its experts have a
+capacity, which is set beyond reach. Every layer is sparse. Read in transformers 5.23
 (``models/switch_transformers``, ``models/nllb_moe``).
 """
 
@@ -58,7 +58,7 @@ SWITCH_TRANSFORMERS = NativeTarget(
     model_type="switch_transformers",
     architecture="SwitchTransformersForConditionalGeneration",
     sources={"t5": T5},
-    forms=(Form("softmax", renormalise=False),),
+    forms=(Form("softmax", renormalise=False, hot=True),),
     width="d_ff",
     dense=all_sparse,
     constants={

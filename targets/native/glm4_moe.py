@@ -75,18 +75,26 @@ QWEN3_WINDOWS = replace(
     fields=lambda config: {"sliding_window": config.sliding_window, "head_dim": head_dim(config)},
 )
 
+FORMS = (  # the first where all experts are visited: each weight is 2 * 0.5, without a division
+    Form(
+        "sigmoid",
+        renormalise=False,
+        config={"norm_topk_prob": False},
+        factor="routed_scaling_factor",
+    ),
+    Form(
+        "sigmoid",
+        renormalise=True,
+        config={"norm_topk_prob": True},
+        factor="routed_scaling_factor",
+    ),
+)
+
 GLM4_MOE = NativeTarget(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
     sources={"llama": LLAMA, "qwen2": QWEN2, "seed_oss": SEED_OSS, "qwen3": QWEN3},
-    forms=(
-        Form(
-            "sigmoid",
-            renormalise=True,
-            config={"norm_topk_prob": True},
-            factor="routed_scaling_factor",
-        ),
-    ),
+    forms=FORMS,
     num_experts="n_routed_experts",
     dense=dense_prefix("first_k_dense_replace"),
     constants={

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from upcycle.spec import Plan
 from upcycle.targets.native.architecture import NativeTarget, Source
 from upcycle.targets.native.layers import plan_reason, sparse_layers
-from upcycle.targets.native.routers import Fold, fold
+from upcycle.targets.native.routers import NEEDS, Fold, fold
 
 __all__ = ["NativeTarget", "build_config", "choose", "fit"]
 
@@ -69,10 +69,8 @@ def variants(
                 f"it with --architecture {target.model_type}"
             )
         else:
-            what = "equal" if made[0].needs == "copies" else "zero"
             reasons.append(
-                f"it holds experts only while they are {what}; ask for it with "
-                f"--architecture {target.model_type}"
+                f"{NEEDS[made[0].needs]}; ask for it with --architecture {target.model_type}"
             )
     found.sort(key=lambda pair: (pair[0].tempered, bool(pair[0].needs)))
     targets = [narrowed for _, narrowed in found]

@@ -8,7 +8,11 @@ recipe, ``p * fold.down`` are the weights of the recipe:
   p = 1 whatever the router says.
 - p renormalised, recipe ``one``, 1 < k < E: a router times a small power of two (`temper`) chooses
   the same experts and makes p almost 1/k. Not exact: `tempered`, and only on request.
-- p not renormalised: the same with E instead of k.
+- p not renormalised: the same with E instead of k; for a sigmoid of zeros, a half, with 2.
+- p the softmax, recipe ``one`` or ``renormalised``, k = 1, logits in float32 (`Form.hot`): a router
+  times 2**60 makes p one, unless two experts tie to the last bit; only on request.
+- recipe ``renorm_detach``: as ``renormalised``; ``gain``: as ``one`` while all gains are zero. Both
+  train otherwise, so only on request.
 - copies: all experts are equal, so any weights that sum to one will do, also those of a router of
   zeros; only on request, because that is no longer so after training. Likewise experts of zeros.
 """
@@ -26,8 +30,25 @@ from upcycle.targets.native.architecture import Form, NativeTarget
 # one, so logits are then some 2**-10 apart, and weights as much; a softmax before the choice can
 # tell logits apart that differ by 2**-24.
 TEMPERED_DISTANCE = 2.0**-11
+HOT = 2.0**60  # times a difference of one bit of a logit of 1e-9, still far beyond a softmax's 17
 MOST_WEIGHT_ERROR = 0.02
 MOST_ELSEWHERE = 0.01  # share of the tokens whose experts differ because logits were too near
+
+
+Need = Literal["", "copies", "zeros", "distances", "gains", "forward"]
+# What a fold may need -> why it is made only on request.
+NEEDS: dict[Need, str] = {
+    "copies": "it holds experts only while they are equal",
+    "zeros": "it holds experts only while they are zero",
+    "distances": "its router gives the best expert the weight one only while no two scores tie",
+    "gains": "it has no gains for its experts, and holds them only while they are zero",
+    "forward": "it computes the same, but its router has another gradient",
+}
+# Rules that compute what another one does until, or unless, they are trained.
+SAME_FORWARD: dict[str, tuple[str, Need]] = {
+    "renorm_detach": ("renormalised", "forward"),
+    "gain": ("one", "gains"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class Fold:
         down: factor on the down projections of the routed experts.
         router: factor on the router, zero or a power of two; besides that of `temper`.
         config: fields of the config.
-        needs: ``copies`` or ``zeros``: what the experts must be when they are written, if anything.
+        needs: a key of `NEEDS`, if it is right only under a condition.
         tempered: the weights are those of the recipe within `MOST_WEIGHT_ERROR`.
         bias: factor from the bias of a tempered router to the selection bias; 0 if it is not
             written so.
@@ -47,7 +68,7 @@ class Fold:
     down: float = 1.0
     router: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
-    needs: Literal["", "copies", "zeros"] = ""
+    needs: Need = ""
     tempered: bool = False
     bias: float = 0.0
 
@@ -70,9 +91,12 @@ def temper(weight_ED: torch.Tensor) -> float:
 
 def fold(target: NativeTarget, form: Form, spec: MoESpec) -> Fold | str:
     """The folding rule for a layer, or why there is none; see the module."""
-    made = _weights(form, spec) or _special(form, spec)
+    rule, needs = SAME_FORWARD.get(spec.router.weights, (spec.router.weights, ""))
+    made = _weights(form, spec, rule) or _special(form, spec, rule)
     if made is None:
         return _why_not(target, spec)
+    if needs and not made.needs:
+        made = replace(made, needs=needs)
     reason = None if made.needs == "zeros" else _selection_reason(target, form, spec, made)
     if reason is not None:
         return reason
@@ -83,18 +107,22 @@ def fold(target: NativeTarget, form: Form, spec: MoESpec) -> Fold | str:
     return replace(made, config=config)
 
 
-def _weights(form: Form, spec: MoESpec) -> Fold | None:
+def _weights(form: Form, spec: MoESpec, rule: str) -> Fold | None:
     """The rules that hold for any experts."""
-    rule, k, scale = spec.router.weights, spec.top_k, spec.scale
+    k, scale = spec.top_k, spec.scale
     every = k == spec.num_experts
     if form.score == "input":
         return None
+    if form.score == "sigmoid" and not form.renormalise:  # its zeros are a half for each expert
+        return Fold(2 * scale, 0.0) if rule == "one" and every else None
     sum_is_one = form.renormalise or (every and form.score == "softmax")
     even = scale * (k if sum_is_one else spec.num_experts)  # what undoes p if the logits are equal
     if k == 1 and form.renormalise and rule in ("renormalised", "one"):
         return Fold(scale, 1.0 if form.score == "softmax" else 2.0**-4)
     if rule == "one" and every:
         return Fold(even, 0.0)
+    if k == 1 and form.hot and rule in ("renormalised", "one") and spec.router.method != "zero":
+        return Fold(scale, HOT, needs="distances")
     if rule == "one":
         sigmoid = form.score == "sigmoid"
         return Fold(even, tempered=True, bias=0.25 if sigmoid else 0.0)  # its slope at zero
@@ -105,11 +133,13 @@ def _weights(form: Form, spec: MoESpec) -> Fold | None:
     return None
 
 
-def _special(form: Form, spec: MoESpec) -> Fold | None:
+def _special(form: Form, spec: MoESpec, rule: str) -> Fold | None:
     """The rules that hold for copies, and for experts of zeros."""
+    if form.score == "sigmoid" and not form.renormalise:
+        return None  # the other form of such a router holds them
     if spec.experts.method == "zero_routed":
         return Fold(needs="zeros")
-    if spec.experts.method != "copy" or spec.router.weights != "renormalised":
+    if spec.experts.method != "copy" or rule != "renormalised":
         return None
     if form.score == "input":
         return None
@@ -130,7 +160,7 @@ def _selection_reason(target: NativeTarget, form: Form, spec: MoESpec, made: Fol
         return "its router takes the best `top_k` of linear scores, and this one does not"
     if router["tied"]:
         return "its router cannot be tied to the experts; set `router.tied: false`"
-    if (every and made.router == 0) or made.needs:
+    if (every and made.router == 0) or made.needs in ("copies", "zeros"):
         return None
     biased_choice = target.selection_bias and form.score == "softmax" and not made.tempered
     if router["balance"] and not biased_choice:
