@@ -48,7 +48,9 @@ def test_a_slow_disk_gets_the_rest_through_the_cache(
 def test_the_error_of_the_system_comes_out(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         OutputFile(tmp_path / "none" / "file", past_cache=True)
-    file = OutputFile(Path("/dev/full"), past_cache=True)
-    with pytest.raises(OSError, match="No space") as caught:
+    with (
+        pytest.raises(OSError, match="No space") as caught,
+        OutputFile(Path("/dev/full"), past_cache=True) as file,
+    ):
         file.write(content(2 * BUFFER))
     assert caught.value.errno == errno.ENOSPC

@@ -68,7 +68,7 @@ def _make_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -
 
     experts = layer.experts
     num_experts, rows, d_model = experts.up_EGD.shape
-    if not experts.down_proj.any():
+    if not any(down_OI.any() for down_OI in experts.down_proj):  # mostly the first one tells
         experts.down_proj.copy_(factors(*experts.down_proj.shape))
     experts.up_EGD.mul_(factors(num_experts, rows, 1))
     experts.down_proj.mul_(factors(num_experts, 1, experts.intermediate_dim))
