@@ -7,6 +7,7 @@ from upcycle.recipe_file import dump_recipe
 from upcycle.spec import Plan
 from upcycle.targets import model_card
 from upcycle.targets.checkpoint import Checkpoint
+from upcycle.targets.native.tempered import is_tempered
 from upcycle.usage import calibration_rows
 
 MAX_LAYERS = 12  # in the card; report.json has all
@@ -42,7 +43,10 @@ def card(
             for name, support in written.runtimes.items()
             if name != "onnxruntime" or "onnx" in targets
         },
-        notes=list(_notes(plan, targets)),
+        notes=[
+            *_notes(plan, targets),
+            *(_tempered(report) if is_tempered(written.target, plan.specs) else []),
+        ],
     )
 
 
@@ -81,6 +85,9 @@ def _numbers(plan: Plan, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         for path, tokens, load, dead, entropy, mass in calibration_rows(calibration)[:MAX_LAYERS]:
             text = f"{load} of {tokens} tokens per expert, {dead} experts without any"
             yield f"load of `{path}`", f"{text}, entropy {entropy}, captured mass {mass}"
+    for output, found in report.get("tempered", {}).get("outputs", {}).items():
+        text = f"relative error {found['relative']:.2e}, cosine {_cosines(found)}"
+        yield f"{output}: these files and the model before its routers were tempered", text
     end = report.get("end_to_end")
     if end is None:
         return
@@ -108,4 +115,23 @@ def _notes(plan: Plan, targets: Sequence[str]) -> Iterator[str]:
             "The dense model's GELU is the erf form. The ONNX file computes that form too, in "
             "standard operations: the fused kernel of ONNX Runtime has the tanh form, which "
             "differs by up to 5e-4 for each neuron and is not used here."
+        )
+
+
+def _tempered(report: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        "The routers in these files are tempered: multiplied by a small power of two, so that the "
+        "experts of a token have nearly the weight that the recipe gives them. Multiply them back "
+        "before training."
+    )
+    if found := report.get("tempered"):
+        yield (
+            f"On the evaluation text {found['elsewhere']} of {found['tokens']} choices fell on "
+            "other experts because their scores had come too near. The output of such a token may "
+            "be another; the tables show by how much."
+        )
+    else:
+        yield (
+            "How far they are from the recipe was not measured, as the model was not run; convert "
+            "it in memory and with verification for that."
         )
