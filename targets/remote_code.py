@@ -23,6 +23,7 @@ from transformers.models.auto import (
     tokenization_auto,
 )
 
+import upcycle.activation_names
 import upcycle.context
 import upcycle.expert_kernels
 import upcycle.experts
@@ -45,6 +46,7 @@ _BEFORE: tuple[ModuleType, ...] = (
     upcycle.selection,
     upcycle.context,
     upcycle.routing,
+    upcycle.activation_names,
     upcycle.expert_kernels,
     upcycle.operation,
     upcycle.kernels,

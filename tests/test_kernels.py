@@ -3,13 +3,13 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numerics
 import pytest
 import torch
 import transformers
+from kernel_case import COUNT, D_MODEL, Routed, expected, made, routed
 from torch.autograd.gradcheck import GradcheckError
 
 import upcycle.kernels
@@ -18,45 +18,13 @@ from upcycle.expert_kernels import ExpertWeights
 from upcycle.experts import Experts
 from upcycle.kernels import run_experts, weights_of
 from upcycle.quiet import quiet
-from upcycle.weights import FFNWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 t: Any = transformers
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-COUNT, TOP_K, D_MODEL, WIDTH = 6, 3, 16, 8
 CHUNKS = (1, 2, 4, COUNT)
 KERNELS = ["chosen", "dense", *(f"chunks of {n}" for n in CHUNKS)]
-Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def made(
-    name: str, dtype: torch.dtype, *, bias: bool = True, d_out: int = D_MODEL
-) -> tuple[list[FFNWeights], Experts]:
-    """FFNs without an output bias, and the module that has them as experts."""
-    sizes: dict[str, Any] = {"d_model": D_MODEL, "d_ff": WIDTH, "d_out": d_out, "bias": bias}
-    ffns = [numerics.random_ffn(name, dtype=dtype, seed=seed, **sizes) for seed in range(COUNT)]
-    ffns = [replace(ffn, down_bias_O=None) for ffn in ffns]
-    experts = Experts(COUNT, D_MODEL, WIDTH, d_out, pointwise=ffns[0].pointwise, bias=bias)
-    experts.to(dtype).requires_grad_(False)
-    experts.up_EGD.copy_(torch.stack([ffn.up_MFD.flatten(0, 1) for ffn in ffns]))
-    experts.down_proj.copy_(torch.stack([ffn.down_OF for ffn in ffns]))
-    if experts.up_bias_EG is not None:
-        rows = [ffn.up_bias_MF.flatten() for ffn in ffns if ffn.up_bias_MF is not None]
-        experts.up_bias_EG.copy_(torch.stack(rows))
-    return ffns, experts
-
-
-def routed(tokens: int, dtype: torch.dtype, *, gaps: bool) -> Routed:
-    """Tokens, index and weights; with `gaps` some weights are zero, one token's all of them."""
-    generator = torch.Generator().manual_seed(tokens)
-    x_TD = torch.randn(tokens, D_MODEL, generator=generator, dtype=torch.float64).to(dtype)
-    index_TK = torch.rand(tokens, COUNT, generator=generator).topk(TOP_K).indices
-    weights_TK = torch.rand(tokens, TOP_K, generator=generator, dtype=torch.float64) + 0.5
-    if gaps:
-        weights_TK[-1, 1] = weights_TK[tokens // 2] = 0
-        index_TK[weights_TK == 0] = COUNT  # that of an expert of another process
-    return x_TD, index_TK, weights_TK.to(torch.promote_types(dtype, torch.float32))
 
 
 def run(kernel: str, w: ExpertWeights, *given: torch.Tensor) -> torch.Tensor:
@@ -69,20 +37,6 @@ def run(kernel: str, w: ExpertWeights, *given: torch.Tensor) -> torch.Tensor:
     if kernel == "one token":
         return expert_kernels.one_token(w, *given)
     return expert_kernels.in_chunks(w, x_TD, visits, weights_TK, int(kernel.split()[-1]))
-
-
-def expected(
-    ffns: list[FFNWeights], dtype: torch.dtype, given: Routed
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum over all experts in float64, and how far rounding may take it."""
-    x_TD, index_TK, weights_TK = given
-    weights_TN = torch.zeros(len(x_TD), COUNT + 1).double()
-    weights_TN = weights_TN.scatter_add(1, index_TK, weights_TK.double())[:, :COUNT]
-    wide = [ffn.to(torch.float64) for ffn in ffns]
-    y_TO = sum(weights_TN[:, n, None] * ffn(x_TD.double()) for n, ffn in enumerate(wide))
-    assert isinstance(y_TO, torch.Tensor)
-    bound_TO = numerics.bound(ffns, x_TD, dtype, weights_TN=weights_TN, experts=TOP_K)
-    return y_TO, bound_TO + torch.finfo(torch.float64).tiny  # of nobody it is zero
 
 
 CASES = [("swiglu", False, D_MODEL), ("gelu", True, 24)]
@@ -168,7 +122,7 @@ def of_leaves(kernel: str, experts: Experts, given: Routed) -> Callable[..., tor
             parameters = (up, up_bias, down, experts.program)
             out: torch.Tensor = torch.ops.upcycle.moe(x, index_TK, weights, *parameters)
             return out
-        w = ExpertWeights(up, up_bias, down, None, weights_of(experts).activate, None)
+        w = ExpertWeights(up, up_bias, down, None, weights_of(experts).activate, None, None)
         return run(kernel, w, x, index_TK, weights)
 
     return call
@@ -262,7 +216,7 @@ def test_a_compiled_layer_trains_as_it_does_without() -> None:
 
 def large(count: int, width: int) -> ExpertWeights:
     up_EGD, down_EOI = torch.empty(count, 2 * width, 576), torch.empty(count, 576, width)
-    return ExpertWeights(up_EGD, None, down_EOI, None, torch.relu, None)
+    return ExpertWeights(up_EGD, None, down_EOI, None, torch.relu, None, None)
 
 
 def choice(w: ExpertWeights, loads: list[int], tokens: int) -> tuple[str, int]:

@@ -89,7 +89,10 @@ LAYERS = {
     "upcycle.spec": 2,
     "upcycle.structure": 2,
     # 1: data, and the layer that a converted model contains
+    "upcycle.activation_names": 1,
     "upcycle.activations": 1,
+    "upcycle.cache_home": 1,
+    "upcycle.compiled": 1,
     "upcycle.context": 1,
     "upcycle.errors": 1,
     "upcycle.expert_kernels": 1,

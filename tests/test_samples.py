@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from upcycle import sample_store, samples
+from upcycle.cache_home import cache_directory
 from upcycle.errors import UsageError
 from upcycle.sample_store import Package
 from upcycle.samples import SAMPLES, Sample
@@ -132,12 +133,12 @@ def test_another_process_may_be_faster(tmp_path: Path) -> None:
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPCYCLE_CACHE", "here")
-    assert sample_store.cache_directory() == Path("here")
+    assert cache_directory() == Path("here")
     monkeypatch.delenv("UPCYCLE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "there")
-    assert sample_store.cache_directory() == Path("there", "upcycle")
+    assert cache_directory() == Path("there", "upcycle")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert sample_store.cache_directory() == Path.home() / ".cache" / "upcycle"
+    assert cache_directory() == Path.home() / ".cache" / "upcycle"
 
 
 def test_an_unknown_name_gets_a_hint() -> None:

@@ -16,9 +16,10 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
+from upcycle.activation_names import of_module
 from upcycle.errors import UnsupportedError
 from upcycle.experts import Experts
-from upcycle.triton_kernels import activation_of, why_unfused
+from upcycle.triton_kernels import why_unfused
 from upcycle.triton_launch import choose_tiles, fit_stages
 from upcycle.triton_operation import fused_experts
 from upcycle.weights import FFNWeights
@@ -230,11 +231,11 @@ def test_without_triton_the_error_says_what_to_install() -> None:
 
 def test_dropout_in_training_and_own_gates_are_not_known() -> None:
     experts = Experts(E, D, W, D, pointwise=ACTIVATIONS["swiglu"], bias=False, dropout=0.5)
-    assert activation_of(experts.train()) is None
-    assert activation_of(experts.eval()) == "silu"
-    assert activation_of(foreign("gelu_pytorch_tanh")) == "gelu_tanh"
+    assert of_module(experts.train()) is None
+    assert of_module(experts.eval()) == "silu"
+    assert of_module(foreign("gelu_pytorch_tanh")) == "gelu_tanh"
     own = type("Own", (TRANSPOSED,), {"_apply_gate": lambda self, z: z[..., ::2]})
-    assert activation_of(own(foreign("silu").config)) is None
+    assert of_module(own(foreign("silu").config)) is None
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -12,6 +12,11 @@ import numpy
 import torch
 from torch.nn import functional as F
 
+try:
+    from upcycle.compiled import run_compiled
+except ImportError:  # in the file of a converted model, where upcycle is not installed
+    run_compiled = None  # type: ignore[assignment]
+
 # Nanoseconds for each weight and row of an expert, by the number of rows: one expert for itself,
 # and experts side by side in one product; then for one token, whose products are with a vector.
 # Set by hand from times of whole layers on two cores that other work shares; to measure products
@@ -32,6 +37,7 @@ class ExpertWeights(NamedTuple):
     down_EOI: torch.Tensor
     down_bias_EO: torch.Tensor | None
     activate: Callable[[torch.Tensor], torch.Tensor]
+    activation: str | None  # its name, if kernels know it
     norm: Callable[[torch.Tensor], torch.Tensor] | None
 
 
@@ -50,6 +56,10 @@ def visit(
 
     Arguments and promise are those of `upcycle.kernels.run_experts`.
     """
+    if run_compiled is not None and w.norm is None:
+        y_TO = run_compiled(*w[:4], w.activation, x_TD, index_TK, weights_TK)
+        if y_TO is not None:
+            return y_TO
     if len(x_TD) == 1 and one_by_one(w, weights_TK.shape[1]):
         return one_token(w, x_TD, index_TK, weights_TK).to(x_TD.dtype)
     visits = _visits(index_TK, weights_TK, len(w.up_EGD))

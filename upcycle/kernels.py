@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from upcycle.activation_names import of_module
 from upcycle.expert_kernels import ExpertWeights, visit
 from upcycle.operation import run_as_one_node
 
@@ -57,7 +58,8 @@ def weights_of(experts: Any) -> ExpertWeights:
         down_bias_EO = None if hasattr(experts, "program") else experts.down_proj_bias
     activate = experts._apply_gate if gated else experts.act_fn
     norm = experts.post_expert_norm if experts.has_post_expert_norm else None
-    return ExpertWeights(up_EGD, up_bias_EG, down_EOI, down_bias_EO, activate, norm)
+    name = of_module(experts)
+    return ExpertWeights(up_EGD, up_bias_EG, down_EOI, down_bias_EO, activate, name, norm)
 
 
 ALL_EXPERTS_FUNCTIONS.register("upcycle", run_experts)

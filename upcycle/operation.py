@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from upcycle.activation_names import of_pointwise
 from upcycle.expert_kernels import ExpertWeights, visit
 from upcycle.pointwise import Pointwise
 
@@ -27,10 +28,10 @@ def run_as_one_node(
 
 
 @lru_cache(maxsize=256)
-def activation(program: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation that `Pointwise.to_json` describes, on expansions side by side."""
+def activation(program: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], str | None]:
+    """The activation that `Pointwise.to_json` describes, on expansions side by side; its name."""
     pointwise = Pointwise.from_json(json.loads(program))
-    return partial(_activate, pointwise)
+    return partial(_activate, pointwise), of_pointwise(pointwise.name, pointwise.arity)
 
 
 def _activate(pointwise: Pointwise, z_TG: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ def moe(
     Returns:
         [T, O], in the dtype of `x_TD`.
     """
-    weights = ExpertWeights(up_EGD, up_bias_EG, down_EOI, None, activation(program), None)
+    weights = ExpertWeights(up_EGD, up_bias_EG, down_EOI, None, *activation(program), None)
     return visit(weights, x_TD, index_TK, weights_TK)
 
 

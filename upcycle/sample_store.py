@@ -7,7 +7,6 @@ it), only their files.
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from upcycle.cache_home import cache_directory
 from upcycle.errors import ResourceError, UsageError
 
 log = logging.getLogger(__name__)
@@ -38,14 +38,6 @@ class Package:
     sha256: str
     module: str
     megabytes: float
-
-
-def cache_directory() -> Path:
-    """``$UPCYCLE_CACHE``, or ``upcycle`` in the user's cache directory; it need not exist."""
-    if chosen := os.environ.get("UPCYCLE_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "upcycle"
 
 
 def find(package: Package) -> Path | None:

@@ -11,8 +11,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from upcycle.cache_home import cache_directory
 from upcycle.errors import UsageError
-from upcycle.sample_store import Package, cache_directory, find, install, made
+from upcycle.sample_store import Package, find, install, made
 
 log = logging.getLogger(__name__)
 

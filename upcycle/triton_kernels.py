@@ -11,51 +11,13 @@ width, G = I or 2 I.
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.integrations import moe
 
+from upcycle.activation_names import of_module
 from upcycle.triton_launch import is_interpreted
 from upcycle.triton_operation import fused_experts, unfused
 
 NAME = "upcycle_triton"
-
-# By class, of transformers and torch; each computes what `triton_source.activate` does.
-_OF_CLASS = {
-    "FastGELUActivation": "gelu_tanh",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "LinearActivation": "none",
-    "NewGELUActivation": "gelu_tanh",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
-# By the name of a `Pointwise`; with a gate the activation is that of the gate.
-_PLAIN = {name: name for name in ("gelu", "gelu_tanh", "relu", "relu2", "silu")}
-_GATED = {
-    "bilinear": "none",
-    "geglu": "gelu",
-    "geglu_tanh": "gelu_tanh",
-    "reglu": "relu",
-    "swiglu": "silu",
-}
-
-
-def activation_of(module: Any) -> str | None:
-    """The name under which the kernels know the activation of `module`, None if they do not."""
-    act: Any = getattr(module, "act_fn", None)
-    pointwise = getattr(act, "pointwise", None)
-    if pointwise is not None:  # an `upcycle.experts.Experts`
-        if module.training and act.dropout:
-            return None
-        return (_GATED if module.has_gate else _PLAIN).get(pointwise.name)
-    default = moe._default_apply_gate
-    if module.has_gate and getattr(type(module), "_apply_gate", default) is not default:
-        return None
-    if isinstance(act, nn.GELU):
-        return "gelu" if act.approximate == "none" else "gelu_tanh"
-    return _OF_CLASS.get(type(act).__name__)
 
 
 def why_unfused(module: Any, *inputs: torch.Tensor) -> str | None:
@@ -77,7 +39,7 @@ def why_unfused(module: Any, *inputs: torch.Tensor) -> str | None:
         return "a norm follows each expert"
     if module.has_gate and not getattr(module, "is_concatenated", True):
         return "the rows of gate and up alternate"
-    if activation_of(module) is None:
+    if of_module(module) is None:
         return f"the kernels do not know this activation: {module.act_fn}"
     return None
 
@@ -118,7 +80,7 @@ def experts_forward(
         down,
         getattr(self, f"{up}_bias") if self.has_bias else None,
         self.down_proj_bias if self.has_bias else None,
-        str(activation_of(self)),
+        str(of_module(self)),
         self.has_gate,
         self.is_transposed,
     )

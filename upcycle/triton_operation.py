@@ -52,7 +52,7 @@ def fused_experts(
         down_EOI: [E, I, O] if `transposed`.
         up_bias_EG: or None.
         down_bias_EO: or None.
-        act: a name that `activation_of` returns.
+        act: a name that `upcycle.activation_names` returns.
         gated: the expansion has two halves.
         transposed: see above.
     """
