@@ -21,6 +21,7 @@ from upcycle.targets.onnx.parts import Compute
 from upcycle.targets.onnx.scopes import name_nodes
 from upcycle.targets.onnx.symbolic import identifier, symbolic_layers, tensor_outputs
 from upcycle.targets.onnx.tracing import quiet, trace
+from upcycle.targets.onnx.widen import widen
 from upcycle.targets.stored import Stored
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def export_onnx(
         program = trace(model, example_inputs, named, axes)
         outputs = list(output_names or names)
     graph: ir.Model = program.model
+    if kind is torch.float32:
+        widen(graph)
     name_axes(graph, axes, fixed_sizes(program), required=dynamic is not None)
     forms = lower(graph, layers, store, options, dtype=ONNX_TYPES[kind])
     with quiet():
