@@ -15,8 +15,8 @@ from kernel_case import COUNT, D_MODEL, Routed, expected, made, routed
 
 from upcycle import activation_names, compiled, expert_kernels
 from upcycle.compiled import library, run_compiled
-from upcycle.experts import Experts
-from upcycle.kernels import run_experts, weights_of
+from upcycle.experts import Experts, SharedExpert
+from upcycle.kernels import run_experts, visit_by_all, weights_of
 
 HAS_COMPILER = library() is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no GCC 12 or Clang")
@@ -197,6 +197,30 @@ def test_what_it_cannot_compute_is_left_to_torch() -> None:
     assert run_compiled(up, up_bias, turned, down_bias, name, x_TD, *given) is None
     odd = [t.bfloat16() for t in (torch.zeros(6, 6, 16), torch.zeros(6, 16, 3))]
     assert run_compiled(odd[0], None, odd[1], None, name, x_TD.bfloat16(), *given) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_expert_that_all_visit(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    (ffn, *_), experts = made("swiglu", torch.float32, bias=bias)
+    shared = SharedExpert(D_MODEL, 8, D_MODEL, pointwise=ffn.pointwise, bias=bias)
+    shared.requires_grad_(False)
+    shared.up.weight.copy_(experts.up_EGD[0])
+    shared.down_proj.weight.copy_(experts.down_proj[0])
+    if bias:
+        assert experts.up_bias_EG is not None
+        shared.up.bias.copy_(experts.up_bias_EG[0])
+    x_TD, _, _ = routed(9, torch.float32, gaps=False)
+    y_TO = shared(x_TD)
+    bound_TO = numerics.bound([ffn], x_TD, torch.float32)
+    numerics.assert_equal_up_to_rounding(y_TO, ffn.to(torch.float64)(x_TD.double()), bound_TO)
+    assert torch.equal(y_TO, visit_by_all(shared, x_TD))
+    # An adapter or a hook is seen.
+    handle = shared.down_proj.register_forward_hook(lambda *_: torch.zeros(9, D_MODEL))
+    assert not shared(x_TD).any()
+    handle.remove()
+    monkeypatch.setattr(shared.up, "forward", lambda x_TD: torch.zeros(len(x_TD), 16))
+    assert not shared(x_TD).any()
 
 
 def test_names_of_activations() -> None:

@@ -243,9 +243,10 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     else:
         (x,) = example
         checkpoint(model, x.requires_grad_(), use_reentrant=reentrant).sum().backward()
+    # Of the whole model: keys have a bias whose gradient is zero, of which rounding is left.
+    scale = max(grad.abs().max() for grad in expected.values() if grad is not None)
     for key, parameter in model.named_parameters():
         if expected[key] is not None:
-            scale = expected[key].abs().max()
             assert parameter.grad is not None, key
             assert (parameter.grad - expected[key]).abs().max() <= RELATIVE * scale, key
     copy.deepcopy(model)

@@ -71,8 +71,9 @@ def run_compiled(
     if functions is None:
         return None
     dtype = up_EGD.dtype
-    x, index, weights = x_TD.to(dtype), index_TK.long(), weights_TK.to(torch.float32)
-    x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
+    x = x_TD.to(dtype).contiguous()
+    index = index_TK.long().contiguous()
+    weights = weights_TK.to(torch.float32).contiguous()
     experts, d_out, width = down_EOI.shape
     y_TO = torch.empty(len(x), d_out, dtype=torch.float32)
     status = functions[dtype](
@@ -94,6 +95,8 @@ def run_compiled(
 
 def _can_run(tensors: list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> bool:
     dtype = tensors[0].dtype
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in (*tensors, *inputs)):
+        return False  # fake, distributed, ...
     if dtype not in _NAMES or any(not t.is_contiguous() or t.dtype != dtype for t in tensors):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *inputs)):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from upcycle.kernels import run_experts
+from upcycle.kernels import run_experts, visit_by_all
 from upcycle.pointwise import Pointwise
 
 
@@ -182,7 +182,8 @@ class SharedExpert(nn.Module):
     ) -> None:
         super().__init__()
         self.act_fn = Activation(pointwise, dropout)
-        self.up_name = "gate_up_proj" if pointwise.arity > 1 else "up_proj"
+        self.has_gate = pointwise.arity > 1
+        self.up_name = "gate_up_proj" if self.has_gate else "up_proj"
         rows = pointwise.arity * width
         setattr(self, self.up_name, nn.Linear(d_model, rows, bias=bias))
         self.down_proj = nn.Linear(width, d_out, bias=False)
@@ -195,7 +196,17 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The sum over the shared neurons."""
+        if _is_plain(self.up) and _is_plain(self.down_proj):
+            found = visit_by_all(self, x_TD)
+            if found is not None:
+                return found
         z_TG = self.up(x_TD)
         hidden_TI = self.act_fn(*z_TG.chunk(self.act_fn.pointwise.arity, dim=-1))
         out: torch.Tensor = self.down_proj(hidden_TI)
         return out
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Nobody has put an adapter or a hook there."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and not hooks

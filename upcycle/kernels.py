@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from upcycle.activation_names import of_module
-from upcycle.expert_kernels import ExpertWeights, visit
+from upcycle.expert_kernels import ExpertWeights, run_compiled, visit
 from upcycle.operation import run_as_one_node
 
 
@@ -44,6 +44,21 @@ def run_experts(
     if static:
         return run_as_one_node(experts, x_TD, index_TK, weights_TK)
     return visit(weights_of(experts), x_TD, index_TK, weights_TK)
+
+
+def visit_by_all(shared: Any, x_TD: torch.Tensor) -> torch.Tensor | None:
+    """What an expert adds that every token visits, an `upcycle.experts.SharedExpert`.
+
+    Returns:
+        [T, O], or None where only torch can compute it.
+    """
+    if run_compiled is None or torch.compiler.is_compiling() or x_TD.device.type != "cpu":
+        return None
+    up, down = shared.up, shared.down_proj
+    bias_1G = None if up.bias is None else up.bias[None]
+    index_T1 = torch.zeros(len(x_TD), 1, dtype=torch.int64)
+    weights = (up.weight[None], bias_1G, down.weight[None], None, of_module(shared))
+    return run_compiled(*weights, x_TD, index_T1, torch.ones(len(x_TD), 1))
 
 
 def weights_of(experts: Any) -> ExpertWeights:

@@ -19,6 +19,9 @@ from upcycle.experts import Experts, SharedExpert
 from upcycle.pointwise import Pointwise
 from upcycle.routers import ROUTERS
 
+# Multiplications of a router that are over before a second thread of torch has woken up.
+ONE_THREAD = 1 << 23
+
 
 class MoE(nn.Module):
     """Router and experts; a shared expert, a thin linear map and an output bias for every token.
@@ -44,6 +47,7 @@ class MoE(nn.Module):
             bias=bias,
             dropout=dropout,
         )
+        self.router_size = sum(tensor.numel() for tensor in self.router.state_dict().values())
         self.router.attach(self.experts)
         self.shared_expert = (
             SharedExpert(
@@ -66,20 +70,34 @@ class MoE(nn.Module):
         """Tokens [..., D] -> [..., O]; with ``axis: 1`` (convolutions) [B, D, ...] likewise."""
         if self.router.tied and self.training:
             self.tie_router()
-        x = x.movedim(self.axis, -1)
+        if self.axis != -1:
+            x = x.movedim(self.axis, -1)
         y = self.tokens(x.reshape(-1, x.shape[-1]))
-        y = y.reshape(*x.shape[:-1], y.shape[-1]).movedim(-1, self.axis)
-        return F.dropout(y, self.output_dropout, self.training)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        if self.axis != -1:
+            y = y.movedim(-1, self.axis)
+        return F.dropout(y, self.output_dropout, True) if self.training else y
 
     def tokens(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The layer on a list of tokens, [T, D] -> [T, O], without dropout."""
-        _, weights_TK, index_TK = self.router(x_TD)
+        _, weights_TK, index_TK = self._route(x_TD)
         y_TO: torch.Tensor = self.experts(x_TD, index_TK, weights_TK)
         if self.shared_expert is not None:
             y_TO = y_TO + self.shared_expert(x_TD)
         if self.low_rank is not None:
             y_TO = y_TO + self.low_rank(x_TD)
         return y_TO if self.output_bias is None else y_TO + self.output_bias
+
+    def _route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        is_small = 0 < len(x_TD) * self.router_size < ONE_THREAD
+        if torch.compiler.is_compiling() or x_TD.device.type != "cpu" or not is_small:
+            return self.router(x_TD)  # type: ignore[no-any-return]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self.router(x_TD)  # type: ignore[no-any-return]
+        finally:
+            torch.set_num_threads(threads)
 
     @torch.no_grad()
     def tie_router(self) -> None:
