@@ -43,6 +43,18 @@ def test_assignment_is_as_cheap_as_the_hungarian_one(sizes: list[int], seed: int
         assert cost_KF[labels_F, np.arange(200)].sum() <= optimum * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_assignment_of_counts_is_as_cheap_as_the_hungarian_one(levels: int, seed: int) -> None:
+    """Many points have several cheapest groups, and most the same one."""
+    drawn_KF = torch.randint(levels, (6, 300), generator=seeded(seed)).double()
+    cost_KF = (drawn_KF + torch.arange(6.0)[:, None] % 3).numpy()
+    sizes = [100, 80, 60, 40, 20, 0]
+    labels_F, _ = assign(cost_KF.copy(), np.array(sizes), np.zeros(6))
+    assert np.bincount(labels_F, minlength=6).tolist() == sizes
+    assert cost_KF[labels_F, np.arange(300)].sum() <= best_cost(cost_KF, sizes) * (1 + 1e-9)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),

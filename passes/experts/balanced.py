@@ -174,29 +174,40 @@ def assign(cost_KF: Floats, sizes_K: Ints, prices_K: Floats) -> tuple[Ints, Floa
 def _price(cost_KF: Floats, sizes_K: Ints) -> tuple[Ints, Floats]:
     """Change prices, in place on the costs, until the cheapest groups have nearly the right sizes.
 
-    Returns the cheapest group of each point [F], and the change of the prices [K].
+    Returns a cheapest group of each point [F], and the change of the prices [K].
     """
     groups, points = cost_KF.shape
-    every = np.arange(points)
     change_K = np.zeros(groups)
     labels_F = cost_KF.argmin(0)
-    for _ in range(8 * groups):
+    # The group that is most wrong gets its size. Where many points have several cheapest groups,
+    # this hands them round; then short groups alone do, each of which takes what it lacks.
+    urgency, best, since = np.abs, np.inf, 0
+    while since < 2 * groups:
         excess_K = np.bincount(labels_F, minlength=groups) - sizes_K
+        wrong = int(np.abs(excess_K).sum())
         # The last few are left to the augmenting paths: a step reads all K * F costs, a path few.
-        if np.abs(excess_K).sum() <= 2 * max(groups, points // 64):
+        # So is what no price can settle.
+        if wrong <= 2 * max(groups, points // 64):
             break
-        group = int(np.abs(excess_K).argmax())
+        best, since = (wrong, 0) if wrong < best else (best, since + 1)
+        if since == groups and urgency is np.abs:
+            urgency, best, since = np.negative, np.inf, 0
+        group = int(urgency(excess_K).argmax())
         size = sizes_K[group]
         own_F = cost_KF[group].copy()
         cost_KF[group] = np.inf
-        other_F = cost_KF.argmin(0)
-        margin_F = cost_KF[other_F, every] - own_F
-        # With price p the group gets the points of margin > p: p lies between the margins of the
-        # first point that should be out and the last that should be in.
+        margin_F = cost_KF.min(0) - own_F
+        # With price p the group gets the points of margin > p, and may have those of margin p: p
+        # lies between the margins of the first point that is out and the last that is in.
         edges = [rank for rank in (points - size - 1, points - size) if 0 <= rank < points]
-        price = float(np.partition(margin_F, edges)[edges].mean())
+        order_F = np.argpartition(margin_F, edges)
+        price = float(margin_F[order_F[edges]].mean())
+        inside_F = np.zeros(points, dtype=bool)
+        inside_F[order_F[points - size :]] = True
+        left = np.flatnonzero((labels_F == group) & ~inside_F)
+        labels_F[left] = cost_KF[:, left].argmin(0)
+        labels_F[inside_F] = group
         cost_KF[group] = own_F + price
-        labels_F = np.where(margin_F > price, group, other_F)
         change_K[group] += price
     return labels_F, change_K
 
@@ -205,17 +216,16 @@ def _augment(cost_KF: Floats, labels_F: Ints, sizes_K: Ints) -> None:
     """Move surplus points along cheapest paths of groups until every size is right, in place."""
     groups = len(sizes_K)
     move_KK = np.full((groups, groups), np.inf)
-    who_KK = np.zeros((groups, groups), dtype=np.int64)
 
     def refresh(group: int) -> None:
         member = np.flatnonzero(labels_F == group)
-        if len(member) == 0:
-            move_KK[group] = np.inf
-            return
         delta = cost_KF[:, member] - cost_KF[group, member]
-        first_K = delta.argmin(1)
-        move_KK[group] = delta[np.arange(groups), first_K]
-        who_KK[group] = member[first_K]
+        move_KK[group] = delta.min(1, initial=np.inf)
+
+    def cheapest(a: int, b: int) -> Ints:
+        """The points of `a` that may be the one which moves to `b`."""
+        member = np.flatnonzero(labels_F == a)
+        return member[cost_KF[b, member] - cost_KF[a, member] <= move_KK[a, b] + slack]
 
     for group in range(groups):
         refresh(group)
@@ -224,13 +234,15 @@ def _augment(cost_KF: Floats, labels_F: Ints, sizes_K: Ints) -> None:
     slack = 1e-12 * float(np.abs(cost_KF).max())
     while (excess_K > 0).any():
         path = _shortest_path(move_KK, excess_K, slack)
-        moves = [(who_KK[a, b], b) for a, b in pairwise(path)]
-        for point, b in moves:
-            labels_F[point] = b
+        moves = [(cheapest(a, b), b) for a, b in pairwise(path)]
+        # Where costs are counts, many points can go the same way at the same price.
+        count = min(excess_K[path[0]], -excess_K[path[-1]], *(len(some) for some, _ in moves))
+        for some, b in moves:
+            labels_F[some[:count]] = b
         for group in path:
             refresh(group)
-        excess_K[path[0]] -= 1
-        excess_K[path[-1]] += 1
+        excess_K[path[0]] -= count
+        excess_K[path[-1]] += count
 
 
 def _shortest_path(move_KK: Floats, excess_K: Ints, slack: float) -> list[int]:
