@@ -1,11 +1,11 @@
 """Time and quality of balanced clustering on shapes of real FFNs: python benchmarks/clustering.py.
 
-    python benchmarks/clustering.py [--only keys,activations,others]
+    python benchmarks/clustering.py [--only keys,activations,peers]
 
 Keys: two kinds of rows, independent normal ones, which is the hardest case (there is nothing to
 find), and rows drawn around as many centres as there are groups, with unequal numbers of rows per
 centre. Activations: neurons of a gated FFN of normal weights, by the tokens of 2048 that they are
-among the strongest for; the marks are timed apart. Others: our clusters beside those of
+among the strongest for; the marks are timed apart. Peers: our clusters beside those of
 k-means-constrained and of scikit-learn's KMeans, whose groups have any size, where these are
 installed, on sizes that they finish. Peak RSS is that of the process, so each line runs in its own.
 """
@@ -28,7 +28,7 @@ from upcycle.pointwise import Pointwise
 from upcycle.weights import FFNWeights
 
 SHAPES = ((1536, 384, 64), (3072, 768, 16), (11008, 4096, 16), (11008, 4096, 64))
-SMALL = ((1536, 384, 16), (3072, 768, 16))
+SMALL = ((1536, 384, 16), (3072, 768, 16), (3072, 768, 64))
 TOKENS, MARKERS = 2048, 10
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 
@@ -84,7 +84,7 @@ def measure_activations(neurons: int, d_model: int, groups: int, method: str) ->
     print(f"{size:>14} {groups:>6}  {method:<17} {figures}")
 
 
-def measure_other(points: int, features: int, groups: int, who: str) -> None:
+def measure_peer(points: int, features: int, groups: int, who: str) -> None:
     x = rows(points, features, groups, mixed=True)
     sizes = [len(part) for part in torch.arange(points).tensor_split(groups)]
     start, begun = time.perf_counter(), time.process_time()
@@ -115,7 +115,7 @@ def alone(measured: Callable[..., None], *args: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="keys,activations,others")
+    parser.add_argument("--only", default="keys,activations,peers")
     only = parser.parse_args().only.split(",")
     if "keys" in only:
         print("          size groups  rows    seconds   CPU s  vs random  peak MiB")
@@ -127,10 +127,10 @@ def main() -> None:
         for groups in (16, 64):
             for method in ("activation_carve", "coactivation"):
                 alone(measure_activations, 11008, 4096, groups, method)
-    if "others" in only:
+    if "peers" in only:
         print("          size groups  who                  seconds   CPU s  objective   sizes")
         for shape in SMALL:
-            alone(measure_other, *shape, "upcycle")
+            alone(measure_peer, *shape, "upcycle")
             for who, module in (
                 ("k-means-constrained", "k_means_constrained"),
                 ("sklearn KMeans", "sklearn"),
@@ -138,7 +138,7 @@ def main() -> None:
                 if importlib.util.find_spec(module) is None:
                     print(f"{who}: not installed")
                 else:
-                    alone(measure_other, *shape, who)
+                    alone(measure_peer, *shape, who)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def _price(cost_KF: Floats, sizes_K: Ints) -> tuple[Ints, Floats]:
     labels_F = cost_KF.argmin(0)
     # The group that is most wrong gets its size. Where many points have several cheapest groups,
     # this hands them round; then short groups alone do, each of which takes what it lacks.
-    urgency, best, since = np.abs, np.inf, 0
+    short_ones, best, since = False, np.inf, 0
     while since < 2 * groups:
         excess_K = np.bincount(labels_F, minlength=groups) - sizes_K
         wrong = int(np.abs(excess_K).sum())
@@ -190,9 +190,9 @@ def _price(cost_KF: Floats, sizes_K: Ints) -> tuple[Ints, Floats]:
         if wrong <= 2 * max(groups, points // 64):
             break
         best, since = (wrong, 0) if wrong < best else (best, since + 1)
-        if since == groups and urgency is np.abs:
-            urgency, best, since = np.negative, np.inf, 0
-        group = int(urgency(excess_K).argmax())
+        if since == groups and not short_ones:
+            short_ones, best, since = True, np.inf, 0
+        group = int((-excess_K if short_ones else np.abs(excess_K)).argmax())
         size = sizes_K[group]
         own_F = cost_KF[group].copy()
         cost_KF[group] = np.inf
@@ -225,7 +225,8 @@ def _augment(cost_KF: Floats, labels_F: Ints, sizes_K: Ints) -> None:
     def cheapest(a: int, b: int) -> Ints:
         """The points of `a` that may be the one which moves to `b`."""
         member = np.flatnonzero(labels_F == a)
-        return member[cost_KF[b, member] - cost_KF[a, member] <= move_KK[a, b] + slack]
+        can: Ints = member[cost_KF[b, member] - cost_KF[a, member] <= move_KK[a, b] + slack]
+        return can
 
     for group in range(groups):
         refresh(group)
