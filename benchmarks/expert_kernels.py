@@ -2,7 +2,9 @@
 
 SwiGLU in float32, a linear router included; the ways to run the experts take turns with the dense
 FFN, so that other work on the machine slows all of them. Eight layers take turns, too, so that
-weights come from memory as in a model. Median of the ratios, and quartiles.
+weights come from memory as in a model (``--layers 1``: from the caches, where they fit). Median of
+the ratios, and quartiles. ``ours`` is what a converted model runs, ``torch`` the same without a
+C++ compiler; the others are implementations of transformers, in the same layer.
 ``--costs`` prints the table of `upcycle.expert_kernels` instead.
 """
 
@@ -18,37 +20,41 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch.nn import functional as F
 
+from upcycle import expert_kernels
 from upcycle.expert_kernels import ROWS
-from upcycle.experts import Experts
+from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
 
 SHAPES = ((2048, 8192, 16, 4), (576, 1536, 16, 4), (576, 1536, 64, 8))
-LAYERS = 8
-TOKENS = (1, 16, 256, 1024)
-WAYS = {"ours": "upcycle", "eager": "eager", "grouped_mm": "grouped_mm", "batched_mm": "batched_mm"}
+WAYS = {name: name for name in ("eager", "grouped_mm", "batched_mm")}
+WAYS = {"ours": "upcycle", "torch": "upcycle", **WAYS}
+COMPILED = expert_kernels.run_compiled
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 
 
 def split(
     d_model: int, d_ff: int, count: int, top_k: int, dtype: torch.dtype
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, str], torch.Tensor]]:
-    """A dense FFN, and as many experts of its size together with a router, run in the way named."""
+    """A dense FFN, and a layer of experts of its size, run in the way named."""
     up_FD = (torch.randn(2 * d_ff, d_model) / d_model**0.5).to(dtype)
     down_DF = (torch.randn(d_model, d_ff) / d_ff**0.5).to(dtype)
-    router_ED = torch.randn(count, d_model).to(dtype)
-    experts = Experts(count, d_model, d_ff // count, d_model, pointwise=SWIGLU, bias=False)
-    experts.to(dtype)
-    for parameter in experts.parameters():
-        parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    router = {"kind": "linear", "num_experts": count, "d_model": d_model, "scale": 1.0}
+    router |= {"select": {"rule": "top_k", "k": top_k}, "weights": "renormalised"}
+    sizes = {"num_experts": count, "width": d_ff // count, "d_model": d_model, "d_out": d_model}
+    plain = {"up_bias": False, "output_bias": False, "hidden_dropout": 0, "output_dropout": 0}
+    layer = MoE({**sizes, **plain, "pointwise": SWIGLU.to_json(), "router": router})
+    layer = layer.to(dtype).eval()
+    for parameter in layer.parameters():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
 
     def dense(x_TD: torch.Tensor) -> torch.Tensor:
         gate_TF, up_TF = F.linear(x_TD, up_FD).chunk(2, -1)
         return F.linear(F.silu(gate_TF) * up_TF, down_DF)
 
     def sparse(x_TD: torch.Tensor, way: str) -> torch.Tensor:
-        logits_TK, index_TK = F.linear(x_TD, router_ED).topk(top_k, -1)
-        experts.config._experts_implementation = WAYS[way]
-        return experts(x_TD, index_TK, logits_TK.softmax(-1))
+        layer.experts.config._experts_implementation = WAYS[way]
+        expert_kernels.run_compiled = None if way == "torch" else COMPILED
+        return layer(x_TD)
 
     return dense, sparse
 
@@ -60,18 +66,18 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def ratios(
-    shape: tuple[int, int, int, int], tokens: int, budget: float, dtype: torch.dtype
+    shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype, given: argparse.Namespace
 ) -> Iterator[tuple[str, list[float]]]:
     """For each way its first quartile, median and last quartile, relative to the dense FFN."""
-    layers = [split(*shape, dtype) for _ in range(LAYERS)]
+    layers = [split(*shape, dtype) for _ in range(given.layers)]
     x_TD = torch.randn(tokens, shape[0]).to(dtype)
-    ways = [way for way in WAYS if tokens == 1 or way != "batched_mm"]
+    ways = [way for way in given.ways if tokens == 1 or way != "batched_mm"]
     for (_, sparse), way in itertools.product(layers, ways):  # warm, and right
         torch.testing.assert_close(sparse(x_TD, way), sparse(x_TD, "eager"), rtol=0.02, atol=0.02)
     found: dict[str, list[float]] = {way: [] for way in ways}
-    end = time.perf_counter() + budget
+    end = time.perf_counter() + given.seconds
     for (dense, sparse), step in zip(itertools.cycle(layers), itertools.count(), strict=False):
-        if time.perf_counter() > end and step >= 2 * LAYERS:
+        if time.perf_counter() > end and step >= 16:
             break
         for way in ways:
             base = seconds(lambda dense=dense: dense(x_TD))
@@ -128,8 +134,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=10.0, help="for each line")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 1024])
     parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="one of them")
     parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
@@ -137,16 +146,18 @@ def main() -> None:
     if given.costs:
         costs(dtype)
         return
-    print(f"{'d':>5} {'F':>5} {'E':>3} {'K':>2} {'T':>5}  " + "".join(f"{w:<18}" for w in WAYS))
+    print(
+        f"{'d':>5} {'F':>5} {'E':>3} {'K':>2} {'T':>5}  " + "".join(f"{w:<18}" for w in given.ways)
+    )
     for shape in SHAPES if given.shape is None else (SHAPES[given.shape],):
         d_model, d_ff, count, top_k = shape
-        for tokens in TOKENS:
+        for tokens in given.tokens:
             cells = {
                 way: f"{middle:.2f} ({low:.2f}-{high:.2f})"
-                for way, (low, middle, high) in ratios(shape, tokens, given.seconds, dtype)
+                for way, (low, middle, high) in ratios(shape, tokens, dtype, given)
             }
             line = f"{d_model:>5} {d_ff:>5} {count:>3} {top_k:>2} {tokens:>5}  "
-            print(line + "".join(f"{cells.get(way, ''):<18}" for way in WAYS), flush=True)
+            print(line + "".join(f"{cells.get(way, ''):<18}" for way in given.ways), flush=True)
 
 
 if __name__ == "__main__":

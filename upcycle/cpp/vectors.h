@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -41,9 +41,13 @@ inline Words load(const void* from) {
 }
 
 inline Words load_some(const void* from, int64_t words) {  // zeros behind them
+#if defined(__AVX512F__)
+    return (Words)_mm512_maskz_loadu_epi32((1u << words) - 1, from);
+#else
     uint32_t some[LANES] = {};
     memcpy(some, from, words * 4);
     return load(some);
+#endif
 }
 
 inline Words all(uint32_t word) { return word - Words{}; }
