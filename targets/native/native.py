@@ -187,11 +187,11 @@ def _shared(target: NativeTarget, plan: Plan) -> dict[str, int]:
 
 
 def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None:
+    if target.refused:
+        return f"upcycle writes nothing as {target.model_type}: {target.refused}"
     if config.model_type not in target.sources:
         wanted = " and ".join(target.sources)
         return f"the dense model is {config.model_type}, and {target.model_type} holds {wanted}"
-    if target.refused:
-        return target.refused
     source = target.sources[config.model_type]
     wanted = source.architecture
     if config.architectures and wanted not in config.architectures:
