@@ -89,8 +89,9 @@ class MoE(nn.Module):
         return y_TO if self.output_bias is None else y_TO + self.output_bias
 
     def _route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        is_small = 0 < len(x_TD) * self.router_size < ONE_THREAD
-        if torch.compiler.is_compiling() or x_TD.device.type != "cpu" or not is_small:
+        if torch.compiler.is_compiling() or x_TD.device.type != "cpu":
+            return self.router(x_TD)  # type: ignore[no-any-return]
+        if not 0 < len(x_TD) * self.router_size < ONE_THREAD:
             return self.router(x_TD)  # type: ignore[no-any-return]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
