@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 try:
-    from upcycle.compiled import run_compiled
+    from upcycle.compiled import run_compiled as run_compiled
 except ImportError:  # in the file of a converted model, where upcycle is not installed
     run_compiled = None  # type: ignore[assignment]
 

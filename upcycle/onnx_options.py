@@ -36,8 +36,11 @@ class Onnx(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="of the graph; auto is float16 for cuda, else float32"
     )
-    tokens: int = Field(
-        256, ge=1, description="tokens of one call, for which `auto` chooses the faster form"
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of one call, for which `auto` chooses the faster form; default: 1 for "
+        "a decoder with a cache, else 256",
     )
 
     @property

@@ -18,9 +18,10 @@ from upcycle.modes import eval_mode
 from upcycle.moe import MoE
 from upcycle.onnx_options import ONNX_DEFAULTS, Onnx
 from upcycle.targets.checkpoint import Checkpoint
+from upcycle.targets.onnx.cache import PAST
 from upcycle.targets.onnx.decoding import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.parts import parts
+from upcycle.targets.onnx.parts import Part, parts
 from upcycle.targets.onnx.symbolic import named_tensors
 from upcycle.verification import model_dtype
 
@@ -62,7 +63,7 @@ def write_onnx(
                     stored=written.stored,
                     dynamic=part.axes,
                     compute=part.compute,
-                    options=options,
+                    options=options.model_copy(update={"tokens": _tokens(options, part)}),
                 )
                 for part in parts(model, _tensors(evaluation.batches[0]))
             ]
@@ -70,6 +71,13 @@ def write_onnx(
         raise UnsupportedError(
             f"--target onnx: {error}; --target safetensors alone writes the checkpoint"
         ) from error
+
+
+def _tokens(options: Onnx, part: Part) -> int:
+    """Of a typical call: with a cache text is written one token after the other."""
+    names = part.example if isinstance(part.example, Mapping) else ()
+    has_cache = any(name.startswith(f"{PAST}.") for name in names)
+    return options.tokens or (1 if has_cache else 256)
 
 
 def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> list[Check]:

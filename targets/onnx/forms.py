@@ -81,7 +81,7 @@ def _fits_quantised(layer: MoE, bits: int) -> bool:
 def _fastest(layer: MoE, fused: Fused, options: Onnx, *, may_round: bool) -> Form:
     experts = layer.experts
     work = Work(
-        tokens=options.tokens,
+        tokens=options.tokens or 256,
         num_experts=experts.num_experts,
         top_k=most_visited(layer),
         d_model=experts.hidden_dim,

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError
 from upcycle.targets.onnx.feeds import Array
+
+MANY_NODES = 10_000
 
 
 def session(
@@ -43,10 +46,25 @@ def session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not prepack and not _has_rounded(model):  # whose kernel is another one without it
         options.add_session_config_entry("session.disable_prepacking", "1")
+    # To plan which tensor may take whose place it compares all nodes with all others: minutes.
+    options.enable_mem_reuse = _nodes(model) < MANY_NODES
     if weights is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(weights.absolute()))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _nodes(model: Path | bytes) -> int:
+    """How many nodes there are when every function is put in its place; 0 of what is no model."""
+    try:
+        if isinstance(model, bytes):
+            proto = onnx.load_model_from_string(model)
+        else:
+            proto = onnx.load(model, load_external_data=False)
+    except (OSError, DecodeError):
+        return 0
+    inside = {(f.domain, f.name): len(f.node) for f in proto.functions}
+    return sum(inside.get((node.domain, node.op_type), 1) for node in proto.graph.node)
 
 
 def _has_rounded(model: Path | bytes) -> bool:
