@@ -12,9 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from upcycle import expert_kernels
 from upcycle.activation_names import of_module
-from upcycle.expert_kernels import ExpertWeights, visit
+from upcycle.expert_kernels import ExpertWeights, run_compiled, visit
 from upcycle.operation import run_as_one_node
 
 
