@@ -1,13 +1,19 @@
 """A converted model with the numbers that a native checkpoint holds, for files that share them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
+from upcycle.experts import Activation
+from upcycle.layer_weights import weights_of
 from upcycle.moe import MoE
 from upcycle.spec import MoESpec
 from upcycle.targets.native.architecture import NativeTarget
+from upcycle.targets.native.disk import router_on_disk, shared_on_disk
+from upcycle.targets.native.routers import Fold
 from upcycle.targets.native.tensors import fold_of
 
 
@@ -15,27 +21,91 @@ from upcycle.targets.native.tensors import fold_of
 def as_on_disk(
     layers: Iterable[tuple[MoESpec, MoE]], target: NativeTarget | None
 ) -> Iterator[None]:
-    """Within it the down projections are those of the checkpoint, and the routers make up for it.
+    """Within it the layers hold the tensors of the checkpoint, and their graphs make up for it.
 
-    The layers compute what they did, up to rounding. Memory: the scaled projections of all layers.
+    Down projections are scaled as there, and the weights of the experts divided; the shared expert
+    is as wide, as doubled and as cut into matrices as there, and its output halved. The layers
+    compute what they did, up to rounding. Memory: the scaled projections and the shared experts.
 
     Args:
         layers: each with its spec; changed in place, and restored.
         target: the architecture that was written, or None if none was.
     """
-    saved: list[tuple[MoE, torch.Tensor, float]] = []
-    try:
+    with ExitStack() as undo:
         for spec, layer in layers if target is not None else ():
             assert target is not None
-            down, factor = layer.experts.down_proj, fold_of(target, spec).down
-            if factor in (0, 1):
-                continue
-            saved.append((layer, down.data, layer.router.scale))
-            wide = down.data.to(torch.promote_types(down.dtype, torch.float32))
-            down.data = (wide * factor).to(down.dtype)
-            layer.router.scale /= factor
+            made = fold_of(target, spec)
+            shared = _shared(layer, target, spec)
+            if made.down not in (0, 1):
+                down = layer.experts.down_proj
+                wide = down.data.to(torch.promote_types(down.dtype, torch.float32))
+                _set(undo, down, "data", (wide * made.down).to(down.dtype))
+                _set(undo, layer.router, "scale", layer.router.scale / made.down)
+            if _only_order_counts(spec):
+                _router(undo, layer, made, spec)
+            if shared is not None:
+                _set(undo, layer, "shared_expert", shared)
         yield
-    finally:
-        for layer, before, scale in saved:
-            layer.experts.down_proj.data = before
-            layer.router.scale = scale
+
+
+def _set(undo: ExitStack, holder: Any, name: str, value: Any) -> None:
+    undo.callback(setattr, holder, name, getattr(holder, name))
+    setattr(holder, name, value)
+
+
+def _only_order_counts(spec: MoESpec) -> bool:
+    """Whether a router times a power of two, or of zeros where all are chosen, is as good."""
+    router = spec.router_config()
+    rule, k = router["weights"], router["select"]["k"]
+    has_even_weights = rule == "one" or (k == 1 and rule == "renormalised")
+    return bool(has_even_weights and router["kind"] == "linear" and not router["balance"])
+
+
+def _router(undo: ExitStack, layer: MoE, made: Fold, spec: MoESpec) -> None:
+    router = layer.router
+    held = router_on_disk(router.state_dict(), made, spec)
+    for name, before in (("weight", router.weight), ("bias", router.bias)):
+        if before is not None:
+            after = held[name] if name in held else torch.zeros_like(before)
+            _set(undo, before, "data", after.to(before))
+
+
+def _shared(layer: MoE, target: NativeTarget, spec: MoESpec) -> nn.Module | None:
+    if layer.shared_expert is None or target.shared is None:
+        return None
+    weights = shared_on_disk(weights_of(layer), target, spec)
+    assert weights is not None
+    ups = weights.up_EGD[0].chunk(len(target.shared.matrices) - 1)
+    factor = 0.5 if target.shared.gate else 1.0  # the sigmoid of its gate
+    return _SharedOnDisk(ups, weights.down_EOI[0], layer.shared_expert.act_fn, factor)
+
+
+class _SharedOnDisk(nn.Module):
+    """A shared expert in the matrices of a checkpoint, which software multiplies by `factor`."""
+
+    def __init__(
+        self,
+        ups: tuple[torch.Tensor, ...],
+        down_OS: torch.Tensor,
+        act_fn: Activation,
+        factor: float,
+    ) -> None:
+        super().__init__()
+        self.up_proj = nn.ModuleList(_linear(weight_GD) for weight_GD in ups)
+        self.down_proj = _linear(down_OS)
+        self.act_fn = act_fn
+        self.factor = factor
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The sum over the shared neurons, [T, D] -> [T, O]."""
+        arity = self.act_fn.pointwise.arity
+        z = [z_TS for up in self.up_proj for z_TS in up(x_TD).chunk(arity // len(self.up_proj), -1)]
+        y_TO: torch.Tensor = self.down_proj(self.act_fn(*z))
+        return y_TO if self.factor == 1 else y_TO * self.factor
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

@@ -41,7 +41,10 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Match:
-    """A stored tensor that equals a wanted one, after a transposition and a cast to float32."""
+    """A stored tensor that equals a wanted one, after a transposition and a cast to float32.
+
+    Transposed are the last two axes of two or three.
+    """
 
     name: str
     stored: Stored
@@ -71,7 +74,7 @@ class Store:
         for name, entry in stored.items():
             if not entry.shape or math.prod(entry.shape) == 0:  # a scalar is in the graph itself
                 continue
-            for transposed in (False, True) if len(entry.shape) == 2 else (False,):
+            for transposed in (False, True) if len(entry.shape) in (2, 3) else (False,):
                 for cast in (False, True) if entry.dtype in _NARROW else (False,):
                     match = Match(name, entry, transposed, cast)
                     self._index[_fingerprint_of(self, match)].append(match)
@@ -89,7 +92,7 @@ class Store:
     def value(self, match: Match) -> torch.Tensor:
         """What the graph gets from `match`, without the cast."""
         tensor = self.read(match.stored)
-        return tensor.t() if match.transposed else tensor
+        return tensor.mT if match.transposed else tensor
 
     def find(self, tensor: torch.Tensor) -> Match | None:
         """A stored tensor with the bits of `tensor`, those that need no extra node first."""
@@ -196,7 +199,8 @@ def _replace(
     if match.cast:
         new = head("Cast", new, to=ir.DataType.FLOAT.value, name=f"{value.name}/float32")
     if match.transposed:
-        new = head("Transpose", new, perm=[1, 0], name=f"{value.name}/transposed")
+        perm = [1, 0] if len(match.stored.shape) == 2 else [0, 2, 1]
+        new = head("Transpose", new, perm=perm, name=f"{value.name}/transposed")
     ir.convenience.replace_all_uses_with(value, new)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-OPSET = 21  # the first with IR version 10; Gelu needs 20, string Equal 19
+OPSET = 21  # the first with IR version 10; string Equal needs 19
 
 
 class Nodes(Tape):

@@ -74,7 +74,13 @@ def _silu(n: Nodes, x: ir.Value) -> ir.Value:
 
 
 def _gelu(n: Nodes, x: ir.Value, approximate: str = "none") -> ir.Value:
-    return n("Gelu", x, approximate=approximate)
+    """Spelled out: onnx's evaluator has no Gelu in a function. ONNX Runtime makes it one again."""
+    if approximate == "tanh":
+        cubic = n("Mul", n("Pow", x, n.const(3.0)), n.const(0.044715))
+        inner = n("Tanh", n("Mul", n("Add", x, cubic), n.const(math.sqrt(2 / math.pi))))
+        return n("Mul", n("Mul", x, n.const(0.5)), n("Add", inner, n.const(1.0)))
+    inner = n("Erf", n("Div", x, n.const(math.sqrt(2))))
+    return n("Mul", n("Mul", x, n("Add", inner, n.const(1.0))), n.const(0.5))
 
 
 def _cast(n: Nodes, x: ir.Value, dtype: str) -> ir.Value:
