@@ -53,6 +53,22 @@ def unrolled(
     x_TD, weights_TE, up_EGD, down_EOI = (ir.Value(name=i) for i in ("x", "weights", "up", "down"))
     bias_EG = ir.Value(name="up_bias") if bias else None
     n = Nodes(dtype=dtype)
+    out_TO = one_by_one(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
+    inputs = [x_TD, weights_TE, up_EGD, *([] if bias_EG is None else [bias_EG]), down_EOI]
+    return _function(OWN, name, inputs, out_TO, n)
+
+
+def one_by_one(
+    n: Nodes,
+    pointwise: Pointwise,
+    num_experts: int,
+    x_TD: ir.Value,
+    weights_TE: ir.Value,
+    up_EGD: ir.Value,
+    up_bias_EG: ir.Value | None,
+    down_EOI: ir.Value,
+) -> ir.Value:
+    """The nodes of `unrolled`; the value is [T, O]."""
     tokens = n("Shape", x_TD, start=0, end=1)
     shape = n("Concat", tokens, n("Shape", down_EOI, start=1, end=2), axis=0)
     out_TO = n("ConstantOfShape", shape)  # float32: ONNX Runtime adds nothing narrower on a CPU
@@ -63,8 +79,8 @@ def unrolled(
         token_n1 = n("Transpose", n("NonZero", weights_T), perm=[1, 0])
         x_nD = n("GatherND", x_TD, token_n1)
         rows = [n("Gather", up_EGD, e, axis=0)]
-        if bias_EG is not None:
-            rows.append(n("Gather", bias_EG, e, axis=0))
+        if up_bias_EG is not None:
+            rows.append(n("Gather", up_bias_EG, e, axis=0))
         z_nG = n("Gemm", x_nD, *rows, transB=1, name="up")
         z = [z_nG]
         if pointwise.arity > 1:
@@ -77,10 +93,7 @@ def unrolled(
             y_nO = n("Cast", y_nO, to=ir.DataType.FLOAT.value)
         out_TO = n("ScatterND", out_TO, token_n1, y_nO, reduction="add", name="add")
     n.scope = ""
-    if n.is_half:
-        out_TO = n("CastLike", out_TO, x_TD)
-    inputs = [x_TD, weights_TE, up_EGD, *([] if bias_EG is None else [bias_EG]), down_EOI]
-    return _function(OWN, name, inputs, out_TO, n)
+    return n("CastLike", out_TO, x_TD) if n.is_half else out_TO
 
 
 def fused(

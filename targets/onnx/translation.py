@@ -1,0 +1,65 @@
+"""The operation ``upcycle::moe`` for torch's own ONNX exporter.
+
+    program = torch.export.export(model, arguments)
+    torch.onnx.export(program, dynamo=True, custom_translation_table=TABLE)
+
+`upcycle convert --target onnx` needs none of this: it sees the layers before they are operations.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
+G = arity * I.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+import torch
+
+import upcycle.operation  # noqa: F401  (defines the operation)
+from upcycle.pointwise import Pointwise
+from upcycle.targets.onnx.bodies import one_by_one
+from upcycle.targets.onnx.nodes import OPSET, Nodes
+
+
+class _Traced(Nodes):
+    """Nodes that the exporter writes down, under names of its own."""
+
+    def many(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        name: str = "",
+        **attrs: Any,
+    ) -> list[ir.Value]:
+        """One node with any number of outputs."""
+        made = getattr(getattr(onnxscript, f"opset{OPSET}"), op_type)(*inputs, **attrs)
+        return list(made) if isinstance(made, Sequence) else [made]
+
+
+def moe(
+    x_TD: ir.Value,
+    index_TK: ir.Value,
+    weights_TK: ir.Value,
+    up_EGD: ir.Value,
+    up_bias_EG: ir.Value | None,
+    down_EOI: ir.Value,
+    program: str,
+) -> ir.Value:
+    """What ``upcycle::moe`` computes, each expert on its own tokens only, [T, O]."""
+    assert up_EGD.shape is not None
+    assert up_EGD.dtype is not None
+    num_experts = int(up_EGD.shape[0])
+    n = _Traced(dtype=up_EGD.dtype)
+    tokens = n("Shape", x_TD, start=0, end=1)
+    zeros_TE = n("Expand", n.const(0.0), n("Concat", tokens, n.const([num_experts]), axis=0))
+    weights_TK = n("CastLike", weights_TK, zeros_TE)
+    weights_TE = n("ScatterElements", zeros_TE, index_TK, weights_TK, axis=1, reduction="add")
+    pointwise = Pointwise.from_json(json.loads(program))
+    return one_by_one(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, up_bias_EG, down_EOI)
+
+
+TABLE: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.upcycle.moe.default: moe}
