@@ -290,10 +290,10 @@ def test_a_file_that_overwrites_what_other_experts_added_is_wrong(layers, files,
         for attribute in node.attribute if node.op_type == "ScatterND" else ():
             attribute.s = b"none"
 
-    made = run(changed(files["unrolled"], "over.onnx", overwrite), *TOKENS["many"])
-    found = gaps(made, expected["many"])
-    most = allowed(layers, TOKENS["many"], expected["many"])
-    for case, layer, gap, limit in zip(CASES, layers, found, most, strict=True):
+    made = run(changed(files["unrolled"][:1], "over.onnx", overwrite), *TOKENS["many"])
+    found = gaps(made, expected["many"][:FILE])
+    most = allowed(layers[:FILE], TOKENS["many"], expected["many"][:FILE])
+    for case, layer, gap, limit in zip(CASES[:FILE], layers[:FILE], found, most, strict=True):
         assert (gap > limit) == (visits(layer, "many").sum(1) > 1).any(), case
 
 
@@ -339,7 +339,7 @@ def test_what_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -
 # Shapes
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     form=st.sampled_from(["fused", "unrolled"]),
     config=st.sampled_from([c for c in (MAIN | MIXED).values() if c["kind"] != "table"]),
