@@ -45,8 +45,9 @@ def test_a_printed_command_parses(page: str, command: str) -> None:
         subcommand.make_context(name, arguments)
 
 
-def test_the_python_page_runs() -> None:
+def test_the_python_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All blocks in one namespace, in order; `load` needs the directory that the README makes."""
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks(ROOT / "docs" / "python.md", "python"):
         exec(compile(block, "docs/python.md", "exec"), namespace)
