@@ -1,6 +1,6 @@
 """How fast each form of an MoE layer is in ONNX Runtime on a CPU, and the figures that follow.
 
-    python benchmarks/onnx_forms.py [--quick]
+    python benchmarks/onnx_forms.py [--quick] [--size 2048 8192 16 4]
 
 Every form of a layer is timed on 1, 16, 256 and 1024 tokens: the CPU time of the one thread that
 runs it, which other work on the machine does not lengthen by much; the lower quartile of several
@@ -108,8 +108,10 @@ def fit(rows: list[tuple[Work, float]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small layer, to try the script")
+    parser.add_argument("--size", type=int, nargs=4, help="d_model, neurons, experts, of a token")
     arguments = parser.parse_args()
     sizes, tokens = (SIZES[1:2], TOKENS[:2]) if arguments.quick else (SIZES, TOKENS)
+    sizes = [tuple(arguments.size)] if arguments.size else sizes
     torch.manual_seed(0)
     table = Table("activation", "d_model", "neurons", "experts", "tokens", "dense ms", *FORMS)
     measured: dict[str, list[tuple[Work, float]]] = {name: [] for name in FORMS}
