@@ -39,6 +39,8 @@ LAYERS = {
     "upcycle.text_inputs": 5,
     "upcycle.loading": 5,
     "upcycle.onnx_calibration": 5,
+    "upcycle.near_ties": 5,
+    "upcycle.onnx_choices": 5,
     "upcycle.onnx_convert": 5,
     "upcycle.onnx_output": 5,
     "upcycle.onnx_precision": 5,

@@ -263,3 +263,9 @@ def test_the_python_interface_requires_it_too(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--runtime tensorrt: unknown; choose from transformers"):
         done.save(tmp_path / "moe", runtimes=["tensorrt"])
     assert not (tmp_path / "moe").exists()
+
+
+def test_llama_cpp_names_the_tokenizer_that_ernie_needs() -> None:
+    support = judged("llama.cpp", "ernie4_5_moe", {}, plan())
+    assert support.level == "limits"
+    assert any("tokenizer.model" in why for why in support.why)

@@ -16,6 +16,8 @@ from upcycle.evaluation import Evaluation, comparable, device_of
 from upcycle.metrics import ROUNDING, distance
 from upcycle.modes import eval_mode
 from upcycle.moe import MoE
+from upcycle.near_ties import Choices, following
+from upcycle.onnx_choices import ChoiceNames, choices_in, inner_choices, names_by_file
 from upcycle.onnx_options import ONNX_DEFAULTS, Onnx
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.onnx.cache import PAST
@@ -26,6 +28,7 @@ from upcycle.targets.onnx.symbolic import named_tensors
 from upcycle.verification import model_dtype
 
 ONNX_CHECK = "ONNX Runtime against PyTorch"
+ONNX_TIES = "near ties of experts, ONNX Runtime against PyTorch"
 _T = TypeVar("_T")
 
 
@@ -81,25 +84,45 @@ def _tokens(options: Onnx, part: Part) -> int:
 
 
 def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> list[Check]:
-    """Tier T4 for files in float32: `onnx_distance` against rounding."""
-    found = onnx_distance(directory, model, evaluation)
-    return [check(ONNX_CHECK, found, ROUNDING[torch.float32])]
+    """Tier T4 for files in float32: `onnx_distance` against rounding.
+
+    If it is more, `model` follows the choices of the files, as `upcycle.near_ties` describes.
+    """
+    allowed = ROUNDING[torch.float32]
+    found, ties = onnx_distance(directory, model, evaluation), None
+    names = inner_choices(directory, model) if found > allowed else {}
+    if names:
+        choices: dict[MoE, list[torch.Tensor]] = {layer: [] for layer in names}
+        with following(choices) as ties:
+            found = onnx_distance(directory, model, evaluation, names, choices)
+    checks = [check(ONNX_CHECK, found, allowed)]
+    return checks if ties is None else [*checks, ties.check(ONNX_TIES, allowed)]
 
 
-def onnx_distance(directory: Path, model: nn.Module, evaluation: Evaluation) -> float:
+def onnx_distance(
+    directory: Path,
+    model: nn.Module,
+    evaluation: Evaluation,
+    names: ChoiceNames | None = None,
+    choices: Choices | None = None,
+) -> float:
     """ONNX Runtime against `model`, which is in float32, on the evaluation's batches; the worst.
 
-    With a cache all tokens but the last are read first, and the last one then.
+    With a cache all tokens but the last are read first, and the last one then. With `names` what
+    the files choose is put into `choices` before the model runs.
 
     Raises:
         VerificationError: ONNX Runtime cannot run a file, or it has other outputs than the model.
     """
     worst = 0.0
-    files = _ran(OnnxFiles, directory)
+    names = names or {}
+    files = _ran(lambda where: OnnxFiles(where, names_by_file(names)), directory)
     with _without_cache(model), eval_mode(model):
         for batch in evaluation.batches:
             given = _tensors(batch)
             arrays = _ran(files.outputs, given)
+            for layer, masks in (choices or {}).items():
+                masks += choices_in(names[layer], files.seen)
             made = {name: torch.from_numpy(array) for name, array in arrays.items()}
             reference = _outputs_of(model, files.completed(given))
             if files.has_cache:

@@ -109,7 +109,7 @@ def verification_report(report: dict[str, Any]) -> list[RenderableType]:
     for check in checks:
         verdict = "ok" if check["passed"] else "FAILED"
         table.add_row(check["what"], f"{check['error']:.2e}", f"{check['allowed']:.2e}", verdict)
-    parts: list[RenderableType] = [table]
+    parts: list[RenderableType] = [table, *_near_ties(checks)]
     if rows := [*_distances(report)]:
         distances = new_table(
             "compared with the dense model", "relative error", "cosine min", "mean"
@@ -126,6 +126,15 @@ def verification_report(report: dict[str, Any]) -> list[RenderableType]:
     failed = sum(not check["passed"] for check in checks)
     verdict = f"{failed} failed" if failed else "all passed"
     return [*parts, f"{count(checks, 'check')}: {verdict}"]
+
+
+def _near_ties(checks: list[dict[str, Any]]) -> Iterator[str]:
+    for check in checks:
+        if "elsewhere" in check:
+            yield (
+                f"{check['what']}: {check['elsewhere']} of {check['tokens']} choices of experts "
+                "fell otherwise; outputs were compared with the same choices"
+            )
 
 
 def _distances(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:

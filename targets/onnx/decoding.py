@@ -12,7 +12,7 @@ from upcycle.errors import UnsupportedError
 from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.feeds import Array
 from upcycle.targets.onnx.parts import DECODER, ENCODER, FILES, MODEL
-from upcycle.targets.onnx.running import described, session
+from upcycle.targets.onnx.running import described, opened
 
 Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -21,16 +21,25 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class OnnxFiles:
     """The ONNX files of a directory, with the inputs and outputs of the model they were made from.
 
+    Args:
+        directory: where they are.
+        inner: names of inner tensors to keep in `seen`, by file.
+
+    Attributes:
+        seen: what the inner tensors were when `outputs` was last called, once for each run.
+
     Raises:
         UnsupportedError: ONNX Runtime cannot load one of them, or not run it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, inner: Mapping[str, Sequence[str]] | None = None) -> None:
         self._runners: dict[str, Any] = {}
+        self._inner = inner or {}
+        self.seen: dict[str, list[Array]] = {}
         for name in FILES:
             if (directory / name).is_file():
                 with described(directory / name):
-                    self._runners[name] = session(directory / name)
+                    self._runners[name] = opened(directory / name, self._inner.get(name, ()))
 
     @property
     def has_cache(self) -> bool:
@@ -57,7 +66,7 @@ class OnnxFiles:
 
         With a cache all tokens but the last are read first, and the last one then.
         """
-        given = self.completed(given)
+        given, self.seen = self.completed(given), {}
         if not self.has_cache:
             return self._run(MODEL, _by_name(self._names(MODEL), given))
         assert isinstance(given, Mapping)
@@ -84,8 +93,10 @@ class OnnxFiles:
         types = {value.name: _TYPES.get(value.type) for value in self._runners[file].get_inputs()}
         given = {n: array.astype(types[n] or array.dtype) for n, array in feeds.items()}
         with described(Path(file)):
-            made = self._runners[file].run(names, given)
-        return dict(zip(names, made, strict=True))
+            made = dict(zip(names, self._runners[file].run(names, given), strict=True))
+        for name in self._inner.get(file, ()):
+            self.seen.setdefault(name, []).append(made.pop(name))
+        return made
 
     def _decode(self, file: str, text: Mapping[str, Array], fixed: Mapping[str, Array]) -> Array:
         """Logits of every token of `text`: [batch, sequence] ids, mask and positions."""

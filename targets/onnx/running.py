@@ -87,11 +87,14 @@ def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> di
         UnsupportedError: it cannot load the file, or not run it on `feeds`.
     """
     with described(path):
-        runner = (
-            session(_with_outputs(path, extra), weights=path.parent) if extra else session(path)
-        )
+        runner = opened(path, extra)
         names = [value.name for value in runner.get_outputs()]
         return dict(zip(names, runner.run(None, dict(feeds)), strict=True))
+
+
+def opened(path: Path, extra: Sequence[str] = ()) -> Any:
+    """A session of a file that also returns the inner tensors named in `extra`."""
+    return session(_with_outputs(path, extra), weights=path.parent) if extra else session(path)
 
 
 def fetch(

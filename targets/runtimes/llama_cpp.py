@@ -51,6 +51,7 @@ ABSENT = {
     PLAIN: "it runs no code that comes with a model",
 }
 MOST_EXPERTS = 1024
+SENTENCEPIECE = "its converter reads the words from tokenizer.model, and no tokenizer.json will do"
 
 
 def judge(target: str, config: Config, plan: Plan) -> Support:
@@ -70,7 +71,7 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
     return refusal or loads(
         sliding(config) if target not in READS_WINDOWS else None,
         _quantised(plan),
-        "the tokenizer must be sentencepiece's" if target == "ernie4_5_moe" else None,
+        SENTENCEPIECE if target == "ernie4_5_moe" else None,
     )
 
 

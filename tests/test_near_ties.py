@@ -1,0 +1,138 @@
+"""Near ties between experts, which two runs of a model may decide in two ways."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+import torch
+
+import upcycle
+from upcycle.emit import RELOADED, TIES
+from upcycle.evaluation import Evaluation
+from upcycle.moe import MoE
+from upcycle.near_ties import following
+from upcycle.onnx_output import ONNX_CHECK, ONNX_TIES, verify_onnx
+from upcycle.recipe import Recipe
+from upcycle.selection import select as chosen_by
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPS = torch.finfo(torch.float32).eps
+# Random rows of 16 products: two float32 sums in other orders are within 16 eps of their sizes.
+NEAR = 16 * EPS
+
+
+def recipe(rule: str = "one", select: dict[str, Any] | None = None, **router: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "experts": {"method": "contiguous", "count": 4},
+            "router": {"method": "normal", "std": 1.0, "top_k": 1, "weights": rule, **router},
+            "verify": {"max_relative_error": 100.0},
+        }
+    )
+
+
+def converted(made: Recipe, dtype: torch.dtype = torch.float32) -> tuple[Any, list[MoE]]:
+    done = upcycle.convert(small_models.build("llama").to(dtype), made)
+    return done, [m for m in done.model.modules() if isinstance(m, MoE)]
+
+
+def tie(layers: list[MoE]) -> None:
+    """Experts 0 and 1, and 2 and 3, get rows that differ in the last bits."""
+    draw = torch.Generator().manual_seed(1)
+    for layer in layers:
+        rows = layer.router.weight.data
+        noise = torch.randn(rows[::2].shape, generator=draw)
+        rows[1::2] = rows[::2] * (1 + EPS * noise)
+
+
+def checks(done: Any, directory: Path, *targets: str) -> dict[str, Any]:
+    done.save(directory, targets=targets)
+    return {check["what"]: check for check in done.report["checks"]}
+
+
+def test_onnx_files_may_decide_near_ties_otherwise(tmp_path: Path) -> None:
+    done, layers = converted(recipe())
+    tie(layers)
+    found = checks(done, tmp_path / "out", "safetensors", "onnx")
+    assert found[ONNX_CHECK]["passed"]
+    assert 0 < found[ONNX_TIES]["elsewhere"] < found[ONNX_TIES]["tokens"]
+    assert 0 < found[ONNX_TIES]["error"] <= NEAR
+
+
+def test_another_router_is_no_near_tie(tmp_path: Path) -> None:
+    done, layers = converted(recipe())
+    tie(layers)
+    checks(done, tmp_path / "out", "safetensors", "onnx")
+    evaluation = Evaluation([{"input_ids": torch.arange(40)[None]}])
+    layers[1].router.weight.data.mul_(-1)
+    found = {c["what"]: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
+    assert not found[ONNX_TIES]["passed"]
+    assert found[ONNX_TIES]["error"] > 1e-2
+
+
+def test_other_weights_of_the_same_experts_are_no_near_tie(tmp_path: Path) -> None:
+    done, layers = converted(recipe())
+    tie(layers)
+    checks(done, tmp_path / "out", "safetensors", "onnx")
+    evaluation = Evaluation([{"input_ids": torch.arange(40)[None]}])
+    layers[1].experts.down_proj.data.mul_(1.01)
+    found = {c["what"]: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
+    assert found[ONNX_TIES]["passed"]
+    assert not found[ONNX_CHECK]["passed"]
+
+
+def test_native_files_in_bfloat16_decide_near_ties_otherwise(tmp_path: Path) -> None:
+    """Their routers compute in bfloat16 in transformers, and here in float32."""
+    done, layers = converted(recipe("renormalised"), torch.bfloat16)
+    for layer in layers:
+        rows = layer.router.weight.data
+        rows[1::2] = rows[::2] * (1 + 2**-7)  # a few bits of bfloat16
+    found = checks(done, tmp_path / "out", "safetensors")
+    assert done.report["checks"]
+    assert found[RELOADED]["passed"]
+    assert 0 < found[TIES]["elsewhere"] < found[TIES]["tokens"]
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        {"rule": "top_k", "k": 2},
+        {"rule": "top_p", "k": 4, "mass": 0.6},
+        {"rule": "entropy", "k": 1, "mass": 0.6, "above": 0.7, "q": 1.5},
+        {"rule": "expert_choice", "k": 2},
+        {"rule": "null", "k": 3, "nulls": 2},
+    ],
+    ids=lambda select: str(select["rule"]),
+)
+def test_every_rule_knows_its_near_ties(select: dict[str, Any]) -> None:
+    """Scores that are a little off decide otherwise; following them is explained by that much."""
+    layer = tiny_layer(select)
+    draw = torch.Generator().manual_seed(0)
+    logits_TE = torch.randn(4000, 4 + select.get("nulls", 0), generator=draw)
+    off = 1e-3 * logits_TE.abs().max()
+    other_TE = logits_TE + off * (2 * torch.rand(logits_TE.shape, generator=draw) - 1)
+    want_TE = mask(chosen_by(other_TE, select), 4)
+    with following({layer: [want_TE]}) as seen:
+        followed = layer.router.choose(logits_TE)
+    assert torch.equal(mask(followed, 4), want_TE)
+    own_TE = mask(layer.router.choose(logits_TE), 4)
+    assert seen.tokens == len(logits_TE)
+    assert seen.elsewhere == (own_TE != want_TE).any(-1).sum() > 0
+    assert seen.apart <= 4e-3
+    with following({layer: [want_TE.roll(1, 0)]}) as wrong:  # choices of other tokens
+        layer.router.choose(logits_TE)
+    assert wrong.apart > 0.1
+
+
+def tiny_layer(select: dict[str, Any]) -> MoE:
+    layer = converted(recipe())[1][0]
+    layer.router.config = {**layer.router.config, "select": select}
+    return layer
+
+
+def mask(chosen: tuple[torch.Tensor, torch.Tensor | None], count: int) -> torch.Tensor:
+    index_TK, kept_TK = chosen
+    kept_TK = torch.ones_like(index_TK, dtype=torch.bool) if kept_TK is None else kept_TK
+    return torch.zeros(len(index_TK), count, dtype=torch.bool).scatter(-1, index_TK, kept_TK)
