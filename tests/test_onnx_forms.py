@@ -19,7 +19,7 @@ from upcycle.onnx_options import Onnx
 from upcycle.onnx_rounding import rounded_layers, run_experts, verify_rounding
 from upcycle.targets.onnx.cost_model import NANOSECONDS, Work, seconds
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.forms import choose
+from upcycle.targets.onnx.forms import choose, fused_form
 from upcycle.targets.onnx.running import session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,13 +141,23 @@ def test_every_router_and_activation(written, tokens: int) -> None:
 
 
 def test_the_kernels_are_used_where_there_are_some(written) -> None:
-    form, _, path = written
+    form, layers, path = written
     nodes = onnx.load(path, load_external_data=False).graph.node
     names = [node.op_type for node in nodes if node.op_type.startswith(("MoE", "QMoE"))]
     kernel = {"fused": "MoE", "int8": "QMoE", "int4": "QMoE"}.get(form)
-    for (router, activation), name in zip(CASES, names, strict=True):
-        has_one = kernel and router != "gain" and activation not in ("gelu", "geglu")
+    for (router, activation), layer, name in zip(CASES, layers, names, strict=True):
+        has_one = kernel and activation not in ("gelu", "geglu")
+        if router == "gain":  # 1 + g p may be negative
+            has_one = has_one and bool(layer.router.gain.min() > -1)
         assert (name == kernel) == bool(has_one), (router, activation, name)
+
+
+def test_a_gain_that_may_be_negative_has_no_kernel() -> None:
+    layer = layer_of(ROUTERS["gain"], "relu")
+    for gain, fused in ((0.5, True), (-0.9, True), (-1.0, False), (-3.0, False)):
+        layer.router.gain.data.fill_(0.5)
+        layer.router.gain.data[2] = gain
+        assert (fused_form(layer) is not None) == fused
 
 
 def test_checker_and_reference_evaluator(written) -> None:
@@ -309,6 +319,9 @@ def test_bfloat16_passes_the_checker(tmp_path: Path, form: Any) -> None:
     path = export([layer_of({}, "swiglu")], tmp_path, Onnx(form=form, dtype="bfloat16"))
     onnx.checker.check_model(path, full_check=True)
     assert onnx.load(path).graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    kernel = {"fused": "MoE", "unrolled": "Gemm"}[form]
+    with pytest.raises(Exception, match=f"NOT_IMPLEMENTED.*implementation for {kernel}"):
+        session(path)  # the day it runs, such files can be verified
 
 
 # Which form
