@@ -104,8 +104,9 @@ def fused_form(layer: MoE, *, gelu: str = "exact") -> Fused | None:
         gelu: ``tanh`` lets the kernel's tanh form stand for the erf form.
     """
     pointwise = layer.experts.act_fn.pointwise
-    if layer.router.weights == "gain":  # may become negative, and the kernel takes logarithms
-        return None
+    router = layer.router
+    if router.weights == "gain" and not bool((router.gain > -1).all()):
+        return None  # 1 + g p may be negative, and the kernel takes logarithms
     if pointwise.arity > 2 or layer.experts.hidden_dim != layer.experts.down_proj.shape[1]:
         return None
     for form, program in KERNELS:
