@@ -152,7 +152,7 @@ def _selection_reason(target: NativeTarget, form: Form, spec: MoESpec, made: Fol
     """Why the experts would be chosen otherwise than the recipe says, or None."""
     router = spec.router_config()
     if router["kind"] != "linear":
-        return f"its router is linear, and that of the recipe is not ({spec.router.method})"
+        return _not_linear(spec)
     every = spec.top_k == spec.num_experts
     if router["select"]["rule"] not in ("top_k", "all") or (
         router["select"]["rule"] == "all" and not every
@@ -173,11 +173,19 @@ def _selection_reason(target: NativeTarget, form: Form, spec: MoESpec, made: Fol
 
 def _why_not(target: NativeTarget, spec: MoESpec) -> str:
     rule = spec.router.weights
+    if spec.router_config()["kind"] != "linear":
+        return _not_linear(spec)
     known = {_name(form) for form in target.forms if form.score != "input"}
     does = " or ".join(f"`{name}`" for name in sorted(known))
     if not does:
         return "its router multiplies the input of an expert, so it holds only `zero_routed`"
+    if rule in known:
+        return f"its router has weights `{rule}` only where all experts are chosen"
     return f"its router does not follow weights `{rule}`; it does {does}"
+
+
+def _not_linear(spec: MoESpec) -> str:
+    return f"its router is linear, and that of the recipe is not ({spec.router.method})"
 
 
 def _name(form: Form) -> str:
