@@ -52,7 +52,8 @@ def moe(
     """What ``upcycle::moe`` computes, each expert on its own tokens only, [T, O]."""
     assert up_EGD.shape is not None
     assert up_EGD.dtype is not None
-    num_experts = int(up_EGD.shape[0])
+    num_experts = up_EGD.shape[0]
+    assert isinstance(num_experts, int)
     n = _Traced(dtype=up_EGD.dtype)
     tokens = n("Shape", x_TD, start=0, end=1)
     zeros_TE = n("Expand", n.const(0.0), n("Concat", tokens, n.const([num_experts]), axis=0))
