@@ -105,7 +105,7 @@ def fused_form(layer: MoE, *, gelu: str = "exact") -> Fused | None:
     """
     pointwise = layer.experts.act_fn.pointwise
     router = layer.router
-    if router.weights == "gain" and not bool((router.gain > -1).all()):
+    if router.weights == "gain" and (router.gain.is_meta or not bool((router.gain > -1).all())):
         return None  # 1 + g p may be negative, and the kernel takes logarithms
     if pointwise.arity > 2 or layer.experts.hidden_dim != layer.experts.down_proj.shape[1]:
         return None
