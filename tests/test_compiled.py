@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numerics
+import onnx_case
 import pytest
 import torch
 from kernel_case import COUNT, D_MODEL, Routed, expected, made, routed
@@ -221,6 +222,31 @@ def test_an_expert_that_all_visit(bias: bool, monkeypatch: pytest.MonkeyPatch) -
     handle.remove()
     monkeypatch.setattr(shared.up, "forward", lambda x_TD: torch.zeros(len(x_TD), 16))
     assert not shared(x_TD).any()
+
+
+def test_a_router_of_few_tokens_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, seen = onnx_case.moe("relu").eval(), []
+    choose = layer.router.choose
+
+    def watched(logits_TE: torch.Tensor) -> Any:
+        seen.append(torch.get_num_threads())
+        if len(logits_TE) == 3:
+            raise RuntimeError("broken")
+        return choose(logits_TE)
+
+    monkeypatch.setattr(layer.router, "choose", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        layer(torch.zeros(5, 16))
+        layer.router_size = 2**23
+        layer(torch.zeros(5, 16))
+        layer.router_size = 1
+        with pytest.raises(RuntimeError, match="broken"):
+            layer(torch.zeros(3, 16))
+        assert (seen, torch.get_num_threads()) == ([1, 2, 1], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_names_of_activations() -> None:
