@@ -43,6 +43,7 @@ FORMS = {
 }
 # d_model, all neurons, experts, experts of a token
 SIZES = [(384, 1536, 4, 1), (384, 1536, 16, 4), (384, 1536, 64, 8), (1024, 4096, 16, 4)]
+SIZES += [(2048, 8192, 16, 4)]
 TOKENS = (1, 16, 256, 1024)
 
 

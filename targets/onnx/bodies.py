@@ -1,7 +1,6 @@
 """The functions behind the MoE nodes, in standard ONNX operations.
 
-Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G rows of an expansion,
-n tokens of one expert.
+Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G rows of an expansion.
 """
 
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from upcycle.pointwise import Pointwise
-from upcycle.targets.onnx import programs
+from upcycle.targets.onnx.grouped import grouped
 from upcycle.targets.onnx.nodes import OPSET, Nodes
 
 MS = "com.microsoft"
@@ -53,47 +52,9 @@ def unrolled(
     x_TD, weights_TE, up_EGD, down_EOI = (ir.Value(name=i) for i in ("x", "weights", "up", "down"))
     bias_EG = ir.Value(name="up_bias") if bias else None
     n = Nodes(dtype=dtype)
-    out_TO = one_by_one(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
+    out_TO = grouped(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
     inputs = [x_TD, weights_TE, up_EGD, *([] if bias_EG is None else [bias_EG]), down_EOI]
     return _function(OWN, name, inputs, out_TO, n)
-
-
-def one_by_one(
-    n: Nodes,
-    pointwise: Pointwise,
-    num_experts: int,
-    x_TD: ir.Value,
-    weights_TE: ir.Value,
-    up_EGD: ir.Value,
-    up_bias_EG: ir.Value | None,
-    down_EOI: ir.Value,
-) -> ir.Value:
-    """The nodes of `unrolled`; the value is [T, O]."""
-    tokens = n("Shape", x_TD, start=0, end=1)
-    shape = n("Concat", tokens, n("Shape", down_EOI, start=1, end=2), axis=0)
-    out_TO = n("ConstantOfShape", shape)  # float32: ONNX Runtime adds nothing narrower on a CPU
-    for expert in range(num_experts):
-        n.scope = f"expert_{expert}/"
-        e = n.const(expert)
-        weights_T = n("Gather", weights_TE, e, axis=1)
-        token_n1 = n("Transpose", n("NonZero", weights_T), perm=[1, 0])
-        x_nD = n("GatherND", x_TD, token_n1)
-        rows = [n("Gather", up_EGD, e, axis=0)]
-        if up_bias_EG is not None:
-            rows.append(n("Gather", up_bias_EG, e, axis=0))
-        z_nG = n("Gemm", x_nD, *rows, transB=1, name="up")
-        z = [z_nG]
-        if pointwise.arity > 1:
-            z = n.many("Split", z_nG, outputs=pointwise.arity, axis=1, num_outputs=pointwise.arity)
-        hidden_nI = programs.build(pointwise, n, z)
-        down_OI = n("Gather", down_EOI, e, axis=0)
-        y_nO = n("Gemm", hidden_nI, down_OI, transB=1, name="down")
-        y_nO = n("Mul", y_nO, n("Gather", weights_T, token_n1))
-        if n.is_half:
-            y_nO = n("Cast", y_nO, to=ir.DataType.FLOAT.value)
-        out_TO = n("ScatterND", out_TO, token_n1, y_nO, reduction="add", name="add")
-    n.scope = ""
-    return n("CastLike", out_TO, x_TD) if n.is_half else out_TO
 
 
 def fused(

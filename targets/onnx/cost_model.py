@@ -29,20 +29,22 @@ class Work:
 
     @property
     def features(self) -> tuple[float, ...]:
-        """What takes time: a call, experts, weights that are read, and arranged, for a product of
-        matrices, products, activations that are no GELU, and those that are.
+        """What takes time: experts, those that are visited, their weights that are read, and
+        arranged for a product of matrices, products, numbers of tokens that are carried to experts
+        and back, activations that are no GELU, and those that are.
         """
         count, k = self.num_experts, self.top_k
-        touched = count * (1 - (1 - k / count) ** self.tokens)
+        visited = count * (1 - (1 - k / count) ** self.tokens)
         weights = (self.arity + 1) * self.d_model * self.width
         pairs = self.tokens * k
         hidden = pairs * self.width
         return (
-            1.0,
             count,
-            touched * weights,
-            touched * weights * max(0.0, 1 - touched / pairs),
+            visited,
+            visited * weights,
+            visited * weights * max(0.0, 1 - visited / pairs),
             pairs * weights,
+            pairs * self.d_model,
             hidden * (not self.gelu),
             hidden * self.gelu,
         )
@@ -50,12 +52,12 @@ class Work:
 
 # Nanoseconds for each of `Work.features`.
 NANOSECONDS: Final[dict[str, tuple[float, ...]]] = {
-    "fused": (0, 213, 0.0903, 0.322, 0.00789, 16, 24.9),
-    "unrolled": (0, 3370, 0.0956, 0.153, 0.00876, 5.09, 4.19),
-    "int8": (0, 467, 0.143, 0.0989, 0.00789, 14.1, 22.9),
-    "int8 blocks": (0, 694, 0.0288, 0.0243, 0.00755, 15.9, 24.4),
-    "int4": (0, 282, 0.152, 0.111, 0.00809, 13.7, 22.7),
-    "int4 blocks": (0, 808, 0.0488, 0.196, 0.00839, 13.1, 21.8),
+    "fused": (79.7, 0, 0.0967, 0.221, 0.00888, 1.32, 8.49, 15.6),
+    "unrolled": (914, 2030, 0.11, 0.0357, 0.00795, 1.58, 1.5, 0),
+    "int8": (82.6, 1800, 0.145, 0.0405, 0.00903, 0.982, 7.92, 15.5),
+    "int8 blocks": (260, 1720, 0.0285, 0.00621, 0.00692, 1.66, 9.29, 15.8),
+    "int4": (0, 1400, 0.153, 0.0746, 0.00942, 0.893, 7.14, 15.1),
+    "int4 blocks": (411, 1830, 0.0481, 0.155, 0.00853, 1.09, 7.21, 14.6),
 }
 
 

@@ -19,7 +19,7 @@ import torch
 
 import upcycle.operation  # noqa: F401  (defines the operation)
 from upcycle.pointwise import Pointwise
-from upcycle.targets.onnx.bodies import one_by_one
+from upcycle.targets.onnx.grouped import grouped
 from upcycle.targets.onnx.nodes import OPSET, Nodes
 
 
@@ -60,7 +60,7 @@ def moe(
     weights_TK = n("CastLike", weights_TK, zeros_TE)
     weights_TE = n("ScatterElements", zeros_TE, index_TK, weights_TK, axis=1, reduction="add")
     pointwise = Pointwise.from_json(json.loads(program))
-    return one_by_one(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, up_bias_EG, down_EOI)
+    return grouped(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, up_bias_EG, down_EOI)
 
 
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.upcycle.moe.default: moe}
