@@ -36,15 +36,18 @@ SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swigl
 FORMS = {
     "fused": Onnx(form="fused"),
     "unrolled": Onnx(form="unrolled"),
+    "dense": Onnx(form="dense"),
     "int8": Onnx(form="quantised", quantise=8, block="row"),
     "int8 blocks": Onnx(form="quantised", quantise=8, block=32),
     "int4": Onnx(form="quantised", quantise=4, block="row"),
     "int4 blocks": Onnx(form="quantised", quantise=4, block=32),
 }
+EXACT = ("fused", "unrolled", "dense")
 # d_model, all neurons, experts, experts of a token
 SIZES = [(384, 1536, 4, 1), (384, 1536, 16, 4), (384, 1536, 64, 8), (1024, 4096, 16, 4)]
-SIZES += [(2048, 8192, 16, 4)]
+SIZES += [(2048, 8192, 16, 4), (576, 1536, 16, 8), (576, 1536, 64, 32)]
 TOKENS = (1, 16, 256, 1024)
+FFN = "the dense FFN"
 
 
 def layer(pointwise: Pointwise, d_model: int, neurons: int, count: int, k: int) -> MoE:
@@ -88,7 +91,7 @@ def timed(sessions: dict[str, onnxruntime.InferenceSession], x: torch.Tensor) ->
         each.run(None, {each.get_inputs()[0].name: feeds["x"]})
     runs: dict[str, list[float]] = {name: [] for name in sessions}
     budget = time.thread_time() + 0.35 * len(sessions)
-    while time.thread_time() < budget or len(runs["dense"]) < 3:
+    while time.thread_time() < budget or len(runs[FFN]) < 3:
         for name, each in sessions.items():
             given = {each.get_inputs()[0].name: feeds["x"]}
             start = time.thread_time()
@@ -97,9 +100,9 @@ def timed(sessions: dict[str, onnxruntime.InferenceSession], x: torch.Tensor) ->
     return {name: float(np.quantile(found, 0.25)) for name, found in runs.items()}
 
 
-def fit(rows: list[tuple[Work, float]]) -> list[float]:
+def fit(kind: str, rows: list[tuple[Work, float]]) -> list[float]:
     """Nanoseconds for each feature, none below zero, with the smallest relative errors."""
-    features = np.array([work.features for work, _ in rows])
+    features = np.array([work.features(kind) for work, _ in rows])
     times = np.array([1e9 * seconds for _, seconds in rows])
     scale = features.max(axis=0)
     found, _ = nnls(features / scale / times[:, None], np.ones(len(rows)))
@@ -120,7 +123,7 @@ def main() -> None:
         d_model, neurons, count, k = size
         model = layer(pointwise, *size)
         dense = SharedExpert(d_model, neurons, d_model, pointwise=pointwise, bias=False).eval()
-        sessions = {"dense": session(dense, d_model, Onnx())}
+        sessions = {FFN: session(dense, d_model, Onnx())}
         sessions |= {name: session(model, d_model, options) for name, options in FORMS.items()}
         for number in tokens:
             seconds = timed(sessions, torch.randn(number, d_model))
@@ -135,15 +138,15 @@ def main() -> None:
             )
             for name in FORMS:
                 measured[name].append((work, seconds[name]))
-            ratios = (f"{seconds['dense'] / seconds[name]:.2f}" for name in FORMS)
+            ratios = (f"{seconds[FFN] / seconds[name]:.2f}" for name in FORMS)
             facts = (pointwise.name, *map(str, (d_model, neurons, f"{k} of {count}", number)))
-            table.add_row(*facts, f"{1e3 * seconds['dense']:.2f}", *ratios)
+            table.add_row(*facts, f"{1e3 * seconds[FFN]:.2f}", *ratios)
     console = Console(width=130)
     console.print(table, "speed over the dense FFN of all neurons; one thread")
-    figures = {name: fit(rows) for name, rows in measured.items()}
+    figures = {name: fit(name, rows) for name, rows in measured.items()}
     for name, values in figures.items():
         errors = [
-            abs(np.dot(values, work.features) / (1e9 * seconds) - 1)
+            abs(np.dot(values, work.features(name)) / (1e9 * seconds) - 1)
             for work, seconds in measured[name]
         ]
         shown = ", ".join(f"{value:.3g}" for value in values)
@@ -154,13 +157,16 @@ def main() -> None:
 def _agreement(
     measured: dict[str, list[tuple[Work, float]]], figures: dict[str, list[float]]
 ) -> dict[str, float]:
-    """How often the figures name the faster of fused and unrolled, and what being wrong costs."""
-    right, lost = 0, []
-    for (work, fused), (_, unrolled) in zip(measured["fused"], measured["unrolled"], strict=True):
-        guess = {name: float(np.dot(figures[name], work.features)) for name in figures}
-        chosen = fused if guess["fused"] < guess["unrolled"] else unrolled
-        right += chosen == min(fused, unrolled)
-        lost.append(chosen / min(fused, unrolled) - 1)
+    """How often the figures name the fastest exact form, and what being wrong costs."""
+    lost = []
+    for rows in zip(*(measured[form] for form in EXACT), strict=True):
+        times = [seconds for _, seconds in rows]
+        guess = [
+            np.dot(figures[form], work.features(form))
+            for form, (work, _) in zip(EXACT, rows, strict=True)
+        ]
+        lost.append(times[int(np.argmin(guess))] / min(times) - 1)
+    right = sum(each == 0 for each in lost)
     return {"right": right / len(lost), "lost_mean": float(np.mean(lost)), "lost_max": max(lost)}
 
 

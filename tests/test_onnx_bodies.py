@@ -18,6 +18,7 @@ from torch import Tensor
 from upcycle.onnx_rounding import run_experts
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx import bodies
+from upcycle.targets.onnx.forms import Form
 from upcycle.targets.onnx.programs import OPERATIONS
 
 T, D, WIDTH = 9, 6, 5
@@ -85,9 +86,11 @@ def run(
     return torch.from_numpy(np.asarray(y)).double()
 
 
-def run_unrolled(layer: Layer, weights_TE: Tensor, dtype: type) -> Tensor:
+def run_standard(form: Form, layer: Layer, weights_TE: Tensor, dtype: type) -> Tensor:
     count, has_bias = len(layer.up_EGD), layer.bias_EG is not None
-    function = bodies.unrolled("MoE_x", layer.pointwise, count, bias=has_bias, dtype=TYPES[dtype])
+    function = bodies.standard(
+        form, "MoE_x", layer.pointwise, count, bias=has_bias, dtype=TYPES[dtype]
+    )
     bias = [] if layer.bias_EG is None else [layer.bias_EG]
     return run(function, [layer.x_TD, weights_TE, layer.up_EGD, *bias, layer.down_EDI], dtype)
 
@@ -122,12 +125,15 @@ SIZES = [(1, 1), (4, 1), (4, 3), (5, 5)]
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize(("count", "k"), SIZES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_unrolled(name: str, count: int, k: int, bias: bool, dtype: type) -> None:
+@pytest.mark.parametrize("form", ["unrolled", "dense"])
+def test_standard_operations(
+    form: Form, name: str, count: int, k: int, bias: bool, dtype: type
+) -> None:
     layer = layer_of(ACTIVATIONS[name], count, k, bias=bias)
     weights_TE = layer.weights_TE()
     assert (weights_TE != 0).sum() == T * k
     expected = layer.exact(weights_TE)
-    assert gap(run_unrolled(layer, weights_TE, dtype), expected) <= CLOSE[dtype]
+    assert gap(run_standard(form, layer, weights_TE, dtype), expected) <= CLOSE[dtype]
     if count > k:
         assert gap(expected, layer.exact(weights_TE.roll(1, dims=1))) > CLOSE[dtype]
 
@@ -165,5 +171,5 @@ def test_operation_in_a_function(step) -> None:
     if op in ("acos", "asin"):
         layer.up_EGD.div_(layer.up_EGD.abs().sum(-1).max() * layer.x_TD.abs().max())
     weights_TE = layer.weights_TE()
-    made_TD = run_unrolled(layer, weights_TE, np.float32)
+    made_TD = run_standard("unrolled", layer, weights_TE, np.float32)
     assert gap(made_TD, layer.exact(weights_TE)) <= CLOSE[np.float32]

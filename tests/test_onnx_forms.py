@@ -19,7 +19,7 @@ from upcycle.onnx_options import Onnx
 from upcycle.onnx_rounding import rounded_layers, run_experts, verify_rounding
 from upcycle.targets.onnx.cost_model import NANOSECONDS, Work, seconds
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.forms import choose, fused_form
+from upcycle.targets.onnx.forms import Choice, choose, fused_form
 from upcycle.targets.onnx.running import session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +44,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
 FORMS: dict[str, Onnx] = {
     "fused": Onnx(form="fused"),
     "unrolled": Onnx(form="unrolled"),
+    "dense": Onnx(form="dense"),
     "int8": Onnx(form="quantised", block="row"),
     "int4": Onnx(form="quantised", quantise=4, block=16),
 }
@@ -163,7 +164,7 @@ def test_a_gain_that_may_be_negative_has_no_kernel() -> None:
 def test_checker_and_reference_evaluator(written) -> None:
     form, layers, path = written
     onnx.checker.check_model(path, full_check=True)
-    if form in ("fused", "unrolled"):  # there is no body behind QMoE
+    if form in ("fused", "unrolled", "dense"):  # there is no body behind QMoE
         x_TD = sample(9, seed=3)
         made = ReferenceEvaluator(str(path)).run(None, {"x": x_TD.numpy()})
         for case, layer, y in zip(CASES, layers, made, strict=True):
@@ -289,14 +290,16 @@ def test_experts_by_hand() -> None:
 
 def test_odd_widths_stay_unrolled_in_four_bits() -> None:
     odd = moe("relu", width=11)
-    assert choose(odd, Onnx(form="quantised", quantise=4)) == ("unrolled", None)
-    assert choose(odd, Onnx(form="quantised", quantise=8))[0] == "quantised"
+    assert choose(odd, Onnx(form="quantised", quantise=4)) == Choice(
+        "unrolled", odd.experts.act_fn.pointwise
+    )
+    assert choose(odd, Onnx(form="quantised", quantise=8)).form == "quantised"
 
 
 # Narrow types
 
 
-@pytest.mark.parametrize("form", ["fused", "unrolled", "quantised"])
+@pytest.mark.parametrize("form", ["fused", "unrolled", "dense", "quantised"])
 def test_float16(tmp_path: Path, form: Any) -> None:
     layers = [layer_of({}, a, seed=i) for i, a in enumerate(("relu", "swiglu", "gelu"))]
     path = export(layers, tmp_path, Onnx(form=form, dtype="float16", block="row"))
@@ -315,12 +318,12 @@ def test_float16(tmp_path: Path, form: Any) -> None:
         assert gap <= 12 * 2**-11 * expected.abs().max()
 
 
-@pytest.mark.parametrize("form", ["fused", "unrolled"])
+@pytest.mark.parametrize("form", ["fused", "unrolled", "dense"])
 def test_bfloat16_passes_the_checker(tmp_path: Path, form: Any) -> None:
     path = export([layer_of({}, "swiglu")], tmp_path, Onnx(form=form, dtype="bfloat16"))
     onnx.checker.check_model(path, full_check=True)
     assert onnx.load(path).graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
-    kernel = {"fused": "MoE", "unrolled": "Gemm"}[form]
+    kernel = {"fused": "MoE"}.get(form, "Gemm")
     with pytest.raises(Exception, match=f"NOT_IMPLEMENTED.*implementation for {kernel}"):
         session(path)  # the day it runs, such files can be verified
 
@@ -330,12 +333,12 @@ def test_bfloat16_passes_the_checker(tmp_path: Path, form: Any) -> None:
 
 def test_profiles() -> None:
     layer, erf = moe("silu"), moe("gelu")
-    assert choose(layer, Onnx(profile="portable"))[0] == "unrolled"
-    assert choose(layer, Onnx(profile="cuda"))[0] == "fused"
-    assert choose(layer, Onnx(profile="cuda", quantise=8))[0] == "quantised"
-    assert choose(layer, Onnx(profile="portable", form="fused"))[0] == "fused"
-    assert choose(erf, Onnx(profile="cuda"))[0] == "unrolled"
-    assert choose(erf, Onnx(profile="cuda", gelu="tanh"))[0] == "fused"
+    assert choose(layer, Onnx(profile="portable")).form == "unrolled"
+    assert choose(layer, Onnx(profile="cuda")).form == "fused"
+    assert choose(layer, Onnx(profile="cuda", quantise=8)).form == "quantised"
+    assert choose(layer, Onnx(profile="portable", form="fused")).form == "fused"
+    assert choose(erf, Onnx(profile="cuda")).form == "unrolled"
+    assert choose(erf, Onnx(profile="cuda", gelu="tanh")).form == "fused"
     assert Onnx(profile="cuda").half == "float16"
     assert Onnx(profile="cuda", dtype="float32").half is None
 
@@ -351,7 +354,7 @@ def test_profiles() -> None:
 )
 def test_the_cost_model_names_the_form_that_was_faster(experts, width, k, tokens, form) -> None:
     layer = moe("silu", num_experts=experts, width=width, top_k=k, d_model=384)
-    assert choose(layer, Onnx(tokens=tokens))[0] == form
+    assert choose(layer, Onnx(tokens=tokens)).form == form
 
 
 def test_costs_grow_with_the_work() -> None:

@@ -43,7 +43,7 @@ CLOSE = 1e-5  # of the largest output: what every form promises in float32
 CASES = [(name, activation) for name in MAIN for activation in ACTIVATIONS]
 FILE = 6 * len(ACTIVATIONS)  # cases of one file: the time that torch takes grows with the square
 KERNELS = ("relu", "silu", "gelu_tanh", "swiglu")
-FORMS = ("fused", "function", "unrolled")
+FORMS = ("fused", "function", "unrolled", "dense")
 REFUSED = {"oracle"}
 
 
@@ -132,7 +132,7 @@ def files(layers, tmp_path_factory) -> dict[str, list[Path]]:
             export(layers[i : i + FILE], tmp_path_factory.mktemp(form), form)
             for i in range(0, len(layers), FILE)
         ]
-        for form in ("fused", "unrolled")
+        for form in ("fused", "unrolled", "dense")
     }
     return {**made, "function": [without_kernel(path) for path in made["fused"]]}
 
@@ -212,6 +212,7 @@ def may_be_negative(layer: MoE) -> bool:
 
 def test_the_forms_are_what_they_are_said_to_be(layers, files) -> None:
     domains = {"fused": "com.microsoft", "function": "elsewhere", "unrolled": "upcycle"}
+    domains["dense"] = "upcycle"
     for form, paths in files.items():
         made: list[str] = []
         for path in paths:
@@ -347,7 +348,7 @@ def test_what_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -
 
 @settings(max_examples=6, deadline=None)
 @given(
-    form=st.sampled_from(["fused", "unrolled"]),
+    form=st.sampled_from(["fused", "unrolled", "dense"]),
     config=st.sampled_from([c for c in (MAIN | MIXED).values() if c["kind"] != "table"]),
     activation=st.sampled_from(list(ACTIVATIONS)),
     experts=st.integers(2, 7),

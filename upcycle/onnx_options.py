@@ -1,10 +1,12 @@
 """The section `onnx` of a recipe: what its ONNX file is to be like."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from upcycle.section import Section
+
+Tokens = Annotated[int, Field(ge=1)]
 
 
 class Onnx(Section):
@@ -12,13 +14,14 @@ class Onnx(Section):
 
     profile: Literal["cpu", "cuda", "portable"] = Field(
         "cpu",
-        description="where it will run, which decides what is `auto`: cpu (the faster of fused and "
-        "unrolled in each layer), cuda (fused, float16), portable (standard operations alone)",
+        description="where it will run, which decides what is `auto`: cpu (the fastest exact form "
+        "of each layer), cuda (fused, float16), portable (standard operations alone)",
     )
-    form: Literal["auto", "fused", "unrolled", "quantised"] = Field(
+    form: Literal["auto", "fused", "unrolled", "dense", "quantised"] = Field(
         "auto",
         description="fused: one node of ONNX Runtime for a layer; unrolled: standard operations "
-        "for each expert; quantised: the fused node with rounded weights",
+        "for each expert; dense: all experts as one FFN, weighted; quantised: the fused node with "
+        "rounded weights",
     )
     gelu: Literal["exact", "tanh"] = Field(
         "exact",
@@ -36,12 +39,24 @@ class Onnx(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="of the graph; auto is float16 for cuda, else float32"
     )
-    tokens: int | None = Field(
+    tokens: Tokens | tuple[Tokens, Tokens] | None = Field(
         None,
-        ge=1,
-        description="tokens of one call, for which `auto` chooses the faster form; default: 1 for "
-        "a decoder with a cache, else 256",
+        description="tokens of one call, for which `auto` chooses the fastest form; of short and "
+        "of long calls, for which a layer may get two; default: 1 and 256 for a decoder with a "
+        "cache, else 256",
     )
+
+    @field_validator("tokens")
+    @classmethod
+    def _in_order(cls, tokens: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        if isinstance(tokens, tuple) and tokens[0] >= tokens[1]:
+            raise ValueError(f"short calls have fewer tokens than long ones, not {list(tokens)}")
+        return tokens
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """Tokens of a typical call, or of a short and of a long one."""
+        return self.tokens if isinstance(self.tokens, tuple) else (self.tokens or 256,)
 
     @property
     def half(self) -> Literal["float16", "bfloat16"] | None:

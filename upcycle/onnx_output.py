@@ -76,11 +76,11 @@ def write_onnx(
         ) from error
 
 
-def _tokens(options: Onnx, part: Part) -> int:
-    """Of a typical call: with a cache text is written one token after the other."""
+def _tokens(options: Onnx, part: Part) -> int | tuple[int, int] | None:
+    """Of typical calls: with a cache a text is read, and another written token by token."""
     names = part.example if isinstance(part.example, Mapping) else ()
     has_cache = any(name.startswith(f"{PAST}.") for name in names)
-    return options.tokens or (1 if has_cache else 256)
+    return options.tokens or ((1, 256) if has_cache else None)
 
 
 def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> list[Check]:

@@ -15,9 +15,8 @@ from upcycle.metrics import ROUNDING
 from upcycle.moe import MoE
 from upcycle.onnx_options import Onnx
 from upcycle.onnx_output import ONNX_CHECK, onnx_distance, verify_onnx
-from upcycle.onnx_rounding import rounded_layers, verify_rounding
+from upcycle.onnx_rounding import kernels_of, rounded_layers, verify_rounding
 from upcycle.targets.onnx.feeds import draw_inputs
-from upcycle.targets.onnx.forms import KERNELS, choose
 from upcycle.targets.onnx.narrow import narrowed
 from upcycle.verification import compare_models
 
@@ -58,7 +57,7 @@ def verify_precision(
         facts["layers"] = rows
     if options.half is None and any(row["bits"] == 8 and row["block"] != "row" for row in rows):
         return facts, checks
-    with _as_written(layers, paths, options):
+    with _as_written(layers, paths):
         if options.half is None:
             return facts, checks + verify_onnx(directory, model, evaluation)
         found = onnx_distance(directory, model, evaluation)
@@ -69,16 +68,14 @@ def verify_precision(
 
 
 @contextmanager
-def _as_written(layers: Mapping[str, MoE], paths: Sequence[Path], options: Onnx) -> Iterator[None]:
+def _as_written(layers: Mapping[str, MoE], paths: Sequence[Path]) -> Iterator[None]:
     """Within it the layers have the experts of the files, and the kernel's form of GELU."""
     before = []
     programs = {layer: layer.experts.act_fn.pointwise for layer in layers.values()}
     try:
-        for layer in layers.values():
-            _, kernel = choose(layer, options)
-            if kernel is not None:
-                layer.experts.act_fn.pointwise = dict(KERNELS)[kernel]
         for path in paths:
+            for name, pointwise in kernels_of(path, layers).items():
+                layers[name].experts.act_fn.pointwise = pointwise
             for rounded in rounded_layers(path):
                 experts = layers[rounded.layer].experts
                 for tensor, value in (

@@ -8,6 +8,8 @@ from typing import Any
 import onnx_ir as ir
 
 from upcycle.pointwise import Pointwise
+from upcycle.targets.onnx.dense import dense
+from upcycle.targets.onnx.forms import Form
 from upcycle.targets.onnx.grouped import grouped
 from upcycle.targets.onnx.nodes import OPSET, Nodes
 
@@ -36,7 +38,8 @@ def _function(
     return ir.Function(domain, name, graph=graph, attributes=undefined)
 
 
-def unrolled(
+def standard(
+    form: Form,
     name: str,
     pointwise: Pointwise,
     num_experts: int,
@@ -44,7 +47,7 @@ def unrolled(
     bias: bool,
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Function:
-    """One expert after the other, each on its own tokens only.
+    """A layer whose form is ``unrolled`` or ``dense``.
 
     Inputs: x [T, D], weights [T, E] with zeros for the experts that a token skips, up [E, G, D],
     up bias [E, G] if `bias`, down [E, O, I]. Output [T, O].
@@ -52,7 +55,8 @@ def unrolled(
     x_TD, weights_TE, up_EGD, down_EOI = (ir.Value(name=i) for i in ("x", "weights", "up", "down"))
     bias_EG = ir.Value(name="up_bias") if bias else None
     n = Nodes(dtype=dtype)
-    out_TO = grouped(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
+    build = dense if form == "dense" else grouped
+    out_TO = build(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
     inputs = [x_TD, weights_TE, up_EGD, *([] if bias_EG is None else [bias_EG]), down_EOI]
     return _function(OWN, name, inputs, out_TO, n)
 

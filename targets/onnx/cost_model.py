@@ -5,7 +5,7 @@ table. They are those of one thread of one machine, so they tell which form is f
 long it takes elsewhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -27,12 +27,15 @@ class Work:
     arity: int = 1
     gelu: bool = False
 
-    @property
-    def features(self) -> tuple[float, ...]:
+    def features(self, kind: str) -> tuple[float, ...]:
         """What takes time: experts, those that are visited, their weights that are read, and
         arranged for a product of matrices, products, numbers of tokens that are carried to experts
-        and back, activations that are no GELU, and those that are.
+        and back, activations that are no GELU, and those that are. The dense form is one expert
+        that everybody visits.
         """
+        if kind == "dense":
+            whole = replace(self, num_experts=1, top_k=1, width=self.num_experts * self.width)
+            return whole.features("unrolled")
         count, k = self.num_experts, self.top_k
         visited = count * (1 - (1 - k / count) ** self.tokens)
         weights = (self.arity + 1) * self.d_model * self.width
@@ -52,16 +55,17 @@ class Work:
 
 # Nanoseconds for each of `Work.features`.
 NANOSECONDS: Final[dict[str, tuple[float, ...]]] = {
-    "fused": (79.7, 0, 0.0967, 0.221, 0.00888, 1.32, 8.49, 15.6),
-    "unrolled": (914, 2030, 0.11, 0.0357, 0.00795, 1.58, 1.5, 0),
-    "int8": (82.6, 1800, 0.145, 0.0405, 0.00903, 0.982, 7.92, 15.5),
-    "int8 blocks": (260, 1720, 0.0285, 0.00621, 0.00692, 1.66, 9.29, 15.8),
-    "int4": (0, 1400, 0.153, 0.0746, 0.00942, 0.893, 7.14, 15.1),
-    "int4 blocks": (411, 1830, 0.0481, 0.155, 0.00853, 1.09, 7.21, 14.6),
+    "fused": (0, 1220, 0.13, 0.231, 0.00847, 0.842, 10.9, 19.2),
+    "unrolled": (182, 9080, 0.126, 0.0391, 0.00847, 1.38, 0.961, 0),
+    "dense": (0, 0, 0.0743, 0.142, 0.0093, 1.4, 0.461, 0),
+    "int8": (0, 3440, 0.161, 0.0386, 0.00992, 0.691, 7.86, 17),
+    "int8 blocks": (0, 4510, 0.0348, 0, 0.00758, 1.42, 10.1, 17),
+    "int4": (0, 2400, 0.17, 0.0717, 0.0103, 0.662, 6.75, 16.3),
+    "int4 blocks": (58.5, 5080, 0.0484, 0.161, 0.00931, 0.778, 7.25, 15.7),
 }
 
 
 def seconds(kind: str, work: Work) -> float:
     """How long a layer takes in the form `kind`, a key of `NANOSECONDS`."""
-    figures = zip(NANOSECONDS[kind], work.features, strict=True)
+    figures = zip(NANOSECONDS[kind], work.features(kind), strict=True)
     return 1e-9 * sum(each * count for each, count in figures)

@@ -88,11 +88,11 @@ def export_onnx(
     if kind is torch.float32:
         widen(graph)
     name_axes(graph, axes, fixed_sizes(program), required=dynamic is not None)
-    forms = lower(graph, layers, store, options, dtype=ONNX_TYPES[kind])
+    chosen = lower(graph, layers, store, options, dtype=ONNX_TYPES[kind])
     with quiet():
         common.RemoveUnusedNodesPass()(graph)
     _rename(graph, list(input_names or []), outputs)
-    if options.half or "quantised" in forms.values():
+    if options.half or any(choice.form == "quantised" for choice in chosen.values()):
         missing = write_weights(graph, path)
     else:
         missing = share_weights(graph, store, path, strict=strict)

@@ -1,10 +1,10 @@
-"""Which ONNX node an MoE layer becomes.
+"""Which ONNX nodes an MoE layer becomes.
 
 ``com.microsoft::MoE`` is one kernel in ONNX Runtime, for five activations. An activation is
 recognised by its values and not by its name, so that one spelled out in many steps is found too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from upcycle.onnx_options import Onnx
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.cost_model import Work, seconds
 
-Form = Literal["fused", "unrolled", "quantised"]
+Form = Literal["fused", "unrolled", "dense", "quantised"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,32 @@ class Fused:
     gated: bool = False
 
 
-_GELU_TANH = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),))
+@dataclass(frozen=True)
+class Choice:
+    """What a layer becomes.
+
+    Attributes:
+        form: of every call, or of calls of less than `limit` tokens.
+        pointwise: what the experts compute in every form: that of the layer, or the kernel's form
+            of GELU.
+        kernel: the node behind a form that is fused or quantised.
+        longer: the form of longer calls, if that is another one.
+        limit: tokens from which on a call is one of those.
+    """
+
+    form: Form
+    pointwise: Pointwise
+    kernel: Fused | None = None
+    longer: Form | None = None
+    limit: int = 0
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """One or two."""
+        return (self.form,) if self.longer is None else (self.form, self.longer)
+
+
+_GELU_TANH = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),), "gelu_tanh")
 _GELU_ERF = Pointwise(1, (("gelu", ("z0",), {}),))
 # The kernel's "gelu" is the tanh form: 3e-4 from the erf form.
 KERNELS = (
@@ -51,25 +76,28 @@ def same_function(a: Pointwise, b: Pointwise) -> bool:
     return torch.allclose(a(*z), b(*z), rtol=1e-6, atol=1e-6)
 
 
-def choose(layer: MoE, options: Onnx) -> tuple[Form, Fused | None]:
-    """The form of `layer` under `options`, and the fused node if it is one.
+def choose(layer: MoE, options: Onnx) -> Choice:
+    """The forms of `layer` under `options`.
 
-    What the kernels do not compute is unrolled under every option.
+    What the kernels do not compute becomes standard operations under every option.
     """
-    fused = fused_form(layer, gelu=options.gelu)
-    if fused is None or options.form == "unrolled":
-        return "unrolled", None
-    may_round = options.may_round and _fits_quantised(layer, options.bits)
-    if options.form == "quantised":
-        return ("quantised", fused) if may_round else ("unrolled", None)
-    if options.form == "fused":
-        return "fused", fused
-    if options.profile == "portable":
-        return "unrolled", None
-    if options.profile == "cuda":
-        return "quantised" if may_round else "fused", fused
-    form = _fastest(layer, fused, options, may_round=may_round)
-    return form, None if form == "unrolled" else fused
+    own = layer.experts.act_fn.pointwise
+    kernel = fused_form(layer, gelu=options.gelu)
+    may_round = kernel is not None and options.may_round and _fits_quantised(layer, options.bits)
+    asked: Form | None = None if options.form == "auto" else options.form
+    if asked is None and options.profile == "portable":
+        asked = "unrolled"
+    if asked is None and options.profile == "cuda":
+        asked = "quantised" if may_round else "fused"
+    if (asked == "fused" and kernel is None) or (asked == "quantised" and not may_round):
+        asked = "unrolled"
+    if asked in ("unrolled", "dense"):
+        return Choice(asked, own)
+    made = Choice(asked, own) if asked else _fastest(layer, kernel, options, may_round=may_round)
+    if kernel is None or not {"fused", "quantised"} & set(made.forms):
+        return made
+    program = dict(KERNELS)[kernel]
+    return replace(made, kernel=kernel, pointwise=own if same_function(own, program) else program)
 
 
 def _fits_quantised(layer: MoE, bits: int) -> bool:
@@ -78,22 +106,41 @@ def _fits_quantised(layer: MoE, bits: int) -> bool:
     return bits == 8 or (experts.hidden_dim % 2 == 0 and experts.intermediate_dim % 2 == 0)
 
 
-def _fastest(layer: MoE, fused: Fused, options: Onnx, *, may_round: bool) -> Form:
-    experts = layer.experts
-    work = Work(
-        tokens=options.tokens or 256,
-        num_experts=experts.num_experts,
-        top_k=most_visited(layer),
-        d_model=experts.hidden_dim,
-        width=experts.intermediate_dim,
-        arity=1 + fused.gated,
-        gelu=fused.activation == "gelu",
-    )
-    blocks = "" if options.block in ("row", "adaptive") else " blocks"
-    kinds: dict[Form, str] = {"unrolled": "unrolled", "fused": "fused"}
+def _fastest(layer: MoE, kernel: Fused | None, options: Onnx, *, may_round: bool) -> Choice:
+    """The fastest exact form, or one for short and one for long calls; one form where the layer
+    may be rounded, as a token is to get the same whatever the length of the call."""
+    experts, own = layer.experts, layer.experts.act_fn.pointwise
+    kinds: dict[Form, str] = {"unrolled": "unrolled", "dense": "dense"}
+    if kernel is not None:
+        kinds["fused"] = "fused"
     if may_round:
+        blocks = "" if options.block in ("row", "adaptive") else " blocks"
         kinds["quantised"] = f"int{options.bits}{blocks}"
-    return min(kinds, key=lambda form: seconds(kinds[form], work))
+
+    def cost(form: Form, tokens: int) -> float:
+        work = Work(
+            tokens=tokens,
+            num_experts=experts.num_experts,
+            top_k=most_visited(layer),
+            d_model=experts.hidden_dim,
+            width=experts.intermediate_dim,
+            arity=own.arity,
+            gelu=any(op == "gelu" for op, _, _ in own.steps),
+        )
+        return seconds(kinds[form], work)
+
+    few, *more = options.calls
+    form = min(kinds, key=lambda form: cost(form, few))
+    if not more or may_round:
+        return Choice(form, own)
+    (many,) = more
+    longer = min(kinds, key=lambda form: cost(form, many))
+    if longer == form:
+        return Choice(form, own)
+    limit = few + 1
+    while cost(longer, limit) > cost(form, limit):
+        limit += 1
+    return Choice(form, own, longer=longer, limit=limit)
 
 
 def fused_form(layer: MoE, *, gelu: str = "exact") -> Fused | None:

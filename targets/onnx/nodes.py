@@ -61,6 +61,10 @@ class Nodes(Tape):
         )
         return values
 
+    def inside(self, branch: str) -> "Nodes":
+        """Nodes for a subgraph, with names of their own."""
+        return Nodes(f"{self.scope}{branch}/", self._metadata, dtype=self.dtype)
+
     @property
     def is_half(self) -> bool:
         """Whether the floats are narrower than float32."""

@@ -64,7 +64,16 @@ def _nodes(model: Path | bytes) -> int:
     except (OSError, DecodeError):
         return 0
     inside = {(f.domain, f.name): len(f.node) for f in proto.functions}
-    return sum(inside.get((node.domain, node.op_type), 1) for node in proto.graph.node)
+    return sum(inside.get((node.domain, node.op_type), 1) for node in _all_nodes(proto.graph))
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Those of the graph and of every branch in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _all_nodes(attribute.g)
 
 
 def _has_rounded(model: Path | bytes) -> bool:

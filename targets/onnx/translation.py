@@ -36,8 +36,14 @@ class _Traced(Nodes):
         **attrs: Any,
     ) -> list[ir.Value]:
         """One node with any number of outputs."""
+        has_sizes = op_type == "Split" and len(inputs) == 2
+        if has_sizes:  # the exporter wants their number, which ONNX does not want beside them
+            attrs["num_outputs"] = outputs
         made = getattr(getattr(onnxscript, f"opset{OPSET}"), op_type)(*inputs, **attrs)
-        return list(made) if isinstance(made, Sequence) else [made]
+        values = list(made) if isinstance(made, Sequence) else [made]
+        if has_sizes:
+            del values[0].producer().attributes["num_outputs"]
+        return values
 
 
 def moe(
