@@ -1,10 +1,16 @@
 """The command line: ``upcycle convert MODEL --recipe NAME --out DIR``, and what belongs to it."""
 
+import atexit
+import gc
+
 import click
 
 from upcycle.commands import bench, convert, diff, inspect, options, plan, recipes, samples, verify
 from upcycle.program import Program
 from upcycle.version import __version__
+
+# Python ends with a collection, which takes a second if transformers is there, and saves nothing.
+atexit.register(gc.freeze)
 
 
 @click.group("upcycle", cls=Program)

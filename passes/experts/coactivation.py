@@ -1,6 +1,5 @@
 """Neurons that are active together share an expert."""
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -73,6 +72,8 @@ def counts(markers: Markers) -> sparse.csr_array:
 
 def bisected(together_FF: sparse.csr_array, sizes: list[int], generator: torch.Generator) -> Ints:
     """The group of each node, by bisecting the graph of the strongest edges again and again."""
+    import networkx as nx  # other methods do without
+
     graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(together_FF.shape[0]))
     for node in graph:

@@ -7,6 +7,7 @@ import click
 
 from upcycle import console
 from upcycle.commands import options
+from upcycle.program import collector_paused
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, given: str) -> tuple[int, ...]:
@@ -78,10 +79,11 @@ def bench(
     trust_remote_code: bool,
 ) -> None:
     """Measure CONVERTED beside the dense model: time, memory, and the floor of this machine."""
-    from upcycle.bench import run, show
-    from upcycle.driver import read_report
-    from upcycle.errors import UsageError
-    from upcycle.source import Source, open_model
+    with collector_paused():
+        from upcycle.bench import run, show
+        from upcycle.driver import read_report
+        from upcycle.errors import UsageError
+        from upcycle.source import Source, open_model
 
     name = against or read_report(converted)["model"]
     if against is None and ":" not in name:  # the report has no paths of a machine

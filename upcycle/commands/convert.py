@@ -7,7 +7,7 @@ import click
 
 from upcycle import console
 from upcycle.commands import options
-from upcycle.program import size_in_bytes
+from upcycle.program import collector_paused, size_in_bytes
 
 
 @click.command()
@@ -103,8 +103,9 @@ def convert(
     **others: Any,
 ) -> None:
     """Convert MODEL, verify the result and write it."""
-    from upcycle import driver, executors, recipe_file, report
-    from upcycle.source import open_model
+    with collector_paused():
+        from upcycle import driver, executors, recipe_file, report
+        from upcycle.source import open_model
 
     if onnx_profile is not None:
         overrides = (*overrides, f"onnx.profile={onnx_profile}")

@@ -6,6 +6,7 @@ import click
 
 from upcycle import console
 from upcycle.commands import options
+from upcycle.program import collector_paused
 
 
 @click.command()
@@ -19,9 +20,10 @@ def verify(
     dense: str, converted: Path, inputs: str | None, as_json: bool, trust_remote_code: bool
 ) -> None:
     """Compare CONVERTED with the DENSE model that it was made from."""
-    from upcycle import driver, report
-    from upcycle.source import open_model
-    from upcycle.verification import raise_if_failed
+    with collector_paused():
+        from upcycle import driver, report
+        from upcycle.source import open_model
+        from upcycle.verification import raise_if_failed
 
     source = open_model(dense, inputs=inputs, trust_remote_code=trust_remote_code)
     checked = driver.verify_paths(source, converted)
