@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 
@@ -104,7 +105,7 @@ def _layer(n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made) -> 
     """The nodes of a layer: one form, or two of which the number of tokens takes one."""
     if choice.longer is None:
         return _form(choice.form, n, node, layer, choice, made)
-    branches = {}
+    branches: dict[str, Any] = {}
     for branch, form in (("then_branch", choice.form), ("else_branch", choice.longer)):
         inner = n.inside(form)
         out = _form(form, inner, node, layer, choice, made)
