@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch.nn import functional as F
 
-from upcycle import expert_kernels
+from upcycle import expert_kernels, kernels
 from upcycle.expert_kernels import ROWS
 from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
@@ -28,7 +28,7 @@ from upcycle.pointwise import Pointwise
 SHAPES = ((2048, 8192, 16, 4), (576, 1536, 16, 4), (576, 1536, 64, 8))
 WAYS = {name: name for name in ("eager", "grouped_mm", "batched_mm")}
 WAYS = {"ours": "upcycle", "torch": "upcycle", **WAYS}
-COMPILED = expert_kernels.run_compiled
+COMPILED, NOTHING = (expert_kernels.run_compiled, kernels.run_routed), (None, None)
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 
 
@@ -53,7 +53,7 @@ def split(
 
     def sparse(x_TD: torch.Tensor, way: str) -> torch.Tensor:
         layer.experts.config._experts_implementation = WAYS[way]
-        expert_kernels.run_compiled = None if way == "torch" else COMPILED
+        expert_kernels.run_compiled, kernels.run_routed = NOTHING if way == "torch" else COMPILED
         return layer(x_TD)
 
     return dense, sparse

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 try:
     from upcycle.compiled import run_compiled as run_compiled
+    from upcycle.compiled import run_routed as run_routed
 except ImportError:  # in the file of a converted model, where upcycle is not installed
-    run_compiled = None  # type: ignore[assignment]
+    run_compiled = run_routed = None  # type: ignore[assignment]
 
 # Nanoseconds for each weight and row of an expert, by the number of rows: one expert for itself,
 # and experts side by side in one product; then for one token, whose products are with a vector.

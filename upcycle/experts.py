@@ -196,7 +196,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The sum over the shared neurons."""
-        if _is_plain(self.up) and _is_plain(self.down_proj):
+        if is_untouched(self.up, nn.Linear) and is_untouched(self.down_proj, nn.Linear):
             found = visit_by_all(self, x_TD)
             if found is not None:
                 return found
@@ -206,7 +206,7 @@ class SharedExpert(nn.Module):
         return out
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Nobody has put an adapter or a hook there."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    return type(linear) is nn.Linear and not hooks
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooks

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from upcycle.activation_names import of_module
-from upcycle.expert_kernels import ExpertWeights, run_compiled, visit
+from upcycle.expert_kernels import ExpertWeights, run_compiled, run_routed, visit
 from upcycle.operation import run_as_one_node
 
 
@@ -59,6 +59,27 @@ def visit_by_all(shared: Any, x_TD: torch.Tensor) -> torch.Tensor | None:
     index_T1 = torch.zeros(len(x_TD), 1, dtype=torch.int64)
     weights = (up.weight[None], bias_1G, down.weight[None], None, of_module(shared))
     return run_compiled(*weights, x_TD, index_T1, torch.ones(len(x_TD), 1))
+
+
+def route_and_visit(experts: Any, x_TD: torch.Tensor, router: Any) -> torch.Tensor | None:
+    """What the experts add that a linear router chooses, in one call.
+
+    Args:
+        experts: an `upcycle.experts.Experts`.
+        x_TD: tokens, float.
+        router: as of `upcycle.compiled.run_routed`.
+
+    Returns:
+        [T, O], or None where only torch can compute it.
+    """
+    if run_routed is None:
+        return None
+    own = experts._parameters  # less to fetch than attributes, when all caches hold other weights
+    up_EGD, down_EOI = own.get(experts.up_name), own.get("down_proj")
+    bias_EG = own.get(f"{experts.up_name}_bias")
+    if up_EGD is None or down_EOI is None or (bias_EG is None) is experts.has_bias:
+        return None
+    return run_routed(up_EGD, bias_EG, down_EOI, of_module(experts), x_TD, router)
 
 
 def weights_of(experts: Any) -> ExpertWeights:

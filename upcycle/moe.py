@@ -15,10 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from upcycle.experts import Experts, SharedExpert
+from upcycle.experts import Experts, SharedExpert, is_untouched
+from upcycle.kernels import route_and_visit
 from upcycle.pointwise import Pointwise
 from upcycle.routers import ROUTERS
 
+# Multiplications of a router that take no longer than torch's calls.
+AT_ONCE = 1 << 20
 # Multiplications of a router that are over before a second thread of torch has woken up.
 ONE_THREAD = 1 << 23
 
@@ -68,7 +71,7 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [..., D] -> [..., O]; with ``axis: 1`` (convolutions) [B, D, ...] likewise."""
-        if self.router.tied and self.training:
+        if self.training and self.router.tied:
             self.tie_router()
         if self.axis != -1:
             x = x.movedim(self.axis, -1)
@@ -80,18 +83,36 @@ class MoE(nn.Module):
 
     def tokens(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The layer on a list of tokens, [T, D] -> [T, O], without dropout."""
-        _, weights_TK, index_TK = self._route(x_TD)
-        y_TO: torch.Tensor = self.experts(x_TD, index_TK, weights_TK)
+        y_TO = self._at_once(x_TD)
+        if y_TO is None:
+            _, weights_TK, index_TK = self._route(x_TD)
+            y_TO = self.experts(x_TD, index_TK, weights_TK)
         if self.shared_expert is not None:
             y_TO = y_TO + self.shared_expert(x_TD)
         if self.low_rank is not None:
             y_TO = y_TO + self.low_rank(x_TD)
         return y_TO if self.output_bias is None else y_TO + self.output_bias
 
+    def _at_once(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        """What router and experts give for few tokens, where torch would be slower than they are;
+        None where only torch can compute it, or somebody watches."""
+        if torch.compiler.is_compiling() or not 0 < x_TD.shape[0] * self.router_size < AT_ONCE:
+            return None
+        parts = self._modules
+        experts: Any = parts["experts"]
+        router: Any = parts["router"]
+        watched: bool = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        if watched or not is_untouched(experts, Experts):
+            return None
+        if experts.config._experts_implementation != "upcycle" or torch.is_autocast_enabled("cpu"):
+            return None
+        linear = router.as_linear()
+        return None if linear is None else route_and_visit(experts, x_TD, linear)
+
     def _route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling() or x_TD.device.type != "cpu":
+        if torch.compiler.is_compiling() or not x_TD.is_cpu:
             return self.router(x_TD)  # type: ignore[no-any-return]
-        if not 0 < len(x_TD) * self.router_size < ONE_THREAD:
+        if not 0 < x_TD.shape[0] * self.router_size < ONE_THREAD:
             return self.router(x_TD)  # type: ignore[no-any-return]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

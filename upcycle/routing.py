@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from upcycle.selection import Selected, everything, select
 
 WeightRule = Literal["renormalised", "softmax", "one", "renorm_detach", "gain"]
+_SIMPLE = ("renormalised", "softmax", "one")
+_OWN = frozenset(("forward", "scores", "choose", "_weigh"))  # where somebody else's may be
 
 
 class Router(nn.Module):
@@ -59,6 +61,9 @@ class Router(nn.Module):
         self.all_experts = False
         self.load_E: torch.Tensor | None = None
         rows = self.num_experts + config.get("nulls", 0)
+        simple = config["select"]["rule"] == "top_k" and self.weights in _SIMPLE
+        fits = 0 < self.top_k <= rows == self.num_experts and not config.get("balance")
+        self.plain = simple and fits and type(self) is Router
         self.make(rows, config["d_model"], config)
         if config.get("balance"):
             self.register_buffer("selection_bias", torch.zeros(rows))
@@ -89,8 +94,10 @@ class Router(nn.Module):
 
     def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Tokens in float32 or float64 -> logits [T, E] (null experts last)."""
-        bias = None if self.bias is None else self.bias.to(x_TD.dtype)
-        return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
+        weight, bias = self.weight, self.bias
+        if weight.dtype != x_TD.dtype:  # a cast takes its time even if there is nothing to do
+            weight, bias = weight.to(x_TD.dtype), None if bias is None else bias.to(x_TD.dtype)
+        return F.linear(x_TD, weight, bias)
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns logits [T, E], weights [T, K] and index [T, K] of the chosen experts.
@@ -107,6 +114,15 @@ class Router(nn.Module):
         if self.training and self.config.get("balance"):
             self._count(index_TK, kept_TK)
         return true_TE, weights_TK * self.scale, index_TK
+
+    def as_linear(self) -> tuple[torch.Tensor, torch.Tensor | None, int, WeightRule, float] | None:
+        """Weight, bias, K, rule and scale where these are all that `forward` computes with, in
+        evaluation, and nobody watches it or has put something in its place; else None."""
+        if not self.plain or self.training or self.all_experts:
+            return None
+        if self._forward_hooks or self._forward_pre_hooks or not _OWN.isdisjoint(self.__dict__):
+            return None
+        return self.weight, self.bias, self.top_k, self.weights, self.scale
 
     def choose(self, logits_TE: torch.Tensor) -> Selected:
         """The experts of each token, as `upcycle.selection` describes them."""

@@ -71,8 +71,10 @@ class TappedMoE(MoE):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` gives the shape of the result, and the inputs of the columns that are kept."""
-        x, self._compiled_x = self._compiled_x, None
-        if not torch.compiler.is_compiling() and x is None:
+        x = self._compiled_x
+        if x is not None:
+            self._compiled_x = None
+        elif not torch.compiler.is_compiling():
             x, self._remembered.x = self._remembered.x, None
         if x is None:
             raise RuntimeError(

@@ -17,6 +17,7 @@
 #include "activations.h"
 #include "pool.h"
 #include "products.h"
+#include "routing.h"
 
 namespace upcycle {
 
@@ -175,16 +176,31 @@ struct Layer {
 
 }  // namespace upcycle
 
-#define UPCYCLE_EXPERTS(name, T)                                                                      \
-    extern "C" int name(const T* x_TD, const int64_t* index_TK, const float* weight_TK,           \
-                        const T* up_EGD, const T* up_bias_EG, const T* down_EOI,                      \
-                        const T* down_bias_EO, float* y_TO, int64_t tokens, int64_t top_k,            \
-                        int64_t experts, int64_t d_model, int64_t d_out, int64_t width, int gated,    \
-                        int activation, int threads) {                                                \
-        upcycle::Layer<T> layer{up_EGD, up_bias_EG, down_EOI, down_bias_EO,  experts,                 \
-                                d_model, d_out,     width,    gated != 0,    activation};             \
-        return layer.run(x_TD, index_TK, weight_TK, tokens, top_k, y_TO, threads);                    \
+// Both return 0, or what upcycle/compiled.py says: the experts of given visits, and router and
+// experts at once, for few tokens.
+#define UPCYCLE_EXPERTS(T, given, routed)                                                         \
+    extern "C" int given(const T* x_TD, const int64_t* index_TK, const float* weight_TK,          \
+                         const T* up_EGD, const T* up_bias_EG, const T* down_EOI,                 \
+                         const T* down_bias_EO, float* y_TO, int64_t tokens, int64_t top_k,       \
+                         int64_t experts, int64_t d_model, int64_t d_out, int64_t width,          \
+                         int gated, int activation, int threads) {                                \
+        upcycle::Layer<T> layer{up_EGD, up_bias_EG, down_EOI, down_bias_EO, experts,              \
+                                d_model, d_out, width, gated != 0, activation};                   \
+        return layer.run(x_TD, index_TK, weight_TK, tokens, top_k, y_TO, threads);                \
+    }                                                                                             \
+    extern "C" int routed(const T* x_TD, const float* router_ED, const float* router_bias_E,      \
+                          const T* up_EGD, const T* up_bias_EG, const T* down_EOI,                \
+                          const T* down_bias_EO, float* y_TO, int64_t tokens, int64_t top_k,      \
+                          int64_t experts, int64_t d_model, int64_t d_out, int64_t width,         \
+                          int gated, int activation, int threads, int rule, float scale) {        \
+        upcycle::Router<T> router{router_ED, router_bias_E, experts, d_model, top_k, rule, scale}; \
+        std::vector<int64_t> index_TK(tokens * top_k);                                            \
+        std::vector<float> weight_TK(tokens * top_k);                                             \
+        if (!router.route(x_TD, tokens, index_TK.data(), weight_TK.data())) return 2;             \
+        return given(x_TD, index_TK.data(), weight_TK.data(), up_EGD, up_bias_EG, down_EOI,       \
+                     down_bias_EO, y_TO, tokens, top_k, experts, d_model, d_out, width, gated,    \
+                     activation, threads);                                                        \
     }
 
-UPCYCLE_EXPERTS(upcycle_experts_float32, float)
-UPCYCLE_EXPERTS(upcycle_experts_bfloat16, upcycle::BFloat16)
+UPCYCLE_EXPERTS(float, upcycle_experts_float32, upcycle_routed_float32)
+UPCYCLE_EXPERTS(upcycle::BFloat16, upcycle_experts_bfloat16, upcycle_routed_bfloat16)
