@@ -12,8 +12,10 @@ from torch import nn
 
 from upcycle import expert_kernels, moe
 from upcycle.compiled import library, run_compiled, run_routed
+from upcycle.experts import Experts
 from upcycle.kernels import weights_of
 from upcycle.moe import MoE, all_experts
+from upcycle.routing import Router
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no GCC 12 or Clang")
 COUNT, D_MODEL, WIDTH = 6, 16, 8
@@ -162,6 +164,25 @@ def test_who_watches_or_replaces_a_part_gets_torch(what: str, seen: Seen) -> Non
     y_TO = case(tokens(2))
     assert all(found is None for found in seen)
     assert y_TO.requires_grad == (what == "gradients")
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(Experts, "forward"), (Router, "choose"), (Router, "scores")]
+)
+def test_a_method_that_somebody_replaced_is_run(
+    cls: type, name: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, called = getattr(cls, name), []
+    case = layer()
+
+    def other(*given: Any) -> Any:
+        called.append(name)
+        return own(*given)
+
+    monkeypatch.setattr(cls, name, other)
+    case(tokens(2))
+    assert called
+    assert not seen
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from test_onnx_forms import CLOSE, Side, distances
 
 from upcycle.moe import MoE
 from upcycle.onnx_options import Onnx
-from upcycle.onnx_rounding import kernels_of
+from upcycle.onnx_precision import kernels_of
 from upcycle.targets.onnx.cost_model import Work, seconds
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.forms import Choice, choose

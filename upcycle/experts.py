@@ -167,6 +167,14 @@ class Experts(nn.Module):
         return out_TO.to(x_TD.dtype)
 
 
+_FORWARD = Experts.forward
+
+
+def are_untouched(experts: nn.Module) -> bool:
+    """`Experts` whose `forward` is the one above, unwatched."""
+    return is_untouched(experts, Experts) and Experts.forward is _FORWARD
+
+
 class SharedExpert(nn.Module):
     """The neurons that every token visits, as one FFN without an output bias, [T, D] -> [T, O]."""
 

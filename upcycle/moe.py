@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from upcycle.experts import Experts, SharedExpert, is_untouched
+from upcycle.experts import Experts, SharedExpert, are_untouched
 from upcycle.kernels import route_and_visit
 from upcycle.pointwise import Pointwise
 from upcycle.routers import ROUTERS
@@ -102,7 +102,7 @@ class MoE(nn.Module):
         experts: Any = parts["experts"]
         router: Any = parts["router"]
         watched: bool = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        if watched or not is_untouched(experts, Experts):
+        if watched or not are_untouched(experts):
             return None
         if experts.config._experts_implementation != "upcycle" or torch.is_autocast_enabled("cpu"):
             return None

@@ -1,6 +1,6 @@
 """Verify ONNX files as far as their numbers go: float32, a narrow type, rounded experts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from upcycle.metrics import ROUNDING
 from upcycle.moe import MoE
 from upcycle.onnx_options import Onnx
 from upcycle.onnx_output import ONNX_CHECK, onnx_distance, verify_onnx
-from upcycle.onnx_rounding import kernels_of, rounded_layers, verify_rounding
+from upcycle.onnx_rounding import rounded_layers, verify_rounding
+from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.feeds import draw_inputs
+from upcycle.targets.onnx.forms import kernel_named
 from upcycle.targets.onnx.narrow import narrowed
 from upcycle.verification import compare_models
 
@@ -65,6 +67,19 @@ def verify_precision(
         noise = compare_models(model, narrow, evaluation, predictions=False)["relative"]
     allowed = max(ROUNDING[torch.float16], 2 * noise)
     return facts, [*checks, check(ONNX_CHECK, found, allowed)]
+
+
+def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:
+    """What the experts compute in those of `layers` that a node of ONNX Runtime runs in a file."""
+    nodes = [n for n in ir.load(path).graph.all_nodes() if n.domain == "com.microsoft"]
+    found = {}
+    for layer in layers:
+        prefix = f"{layer}/" if layer else ""  # as `lower` names what it makes
+        for node in nodes:
+            of_layer = str(node.outputs[0].name).startswith(prefix)
+            if of_layer and node.op_type in ("MoE", "QMoE"):
+                found[layer] = kernel_named(node.attributes["activation_type"].as_string())[1]
+    return found
 
 
 @contextmanager

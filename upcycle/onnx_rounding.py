@@ -6,7 +6,7 @@ of experts that it has in the file, and computed again with the rounded and with
 Shape suffixes: T tokens, D d_model, E experts, I expert width, G = arity * I.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.external import TORCH_TYPES, tensor_of
 from upcycle.targets.onnx.feeds import Array
-from upcycle.targets.onnx.forms import KERNELS, Fused
+from upcycle.targets.onnx.forms import kernel_named
 from upcycle.targets.onnx.quantise import Quantised, dequantise
 from upcycle.targets.onnx.running import run
 
@@ -69,7 +69,7 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
             continue
         bits = node.attributes["expert_weight_bits"].as_int()
         block = node.attributes.get_int("block_size", 0)
-        kernel, pointwise = _kernel_of(node)
+        kernel, pointwise = kernel_named(node.attributes["activation_type"].as_string())
         (up, up_step), (down, down_step) = (_decoded(node, i, bits, block) for i in (2, 5))
         scale = node.inputs[3]
         assert scale is not None
@@ -99,24 +99,6 @@ def rounded_paths(path: Path) -> set[str]:
     """The paths of the rounded layers of a file; no weight is read."""
     nodes = ir.load(path).graph.all_nodes()
     return {_layer_of(node) for node in nodes if _is_rounded(node)}
-
-
-def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:
-    """What the experts compute in those of `layers` that a node of ONNX Runtime runs in a file."""
-    nodes = [n for n in ir.load(path).graph.all_nodes() if n.domain == "com.microsoft"]
-    found = {}
-    for layer in layers:
-        prefix = f"{layer}/" if layer else ""  # as `lower` names what it makes
-        for node in nodes:
-            of_layer = str(node.outputs[0].name).startswith(prefix)
-            if of_layer and node.op_type in ("MoE", "QMoE"):
-                found[layer] = _kernel_of(node)[1]
-    return found
-
-
-def _kernel_of(node: ir.Node) -> tuple[Fused, Pointwise]:
-    activation = node.attributes["activation_type"].as_string()
-    return next(pair for pair in KERNELS if pair[0].activation == activation)
 
 
 def _is_rounded(node: ir.Node) -> bool:

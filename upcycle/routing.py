@@ -122,6 +122,8 @@ class Router(nn.Module):
             return None
         if self._forward_hooks or self._forward_pre_hooks or not _OWN.isdisjoint(self.__dict__):
             return None
+        if (Router.forward, Router.scores, Router.choose, Router._weigh) != _METHODS:
+            return None
         return self.weight, self.bias, self.top_k, self.weights, self.scale
 
     def choose(self, logits_TE: torch.Tensor) -> Selected:
@@ -178,3 +180,6 @@ class Router(nn.Module):
         config = self.config
         shape = f"num_experts={self.num_experts}, d_model={config['d_model']}"
         return f"{shape}, select={config['select']}, weights={self.weights}, tied={self.tied}"
+
+
+_METHODS = (Router.forward, Router.scores, Router.choose, Router._weigh)

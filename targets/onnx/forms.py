@@ -65,6 +65,11 @@ KERNELS = (
 )
 
 
+def kernel_named(activation: str) -> tuple[Fused, Pointwise]:
+    """The one of `KERNELS` whose nodes have this `activation_type`."""
+    return next(pair for pair in KERNELS if pair[0].activation == activation)
+
+
 def same_function(a: Pointwise, b: Pointwise) -> bool:
     """True if `a` and `b` agree to 1e-6 on 1300 points between -1e15 and 1e15."""
     if a.arity != b.arity:
