@@ -20,12 +20,11 @@ except ImportError:  # in the file of a converted model, where upcycle is not in
 
 # Nanoseconds for each weight and row of an expert, by the number of rows: one expert for itself,
 # and experts side by side in one product; then for one token, whose products are with a vector.
-# Set by hand from times of whole layers on two cores that other work shares; to measure products
-# by themselves: python benchmarks/expert_kernels.py --costs
+# As `python benchmarks/expert_kernels.py --costs` prints them, on two idle cores.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-ALONE = (0.22, 0.20, 0.18, 0.10, 0.064, 0.045, 0.033, 0.026, 0.022)
-BESIDE = (0.20, 0.15, 0.11, 0.06, 0.04, 0.032, 0.024, 0.021, 0.019)
-ONE = 0.08
+ALONE = (0.21, 0.19, 0.16, 0.069, 0.042, 0.027, 0.019, 0.015, 0.013)
+BESIDE = (0.13, 0.086, 0.046, 0.028, 0.019, 0.015, 0.013, 0.012, 0.011)
+ONE = 0.21
 CALL, ONE_CALL = 50_000.0, 8_000.0  # nanoseconds of the calls for a chunk, and for a vector
 MOVE = 1.0  # nanoseconds for each number of a row that is gathered or summed
 
