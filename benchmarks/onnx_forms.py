@@ -75,14 +75,18 @@ def layer(pointwise: Pointwise, d_model: int, neurons: int, count: int, k: int) 
     return made.eval()
 
 
-def session(model: nn.Module, d_model: int, options: Onnx) -> onnxruntime.InferenceSession:
-    """One thread, and ONNX Runtime's own way with weights."""
+def session(
+    model: nn.Module, d_model: int, options: Onnx, *, profile: str = ""
+) -> onnxruntime.InferenceSession:
+    """One thread, and ONNX Runtime's own way with weights; `profile`: how its profile is named."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.onnx"
         export_onnx(model, (torch.randn(3, d_model),), path=path, stored={}, options=options)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         settings.log_severity_level = 4
+        settings.enable_profiling = bool(profile)
+        settings.profile_file_prefix = profile
         return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 

@@ -14,16 +14,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
-from onnx_forms import FORMS, SWIGLU, TOKENS, layer
+from onnx_forms import FORMS, SWIGLU, TOKENS, layer, session
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from upcycle.experts import SharedExpert
 from upcycle.onnx_options import Onnx
-from upcycle.targets.onnx.export import export_onnx
 
 PRODUCTS = ("Gemm", "MatMul", "MoE", "QMoE")
 RUNS = 20
@@ -32,18 +30,11 @@ RUNS = 20
 def profile(model: nn.Module, d_model: int, options: Onnx, tokens: int) -> Counter[str]:
     """Milliseconds of each operation, medians over the runs; `model_run` is the whole of them."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "m.onnx"
-        export_onnx(model, (torch.randn(3, d_model),), path=path, stored={}, options=options)
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = 1
-        settings.log_severity_level = 4
-        settings.enable_profiling = True
-        settings.profile_file_prefix = f"{folder}/profile"
-        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-        feeds = {session.get_inputs()[0].name: torch.randn(tokens, d_model).numpy()}
+        runner = session(model, d_model, options, profile=f"{folder}/profile")
+        feeds = {runner.get_inputs()[0].name: torch.randn(tokens, d_model).numpy()}
         for _ in range(RUNS):
-            session.run(None, feeds)
-        events = json.loads(Path(session.end_profiling()).read_text())
+            runner.run(None, feeds)
+        events = json.loads(Path(runner.end_profiling()).read_text())
     runs: list[Counter[str]] = [Counter()]
     for event in sorted((e for e in events if "dur" in e), key=lambda e: int(e["ts"] + e["dur"])):
         if event["name"] == "model_run":
