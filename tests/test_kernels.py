@@ -159,6 +159,23 @@ def test_the_operation_keeps_the_rules_of_torch(bias: bool) -> None:
     torch.library.opcheck(torch.ops.upcycle.moe.default, arguments)
 
 
+@pytest.mark.parametrize("chosen", [("dense", 1), ("in_chunks", 1), ("in_chunks", 2)])
+def test_gradients_lie_as_a_compiler_was_promised(
+    chosen: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_kernels, "choose", lambda *_: chosen)
+    _, experts = made("swiglu", torch.float64)
+    x, index, weights = routed(3, torch.float64, gaps=False)
+    up, up_bias, down = (t.detach() for t in leaves(experts, (x, index, weights))[2:])
+    grad = torch.ones(3, down.shape[1], dtype=torch.float64)
+    given = (grad, x, index, weights, up, up_bias, down, experts.program)
+    for gradient in torch.ops.upcycle.moe_backward(*given):
+        assert gradient.is_contiguous()
+    torch.library.opcheck(
+        torch.ops.upcycle.moe_backward.default, given, test_utils="test_faketensor"
+    )
+
+
 def test_the_operation_refuses_an_activation_that_is_none() -> None:
     _, experts = made("gelu", torch.float32, bias=False)
     x, index, weights = routed(2, torch.float32, gaps=False)

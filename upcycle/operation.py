@@ -75,8 +75,9 @@ def moe_backward(
         y_TO = moe(x, index_TK, weights, up, bias, down, program)
         given = [tensor for tensor in (x, weights, up, bias, down) if tensor is not None]
         if not y_TO.requires_grad:  # nobody is visited
-            return [torch.zeros_like(tensor) for tensor in given]
-        return list(torch.autograd.grad(y_TO, given, grad_TO, materialize_grads=True))
+            return [tensor.new_zeros(tensor.shape) for tensor in given]
+        found = torch.autograd.grad(y_TO, given, grad_TO, materialize_grads=True)
+    return [gradient.contiguous() for gradient in found]  # as a compiler was promised
 
 
 def _moe_shape(
@@ -102,7 +103,7 @@ def _backward_shapes(
     program: str,
 ) -> list[torch.Tensor]:
     given = (x_TD, weights_TK, up_EGD, up_bias_EG, down_EOI)
-    return [torch.empty_like(tensor) for tensor in given if tensor is not None]
+    return [tensor.new_empty(tensor.shape) for tensor in given if tensor is not None]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
