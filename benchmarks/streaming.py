@@ -3,7 +3,7 @@
     python benchmarks/streaming.py [--gigabytes 4.5]
 
 Writes a Llama checkpoint of generated bfloat16 weights, converts it piece by piece (copies, and a
-split by key clustering), and prints wall time and peak memory. The peak is that of anonymous
+split by key clustering), one layer at a time, and prints wall time and peak memory. The peak is that of anonymous
 memory: pages of the mapped checkpoint are the kernel's cache, which it takes back when it needs
 them. A run that takes more than a fifth of the model fails.
 """
@@ -98,7 +98,7 @@ def main() -> None:
         for recipe, options in RUNS:
             out = work / "out"
             command = ["convert", dense, "--recipe", recipe, "--out", out, "--stream", *options]
-            command += ["--target", "safetensors", "--overwrite"]
+            command += ["--target", "safetensors", "--overwrite", "--jobs", "1"]
             upcycle = Path(sys.executable).with_name("upcycle")
             start, peak = time.perf_counter(), 0
             process = subprocess.Popen(
