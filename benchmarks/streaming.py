@@ -3,9 +3,9 @@
     python benchmarks/streaming.py [--gigabytes 4.5]
 
 Writes a Llama checkpoint of generated bfloat16 weights, converts it piece by piece (copies, and a
-split by key clustering), one layer at a time, and prints wall time and peak memory. The peak is that of anonymous
-memory: pages of the mapped checkpoint are the kernel's cache, which it takes back when it needs
-them. A run that takes more than a fifth of the model fails.
+split by key clustering), one layer at a time, and prints wall time and peak memory. The peak is
+that of anonymous memory: pages of the mapped checkpoint are the kernel's cache, which it takes back
+when it needs them. A run that takes more than a fifth of the model fails.
 """
 
 import argparse
