@@ -97,6 +97,7 @@ LAYERS = {
     "upcycle.compiled": 1,
     "upcycle.context": 1,
     "upcycle.errors": 1,
+    "upcycle.heap": 1,
     "upcycle.expert_kernels": 1,
     "upcycle.experts": 1,
     "upcycle.ffn": 1,

@@ -15,6 +15,7 @@ from torch import nn
 
 from upcycle.activations import Activations
 from upcycle.calibration import CalibrationData
+from upcycle.heap import give_back
 from upcycle.layer_weights import empty_layer, layer_tensors, weights_of
 from upcycle.moe import MoE
 from upcycle.passes.calibrate import calibrate
@@ -79,6 +80,7 @@ def calibrate_mapped(
         if sequential:
             layer.load_state_dict(layer_tensors(layer, spool.get(spec)), assign=True, strict=False)
             filled.append(layer)
+        give_back()
         progress("converting", len(rows), len(plan.specs))
 
     calibrate(

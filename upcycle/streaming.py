@@ -23,6 +23,7 @@ from upcycle.card import card
 from upcycle.costs import Costs
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.executors import HERE, Workers, layer_maker
+from upcycle.heap import give_back
 from upcycle.kept import read_kept
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
 from upcycle.layer_weights import layer_around
@@ -146,6 +147,7 @@ def convert_streamed(
     ):
 
         def layer(spec: MoESpec) -> MoEWeights:
+            give_back()
             made = make(spec)
             provenance[spec.ffn.path] = made.provenance
             progress("converting", len(provenance), len(plan.specs))
@@ -272,6 +274,7 @@ def _verify(
             origin = transform(read_ffn(spec.ffn, tensors, sources.tensors), spec).provenance
         x_TD = random_tokens(spec, layer)
         rows.append(layer_report(spec, layer, x_TD, tensors, origin, sources.tensors))
+        give_back()
         progress("verifying", i, len(plan.specs))
     report["layers"] = rows
     report["checks"] += layer_checks(rows, DTYPES[report["dtype"]])
