@@ -1,9 +1,9 @@
 """Peak memory of a streamed conversion, on a model several times larger than what it may use.
 
-    python benchmarks/streaming.py [--gigabytes 4.5]
+    python benchmarks/streaming.py [--gigabytes 4.5] [--jobs 1]
 
 Writes a Llama checkpoint of generated bfloat16 weights, converts it piece by piece (copies, and a
-split by key clustering), one layer at a time, and prints wall time and peak memory. The peak is
+split by key clustering), `--jobs` layers at a time, and prints wall time and peak memory, which is
 that of anonymous memory: pages of the mapped checkpoint are the kernel's cache, which it takes back
 when it needs them. A run that takes more than a fifth of the model fails.
 """
@@ -86,6 +86,7 @@ def anonymous(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.5)
+    parser.add_argument("--jobs", default="1")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     try:
@@ -98,7 +99,7 @@ def main() -> None:
         for recipe, options in RUNS:
             out = work / "out"
             command = ["convert", dense, "--recipe", recipe, "--out", out, "--stream", *options]
-            command += ["--target", "safetensors", "--overwrite", "--jobs", "1"]
+            command += ["--target", "safetensors", "--overwrite", "--jobs", arguments.jobs]
             upcycle = Path(sys.executable).with_name("upcycle")
             start, peak = time.perf_counter(), 0
             process = subprocess.Popen(

@@ -140,6 +140,22 @@ def hooked(module: nn.Module) -> None:
     module.register_forward_hook(lambda *_: None)
 
 
+class FirstExpert(nn.Module):
+    """Somebody's own router."""
+
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        one_T1 = torch.ones(len(x_TD), 1)
+        return one_T1, one_T1, torch.zeros(len(x_TD), 1, dtype=torch.int64)
+
+
+def test_a_router_of_any_class_is_run(seen: Seen) -> None:
+    case = layer()
+    case.router = FirstExpert()
+    expected = case.experts(tokens(2), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+    assert torch.equal(case(tokens(2)), expected + case.output_bias)
+    assert not seen
+
+
 def chosen_elsewhere(case: MoE) -> None:
     vars(case.router)["choose"] = case.router.choose
 

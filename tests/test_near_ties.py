@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import small_models
 import torch
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 import upcycle
 from upcycle.emit import RELOADED, TIES
 from upcycle.evaluation import Evaluation
 from upcycle.moe import MoE
-from upcycle.near_ties import following
+from upcycle.near_ties import choices_of, following
 from upcycle.onnx_output import ONNX_CHECK, ONNX_TIES, verify_onnx
 from upcycle.recipe import Recipe
 from upcycle.selection import select as chosen_by
@@ -93,6 +94,30 @@ def test_native_files_in_bfloat16_decide_near_ties_otherwise(tmp_path: Path) -> 
     assert done.report["checks"]
     assert found[RELOADED]["passed"]
     assert 0 < found[TIES]["elsewhere"] < found[TIES]["tokens"]
+
+
+def test_choices_are_seen_beside_shared_experts() -> None:
+    config = Glm4MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+    )
+    model = Glm4MoeForCausalLM(config).eval()
+    layers = converted(recipe())[1]
+    with choices_of(model, layers) as choices:
+        model(torch.arange(10)[None])
+    assert choices is not None
+    for layer in layers:
+        (mask_TE,) = choices[layer]
+        assert mask_TE.sum(-1).tolist() == [2] * 10
 
 
 @pytest.mark.parametrize(

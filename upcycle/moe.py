@@ -19,6 +19,7 @@ from upcycle.experts import Experts, SharedExpert, are_untouched
 from upcycle.kernels import route_and_visit
 from upcycle.pointwise import Pointwise
 from upcycle.routers import ROUTERS
+from upcycle.routing import Router
 
 # Multiplications of a router that take no longer than torch's calls.
 AT_ONCE = 1 << 20
@@ -100,13 +101,13 @@ class MoE(nn.Module):
             return None
         parts = self._modules
         experts: Any = parts["experts"]
-        router: Any = parts["router"]
+        router = parts["router"]
         watched: bool = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         if watched or not are_untouched(experts):
             return None
         if experts.config._experts_implementation != "upcycle" or torch.is_autocast_enabled("cpu"):
             return None
-        linear = router.as_linear()
+        linear = router.as_linear() if isinstance(router, Router) else None
         return None if linear is None else route_and_visit(experts, x_TD, linear)
 
     def _route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

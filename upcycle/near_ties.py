@@ -66,7 +66,8 @@ def choices_of(model: nn.Module, layers: Sequence[MoE]) -> Iterator[Choices | No
     None if its experts are not called with tokens, indices and weights, as the interface of
     transformers has it.
     """
-    found = [module for name, module in model.named_modules() if name.endswith("experts")]
+    named = model.named_modules()  # beside the experts some have `shared_experts`
+    found = [module for name, module in named if name.rpartition(".")[2] == "experts"]
     choices: dict[MoE, list[torch.Tensor]] = {layer: [] for layer in layers}
     if len(found) != len(layers) or not all(_has_interface(module) for module in found):
         yield None
