@@ -33,10 +33,11 @@ class SafetensorsMapping(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self._file_of[name]
-        if self._open is None or self._open[0] != path or self._given > MAPPED:
-            self._open = (path, _safe_open(path))
+        held = self._open  # another thread may put another file there
+        if held is None or held[0] != path or self._given > MAPPED:
+            self._open = held = (path, _safe_open(path))
             self._given = 0
-        tensor: torch.Tensor = self._open[1].get_tensor(name)
+        tensor: torch.Tensor = held[1].get_tensor(name)
         self._given += tensor.nbytes
         return tensor
 

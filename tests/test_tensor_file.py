@@ -19,6 +19,7 @@ from upcycle.targets.tensor_file import (
     read_tensors,
     write_tensors,
 )
+from upcycle.targets.tensor_source import SafetensorsMapping
 
 
 def entry(name: str, tensor: torch.Tensor, stack: str | None = None) -> TensorEntry:
@@ -210,6 +211,25 @@ def two_shards(directory: Path) -> list[Path]:
         directory, entries({"a": torch.ones(50), "b": torch.zeros(50)}), max_shard_size=200
     )
     return sorted(directory.glob("*.safetensors"))
+
+
+def test_another_thread_may_read_another_file_meanwhile(tmp_path: Path) -> None:
+    a, b = two_shards(tmp_path)
+    meanwhile: list[str] = []
+
+    class Watched(type(a)):  # type: ignore[misc]
+        """Something else happens while it is compared."""
+
+        def __ne__(self, other: object) -> bool:
+            while meanwhile:
+                assert loaded[meanwhile.pop()].sum() == 0
+            return bool(self.as_posix() != str(other))
+
+    loaded = SafetensorsMapping({"a": Watched(a), "b": b})
+    assert loaded["a"].sum() == 50
+    meanwhile.append("b")
+    assert loaded["a"].sum() == 50
+    assert not meanwhile
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

@@ -10,15 +10,24 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen, I neurons, G 
 
 import copy
 import math
+from typing import Any, Final
 
 import torch
+from torch import nn
 
 from upcycle.metrics import distance
 from upcycle.moe import MoE
 from upcycle.pointwise import Pointwise
 
 TOKENS = 32
-NEURONS = 1024  # in float64 at a time
+NEURONS = 1024  # in the wider type at a time
+# In which the reference is computed: its rounding is nothing beside that of the layer's dtype.
+WIDER: Final = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
 
 
 @torch.no_grad()
@@ -35,9 +44,8 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> 
         experts that do not have the best scores.
     """
     x_TD = x_TD[:TOKENS]
-    probe = copy.deepcopy(layer)
+    probe = _made_distinct(layer, x_TD, torch.Generator().manual_seed(seed))
     probe.router.stand_in(len(x_TD))
-    _make_distinct(probe, x_TD, torch.Generator().manual_seed(seed))
     _, weights_TK, index_TK = probe.router(x_TD)
     weights_TK = weights_TK.double()
     if _has_own_scores(probe):
@@ -45,7 +53,8 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> 
         if not _has_best_scores(probe, x_TD, logits_TE, index_TK):
             return math.inf
         weights_TK = _weights(probe, logits_TE, index_TK)
-    expected_TO = _reference(probe, x_TD.double(), weights_TK, index_TK)
+    wide = WIDER[x_TD.dtype]
+    expected_TO = _reference(probe, x_TD.to(wide), weights_TK.to(wide), index_TK)
     return distance(probe.tokens(x_TD), expected_TO).relative
 
 
@@ -56,8 +65,8 @@ def _has_own_scores(layer: MoE) -> bool:
     return config["kind"] == "linear" and is_best and config["weights"] != "gain"
 
 
-def _make_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> None:
-    """Scale each neuron by a factor of its own, and draw a router whose logits are about one.
+def _made_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> MoE:
+    """A copy with each neuron scaled by a factor of its own, and a router with logits of about one.
 
     Experts that add nothing yet get a contraction first.
     """
@@ -66,19 +75,25 @@ def _make_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -
         drawn = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
         return drawn.to(layer.experts.down_proj)
 
+    def scaled(tensor: torch.Tensor, *shape: int) -> nn.Parameter:
+        return nn.Parameter(tensor * factors(*shape), requires_grad=False)
+
     experts = layer.experts
-    num_experts, rows, d_model = experts.up_EGD.shape
-    if not any(down_OI.any() for down_OI in experts.down_proj):  # mostly the first one tells
-        experts.down_proj.copy_(factors(*experts.down_proj.shape))
-    experts.up_EGD.mul_(factors(num_experts, rows, 1))
-    experts.down_proj.mul_(factors(num_experts, 1, experts.intermediate_dim))
-    if experts.up_bias_EG is not None:
-        experts.up_bias_EG.mul_(factors(num_experts, rows))
-    if not _has_own_scores(layer):
-        return
-    length = x_TD.double().norm(dim=-1).mean().item() or 1.0
-    drawn_ED = torch.randn(num_experts, d_model, generator=generator, dtype=torch.float64)
-    layer.router.weight.copy_(drawn_ED / length)
+    up_EGD, up_bias_EG, down_EOI = experts.up_EGD, experts.up_bias_EG, experts.down_proj
+    num_experts, rows, d_model = up_EGD.shape
+    none_yet = not any(down_OI.any() for down_OI in down_EOI)  # mostly the first one tells
+    held_EOI = factors(*down_EOI.shape) if none_yet else down_EOI
+    # What is here already is not copied: experts may be gigabytes.
+    instead: dict[int, Any] = {id(up_EGD): scaled(up_EGD, num_experts, rows, 1)}
+    instead[id(down_EOI)] = scaled(held_EOI, num_experts, 1, experts.intermediate_dim)
+    if up_bias_EG is not None:
+        instead[id(up_bias_EG)] = scaled(up_bias_EG, num_experts, rows)
+    probe = copy.deepcopy(layer, instead)
+    if _has_own_scores(layer):
+        length = x_TD.double().norm(dim=-1).mean().item() or 1.0
+        drawn_ED = torch.randn(num_experts, d_model, generator=generator, dtype=torch.float64)
+        probe.router.weight.copy_(drawn_ED / length)
+    return probe
 
 
 def _logits(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
@@ -123,7 +138,7 @@ def _weights(layer: MoE, logits_TE: torch.Tensor, index_TK: torch.Tensor) -> tor
 def _reference(
     layer: MoE, x_TD: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Every expert on every token in float64, of which the chosen ones are added up."""
+    """Every expert on every token in the dtype of `x_TD`, of which the chosen ones are added up."""
     config = layer.config
     weight_TE = x_TD.new_zeros(len(x_TD), config["num_experts"]).scatter(1, index_TK, weights_TK)
     pointwise = Pointwise.from_json(config["pointwise"])
@@ -136,10 +151,10 @@ def _reference(
 
 
 def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> torch.Tensor:
-    """The shared expert, the low-rank term and the bias, in float64."""
+    """The shared expert, the low-rank term and the bias, in the dtype of `x_TD`."""
     state = layer.state_dict()
     few = [name for name in state if not name.startswith(("experts.", "router."))]
-    tensors = {name: state[name].double() for name in few}
+    tensors = {name: state[name].to(x_TD.dtype) for name in few}
     total_TO: torch.Tensor = x_TD.new_zeros(len(x_TD), layer.config["d_out"])
     if layer.shared_expert is not None:
         up = f"shared_expert.{layer.shared_expert.up_name}"
@@ -149,7 +164,7 @@ def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> to
     if layer.low_rank is not None:
         v_RD, u_OR = tensors["low_rank.0.weight"], tensors["low_rank.1.weight"]
         total_TO = total_TO + x_TD @ v_RD.t() @ u_OR.t()
-    bias_O = tensors.get("output_bias", torch.zeros(()).double())
+    bias_O = tensors.get("output_bias", x_TD.new_zeros(()))
     everything_TO: torch.Tensor = total_TO + bias_O
     return everything_TO
 
@@ -157,14 +172,14 @@ def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> to
 def _neurons(
     layer: MoE, pointwise: Pointwise, expert: int, start: int, x_TD: torch.Tensor
 ) -> torch.Tensor:
-    """What some neurons of one expert add: few at a time, as they are in float64."""
+    """What some neurons of one expert add: few at a time, as they are in a wider type."""
     experts, width = layer.experts, layer.config["width"]
     stop = min(start + NEURONS, width)
     z = []
     for i in range(pointwise.arity):
         rows = slice(i * width + start, i * width + stop)
-        z_TI = x_TD @ experts.up_EGD[expert, rows].double().t()
+        z_TI = x_TD @ experts.up_EGD[expert, rows].to(x_TD.dtype).t()
         if experts.up_bias_EG is not None:
-            z_TI = z_TI + experts.up_bias_EG[expert, rows].double()
+            z_TI = z_TI + experts.up_bias_EG[expert, rows].to(x_TD.dtype)
         z.append(z_TI)
-    return pointwise(*z) @ experts.down_proj[expert, :, start:stop].double().t()
+    return pointwise(*z) @ experts.down_proj[expert, :, start:stop].to(x_TD.dtype).t()

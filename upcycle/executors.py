@@ -117,16 +117,29 @@ def jobs_in_memory(specs: Sequence[MoESpec], cores: int) -> int:
     return max(1, min(cores, len(specs), free // 2 // needed))
 
 
+def local_jobs(workers: Workers, specs: Sequence[MoESpec]) -> int:
+    """How many layers at a time on this machine."""
+    given = workers.jobs if workers.kind == "threads" else None
+    return given or jobs_in_memory(specs, torch.get_num_threads())
+
+
 @contextmanager
-def _threads(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Executor, int]]:
+def single_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, each with one thread of torch, so that `jobs` does not change a bit."""
     before = torch.get_num_threads()
-    jobs = workers.jobs or jobs_in_memory(specs, before)
     pool = ThreadPoolExecutor(jobs, "layer", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield pool, jobs
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)  # a thread also sets it for those that begin later
+
+
+@contextmanager
+def _threads(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Executor, int]]:
+    jobs = local_jobs(workers, specs)
+    with single_threads(jobs) as pool:
+        yield pool, jobs
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from upcycle.calibration_files import Given
 from upcycle.card import card
 from upcycle.costs import Costs
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.executors import HERE, Workers, layer_maker
+from upcycle.executors import HERE, Workers, layer_maker, local_jobs, single_threads
 from upcycle.heap import give_back
 from upcycle.kept import read_kept
 from upcycle.layer_report import layer_checks, layer_report, random_tokens
@@ -105,7 +105,8 @@ def convert_streamed(
         overwrite: replace `out` if it exists.
         resume: go on with the ``<out>.partial`` of an interrupted run; else it is removed.
         verify: trace and compare each layer as it was written (tiers T0 and T1).
-        workers: where layers are made that need no calibration.
+        workers: where layers are made that need no calibration; on this machine its jobs are also
+            the layers that are verified at a time.
 
     Raises:
         UnsupportedError: the checkpoint names its tensors otherwise than the model does.
@@ -175,7 +176,11 @@ def convert_streamed(
             if spec.ffn.path not in provenance:  # its file was whole already
                 provenance[spec.ffn.path] = transform(dense(spec), spec).provenance
         if verify:
-            _verify(directory, plan, written, tensors, sources, provenance, report, progress)
+            rows = _verify(
+                directory, plan, written, tensors, sources, provenance, workers, progress
+            )
+            report["layers"] = rows
+            report["checks"] += layer_checks(rows, DTYPES[report["dtype"]])
             raise_if_failed(report)
         _describe(directory, plan, written, report, out.name)
         write_origins(directory, plan, provenance)
@@ -262,22 +267,23 @@ def _verify(
     tensors: Mapping[str, torch.Tensor],
     sources: Sources,
     provenance: Mapping[str, Provenance],
-    report: dict[str, Any],
+    workers: Workers,
     progress: Progress,
-) -> None:
+) -> list[dict[str, Any]]:
     """Tiers T0 and T1 on each layer as it is in the file, with random tokens."""
-    rows = []
-    for i, spec in enumerate(plan.specs, start=1):
+
+    def row(spec: MoESpec) -> dict[str, Any]:
         layer = layer_around(spec.layer_config(), read_layer(directory, written, spec))
-        origin = provenance.get(spec.ffn.path)
-        if origin is None:  # its file was whole already
-            origin = transform(read_ffn(spec.ffn, tensors, sources.tensors), spec).provenance
-        x_TD = random_tokens(spec, layer)
-        rows.append(layer_report(spec, layer, x_TD, tensors, origin, sources.tensors))
-        give_back()
-        progress("verifying", i, len(plan.specs))
-    report["layers"] = rows
-    report["checks"] += layer_checks(rows, DTYPES[report["dtype"]])
+        x_TD, origin = random_tokens(spec, layer), provenance[spec.ffn.path]
+        return layer_report(spec, layer, x_TD, tensors, origin, sources.tensors)
+
+    rows: list[dict[str, Any]] = []
+    with single_threads(local_jobs(workers, plan.specs)) as pool:
+        for made in pool.map(row, plan.specs):
+            give_back()
+            rows.append(made)
+            progress("verifying", len(rows), len(plan.specs))
+    return rows
 
 
 def _describe(
