@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from upcycle.errors import UnsupportedError
+from upcycle.targets.onnx.attention import attention
 from upcycle.targets.onnx.axes import Axes
 from upcycle.targets.onnx.nodes import OPSET
+
+ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.scaled_dot_product_attention.default: attention
+}
 
 
 def trace(
@@ -49,6 +54,7 @@ def trace(
                 opset_version=OPSET,
                 verbose=False,
                 optimize=optimize,
+                custom_translation_table=ATTENTION,
                 **arguments,
             )
         except torch.onnx.OnnxExporterError as error:

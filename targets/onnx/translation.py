@@ -10,40 +10,16 @@ G = arity * I.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript
 import torch
 
 import upcycle.operation  # noqa: F401  (defines the operation)
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.grouped import grouped
-from upcycle.targets.onnx.nodes import OPSET, Nodes
-
-
-class _Traced(Nodes):
-    """Nodes that the exporter writes down, under names of its own."""
-
-    def many(
-        self,
-        op_type: str,
-        *inputs: ir.Value | None,
-        outputs: int,
-        domain: str = "",
-        name: str = "",
-        **attrs: Any,
-    ) -> list[ir.Value]:
-        """One node with any number of outputs."""
-        has_sizes = op_type == "Split" and len(inputs) == 2
-        if has_sizes:  # the exporter wants their number, which ONNX does not want beside them
-            attrs["num_outputs"] = outputs
-        made = getattr(getattr(onnxscript, f"opset{OPSET}"), op_type)(*inputs, **attrs)
-        values = list(made) if isinstance(made, Sequence) else [made]
-        if has_sizes:
-            del values[0].producer().attributes["num_outputs"]
-        return values
+from upcycle.targets.onnx.traced import Traced
 
 
 def moe(
@@ -60,7 +36,7 @@ def moe(
     assert up_EGD.dtype is not None
     num_experts = up_EGD.shape[0]
     assert isinstance(num_experts, int)
-    n = _Traced(dtype=up_EGD.dtype)
+    n = Traced(dtype=up_EGD.dtype)
     tokens = n("Shape", x_TD, start=0, end=1)
     zeros_TE = n("Expand", n.const(0.0), n("Concat", tokens, n.const([num_experts]), axis=0))
     weights_TK = n("CastLike", weights_TK, zeros_TE)
