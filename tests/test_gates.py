@@ -79,6 +79,7 @@ def test_centroid_is_the_mean_of_unit_keys() -> None:
         weights.router["weight"], weights.experts.neuron_EI.tolist(), strict=True
     ):
         mean_D = key_FD[[n for n in neurons if n >= 0]].mean(0)
+        # Seven numbers up to one: six sums up to 7, and a division by 7, each off by 2^-24.
         torch.testing.assert_close(row_D, mean_D, rtol=0, atol=7 * 2**-24)
 
 

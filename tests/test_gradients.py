@@ -143,6 +143,7 @@ def test_an_encoder_is_asked_how_much_its_outputs_move() -> None:
     found = measured(model, batches, objective)
     want = brute_force(model, batches, objective, [torch.ones_like(ids).bool()])
     for got_NF, want_F in zip(found.values(), want, strict=True):
+        # Two orders of summing, as above.
         torch.testing.assert_close(got_NF[0], want_F, rtol=0, atol=300 * EPS * want_F.max().item())
     again = measured(model, batches, objective_for(model, seed=4))
     assert not torch.equal(next(iter(again.values())), next(iter(found.values())))

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from upcycle.onnx_options import Onnx
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.running import run
 
 HEADS, WIDTH = 4, 8
 # Scores are sums of 8 products and outputs of up to 9, of numbers of size one, on either side.
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
+# Inputs, scores, weights of the values and outputs, five numbers up to four, are rounded once.
+HALF_TOLERANCE = 5 * 4 * 2**-11
 
 
 class Attention(nn.Module):
@@ -84,6 +87,18 @@ def test_it_is_that_of_torch(case: str, tmp_path: Path) -> None:
     if "mask" in given:
         assert not expected[-1, :, :2].any()  # they attend to nothing
         assert np.abs(expected[-1, :, 2:]).max() > 0.1
+
+
+@pytest.mark.parametrize("case", ["booleans", "numbers", "causal", "groups"])
+def test_it_computes_in_half_precision(case: str, tmp_path: Path) -> None:
+    shape, options = CASES[case]
+    model, path, example = Attention(options), tmp_path / "model.onnx", inputs(2, 5, 6, **shape)
+    half = Onnx(dtype="float16")
+    export_onnx(model, example, path=path, stored={}, options=half)
+    feeds = {name: t.half() if t.is_floating_point() else t for name, t in example.items()}
+    (found,) = run(path, {name: t.numpy() for name, t in feeds.items()}).values()
+    assert found.dtype == np.float16
+    assert np.abs(found.astype(np.float32) - model(**example).numpy()).max() <= HALF_TOLERANCE
 
 
 def test_it_is_few_operations(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def convert_streamed(
     ):
 
         def layer(spec: MoESpec) -> MoEWeights:
-            give_back()
+            give_back()  # the layer before has been written
             made = make(spec)
             provenance[spec.ffn.path] = made.provenance
             progress("converting", len(provenance), len(plan.specs))
