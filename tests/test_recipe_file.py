@@ -1,11 +1,13 @@
 """A recipe file is read strictly, and every mistake in it is reported at once, with its place."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
 from upcycle.errors import RecipeError
 from upcycle.recipe import Experts, Recipe
@@ -19,6 +21,9 @@ version: 1
 experts: {method: copy, count: 8}
 router: {method: normal, top_k: 2, weights: renormalised}
 """
+
+COUNT = "a whole number of at least 1"
+TOKENS = f"{COUNT} or a list of {COUNT} and {COUNT} or empty"
 
 
 def complaints(tmp_path: Path, text: str, *overrides: str) -> list[str]:
@@ -92,6 +97,10 @@ def test_every_mistake_is_reported_at_its_place(tmp_path: Path) -> None:
         (GOOD + "layers:\n  exclude: [a, 3]\n", "r.yaml:5:16: layers.exclude: must be a list, e"),
         (GOOD + "layers: {include: 3}\n", "r.yaml:4:19: layers.include: must be text or a list, "),
         (GOOD + "seed: 010\n", "r.yaml:4:7: seed: must be a whole number of at least 0, not 10.0"),
+        (GOOD + "onnx: {tokens: 0}\n", f"r.yaml:4:16: onnx.tokens: must be {TOKENS}, not 0"),
+        (GOOD + "onnx: {tokens: [1]}\n", f"r.yaml:4:16: onnx.tokens: must be {TOKENS}, not [1]"),
+        (GOOD + "onnx: {tokens: [9, 0]}\n", f"r.yaml:4:16: onnx.tokens: must be {TOKENS}, not [9"),
+        (GOOD + "onnx: {tokens: [9, 1]}\n", "r.yaml:4:16: onnx.tokens: short calls have fewer t"),
         (GOOD + "zzz: 1\n", "r.yaml:4:1: zzz: unknown key; the keys here are version, layers, ex"),
     ],
 )
@@ -107,6 +116,30 @@ def test_numbers_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.verify.max_relative_error == 1e-3
     assert recipe.layers.include == "no"
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a recipe, with the sections before it."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        yield prefix + name
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from leaves(kind, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("key", [*leaves(Recipe)])
+def test_no_value_of_a_key_is_more_than_a_mistake(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD)
+    values = ("", "zzz", "-1.5", "0", "true", "[]", "[1]", "[zzz, -1, [2]]", "{a: 1}")
+    refused = []
+    for value in values:
+        try:
+            load_recipe(path, [f"{key}={value}"])
+        except RecipeError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(f"--set {key}=" in sentence for sentence in refused)
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:

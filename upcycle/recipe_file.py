@@ -111,7 +111,7 @@ def _problems(error: ValidationError, document: Document) -> list[Problem]:
         path: KeyPath = detail["loc"]
         if detail["type"] == "extra_forbidden":
             place, sentence = document.place(path, of_key=True), _unknown(path, list(keys))
-        elif detail["type"] == "missing":
+        elif detail["type"] == "missing" and path in keys:  # not an item of a list
             hint = f": {about}" if (about := keys[path].get("description")) else ""
             sentence = f"this key is missing; it must be {_expected(keys[path], schema)}{hint}"
             place = document.place(path[:-1], of_key=True)
@@ -119,6 +119,8 @@ def _problems(error: ValidationError, document: Document) -> list[Problem]:
             place = document.place(path)
             path = next(path[:n] for n in range(len(path), 0, -1) if path[:n] in keys)
             sentence = _wrong(_get(document.data, path), keys[path], schema)
+            if detail["type"] == "value_error":  # a rule that no schema has
+                sentence = str(detail["ctx"]["error"])
         if dotted(path) not in reported:
             found.setdefault(dotted(path), Problem(place, dotted(path), sentence))
     return list(found.values())
@@ -188,6 +190,8 @@ def _expected(schema: dict[str, Any], root: dict[str, Any]) -> str:
     if options := _options(schema):
         words = [str(option) for option in options]
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    if "prefixItems" in schema:
+        return f"a list of {' and '.join(_expected(item, root) for item in schema['prefixItems'])}"
     if schema["type"] == "array":
         return f"a list, each item {_expected(schema['items'], root)}"
     if schema["type"] == "object":
