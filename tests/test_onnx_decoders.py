@@ -14,6 +14,7 @@ from native_case import SLICES
 from torch import nn
 
 from upcycle import convert
+from upcycle.targets.onnx.cache import cache_argument, cache_in
 from upcycle.targets.onnx.running import session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,8 +94,8 @@ def both(
         arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
         out = dict(zip(names, runner.run(None, arrays | past), strict=True))
         feeds["attention_mask"] = mask[:, :stop]
-        theirs = model(**feeds, past_key_values=cache, use_cache=True)
-        cache = theirs.past_key_values
+        theirs = model(**feeds, **{cache_argument(model): cache}, use_cache=True)
+        cache = cache_in(theirs)
         if not forget:
             past = {name: out[name.replace("past_key_values", "present")] for name in past}
         kept = mask[:, start:stop].bool()

@@ -1,9 +1,10 @@
 """Whole models of transformers as ONNX files: with a cache where they generate text."""
 
-import logging
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,7 +39,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from upcycle.errors import UnsupportedError
 from upcycle.evaluation import Evaluation
 from upcycle.onnx_output import verify_onnx
-from upcycle.targets.onnx.cache import shape_of
+from upcycle.targets.onnx.cache import cache_argument, cache_in, shape_of
 from upcycle.targets.onnx.decoding import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.parts import DECODER, ENCODER, MODEL, parts
@@ -332,10 +333,91 @@ def test_a_cache_that_a_graph_cannot_hand_on_is_refused() -> None:
         shape_of(None)
 
 
-def test_a_causal_model_that_reads_more_has_no_cache(caplog) -> None:
-    torch.manual_seed(0)
+REFUSED = "no key-value cache and generate slowly: {}; onnx.cache=false in the recipe"
+
+
+def test_a_causal_model_that_reads_more_is_refused_unless_no_cache_is_wanted() -> None:
+    model = gpt2().eval()
     example = {"input_ids": tokens(1, 4), "token_type_ids": tokens(1, 4)}
-    with caplog.at_level(logging.WARNING, logger="upcycle"):
-        (part,) = parts(gpt2().eval(), example)
+    with pytest.raises(UnsupportedError, match=REFUSED.format("it also reads token_type_ids")):
+        parts(model, example)
+    (part,) = parts(model, example, cache=False)
     assert part.compute is None
-    assert "without a cache, so generating is slow: it also reads token_type_ids" in caplog.text
+
+
+class OldNames(LlamaForCausalLM):
+    """As before transformers 5.24, and as in the code that many checkpoints bring."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        past = {cache_argument(LlamaForCausalLM(self.config)): past_key_values}
+        out = super().forward(input_ids, attention_mask, position_ids, **past, use_cache=use_cache)
+        return SimpleNamespace(logits=out.logits, past_key_values=cache_in(out))
+
+
+class NewNames(OldNames):
+    """As since transformers 5.24."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        out = super().forward(input_ids, attention_mask, position_ids, cache, use_cache)
+        return SimpleNamespace(logits=out.logits, cache=out.past_key_values)
+
+
+class OtherNames(OldNames):
+    """As some day."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        memory: Any = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        return super().forward(input_ids, attention_mask, position_ids, memory, use_cache)
+
+
+def small_llama(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(LlamaConfig(**SIZES, num_key_value_heads=2)).eval()
+
+
+@pytest.mark.parametrize("kind", [OldNames, NewNames])
+def test_a_cache_is_found_under_both_of_its_names(kind: type[nn.Module], tmp_path: Path) -> None:
+    model = small_llama(kind)
+    (part,) = parts(model, {"input_ids": tokens(1, 4)})
+    export_onnx(
+        model,
+        part.example,
+        path=tmp_path / MODEL,
+        stored={},
+        dynamic=part.axes,
+        compute=part.compute,
+    )
+    files = OnnxFiles(tmp_path)
+    assert files.has_cache
+    given = {"input_ids": tokens(2, 5)}
+    with torch.no_grad():
+        reference = model(**given).logits
+    error = (torch.from_numpy(files.outputs(given)["logits"]) - reference).abs().max()
+    assert error <= TOLERANCE * reference.abs().max()
+
+
+def test_a_cache_under_another_name_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedError, match=REFUSED.format("its forward has no argument for a cache")
+    ):
+        parts(small_llama(OtherNames), {"input_ids": tokens(1, 4)})

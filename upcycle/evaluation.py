@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
 
 from upcycle import samples
 from upcycle.capture import ExampleInputs
@@ -137,6 +138,11 @@ def _sentences(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evalua
     return Evaluation([{**batch, **many}, {**single, **one}], what=what)
 
 
+def _is_cache(name: str, value: object) -> bool:
+    """Whether an output is what a decoder remembers; a tuple of tensors in a model's own code."""
+    return isinstance(value, Cache) or name == "past_key_values"
+
+
 def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tensor]:
     """Every float tensor that `model` returns, by name, as `comparable` gives them.
 
@@ -148,7 +154,7 @@ def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tenso
         torch.manual_seed(0)
         out = model(**given) if isinstance(given, Mapping) else model(*given)
     named = dict(out) if isinstance(out, Mapping) else {"output": out}
-    named.pop("past_key_values", None)
+    named = {name: value for name, value in named.items() if not _is_cache(name, value)}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in named.items():
         leaves = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]

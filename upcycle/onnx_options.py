@@ -46,6 +46,12 @@ class Onnx(Section):
         "cache, else 256",
     )
 
+    cache: bool = Field(
+        True,
+        description="a decoder's file reads and returns its key-value cache; a model whose cache "
+        "no file can hand on is refused unless this is false",
+    )
+
     @field_validator("tokens")
     @classmethod
     def _in_order(cls, tokens: int | tuple[int, int] | None) -> int | tuple[int, int] | None:

@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from upcycle.capture import ExampleInputs
 from upcycle.checks import Check, check
@@ -56,6 +58,7 @@ def write_onnx(
     Raises:
         UnsupportedError: torch cannot export the model.
     """
+    example = _tensors(model, evaluation.batches[0])
     try:
         with _without_cache(model), eval_mode(model):
             return [
@@ -68,7 +71,7 @@ def write_onnx(
                     compute=part.compute,
                     options=options.model_copy(update={"tokens": _tokens(options, part)}),
                 )
-                for part in parts(model, _tensors(evaluation.batches[0]))
+                for part in parts(model, example, cache=options.cache)
             ]
     except UnsupportedError as error:
         raise UnsupportedError(
@@ -119,7 +122,7 @@ def onnx_distance(
     files = _ran(lambda where: OnnxFiles(where, names_by_file(names)), directory)
     with _without_cache(model), eval_mode(model):
         for batch in evaluation.batches:
-            given = _tensors(batch)
+            given = _tensors(model, batch)
             arrays = _ran(files.outputs, given)
             for layer, masks in (choices or {}).items():
                 masks += choices_in(names[layer], files.seen)
@@ -184,8 +187,13 @@ def in_float32(model: nn.Module, *, rounded_routers: bool = False) -> nn.Module:
     return model.to(device="cpu", dtype=torch.float32)
 
 
-def _tensors(example: ExampleInputs) -> Any:
-    """The tensors among the inputs, floats in float32: an ONNX graph has no other kind."""
+def _tensors(model: nn.Module, example: ExampleInputs) -> Any:
+    """The tensors among the inputs, floats in float32: an ONNX graph has no other kind.
+
+    A model of transformers gets them by name.
+    """
+    if isinstance(model, PreTrainedModel) and not isinstance(example, Mapping):
+        example = inspect.signature(model.forward).bind(*example).arguments
 
     def single(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.float() if tensor.is_floating_point() else tensor

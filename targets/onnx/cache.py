@@ -6,11 +6,12 @@ So one past length serves all layers, and it may be 0.
 Shape suffixes: B batch, H heads of keys and values, P past, S new tokens, W width of a head.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -22,6 +23,7 @@ from transformers.cache_utils import (
 from upcycle.errors import UnsupportedError
 
 PAST, PRESENT = "past_key_values", "present"
+_ARGUMENTS = ("cache", "past_key_values")  # of a forward: since transformers 5.24, and before
 _KEPT = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -50,11 +52,23 @@ class CacheShape:
         }
 
 
+def cache_argument(model: nn.Module) -> str | None:
+    """The name under which the forward of `model` takes its cache; None if it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _ARGUMENTS if name in parameters), None)
+
+
+def cache_in(output: object) -> object:
+    """The cache that a model returned with its `output`; None if there is none."""
+    found = (getattr(output, name, None) for name in _ARGUMENTS)
+    return next((cache for cache in found if cache is not None), None)
+
+
 def shape_of(cache: object, part: str = "") -> CacheShape:
     """The shape of a cache that a model has filled.
 
     Args:
-        cache: what it returned as its ``past_key_values``.
+        cache: what it returned, as `cache_in` finds it.
         part: what stands in the names between the layer and the kind, such as ``.decoder``.
 
     Raises:
@@ -93,8 +107,9 @@ def filled(shape: CacheShape, past: Mapping[str, Tensor]) -> DynamicCache:
     return cache
 
 
-def tensors_of(shape: CacheShape, cache: Cache) -> dict[str, Tensor]:
+def tensors_of(shape: CacheShape, cache: object) -> dict[str, Tensor]:
     """The tensors of `cache` by the names of the outputs."""
+    assert isinstance(cache, Cache)
     tensors = [tensor for i in shape.heads for tensor in _tensors(cache.layers[i])]
     return {
         name: tensor

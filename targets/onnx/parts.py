@@ -5,13 +5,15 @@
 - An encoder-decoder that generates is ``encoder_model.onnx``, which also makes the keys and values
   that the decoder looks at, and ``decoder_with_past_model.onnx``, which reads those and its past.
 - Any other model is ``model.onnx`` with the inputs of its forward.
+
+A model that has a cache in torch and none in its files would generate slowly and say nothing: it is
+refused, unless the recipe asks for such a file (``onnx.cache: false``).
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from upcycle.errors import UnsupportedError
-from upcycle.targets.onnx.cache import PAST, CacheShape, filled, shape_of, tensors_of
-
-log = logging.getLogger(__name__)
+from upcycle.targets.onnx.cache import (
+    CacheShape,
+    cache_argument,
+    cache_in,
+    filled,
+    shape_of,
+    tensors_of,
+)
 
 MODEL = "model.onnx"
 ENCODER, DECODER = "encoder_model.onnx", "decoder_with_past_model.onnx"
@@ -56,31 +63,49 @@ class Part:
     compute: Compute | None = None
 
 
-def parts(model: nn.Module, example: Mapping[str, Tensor] | tuple[Tensor, ...]) -> list[Part]:
+def parts(
+    model: nn.Module,
+    example: Mapping[str, Tensor] | tuple[Tensor, ...],
+    *,
+    cache: bool = True,
+) -> list[Part]:
     """The files to write for `model`, which runs once, on one token.
 
     Args:
         model: any module, float32 on the CPU.
         example: inputs of its forward: by name, or in order.
+        cache: whether a model that has a cache keeps it.
+
+    Raises:
+        UnsupportedError: it has a cache that no file can hand on.
     """
-    whole = [Part(MODEL, example)]
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        return whole
-    if not isinstance(example, Mapping):
-        return whole
+    if not cache or not _remembers(model):
+        return [Part(MODEL, example)]
     try:
+        if not isinstance(example, Mapping):
+            raise UnsupportedError("its example inputs have no names")
         if model.config.is_encoder_decoder:
             return _encoder_decoder(model, example)
         return [_causal(model, example)]
     except UnsupportedError as error:
-        log.warning("%s: written without a cache, so generating is slow: %s", MODEL, error)
-        return whole
+        raise UnsupportedError(
+            f"the file would have no key-value cache and generate slowly: {error}; "
+            "onnx.cache=false in the recipe writes it without one"
+        ) from error
+
+
+def _remembers(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether `model` generates text, and faster with what it remembers of the text so far."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return False
+    return "use_cache" in inspect.signature(model.forward).parameters
 
 
 def _causal(model: PreTrainedModel, example: Mapping[str, Tensor]) -> Part:
     parameters = inspect.signature(model.forward).parameters
-    if PAST not in parameters or "use_cache" not in parameters:
-        raise UnsupportedError("its forward takes no past_key_values")
+    argument = cache_argument(model)
+    if argument is None:
+        raise UnsupportedError("its forward has no argument for a cache")
     if more := set(example) - _TEXT:
         raise UnsupportedError(f"it also reads {', '.join(sorted(more))}")
     shape = shape_of(_cache_of(model, {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}))
@@ -93,8 +118,9 @@ def _causal(model: PreTrainedModel, example: Mapping[str, Tensor]) -> Part:
 
     def compute(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
         text = {name: given[name] for name in inputs}
-        out = forward(**text, past_key_values=filled(shape, given), use_cache=True)
-        return {"logits": out.logits, **tensors_of(shape, out.past_key_values)}
+        past = {argument: filled(shape, given)}
+        out = forward(**text, **past, use_cache=True)
+        return {"logits": out.logits, **tensors_of(shape, cache_in(out))}
 
     past = shape.zeros(_BATCH, _PAST)
     axes |= dict.fromkeys(past, _CACHED)
@@ -107,9 +133,7 @@ def _encoder_decoder(model: PreTrainedModel, example: Mapping[str, Tensor]) -> l
     if more := set(given) - {main, "attention_mask"}:
         raise UnsupportedError(f"it also reads {', '.join(sorted(more))}")
     start = torch.zeros(1, 1, dtype=torch.int64)
-    cache = _cache_of(model, {main: given[main][:1], "decoder_input_ids": start})
-    if not isinstance(cache, EncoderDecoderCache):
-        raise UnsupportedError(f"it returns {type(cache).__name__} where its cache should be")
+    cache = _two_caches(_cache_of(model, {main: given[main][:1], "decoder_input_ids": start}))
     crossed = shape_of(cache.cross_attention_cache, ".encoder")
     if main == "input_ids":
         given.setdefault("attention_mask", torch.ones_like(given[main]))
@@ -119,7 +143,7 @@ def _encoder_decoder(model: PreTrainedModel, example: Mapping[str, Tensor]) -> l
     def encode(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
         first = torch.zeros(given[main].shape[0], 1, dtype=torch.int64)
         out = forward(**given, decoder_input_ids=first, use_cache=True)
-        made = tensors_of(crossed, out.past_key_values.cross_attention_cache)
+        made = tensors_of(crossed, _two_caches(cache_in(out)).cross_attention_cache)
         return {"last_hidden_state": out.encoder_last_hidden_state, **made}
 
     own = shape_of(cache.self_attention_cache, ".decoder")
@@ -135,9 +159,12 @@ def _decoder(model: PreTrainedModel, own: CacheShape, crossed: CacheShape, has_m
     past, encoded = own.zeros(_BATCH, _PAST), crossed.zeros(_BATCH, _ENCODED)
     axes |= dict.fromkeys(past, _CACHED) | dict.fromkeys(encoded, _ENCODED_PAST)
     width = model.config.hidden_size
+    argument = cache_argument(model)
+    if argument is None:
+        raise UnsupportedError("its forward has no argument for a cache")
 
     def decode(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
-        cache = EncoderDecoderCache(filled(own, given), filled(crossed, given))
+        cache = {argument: EncoderDecoderCache(filled(own, given), filled(crossed, given))}
         keys = given[next(iter(encoded))]
         # Keys and values are all that the decoder needs of the encoder; of this only the shape.
         hidden = keys.new_zeros(keys.shape[0], keys.shape[2], width)
@@ -145,11 +172,11 @@ def _decoder(model: PreTrainedModel, own: CacheShape, crossed: CacheShape, has_m
         out = forward(
             decoder_input_ids=given["input_ids"],
             encoder_outputs=(hidden,),
-            past_key_values=cache,
             use_cache=True,
+            **cache,
             **mask,
         )
-        longer = out.past_key_values.self_attention_cache
+        longer = _two_caches(cache_in(out)).self_attention_cache
         return {"logits": out.logits, **tensors_of(own, longer)}
 
     return Part(DECODER, {**inputs, **past, **encoded}, axes, decode)
@@ -159,4 +186,10 @@ def _cache_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> object:
     """What `model` remembers of `inputs`."""
     with torch.no_grad():
         out = model(**inputs, use_cache=True)
-    return getattr(out, PAST, None)
+    return cache_in(out)
+
+
+def _two_caches(cache: object) -> EncoderDecoderCache:
+    if not isinstance(cache, EncoderDecoderCache):
+        raise UnsupportedError(f"it returns {type(cache).__name__} where its cache should be")
+    return cache

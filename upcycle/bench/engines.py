@@ -14,7 +14,9 @@ from upcycle.bench.whole import Call
 from upcycle.capture import ExampleInputs
 from upcycle.errors import UsageError
 from upcycle.evaluation import Evaluation
+from upcycle.onnx_options import Onnx
 from upcycle.spec import MoESpec
+from upcycle.targets.onnx.cache import cache_argument
 from upcycle.targets.onnx.parts import ENCODER, MODEL
 from upcycle.text_inputs import is_language_model
 
@@ -53,7 +55,7 @@ def torch_engine(dense: nn.Module, converted: nn.Module, specs: Sequence[MoESpec
     return Engine(
         pairs=[pair(dense, converted, spec) for spec in specs],
         read=read,
-        write=write if is_writer else None,
+        write=write if is_writer and cache_argument(dense) else None,
         last_logits_only=is_writer and whole.only_last(dense),
     )
 
@@ -82,11 +84,13 @@ def onnx_engine(
         UsageError: there is no file.
     """
     check_file(directory)
+    ours = onnx_models.opened(directory / MODEL, threads)
+    options = Onnx(cache=onnx_models.has_cache(ours))
     files = {
-        "dense": onnx_models.write_dense(folder, dense, evaluation),
+        "dense": onnx_models.write_dense(folder, dense, evaluation, options),
         "converted": directory / MODEL,
     }
-    runners = {name: onnx_models.opened(file, threads) for name, file in files.items()}
+    runners = {"dense": onnx_models.opened(files["dense"], threads), "converted": ours}
     pairs = []
     for spec in specs:
         inside, ffn = pair(dense, converted, spec), spec.ffn

@@ -18,6 +18,7 @@ from upcycle.bench.layers import Layer
 from upcycle.bench.whole import Call
 from upcycle.capture import ExampleInputs
 from upcycle.evaluation import Evaluation
+from upcycle.onnx_options import Onnx
 from upcycle.onnx_output import in_float32, write_onnx
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.onnx.cache import PAST, PRESENT
@@ -28,13 +29,20 @@ _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def write_dense(directory: Path, model: nn.Module, evaluation: Evaluation) -> Path:
-    """Write the dense model as the converted one was written; the file, with all weights in it."""
+def write_dense(directory: Path, model: nn.Module, evaluation: Evaluation, options: Onnx) -> Path:
+    """Write the dense model as the converted one was written; the file, with all weights in it.
+
+    Args:
+        directory: for the file.
+        model, evaluation: the model, and inputs whose first batch is the example.
+        options: whether the file has a cache.
+    """
     log = logging.getLogger("upcycle.targets.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # it would warn that the weights lie in no checkpoint
     try:
-        write_onnx(directory, in_float32(model), evaluation, Checkpoint("module", "", stored={}))
+        nothing = Checkpoint("module", "", stored={})
+        write_onnx(directory, in_float32(model), evaluation, nothing, options)
     finally:
         log.setLevel(level)
     return directory / MODEL

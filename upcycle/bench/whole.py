@@ -12,6 +12,7 @@ from torch import nn
 
 from upcycle.capture import ExampleInputs
 from upcycle.evaluation import Evaluation
+from upcycle.targets.onnx.cache import cache_argument, cache_in
 from upcycle.text_inputs import is_language_model, longest
 
 PROMPT = 32  # tokens that are read before the first is written
@@ -53,13 +54,12 @@ def only_last(model: nn.Module) -> bool:
 def writer(model: Any, ids_BL: torch.Tensor) -> Call:
     """A function that writes the next token of the texts, each time the one after."""
     out = model(input_ids=ids_BL, use_cache=True)
+    argument = cache_argument(model)
+    assert argument is not None
 
     def step() -> None:
         nonlocal out
-        out = model(
-            input_ids=out.logits[:, -1:].argmax(-1),
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
+        past = {argument: cache_in(out)}
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), use_cache=True, **past)
 
     return step
