@@ -19,13 +19,13 @@ from collections.abc import Callable
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.activation_carve import carve
 from upcycle.passes.experts.balanced import balanced_clusters, objective
 from upcycle.passes.experts.coactivation import bisected, counts, refined
 from upcycle.passes.experts.markers import mark
 from upcycle.pointwise import Pointwise
-from upcycle.weights import FFNWeights
 
 SHAPES = ((1536, 384, 64), (3072, 768, 16), (11008, 4096, 16), (11008, 4096, 64))
 SMALL = ((1536, 384, 16), (3072, 768, 16), (3072, 768, 64))

@@ -27,13 +27,13 @@ import torch
 from transformers.utils import logging
 
 import upcycle
-from upcycle.emit import GREEDY, RELOADED
+from upcycle.conversion.emit import GREEDY, RELOADED
+from upcycle.models.dense import open_model
+from upcycle.models.sample_store import find
+from upcycle.models.samples import SAMPLES
 from upcycle.passes.experts import EXPERTS
-from upcycle.passes.needs import needs
-from upcycle.sample_store import find
-from upcycle.samples import SAMPLES
-from upcycle.shipped import recipe_names
-from upcycle.source import open_model
+from upcycle.passes.plan.calibration_needs import needs
+from upcycle.recipe.shipped import recipe_names
 from upcycle.targets.companions import copy_companions
 
 NOISE = 0.01  # standard deviation, over that of the tensor

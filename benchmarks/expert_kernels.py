@@ -5,7 +5,7 @@ FFN, so that other work on the machine slows all of them. Eight layers take turn
 weights come from memory as in a model (``--layers 1``: from the caches, where they fit). Median of
 the ratios, and quartiles. ``ours`` is what a converted model runs, ``torch`` the same without a
 C++ compiler; the others are implementations of transformers, in the same layer.
-``--costs`` prints the table of `upcycle.expert_kernels` instead.
+``--costs`` prints the table of `upcycle.kernels.torch_cpu` instead.
 """
 
 import argparse
@@ -20,9 +20,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch.nn import functional as F
 
-from upcycle import expert_kernels, kernels
-from upcycle.expert_kernels import ROWS
-from upcycle.moe import MoE
+from upcycle import kernels
+from upcycle.kernels import torch_cpu as expert_kernels
+from upcycle.kernels.torch_cpu import ROWS
+from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
 
 SHAPES = ((2048, 8192, 16, 4), (576, 1536, 16, 4), (576, 1536, 64, 8))

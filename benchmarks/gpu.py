@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from upcycle.triton_launch import Tiles, choose_tiles, launch
+from upcycle.kernels.triton.launch import Tiles, choose_tiles, launch
 
 SHAPES: dict[str, Shape] = {
     "mixtral": (8, 2, 4096, 14336),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from upcycle.triton_kernels import why_unfused
+from upcycle.kernels.triton import why_unfused
 
 Shape = tuple[int, int, int, int]  # experts, chosen, d_model, width
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x_TD, index_TK, weights_TK

@@ -26,7 +26,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from upcycle.targets.tensor_file import TensorEntry, read_tensors, write_tensors
+from upcycle.targets.files.tensor_file import TensorEntry, read_tensors, write_tensors
 
 D, F, VOCABULARY, LAYERS, KV, EXPERTS = 2048, 5632, 32000, 22, 256, 4
 PLAIN = "cp -r of what it wrote"

@@ -7,7 +7,7 @@ runs it, which other work on the machine does not lengthen by much; the lower qu
 runs, in turns with the dense FFN of all neurons, each with its weights out of the caches. Then, for
 each form, the nanoseconds of a call, an expert, a weight that is read or arranged, a product, a
 token that is carried and an activation are fitted (not negative, relative errors), as
-`upcycle.targets.onnx.cost_model` has them. It takes some six minutes.
+`upcycle.targets.onnx.forms.cost_model` has them. It takes some six minutes.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from rich.table import Table
 from scipy.optimize import nnls
 from torch import nn
 
-from upcycle.experts import SharedExpert
-from upcycle.moe import MoE
-from upcycle.onnx_options import Onnx
+from upcycle.layers.experts import SharedExpert
+from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
-from upcycle.targets.onnx.cost_model import Work
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
+from upcycle.targets.onnx.forms.cost_model import Work
 
 GELU = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),), "gelu_tanh")
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")

@@ -21,7 +21,7 @@ import onnx
 from rich.console import Console
 from rich.table import Table
 
-from upcycle.commands.convert import convert
+from upcycle.cli.commands.convert import convert
 
 _KINDS = {"in the safetensors file": "model.onnx", "inside the file": "inline.onnx"}
 

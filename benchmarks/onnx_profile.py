@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from upcycle.experts import SharedExpert
-from upcycle.onnx_options import Onnx
+from upcycle.layers.experts import SharedExpert
+from upcycle.recipe.onnx import Onnx
 
 PRODUCTS = ("Gemm", "MatMul", "MoE", "QMoE")
 RUNS = 20

@@ -25,13 +25,13 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import upcycle
-from upcycle import samples
-from upcycle.costs import costs, model_size
+from upcycle.ir.spec import Plan
+from upcycle.models import samples
+from upcycle.models.dense import open_model
 from upcycle.passes.experts import EXPERTS
-from upcycle.recipe import Recipe
-from upcycle.shipped import recipe_names
-from upcycle.source import open_model
-from upcycle.spec import Plan
+from upcycle.passes.plan.costs import costs, model_size
+from upcycle.recipe.schema import Recipe
+from upcycle.recipe.shipped import recipe_names
 
 WINDOW, WINDOWS = 512, 8  # of each text
 

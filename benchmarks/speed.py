@@ -23,7 +23,7 @@ from quality import overrides_for
 
 import upcycle
 from upcycle.bench.run import Wanted, bench
-from upcycle.source import Source, open_model
+from upcycle.models.dense import Source, open_model
 
 PROMPT = 512
 ENGINES = {"torch": "PyTorch", "onnx": "ONNX Runtime"}

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from upcycle.targets.tensor_file import TensorEntry, write_tensors
+from upcycle.targets.files.tensor_file import TensorEntry, write_tensors
 
 D_MODEL, D_FF, VOCABULARY = 2048, 5632, 32000
 RUNS = [

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.capture import ExampleInputs
+from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.modes import eval_mode
+from upcycle.util.eval_mode import eval_mode
 
 
 @torch.no_grad()

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from upcycle.errors import UnsupportedError
-from upcycle.ffn import FFN, Projection
-from upcycle.kept import write_kept
-from upcycle.layer_weights import weights_of
-from upcycle.moe import MoE
-from upcycle.passes.transform import merge_to_dense
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, Provenance, read_ffn
+from upcycle.ir.ffn import FFN, Projection
+from upcycle.ir.layer_weights import weights_of
+from upcycle.ir.partial_projection import write_kept
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, Provenance, read_ffn
+from upcycle.layers.moe import MoE
+from upcycle.passes.transform.transform import merge_to_dense
 
 
 def merge(
@@ -74,7 +74,7 @@ def _merged(
 
 
 def _write_ffn(ffn: FFN, parameters: Mapping[str, torch.Tensor], weights: FFNWeights) -> None:
-    """The inverse of `upcycle.weights.read_ffn`."""
+    """The inverse of `upcycle.ir.weights.read_ffn`."""
 
     def write(p: Projection, rows: torch.Tensor, bias: torch.Tensor | None) -> None:
         stored = parameters[p.weight]

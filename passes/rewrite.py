@@ -7,12 +7,12 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from upcycle.kept import read_kept
-from upcycle.layer_weights import load_weights
-from upcycle.moe import MoE
-from upcycle.spec import MoESpec
-from upcycle.tap import install
-from upcycle.weights import MoEWeights
+from upcycle.ir.layer_weights import load_weights
+from upcycle.ir.partial_projection import read_kept
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import MoEWeights
+from upcycle.layers.moe import MoE
+from upcycle.layers.tap import install
 
 
 def rewrite(

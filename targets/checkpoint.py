@@ -16,18 +16,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle.layer_weights import layer_tensors, weights_of
-from upcycle.moe import MoE
-from upcycle.spec import MoESpec, Plan
+from upcycle.ir.layer_weights import layer_tensors, weights_of
+from upcycle.ir.spec import MoESpec, Plan
+from upcycle.ir.weights import MoEWeights
+from upcycle.layers.moe import MoE
 from upcycle.targets import remote_code
 from upcycle.targets.destination import destination
-from upcycle.targets.native.native import NativeTarget, build_config
+from upcycle.targets.files.stored import Stored
+from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
+from upcycle.targets.native.choose import NativeTarget, build_config
 from upcycle.targets.native.tensors import OneLayer, entries
 from upcycle.targets.runtimes import Support
-from upcycle.targets.stored import Stored
-from upcycle.targets.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
 from upcycle.version import __version__
-from upcycle.weights import MoEWeights
 
 UPCYCLE_JSON = "upcycle.json"
 

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.native import NATIVE
-from upcycle.targets.native.native import NativeTarget, build_config, choose
+from upcycle.targets.native.choose import NativeTarget, build_config, choose
 from upcycle.targets.runtimes import RUNTIMES, Support, matrix, refusal
 from upcycle.targets.runtimes.support import CUSTOM, PLAIN, loads, refuses
 

@@ -88,7 +88,7 @@ def model_card(
     Args:
         name: title of the card.
         base_model: the dense model: a Hub id (then the Hub links to it), or any other name.
-        promise: a `Promise` of `upcycle.spec`.
+        promise: a `Promise` of `upcycle.ir.spec`.
         recipe_name, recipe_text: the recipe and its YAML.
         numbers: facts in the order in which they are shown, such as "experts per layer": "8".
         checks: the verification, in order; empty says that it was not run.

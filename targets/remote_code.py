@@ -23,36 +23,36 @@ from transformers.models.auto import (
     tokenization_auto,
 )
 
-import upcycle.activation_names
-import upcycle.context
-import upcycle.expert_kernels
-import upcycle.experts
 import upcycle.kernels
-import upcycle.moe
-import upcycle.operation
+import upcycle.kernels.activation_names
+import upcycle.kernels.torch_cpu
+import upcycle.kernels.torch_operation
+import upcycle.layers.experts
+import upcycle.layers.moe
+import upcycle.layers.pretrained
+import upcycle.layers.router
+import upcycle.layers.selection
+import upcycle.layers.tap
+import upcycle.layers.token_context
 import upcycle.pointwise
-import upcycle.pretrained
-import upcycle.routing
-import upcycle.selection
-import upcycle.tap
-from upcycle.pretrained import FORMAT
-from upcycle.routers import ROUTERS
-from upcycle.spec import Plan, router_kind
+from upcycle.ir.spec import Plan, router_kind
+from upcycle.layers.pretrained import FORMAT
+from upcycle.layers.routers import ROUTERS
 from upcycle.version import __version__
 
 FILE = "modeling_upcycle.py"
 _BEFORE: tuple[ModuleType, ...] = (
     upcycle.pointwise,
-    upcycle.selection,
-    upcycle.context,
-    upcycle.routing,
-    upcycle.activation_names,
-    upcycle.expert_kernels,
-    upcycle.operation,
+    upcycle.layers.selection,
+    upcycle.layers.token_context,
+    upcycle.layers.router,
+    upcycle.kernels.activation_names,
+    upcycle.kernels.torch_cpu,
+    upcycle.kernels.torch_operation,
     upcycle.kernels,
-    upcycle.experts,
+    upcycle.layers.experts,
 )
-_AFTER: tuple[ModuleType, ...] = (upcycle.moe, upcycle.tap, upcycle.pretrained)
+_AFTER: tuple[ModuleType, ...] = (upcycle.layers.moe, upcycle.layers.tap, upcycle.layers.pretrained)
 
 _CONFIG = '''
 class {config}(UpcycledConfig, {dense_config}):
@@ -127,7 +127,7 @@ def new_name(dense: type) -> str:
 def new_model_type(dense_config: Any, dense: type) -> str:
     """A model type of its own: under the dense one the file would load with missing weights.
 
-    Those of transformers' own classes are known to `upcycle.auto`; a dense class from elsewhere may
+    Those of transformers' own classes are known to `upcycle.auto_classes`; a dense class from elsewhere may
     have the model type of one of them, and gets another.
     """
     own = "" if _is_theirs(dense) and _is_theirs(dense_config) else "own_"

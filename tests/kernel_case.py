@@ -6,8 +6,8 @@ from typing import Any
 import numerics
 import torch
 
-from upcycle.experts import Experts
-from upcycle.weights import FFNWeights
+from upcycle.ir.weights import FFNWeights
+from upcycle.layers.experts import Experts
 
 COUNT, TOP_K, D_MODEL, WIDTH = 6, 3, 16, 8
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

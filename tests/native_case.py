@@ -13,12 +13,12 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import transform
-from upcycle.spec import MoESpec, Plan
+from upcycle.ir.spec import MoESpec, Plan
+from upcycle.ir.weights import ExpertWeights, MoEWeights, read_ffn
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.transform.transform import transform
+from upcycle.targets.files.tensor_file import read_tensors, write_tensors
 from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries
-from upcycle.targets.tensor_file import read_tensors, write_tensors
-from upcycle.weights import ExpertWeights, MoEWeights, read_ffn
 
 COPIES = {"method": "copy", "count": 4}
 SLICES = {"method": "contiguous", "count": 4}

@@ -28,8 +28,8 @@ from transformers import (
     T5Config,
 )
 
-from upcycle.ffn import Located
-from upcycle.passes.locate import locate_in
+from upcycle.ir.ffn import Located
+from upcycle.passes.locate.locate import locate_in
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

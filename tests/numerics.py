@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import torch
 
-from upcycle.activations import Activations
-from upcycle.ffn import FFN, Located, Projection
-from upcycle.layer_weights import load_weights
-from upcycle.moe import MoE
-from upcycle.passes.needs import needs
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import transform
+from upcycle.ir.ffn import FFN, Located, Projection
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.layer_weights import load_weights
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, MoEWeights
+from upcycle.layers.moe import MoE
+from upcycle.passes.plan.calibration_needs import needs
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.transform.transform import transform
 from upcycle.pointwise import Pointwise
-from upcycle.recipe import Experts, Recipe, Router
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, MoEWeights
+from upcycle.recipe.schema import Experts, Recipe, Router
 
 ACTIVATIONS: dict[str, Pointwise] = {
     "relu": Pointwise(1, (("relu", ("z0",), {}),), "relu"),

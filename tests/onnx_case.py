@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from upcycle.moe import MoE
+from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
-from upcycle.targets.stored import Stored
+from upcycle.targets.files.stored import Stored
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 GATED = (("mul", ("t0", "z1"), {}),)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle.targets.onnx.running import session
-from upcycle.targets.onnx.symbolic import named_tensors
+from upcycle.onnx.run import session
+from upcycle.targets.onnx.opaque_experts import named_tensors
 
 Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 

@@ -15,7 +15,7 @@ from onnx_case import ACTIVATIONS, SLOPE, moe
 from torch import Tensor
 from torch.nn import functional as F
 
-from upcycle.moe import MoE
+from upcycle.layers.moe import MoE
 
 D, WIDTH, E, NULLS, ENTRIES = 16, 12, 5, 3, 7
 U = torch.finfo(torch.float32).eps / 2

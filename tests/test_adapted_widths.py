@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from upcycle.errors import PlanError
-from upcycle.ffn import Located
-from upcycle.passes.adapt import adapted_widths
-from upcycle.passes.needs import needs
-from upcycle.passes.plan import make_plan
-from upcycle.recipe import Recipe
-from upcycle.spec import MoESpec
+from upcycle.ir.ffn import Located
+from upcycle.ir.spec import MoESpec
+from upcycle.passes.plan.adapt import adapted_widths
+from upcycle.passes.plan.calibration_needs import needs
+from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.schema import Recipe
 
 ROUTER = {"method": "ridge", "top_k": 1, "weights": "one", "bias": True}
 

@@ -9,7 +9,7 @@ import zoo
 from torch import nn
 
 import upcycle
-from upcycle.recipe import Layers, Recipe
+from upcycle.recipe.schema import Layers, Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,12 +10,13 @@ import torch
 from kernel_case import made
 from torch import nn
 
-from upcycle import expert_kernels, moe
-from upcycle.compiled import library, run_compiled, run_routed
-from upcycle.experts import Experts
+from upcycle.kernels import torch_cpu as expert_kernels
 from upcycle.kernels import weights_of
-from upcycle.moe import MoE, all_experts
-from upcycle.routing import Router
+from upcycle.kernels.compiled import library, run_compiled, run_routed
+from upcycle.layers import moe
+from upcycle.layers.experts import Experts
+from upcycle.layers.moe import MoE, all_experts
+from upcycle.layers.router import Router
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no GCC 12 or Clang")
 COUNT, D_MODEL, WIDTH = 6, 16, 8

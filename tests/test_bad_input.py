@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from upcycle.cli import main
+from upcycle.cli.main import main
 
 CHANGES = Callable[[Path], object]
 
@@ -262,7 +262,7 @@ def test_the_disk_is_too_small(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     loaded: list[int] = []
-    monkeypatch.setattr("upcycle.source.Source.load", lambda self: loaded.append(1))
+    monkeypatch.setattr("upcycle.models.dense.Source.load", lambda self: loaded.append(1))
     out = tmp_path / "out"
     assert_refused(convert(llama, out), out, 5, "will be written", "are free")
     assert loaded == [], "the weights were read first"
@@ -348,7 +348,7 @@ def test_an_interrupted_write_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("upcycle.targets.tensor_file._write_tensor", interrupt)
+    monkeypatch.setattr("upcycle.targets.files.tensor_file._write_tensor", interrupt)
     out = tmp_path / "out"
     assert_refused(convert(llama, out, "--no-verify"), out, 130, "interrupted")
 
@@ -356,12 +356,12 @@ def test_an_interrupted_write_leaves_nothing(
 def test_ctrl_c_in_the_middle_of_writing(llama: Path, tmp_path: Path) -> None:
     """As a user does it: a signal to the process while it writes."""
     code = (
-        "import signal, sys, time, upcycle.targets.tensor_file as t\n"
+        "import signal, sys, time, upcycle.targets.files.tensor_file as t\n"
         # a shell that starts the tests in the background has it ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "write = t._write_tensor\n"
         "t._write_tensor = lambda *a: (write(*a), print('writing', flush=True), time.sleep(30))\n"
-        "from upcycle.cli import main; main(sys.argv[1:])"
+        "from upcycle.cli.main import main; main(sys.argv[1:])"
     )
     out = tmp_path / "out"
     arguments = ["convert", llama, "--recipe", "sparse-upcycling", "--out", out, "--no-verify"]

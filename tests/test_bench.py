@@ -9,7 +9,7 @@ import pytest
 import small_models
 from click.testing import CliRunner, Result
 
-from upcycle.cli import main
+from upcycle.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,7 +206,7 @@ def test_an_encoder_decoder_reads_one_batch(tmp_path: Path) -> None:
 def test_a_missing_library_is_named(
     dense: Path, native: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from upcycle.bench import show
+    from upcycle.cli import tables_of_bench as show
 
     monkeypatch.setattr(show, "find_spec", lambda name: None)
     done = run("bench", native, "--against", dense, "--plot", tmp_path / "a.png", *QUICK)

@@ -12,18 +12,18 @@ import torch
 import transformers
 from torch import nn
 
-from upcycle.activations import Activations
 from upcycle.errors import CaptureError, UsageError
-from upcycle.moe import MoE
-from upcycle.passes.calibrate import calibrate
-from upcycle.passes.locate import locate_in
-from upcycle.passes.lockstep import Lockstep
-from upcycle.passes.plan import make_plan
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, read_ffn
+from upcycle.layers.moe import MoE
+from upcycle.passes.calibrate.calibrate import calibrate
+from upcycle.passes.calibrate.lockstep import Lockstep
+from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.rewrite import fill, with_empty_layers
-from upcycle.passes.transform import transform
-from upcycle.recipe_file import load_recipe
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, read_ffn
+from upcycle.passes.transform.transform import transform
+from upcycle.recipe.reader import load_recipe
 
 t: Any = transformers
 ALL = ["experts.count=4", "router.top_k=all", "router.weights=one"]  # exact: every expert runs

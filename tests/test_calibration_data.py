@@ -12,14 +12,14 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 import upcycle
-from upcycle import samples
-from upcycle.calibration import calibration_data, given_data, verification_inputs
-from upcycle.calibration_files import Given, read_calibration
-from upcycle.cli import main
+from upcycle.cli.main import main
+from upcycle.data.calibration import calibration_data, given_data, verification_inputs
+from upcycle.data.calibration_files import Given, read_calibration
 from upcycle.errors import UsageError
-from upcycle.recipe import Recipe
-from upcycle.recipe_file import load_recipe
-from upcycle.usage import usage
+from upcycle.models import samples
+from upcycle.passes.calibrate.usage import usage
+from upcycle.recipe.reader import load_recipe
+from upcycle.recipe.schema import Recipe
 
 RIDGE = ["router.method=ridge", "verify.max_relative_error=9", "experts.count=4", "router.top_k=2"]
 SHORT = ["calibration.tokens=256", "calibration.length=16"]

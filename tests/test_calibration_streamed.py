@@ -16,20 +16,20 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from upcycle.calibration import calibration_data
-from upcycle.calibration_files import Given
-from upcycle.cli import main
+from upcycle.cli.main import main
+from upcycle.conversion.streamed import SPOOL
+from upcycle.conversion.streamed_calibration import Spool, calibrate_mapped
+from upcycle.data.calibration import calibration_data
+from upcycle.data.calibration_files import Given
+from upcycle.data.onnx_calibration import onnx_calibration
 from upcycle.errors import UsageError
-from upcycle.layer_weights import empty_layer, weights_of
-from upcycle.onnx_calibration import onnx_calibration
-from upcycle.onnx_source import OnnxSource
-from upcycle.passes.locate import locate_in
-from upcycle.passes.plan import make_plan
-from upcycle.recipe_file import load_recipe
-from upcycle.source import open_model
-from upcycle.spec import Plan
-from upcycle.streamed_calibration import Spool, calibrate_mapped
-from upcycle.streaming import SPOOL
+from upcycle.ir.layer_weights import empty_layer, weights_of
+from upcycle.ir.spec import Plan
+from upcycle.models.dense import open_model
+from upcycle.models.onnx_file import OnnxSource
+from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.reader import load_recipe
 
 RIDGE = ["router.method=ridge", "verify.max_relative_error=9", "experts.count=4", "router.top_k=2"]
 SHORT = ["calibration.tokens=512", "calibration.length=16"]
@@ -104,14 +104,14 @@ def test_sequential_and_parallel_differ(llama: Path, tmp_path: Path) -> None:
 
 def test_kill_and_resume_give_the_same_bytes(llama: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys, upcycle.targets.manifest as m\n"
+        "import os, signal, sys, upcycle.targets.files.manifest as m\n"
         "finished, count = m.Manifest.finished, [0]\n"
         "def stop(self, path):\n"
         "    finished(self, path)\n"
         "    count[0] += 1\n"
         "    if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "m.Manifest.finished = stop\n"
-        "from upcycle.cli import main; main(sys.argv[1:])"
+        "from upcycle.cli.main import main; main(sys.argv[1:])"
     )
     out = tmp_path / "out"
     done = subprocess.run(

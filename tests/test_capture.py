@@ -12,11 +12,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from upcycle.capture import capture
+from upcycle.capture.capture import capture
+from upcycle.capture.guess_inputs import find_example
+from upcycle.capture.recorder import Program, op_name, replayed_block
 from upcycle.errors import CaptureError
-from upcycle.inputs import find_example
-from upcycle.passes.locate import locate
-from upcycle.recorder import Program, op_name, replayed_block
+from upcycle.passes.locate.locate import locate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

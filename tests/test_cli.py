@@ -10,9 +10,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from upcycle import errors, program, shipped
-from upcycle.cli import main
-from upcycle.samples import SAMPLES
+from upcycle import errors
+from upcycle.cli import group as program
+from upcycle.cli.main import main
+from upcycle.models.samples import SAMPLES
+from upcycle.recipe import shipped
 from upcycle.version import __version__
 
 LOG = {"-v", "--verbose", "-q", "--quiet"}
@@ -77,7 +79,7 @@ def test_every_command_has_help(path: str) -> None:
 @pytest.mark.parametrize("argument", ["--help", "--version", "samples"])
 def test_what_needs_no_model_does_not_import_torch(argument: str) -> None:
     code = (
-        "import sys; from upcycle.cli import main\n"
+        "import sys; from upcycle.cli.main import main\n"
         f"try: main(['{argument}'])\n"
         "except SystemExit as left: assert not left.code, left.code\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from upcycle.program import collector_paused
+from upcycle.cli.group import collector_paused
 
 WATCHED = """
 import atexit, gc

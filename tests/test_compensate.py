@@ -7,14 +7,14 @@ import numerics
 import pytest
 import torch
 
-from upcycle.costs import costs
 from upcycle.errors import PlanError
-from upcycle.ffn import Located
-from upcycle.passes.least_squares import Sums, input_basis, solve
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import transform
-from upcycle.passes.visits import members, visits
-from upcycle.recipe import Compensate, Recipe, Router
+from upcycle.ir.ffn import Located
+from upcycle.passes.calibrate.visits import members, visits
+from upcycle.passes.plan.costs import costs
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.transform.least_squares import Sums, input_basis, solve
+from upcycle.passes.transform.transform import transform
+from upcycle.recipe.schema import Compensate, Recipe, Router
 
 SPLIT = {"method": "random", "count": 6, "shared": 1, "shared_by": "contribution"}
 ROUTER = {"method": "normal", "top_k": 2, "weights": "one", "std": 0.3}

@@ -14,10 +14,10 @@ import pytest
 import torch
 from kernel_case import COUNT, D_MODEL, Routed, expected, made, routed
 
-from upcycle import activation_names, compiled, expert_kernels
-from upcycle.compiled import library, run_compiled
-from upcycle.experts import Experts, SharedExpert
-from upcycle.kernels import run_experts, visit_by_all, weights_of
+from upcycle.kernels import activation_names, compiled, run_experts, visit_by_all, weights_of
+from upcycle.kernels import torch_cpu as expert_kernels
+from upcycle.kernels.compiled import library, run_compiled
+from upcycle.layers.experts import Experts, SharedExpert
 
 HAS_COMPILER = library() is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no GCC 12 or Clang")

@@ -12,10 +12,10 @@ import small_models
 import torch
 from torch import nn
 
-from upcycle.compiler import Conversion, convert
-from upcycle.context import Given, domains
+from upcycle.conversion.in_memory import Conversion, convert
 from upcycle.errors import PlanError, UnsupportedError
-from upcycle.moe import MoE
+from upcycle.layers.moe import MoE
+from upcycle.layers.token_context import Given, domains
 
 SPLIT: dict[str, object] = {"method": "contiguous", "count": 4}
 IDS = torch.arange(3, 23).reshape(2, 10)

@@ -15,9 +15,9 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 
-from upcycle import samples
-from upcycle.cli import main
+from upcycle.cli.main import main
 from upcycle.errors import UpcycleError
+from upcycle.models import samples
 
 LLAMA_FILES = {
     *("README.md", "config.json", "generation_config.json", "model.onnx", "model.safetensors"),

@@ -9,10 +9,10 @@ import torch
 
 import upcycle
 from upcycle.errors import PlanError
+from upcycle.ir.weights import ExpertWeights, FFNWeights
 from upcycle.passes.experts.matrices import matrices
 from upcycle.targets.checkpoint import planned_layers
-from upcycle.verification import verify_layers
-from upcycle.weights import ExpertWeights, FFNWeights
+from upcycle.verification.whole_model import verify_layers
 
 ROUTER: dict[str, object] = {
     "method": "normal",

@@ -9,9 +9,9 @@ import transformers
 from click.testing import CliRunner
 
 import upcycle
-from upcycle.cli import main
-from upcycle.shipped import recipe_names
-from upcycle.source import open_model
+from upcycle.cli.main import main
+from upcycle.models.dense import open_model
+from upcycle.recipe.shipped import recipe_names
 
 SOURCES = {"btx": 4, "clip-moe": 4, "uni-moe": 4, "medplib": 2}
 ALTERED = ["drop-upcycling", "noise-upcycling", *SOURCES]

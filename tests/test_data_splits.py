@@ -8,11 +8,12 @@ import numerics
 import pytest
 import torch
 
-from upcycle.activations import Activations
 from upcycle.errors import PlanError, UsageError
-from upcycle.ffn import Located
-from upcycle.moe import all_experts
-from upcycle.passes.adapt import adapted
+from upcycle.ir.ffn import Located
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
+from upcycle.layers.moe import all_experts
 from upcycle.passes.experts.activation_carve import carve
 from upcycle.passes.experts.coactivation import bisected, counts, refined, within
 from upcycle.passes.experts.markers import mark
@@ -20,11 +21,10 @@ from upcycle.passes.experts.method import Parts
 from upcycle.passes.experts.partition import by_turns, group_sizes
 from upcycle.passes.experts.profile import profile
 from upcycle.passes.experts.useful import ranks, usefulness
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import transform
-from upcycle.recipe import Experts
-from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights
+from upcycle.passes.plan.adapt import adapted
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.transform.transform import transform
+from upcycle.recipe.schema import Experts
 
 GROUPS = 4
 

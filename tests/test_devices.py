@@ -7,13 +7,13 @@ import torch
 from numerics import make_recipe, random_ffn, site
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from upcycle.activations import Activations
-from upcycle.ffn import Located
-from upcycle.moe import MoE
-from upcycle.passes.plan import make_plan
+from upcycle.ir.ffn import Located
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.weights import FFNWeights
+from upcycle.layers.moe import MoE
+from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.rewrite import fill
-from upcycle.passes.transform import transform
-from upcycle.weights import FFNWeights
+from upcycle.passes.transform.transform import transform
 
 ROUTE = {"top_k": 2, "weights": "softmax"}
 GPU = torch.device("cuda", 0)

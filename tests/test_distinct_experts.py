@@ -10,11 +10,11 @@ import numerics
 import pytest
 import torch
 
-from upcycle.ffn import Located
-from upcycle.moe import MoE
-from upcycle.passes.plan import make_plan
-from upcycle.routing import WeightRule
-from upcycle.weights import ExpertWeights, FFNWeights, MoEWeights
+from upcycle.ir.ffn import Located
+from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
+from upcycle.layers.moe import MoE
+from upcycle.layers.router import WeightRule
+from upcycle.passes.plan.plan import make_plan
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 TOKENS = 33

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 import pytest
 
-from upcycle.cli import main
-from upcycle.recipe import Recipe
-from upcycle.shipped import recipe_names
+from upcycle.cli.main import main
+from upcycle.recipe.schema import Recipe
+from upcycle.recipe.shipped import recipe_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from upcycle.errors import PlanError, UnsupportedError, UsageError
-from upcycle.ffn import Located
-from upcycle.layer_weights import load_weights
-from upcycle.moe import MoE, all_experts
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import merge_to_dense, transform
-from upcycle.recipe import Recipe
-from upcycle.routing import WeightRule
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, MoEWeights
+from upcycle.ir.ffn import Located
+from upcycle.ir.layer_weights import load_weights
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, MoEWeights
+from upcycle.layers.moe import MoE, all_experts
+from upcycle.layers.router import WeightRule
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.transform.transform import merge_to_dense, transform
+from upcycle.recipe.schema import Recipe
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"]

@@ -10,16 +10,16 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from upcycle import executors
-from upcycle.cli import main
+from upcycle.cli.main import main
+from upcycle.conversion import workers as executors
+from upcycle.conversion.workers import Workers, check_workers, jobs_in_memory, layer_maker
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.executors import Workers, check_workers, jobs_in_memory, layer_maker
-from upcycle.passes.locate import locate_in
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import transform
-from upcycle.recipe_file import load_recipe
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, MoEWeights, read_ffn
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, MoEWeights, read_ffn
+from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.transform.transform import transform
+from upcycle.recipe.reader import load_recipe
 
 LAYERS = 4
 HAS_RAY = importlib.util.find_spec("ray") is not None

@@ -6,11 +6,11 @@ import numerics
 import pytest
 import torch
 
-from upcycle.ffn import Located
+from upcycle.ir.ffn import Located
 from upcycle.passes.experts.cluster import features_of
-from upcycle.passes.gates import GATES
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import transform
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.routers import GATES
+from upcycle.passes.transform.transform import transform
 
 SPLIT = {"method": "cluster", "count": 7}  # 48 neurons: widths 7 and 6, so there is padding
 

@@ -9,14 +9,14 @@ import small_models
 import torch
 from torch import nn
 
-from upcycle.compiler import convert, locate
+from upcycle.conversion.in_memory import convert, locate
+from upcycle.conversion.objectives import next_token, objective_for, projection
 from upcycle.errors import UsageError
-from upcycle.objectives import next_token, objective_for, projection
-from upcycle.passes.gradients import importance
-from upcycle.passes.plan import make_plan
+from upcycle.ir.weights import read_ffn
+from upcycle.passes.calibrate.gradients import importance
+from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.rewrite import with_empty_layers
-from upcycle.recipe import Recipe
-from upcycle.weights import read_ffn
+from upcycle.recipe.schema import Recipe
 
 EPS = 2**-24
 

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from torch import nn
 from zoo_facts import ARCHITECTURES
 
-from upcycle.cli import main
+from upcycle.capture.guess_inputs import find_example
+from upcycle.cli.main import main
+from upcycle.data.evaluation import outputs_of
 from upcycle.errors import CaptureError, ValueNeededError
-from upcycle.evaluation import outputs_of
-from upcycle.inputs import find_example
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from upcycle.cli import main
+from upcycle.cli.inspection import inspect_converted, is_converted
+from upcycle.cli.main import main
 from upcycle.errors import UsageError
-from upcycle.inspection import inspect_converted, is_converted
-from upcycle.origins import FILE, neurons_of, runs
+from upcycle.targets.provenance_file import FILE, neurons_of, runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

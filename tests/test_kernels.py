@@ -13,11 +13,11 @@ from kernel_case import COUNT, D_MODEL, Routed, expected, made, routed
 from torch.autograd.gradcheck import GradcheckError
 
 import upcycle.kernels
-from upcycle import expert_kernels
-from upcycle.expert_kernels import ExpertWeights
-from upcycle.experts import Experts
 from upcycle.kernels import run_experts, weights_of
-from upcycle.quiet import quiet
+from upcycle.kernels import torch_cpu as expert_kernels
+from upcycle.kernels.torch_cpu import ExpertWeights
+from upcycle.layers.experts import Experts
+from upcycle.util.quiet_transformers import quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 t: Any = transformers
@@ -196,7 +196,7 @@ def test_compilation_and_export_see_one_node() -> None:
     torch.compiler.reset()
     compiled = torch.compile(experts, backend=backend, fullgraph=True)
     assert torch.equal(compiled(*given), experts(*given))
-    assert seen == ["upcycle.moe"]
+    assert seen == ["upcycle.layers.moe"]
     tokens = {
         "hidden_states": {0: torch.export.Dim.AUTO},
         "top_k_index": {0: torch.export.Dim.AUTO},
@@ -205,7 +205,7 @@ def test_compilation_and_export_see_one_node() -> None:
     program = torch.export.export(experts, given, dynamic_shapes=shapes)
     nodes = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     assert [name for name in nodes if "sym" not in name and "assert" not in name] == [
-        "upcycle.moe.default"
+        "upcycle.layers.moe.default"
     ]
     more = routed(23, torch.float64, gaps=False)
     assert torch.equal(program.module()(*more), experts(*more))

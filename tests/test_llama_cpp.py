@@ -21,9 +21,9 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from upcycle import samples
-from upcycle.cli import main
-from upcycle.sample_store import find
+from upcycle.cli.main import main
+from upcycle.models import samples
+from upcycle.models.sample_store import find
 
 llama_cpp: Any = pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python"

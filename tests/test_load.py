@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from torch import nn
 
 import upcycle
-from upcycle.cli import main
-from upcycle.compiler import Conversion, convert
+from upcycle.cli.main import main
+from upcycle.conversion.in_memory import Conversion, convert
 from upcycle.errors import UsageError
-from upcycle.moe import MoE
+from upcycle.layers.moe import MoE
 from upcycle.targets.checkpoint import planned_layers
 
 EMOE = ["layers.skip_first=0", "layers.every=1", "experts.count=8", "router.top_k=4"]

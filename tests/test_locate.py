@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import upcycle
-import upcycle.weights
-from upcycle.capture import capture
-from upcycle.ffn import FFN, Located
-from upcycle.passes.demand import trace
-from upcycle.passes.hidden import NotPointwiseError
-from upcycle.passes.locate import locate
-from upcycle.recorder import op_name
+import upcycle.ir.weights
+from upcycle.capture.capture import capture
+from upcycle.capture.recorder import op_name
+from upcycle.ir.ffn import FFN, Located
+from upcycle.passes.locate.demand import trace
+from upcycle.passes.locate.hidden import NotPointwiseError
+from upcycle.passes.locate.locate import locate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,7 +154,7 @@ def test_spellings_of_an_ffn(name: str) -> None:
     assert ffn.pointwise.name == activation
     assert (ffn.placement, ffn.d_model, ffn.d_ff, ffn.d_out) == ("module", D, H, D)
     x = torch.randn(2, 5, D)
-    weights = upcycle.weights.read_ffn(ffn, dict(Wrapped(module).named_parameters()))
+    weights = upcycle.ir.weights.read_ffn(ffn, dict(Wrapped(module).named_parameters()))
     with torch.no_grad():
         gap = (weights(x) - module.eval()(x)).abs().max()
     assert gap < 1e-6
@@ -213,7 +213,7 @@ def test_raw_weights_with_biases_of_their_own(spelling: Any) -> None:
     assert ffn.pointwise.name == "swiglu"
     assert ffn.parameters == ("inner.w1", "inner.w2", "inner.b1", "inner.b2")
     x = torch.randn(2, 5, D)
-    weights = upcycle.weights.read_ffn(ffn, dict(Wrapped(module).named_parameters()))
+    weights = upcycle.ir.weights.read_ffn(ffn, dict(Wrapped(module).named_parameters()))
     # Both are computed in float32, so each may be off by the bound.
     assert_equal_up_to_rounding(
         weights(x).flatten(0, 1),

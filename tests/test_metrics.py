@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from upcycle.metrics import LanguageModelDistance, distance
+from upcycle.verification.metrics import LanguageModelDistance, distance
 
 
 def test_a_distance_by_hand() -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import upcycle
-from upcycle import cli
-from upcycle.ffn import Miss
+from upcycle.cli import main as cli
+from upcycle.ir.ffn import Miss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,17 +23,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from upcycle import recipe
 from upcycle.errors import UsageError
-from upcycle.ffn import FFN, Located, Projection
+from upcycle.ir.ffn import FFN, Located, Projection
+from upcycle.ir.spec import MoESpec, Plan
+from upcycle.ir.weights import ExpertWeights, MoEWeights, gather_experts, read_ffn
+from upcycle.layers.router import WeightRule
 from upcycle.pointwise import Pointwise
-from upcycle.routing import WeightRule
-from upcycle.spec import MoESpec, Plan
+from upcycle.recipe import schema as recipe
+from upcycle.targets.files.stored import Stored
+from upcycle.targets.files.tensor_file import read_tensors, write_tensors
 from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries, fit
 from upcycle.targets.native.layers import is_swiglu, layer_of
-from upcycle.targets.stored import Stored
-from upcycle.targets.tensor_file import read_tensors, write_tensors
-from upcycle.weights import ExpertWeights, MoEWeights, gather_experts, read_ffn
 
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 

@@ -17,10 +17,10 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4Mo
 
 from upcycle import convert, load
 from upcycle.errors import UnsupportedError
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.native import NATIVE, NativeTarget, fit
-from upcycle.targets.native.disk import folded
-from upcycle.targets.native.routers import HOT, Fold, fold
+from upcycle.targets.native.fold_layer import folded
+from upcycle.targets.native.fold_router import HOT, Fold, fold
 
 BEST = {"top_k": 1, "weights": "one"}
 

@@ -29,12 +29,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, M2M100Config, Olmo2C
 
 from upcycle import convert
 from upcycle.errors import UnsupportedError
-from upcycle.passes.plan import make_plan
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
+from upcycle.passes.plan.plan import make_plan
+from upcycle.targets.files.tensor_file import read_tensors, write_tensors
 from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries, fit
-from upcycle.targets.native.disk import folded, gate_noise, unfolded
-from upcycle.targets.native.routers import MOST_WEIGHT_ERROR, Fold, fold, temper
-from upcycle.targets.tensor_file import read_tensors, write_tensors
+from upcycle.targets.native.fold_layer import folded, gate_noise, unfolded
+from upcycle.targets.native.fold_router import MOST_WEIGHT_ERROR, Fold, fold, temper
 
 TWO_OF_FOUR = {"top_k": 2, "weights": "one", "std": 0.3}
 

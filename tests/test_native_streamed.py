@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from upcycle.cli import main
+from upcycle.cli.main import main
 
 SPLIT = ("experts.count=4", "router.top_k=2", "verify.max_relative_error=5.0")
 CASES = {
@@ -56,7 +56,7 @@ def test_one_wrong_expert_in_the_files_is_found(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison of tempered files is to rounding, whatever tempering itself changes."""
-    import upcycle.emit
+    import upcycle.conversion.emit
 
     def damaged(directory: Path, **options: object) -> object:
         path = directory / "model.safetensors"
@@ -65,8 +65,8 @@ def test_one_wrong_expert_in_the_files_is_found(
         save_file(tensors, path, metadata={"format": "pt"})
         return load(directory, **options)
 
-    load = upcycle.emit.load
-    monkeypatch.setattr(upcycle.emit, "load", damaged)
+    load = upcycle.conversion.emit.load
+    monkeypatch.setattr(upcycle.conversion.emit, "load", damaged)
     options = [part for change in SPLIT for part in ("--set", change)]
     result = convert(llama, tmp_path / "out", "--architecture", "mixtral", *options)
     assert result.exit_code == 3

@@ -18,7 +18,7 @@ from native_case import SLICES
 from torch import nn
 
 from upcycle import convert
-from upcycle.targets.native.routers import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
+from upcycle.targets.native.fold_router import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
 
 TOKENS = torch.randint(1, 97, (8, 200), generator=torch.Generator().manual_seed(2))
 

@@ -9,13 +9,13 @@ import torch
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 import upcycle
-from upcycle.emit import RELOADED, TIES
-from upcycle.evaluation import Evaluation
-from upcycle.moe import MoE
-from upcycle.near_ties import choices_of, following
-from upcycle.onnx_output import ONNX_CHECK, ONNX_TIES, verify_onnx
-from upcycle.recipe import Recipe
-from upcycle.selection import select as chosen_by
+from upcycle.conversion.emit import RELOADED, TIES
+from upcycle.data.evaluation import Evaluation
+from upcycle.layers.moe import MoE
+from upcycle.layers.selection import select as chosen_by
+from upcycle.recipe.schema import Recipe
+from upcycle.verification.near_ties import choices_of, following
+from upcycle.verification.onnx.files import ONNX_CHECK, ONNX_TIES, verify_onnx
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

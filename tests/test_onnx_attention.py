@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from upcycle.onnx_options import Onnx
+from upcycle.onnx.run import run
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.running import run
 
 HEADS, WIDTH = 4, 8
 # Scores are sums of 8 products and outputs of up to 9, of numbers of size one, on either side.

@@ -15,11 +15,11 @@ from onnx_case import ACTIVATIONS
 from test_onnx_programs import OPTIONS, PLAIN, POSITIVE
 from torch import Tensor
 
-from upcycle.onnx_rounding import run_experts
 from upcycle.pointwise import Pointwise
-from upcycle.targets.onnx import bodies
-from upcycle.targets.onnx.forms import Form
-from upcycle.targets.onnx.programs import OPERATIONS
+from upcycle.targets.onnx.forms import functions as bodies
+from upcycle.targets.onnx.forms.activation import OPERATIONS
+from upcycle.targets.onnx.forms.choose import Form
+from upcycle.verification.onnx.rounding import run_experts
 
 T, D, WIDTH = 9, 6, 5
 # As `test_onnx_forms` allows; of float16, 2^-11 for each of the numbers that are added.

@@ -14,8 +14,8 @@ from native_case import SLICES
 from torch import nn
 
 from upcycle import convert
+from upcycle.onnx.run import session
 from upcycle.targets.onnx.cache import cache_argument, cache_in
-from upcycle.targets.onnx.running import session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,13 +14,13 @@ from onnx.reference import ReferenceEvaluator
 from onnx_case import ACTIVATIONS, exact, moe, save
 from torch import nn
 
-from upcycle.moe import MoE
-from upcycle.onnx_options import Onnx
-from upcycle.onnx_rounding import rounded_layers, run_experts, verify_rounding
-from upcycle.targets.onnx.cost_model import NANOSECONDS, Work, seconds
+from upcycle.layers.moe import MoE
+from upcycle.onnx.run import session
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.forms import Choice, choose, fused_form
-from upcycle.targets.onnx.running import session
+from upcycle.targets.onnx.forms.choose import Choice, choose, fused_form
+from upcycle.targets.onnx.forms.cost_model import NANOSECONDS, Work, seconds
+from upcycle.verification.onnx.rounding import rounded_layers, run_experts, verify_rounding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -36,14 +36,14 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
+from upcycle.data.evaluation import Evaluation
 from upcycle.errors import UnsupportedError
-from upcycle.evaluation import Evaluation
-from upcycle.onnx_output import verify_onnx
+from upcycle.onnx.run import session
 from upcycle.targets.onnx.cache import cache_argument, cache_in, shape_of
-from upcycle.targets.onnx.decoding import OnnxFiles
+from upcycle.targets.onnx.decode import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.parts import DECODER, ENCODER, MODEL, parts
-from upcycle.targets.onnx.running import session
+from upcycle.verification.onnx.files import verify_onnx
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

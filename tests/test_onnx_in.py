@@ -17,13 +17,13 @@ import pytest
 from click.testing import CliRunner
 from onnx import helper
 
-from upcycle.cli import main
-from upcycle.driver import convert_model, verify_paths
+from upcycle.cli.main import main
+from upcycle.cli.preview import inspect_model, plan_model
+from upcycle.conversion.named_models import convert_model, verify_paths
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.ffn import Located
-from upcycle.preview import inspect_model, plan_model
-from upcycle.recipe_file import load_recipe
-from upcycle.source import open_model
+from upcycle.ir.ffn import Located
+from upcycle.models.dense import open_model
+from upcycle.recipe.reader import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -380,7 +380,7 @@ def test_without_onnxruntime_only_the_verification_is_refused(
 
 
 def test_a_wrong_expert_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from upcycle import onnx_rewrite
+    from upcycle.conversion import onnx_rewrite
     from upcycle.errors import VerificationError
 
     path = onnx_files.by_hand(tmp_path / "dense.onnx", "relu")

@@ -8,12 +8,12 @@ import onnx
 import onnx_files
 import pytest
 
-from upcycle.driver import convert_model
+from upcycle.conversion.named_models import convert_model
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.onnx_verify import NODES
-from upcycle.recipe_file import load_recipe
-from upcycle.source import open_model
-from upcycle.targets.onnx.running import run
+from upcycle.models.dense import open_model
+from upcycle.onnx.run import run
+from upcycle.recipe.reader import load_recipe
+from upcycle.verification.onnx.layers import NODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,11 +12,11 @@ from onnx_case import ACTIVATIONS, bound, exact, moe, save
 from torch import nn
 
 from upcycle.errors import UnsupportedError
-from upcycle.moe import MoE
-from upcycle.onnx_options import Onnx
+from upcycle.layers.moe import MoE
+from upcycle.onnx.run import session
 from upcycle.pointwise import Pointwise
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.running import session
 
 RULES = ("renormalised", "softmax", "one", "renorm_detach")
 FUSED = ("relu", "silu", "gelu_tanh", "swiglu")

@@ -15,11 +15,11 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import upcycle
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.onnx_options import Onnx
-from upcycle.tap import Tap, TappedMoE
+from upcycle.layers.tap import Tap, TappedMoE
+from upcycle.onnx.run import session
+from upcycle.recipe.onnx import Onnx
+from upcycle.targets.files.stored import Stored
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.running import session
-from upcycle.targets.stored import Stored
 
 # Two float32 evaluations of one model: each layer mixes sums of at most 64 products and divides by
 # a standard deviation of about one; 4 blocks of such layers. A wrong expert is off by 1e-1.

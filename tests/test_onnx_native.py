@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import upcycle
-from upcycle.targets.onnx.decoding import OnnxFiles
+from upcycle.targets.onnx.decode import OnnxFiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

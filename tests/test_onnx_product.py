@@ -27,15 +27,15 @@ from onnx_routers import (
 )
 from torch import Tensor, nn
 
-from upcycle import selection
-from upcycle.context import tell_routers
 from upcycle.errors import UnsupportedError
-from upcycle.moe import MoE
-from upcycle.onnx_options import Onnx
-from upcycle.routers import ROUTERS
-from upcycle.routing import WeightRule
+from upcycle.layers import selection
+from upcycle.layers.moe import MoE
+from upcycle.layers.router import WeightRule
+from upcycle.layers.routers import ROUTERS
+from upcycle.layers.token_context import tell_routers
+from upcycle.onnx.run import session
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.running import session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from upcycle.errors import UnsupportedError
+from upcycle.onnx.nodes import OPSET, Nodes
 from upcycle.pointwise import OPS, Pointwise
-from upcycle.targets.onnx.nodes import OPSET, Nodes
-from upcycle.targets.onnx.programs import OPERATIONS, build
+from upcycle.targets.onnx.forms.activation import OPERATIONS, build
 
 EPS = torch.finfo(torch.float32).eps
 POSITIVE = {"log", "log10", "log1p", "log2", "pow", "rsqrt", "sqrt", "reciprocal", "div"}

@@ -10,12 +10,12 @@ import torch
 from onnx_case import moe, save
 from test_onnx_forms import CLOSE, Side, distances
 
-from upcycle.moe import MoE
-from upcycle.onnx_options import Onnx
-from upcycle.onnx_precision import kernels_of
-from upcycle.targets.onnx.cost_model import Work, seconds
+from upcycle.layers.moe import MoE
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.forms import Choice, choose
+from upcycle.targets.onnx.forms.choose import Choice, choose
+from upcycle.targets.onnx.forms.cost_model import Work, seconds
+from upcycle.verification.onnx.precision import kernels_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

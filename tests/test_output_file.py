@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from upcycle.targets import output_file
-from upcycle.targets.output_file import BUFFER, OutputFile
+from upcycle.targets.files import output_file
+from upcycle.targets.files.output_file import BUFFER, OutputFile
 
 SIZES = [0, 1, 4096, BUFFER - 1, BUFFER, BUFFER + 1, 2 * BUFFER + 4097]
 

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle.ffn import Located
+from upcycle.ir.ffn import Located
+from upcycle.ir.weights import ExpertWeights, FFNWeights
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.cluster import features_of
 from upcycle.passes.experts.partition import deal, group_sizes
-from upcycle.passes.needs import needs
-from upcycle.passes.plan import make_plan
-from upcycle.passes.transform import transform
-from upcycle.weights import ExpertWeights, FFNWeights
+from upcycle.passes.plan.calibration_needs import needs
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.transform.transform import transform
 
 SPLITS = [name for name, method in EXPERTS.items() if method.kind == "split"]
 

@@ -8,10 +8,10 @@ import torch
 
 import upcycle
 from upcycle.errors import PlanError, UnsupportedError
-from upcycle.ffn import FFN, Located, Miss
-from upcycle.passes.plan import make_plan
-from upcycle.recipe import Recipe
-from upcycle.spec import MoESpec, Promise
+from upcycle.ir.ffn import FFN, Located, Miss
+from upcycle.ir.spec import MoESpec, Promise
+from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.schema import Recipe
 
 COPIES: dict[str, object] = {"method": "copy", "count": 4}
 GRANULAR: dict[str, object] = {"method": "granular", "count": 2, "granularity": 4}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.passes.activations import recognise, swapped
+from upcycle.passes.locate.name_activation import recognise, swapped
 from upcycle.pointwise import OPS, Pointwise
 
 # Arguments besides the tensor, for operations that need some.

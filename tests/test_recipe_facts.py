@@ -2,9 +2,9 @@
 
 import pytest
 
-from upcycle.recipe_facts import recipe_facts, shipped_facts
-from upcycle.recipe_file import load_recipe
-from upcycle.shipped import recipe_names
+from upcycle.cli.recipe_facts import recipe_facts, shipped_facts
+from upcycle.recipe.reader import load_recipe
+from upcycle.recipe.shipped import recipe_names
 
 
 @pytest.mark.parametrize(

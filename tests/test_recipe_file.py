@@ -10,9 +10,9 @@ import pytest
 from pydantic import BaseModel
 
 from upcycle.errors import RecipeError
-from upcycle.recipe import Experts, Recipe
-from upcycle.recipe_file import dump_recipe, load_recipe, recipe_schema
-from upcycle.shipped import describe, recipe_names, recipe_text
+from upcycle.recipe.reader import dump_recipe, load_recipe, recipe_schema
+from upcycle.recipe.schema import Experts, Recipe
+from upcycle.recipe.shipped import describe, recipe_names, recipe_text
 
 METHODS = get_args(Experts.model_fields["method"].annotation)
 

@@ -18,10 +18,10 @@ from remote_case import without_upcycle
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from upcycle.cli import main
-from upcycle.compiler import convert
-from upcycle.evaluation import evaluation_for, outputs_of
-from upcycle.routers import ROUTERS
+from upcycle.cli.main import main
+from upcycle.conversion.in_memory import convert
+from upcycle.data.evaluation import evaluation_for, outputs_of
+from upcycle.layers.routers import ROUTERS
 from upcycle.targets.remote_code import auto_classes, modeling_text
 
 RECIPES = {

@@ -19,12 +19,12 @@ from click.testing import CliRunner
 from remote_case import BEFORE, python, without_upcycle
 from safetensors.torch import save_file
 
-from upcycle import auto
-from upcycle.cli import main
-from upcycle.compiler import convert
+from upcycle import auto_classes as auto
+from upcycle.cli.main import main
+from upcycle.conversion.in_memory import convert
 from upcycle.errors import UsageError
-from upcycle.loading import load
-from upcycle.quiet import quiet
+from upcycle.targets.load import load
+from upcycle.util.quiet_transformers import quiet
 
 t: Any = transformers
 
@@ -62,13 +62,13 @@ def opened(auto: str, directory: Path, **options: Any) -> Any:
 def test_the_classes_of_upcycle_load_it(flag: bool | None, bert: Path) -> None:
     model = opened("AutoModelForMaskedLM", bert, trust_remote_code=flag)
     assert type(model).__name__ == "UpcycleBertForMaskedLM"
-    assert type(model).__module__ == "upcycle.auto"
+    assert type(model).__module__ == "upcycle.auto_classes"
     expected = logits(remote_models.build("bert-masked"))
     assert relative(logits(model), expected) <= BOUND
 
 
 def test_upcycle_load_does_not_run_the_file(bert: Path) -> None:
-    assert type(load(bert)).__module__ == "upcycle.auto"
+    assert type(load(bert)).__module__ == "upcycle.auto_classes"
 
 
 def test_other_heads_load_for_finetuning(bert: Path) -> None:
@@ -118,7 +118,7 @@ model = AutoModelForMaskedLM.from_pretrained(sys.argv[1])
 print(json.dumps([early, type(model).__module__]))
 """
     early, home = python(code, bert)
-    assert home == "upcycle.auto"
+    assert home == "upcycle.auto_classes"
     assert first == "transformers" or not early  # `import upcycle` waits for neither
 
 

@@ -14,8 +14,8 @@ import torch
 from remote_case import without_upcycle
 from safetensors.torch import save_file
 
-from upcycle.compiler import convert
-from upcycle.evaluation import evaluation_for
+from upcycle.conversion.in_memory import convert
+from upcycle.data.evaluation import evaluation_for
 from upcycle.targets.remote_code import auto_classes
 
 # A sum of n products errs by at most n eps of its largest term. Each of at most 4 layers sums 32

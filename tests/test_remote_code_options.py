@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
-from upcycle.compiler import convert
-from upcycle.experts import Experts
-from upcycle.quiet import quiet
+from upcycle.conversion.in_memory import convert
+from upcycle.layers.experts import Experts
+from upcycle.util.quiet_transformers import quiet
 
 t: Any = transformers
 

@@ -10,13 +10,14 @@ import torch
 from rich.console import Console, RenderableType
 from torch import nn
 
-from upcycle import recipe, report
-from upcycle.costs import costs, layer_flops, layer_parameters, model_size
-from upcycle.ffn import FFN, Located, Miss, Projection
-from upcycle.moe import MoE
+from upcycle.cli import tables_of_reports as report
+from upcycle.cli.tables import short
+from upcycle.ir.ffn import FFN, Located, Miss, Projection
+from upcycle.ir.spec import MoESpec, Plan
+from upcycle.layers.moe import MoE
+from upcycle.passes.plan.costs import costs, layer_flops, layer_parameters, model_size
 from upcycle.pointwise import Pointwise
-from upcycle.spec import MoESpec, Plan
-from upcycle.tables import short
+from upcycle.recipe import schema as recipe
 from upcycle.targets.destination import Destination
 from upcycle.targets.runtimes.support import loads, refuses
 

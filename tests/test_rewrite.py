@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import upcycle
-from upcycle.moe import MoE
-from upcycle.recipe import Recipe
+from upcycle.layers.moe import MoE
+from upcycle.recipe.schema import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +48,7 @@ EXACT = {"copy": COPIES, "granular": GRANULAR, "split-all": SPLIT_ALL}
 TAPPED = ["bert", "opt", "encoder", "convnext", "fused_inline"]
 MIXED = ["llama", "gpt2", *TAPPED]
 
-# The float32 budget of `upcycle.metrics.ROUNDING`, whose derivation is there.
+# The float32 budget of `upcycle.verification.metrics.ROUNDING`, whose derivation is there.
 RELATIVE = 1e-5
 
 

@@ -15,16 +15,16 @@ import torch
 from test_remote_code import without_upcycle
 from torch import nn
 
-from upcycle.compiler import convert
+from upcycle.conversion.in_memory import convert
 from upcycle.errors import PlanError, UnsupportedError
-from upcycle.ffn import Located
-from upcycle.moe import MoE
-from upcycle.passes.gates import GATES
-from upcycle.passes.gates.contributions import contributions, regress
-from upcycle.passes.gates.kmeans_lsq import clusters, fit
-from upcycle.passes.gates.mlp import captured_mass
-from upcycle.passes.plan import make_plan
-from upcycle.targets.onnx.symbolic import symbolic_layers
+from upcycle.ir.ffn import Located
+from upcycle.layers.moe import MoE
+from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.routers import GATES
+from upcycle.passes.routers.contributions import contributions, regress
+from upcycle.passes.routers.kmeans_lsq import clusters, fit
+from upcycle.passes.routers.mlp import captured_mass
+from upcycle.targets.onnx.opaque_experts import symbolic_layers
 
 SPLIT: dict[str, object] = {"method": "cluster", "count": 6}
 COPIES: dict[str, object] = {"method": "copy", "count": 6}

@@ -12,12 +12,12 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import upcycle
-from upcycle.cli import main
+from upcycle.cli.main import main
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.passes.locate import locate_in
-from upcycle.passes.plan import make_plan
-from upcycle.recipe_file import load_recipe
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
+from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.reader import load_recipe
 from upcycle.targets.destination import onnx_destination
 from upcycle.targets.native import NATIVE
 from upcycle.targets.runtimes import RUNTIMES, Support, matrix, refusal

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from upcycle import sample_store, samples
-from upcycle.cache_home import cache_directory
 from upcycle.errors import UsageError
-from upcycle.sample_store import Package
-from upcycle.samples import SAMPLES, Sample
+from upcycle.models import sample_store, samples
+from upcycle.models.sample_store import Package
+from upcycle.models.samples import SAMPLES, Sample
+from upcycle.util.cache_folder import cache_directory
 
 NAME, VERSION, MODULE = "upcycle-test-weights", "1.0", "upcycle_test_weights"
 
@@ -159,7 +159,7 @@ def test_the_samples_of_this_environment_are_hugging_face_directories(
 
 
 def test_looking_for_samples_imports_no_framework() -> None:
-    code = "import sys; import upcycle.samples; print('torch' in sys.modules)"
+    code = "import sys; import upcycle.models.samples; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

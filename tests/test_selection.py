@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from onnx_case import moe, save
 from torch import nn
 
-from upcycle.moe import MoE, rebalance
-from upcycle.onnx_options import Onnx
-from upcycle.routing import Router
-from upcycle.selection import Selected, select, tsallis_entropy
+from upcycle.layers.moe import MoE, rebalance
+from upcycle.layers.router import Router
+from upcycle.layers.selection import Selected, select, tsallis_entropy
+from upcycle.onnx.run import session
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.running import session
 
 EXPERTS = 6
 RULES: dict[str, dict[str, Any]] = {

@@ -21,15 +21,17 @@ from torch.nn import functional as F
 from zoo_torch import FusedProjection
 
 import upcycle
-from upcycle.cli import main
-from upcycle.moe import MoE
-from upcycle.recipe import Recipe
-from upcycle.tap import PartialTap, TappedMoE
+from upcycle.cli.main import main
+from upcycle.layers.moe import MoE
+from upcycle.layers.tap import PartialTap, TappedMoE
+from upcycle.recipe.schema import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D, H = zoo.D, zoo.H
-RELATIVE = 1e-5  # the float32 budget of `upcycle.metrics.ROUNDING`, whose derivation is there
+RELATIVE = (
+    1e-5  # the float32 budget of `upcycle.verification.metrics.ROUNDING`, whose derivation is there
+)
 SPLIT_ALL = Recipe.model_validate(
     {
         "experts": {"method": "contiguous", "count": 5},
@@ -136,7 +138,7 @@ def test_gradients_are_the_dense_ones_and_training_merges_back(joined: bool) -> 
         for parameter in done.model.parameters():
             parameter.mul_(1.01)  # the padding of the experts stays zero
         merged = done.to_dense()
-        with upcycle.moe.all_experts(done.model):
+        with upcycle.layers.moe.all_experts(done.model):
             assert relative(merged(x), done.model(x)) < RELATIVE
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import upcycle
-from upcycle.cli import main
-from upcycle.recipe import Recipe
+from upcycle.cli.main import main
+from upcycle.recipe.schema import Recipe
 from upcycle.targets.checkpoint import planned_layers
-from upcycle.verification import verify_layers
+from upcycle.verification.whole_model import verify_layers
 
 TOKENS = torch.arange(24).reshape(2, 12)
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import upcycle
-from upcycle.recipe import Recipe
-from upcycle.weights import read_ffn
+from upcycle.ir.weights import read_ffn
+from upcycle.recipe.schema import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 import upcycle
-from upcycle import samples
 from upcycle.errors import UsageError
-from upcycle.source import open_model
+from upcycle.models import samples
+from upcycle.models.dense import open_model
 
 PROMISES = {
     "cmoe": "exact when K = N",

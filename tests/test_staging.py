@@ -6,8 +6,8 @@ import pytest
 
 from upcycle.errors import UsageError
 from upcycle.targets.companions import copy_companions
+from upcycle.targets.files.staging import staged
 from upcycle.targets.model_card import LOADING, PROMISES, Check, model_card
-from upcycle.targets.staging import staged
 
 
 def content(directory: Path) -> dict[str, str]:

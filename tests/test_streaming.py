@@ -20,8 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from upcycle.cli import main
-from upcycle.targets.manifest import FILE
+from upcycle.cli.main import main
+from upcycle.targets.files.manifest import FILE
 
 TINY = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 300, "intermediate_size": 192}
 SHARDS = ["--max-shard-size", "200kB"]
@@ -92,14 +92,14 @@ def test_a_prefix_of_the_base_model_is_seen_through(bert: Path, tmp_path: Path) 
 def killed(llama: Path, out: Path, after: int) -> None:
     """Run a conversion in a process that is killed -9 after writing some shards."""
     code = (
-        "import os, signal, sys, upcycle.targets.manifest as m\n"
+        "import os, signal, sys, upcycle.targets.files.manifest as m\n"
         "finished, count = m.Manifest.finished, [0]\n"
         "def stop(self, path):\n"
         "    finished(self, path)\n"
         "    count[0] += 1\n"
         f"    if count[0] == {after}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "m.Manifest.finished = stop\n"
-        "from upcycle.cli import main; main(sys.argv[1:])"
+        "from upcycle.cli.main import main; main(sys.argv[1:])"
     )
     arguments = ["convert", llama, "--recipe", "granular", "--out", out, "--stream"]
     process = subprocess.run(

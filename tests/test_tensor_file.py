@@ -9,17 +9,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from upcycle.errors import ResourceError, UpcycleError, UsageError
-from upcycle.targets import tensor_file
-from upcycle.targets.output_file import BUFFER
-from upcycle.targets.stored import Stored
-from upcycle.targets.tensor_file import (
+from upcycle.models.checkpoint_tensors import SafetensorsMapping
+from upcycle.targets.files import tensor_file
+from upcycle.targets.files.output_file import BUFFER
+from upcycle.targets.files.stored import Stored
+from upcycle.targets.files.tensor_file import (
     DTYPE_NAMES,
     TensorEntry,
     check_disk,
     read_tensors,
     write_tensors,
 )
-from upcycle.targets.tensor_source import SafetensorsMapping
 
 
 def entry(name: str, tensor: torch.Tensor, stack: str | None = None) -> TensorEntry:

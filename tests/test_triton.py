@@ -16,13 +16,13 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from upcycle.activation_names import of_module
 from upcycle.errors import UnsupportedError
-from upcycle.experts import Experts
-from upcycle.triton_kernels import why_unfused
-from upcycle.triton_launch import choose_tiles, fit_stages
-from upcycle.triton_operation import fused_experts
-from upcycle.weights import FFNWeights
+from upcycle.ir.weights import FFNWeights
+from upcycle.kernels.activation_names import of_module
+from upcycle.kernels.triton import why_unfused
+from upcycle.kernels.triton.launch import choose_tiles, fit_stages
+from upcycle.kernels.triton.operation import fused_experts
+from upcycle.layers.experts import Experts
 
 HAS_TRITON = find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

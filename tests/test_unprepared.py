@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import upcycle
-from upcycle.recipe import Recipe
+from upcycle.recipe.schema import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = 32
 OTHERS = re.compile(r"attn|attention|to_q|to_kv|head|modulation|(token|position|patch)_embed")
-# Sums of at most 128 products in a few layers on one path; see `upcycle.metrics.ROUNDING`.
+# Sums of at most 128 products in a few layers on one path; see `upcycle.verification.metrics.ROUNDING`.
 RELATIVE = 1e-5
 
 

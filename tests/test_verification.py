@@ -17,21 +17,21 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import upcycle
-from upcycle import report
-from upcycle.checks import check
-from upcycle.cli import main
-from upcycle.compiler import Conversion, convert
-from upcycle.distinct import distinct_experts_error
+from upcycle.cli import tables_of_reports as report
+from upcycle.cli.main import main
+from upcycle.conversion.in_memory import Conversion, convert
 from upcycle.errors import VerificationError
-from upcycle.experts import Experts
-from upcycle.metrics import ROUNDING
-from upcycle.modes import eval_mode
-from upcycle.moe import MoE
-from upcycle.plain_json import json_text
-from upcycle.routing import Router
+from upcycle.layers.experts import Experts
+from upcycle.layers.moe import MoE
+from upcycle.layers.router import Router
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.verification import raise_if_failed, verify_layers
+from upcycle.util.eval_mode import eval_mode
+from upcycle.util.json_text import json_text
+from upcycle.verification.checks import check
+from upcycle.verification.distinct_experts import distinct_experts_error
+from upcycle.verification.metrics import ROUNDING
+from upcycle.verification.whole_model import raise_if_failed, verify_layers
 
 
 def converted(name: str, recipe: str, *overrides: str) -> Conversion:
@@ -194,7 +194,7 @@ def test_t3_sees_a_file_that_is_not_the_model(
         damage(directory)
         return load(directory, model)
 
-    monkeypatch.setattr("upcycle.emit.load", load_damaged)
+    monkeypatch.setattr("upcycle.conversion.emit.load", load_damaged)
     with pytest.raises(VerificationError, match="files loaded again"):
         done.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -211,7 +211,7 @@ def test_t4_sees_a_graph_that_is_not_the_model(
             other.cls.predictions.bias.add_(0.5)
         return export_onnx(other, *args, **options)
 
-    monkeypatch.setattr("upcycle.onnx_output.export_onnx", export_other)
+    monkeypatch.setattr("upcycle.verification.onnx.files.export_onnx", export_other)
     with pytest.raises(VerificationError, match="ONNX Runtime against PyTorch"):
         done.save(tmp_path / "out", targets=["safetensors", "onnx"])
     assert list(tmp_path.iterdir()) == []

@@ -11,12 +11,12 @@ from zoo_facts import ARCHITECTURES, OTHERS, facts_of
 from zoo_table import STABLE, TABLE, markdown, row, written_rows
 from zoo_timm import CASES as TIMM_CASES
 
-from upcycle.inputs import find_example, randomised
+from upcycle.capture.guess_inputs import find_example, randomised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-# The float32 budget of `upcycle.metrics.ROUNDING`, whose derivation is there.
+# The float32 budget of `upcycle.verification.metrics.ROUNDING`, whose derivation is there.
 RELATIVE = 1e-5
 
 

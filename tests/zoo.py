@@ -23,8 +23,8 @@ from zoo_blocks import (
     mlp,
 )
 
-from upcycle.capture import ExampleInputs
-from upcycle.inputs import find_example, randomised
+from upcycle.capture.capture import ExampleInputs
+from upcycle.capture.guess_inputs import find_example, randomised
 
 VOCABULARY = 99
 SIZES = {"hidden_size": D, "intermediate_size": H, "num_attention_heads": 4}

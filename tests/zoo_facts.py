@@ -14,11 +14,11 @@ from zoo_timm import TIMM
 from zoo_torch import TORCH
 
 import upcycle
-from upcycle.capture import ExampleInputs
-from upcycle.ffn import FFN
-from upcycle.inputs import find_example, randomised
-from upcycle.moe import MoE
-from upcycle.recipe import Recipe
+from upcycle.capture.capture import ExampleInputs
+from upcycle.capture.guess_inputs import find_example, randomised
+from upcycle.ir.ffn import FFN
+from upcycle.layers.moe import MoE
+from upcycle.recipe.schema import Recipe
 
 ARCHITECTURES: dict[str, Case] = {**zoo.ZOO, **TEXT, **SENSES, **TORCH, **TIMM}
 LIBRARIES = ("transformers", "timm")

@@ -6,7 +6,7 @@ import torch
 from zoo import ENCODER_DECODER, SIZES, TOKENS, VISION, Case, D, H
 from zoo_text import tiny, with_changes
 
-from upcycle.capture import ExampleInputs
+from upcycle.capture.capture import ExampleInputs
 
 LAYERS = 3
 

@@ -8,7 +8,7 @@ import transformers as hf
 from torch import nn
 from zoo import ENCODER_DECODER, GROUPED, SIZES, T5, T5_START, TOKENS, Case, D, H
 
-from upcycle.capture import ExampleInputs
+from upcycle.capture.capture import ExampleInputs
 
 LAYERS = 3
 STACK = {**SIZES, **TOKENS, "num_hidden_layers": LAYERS}

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from zoo import Case, D
 
-from upcycle.capture import ExampleInputs
+from upcycle.capture.capture import ExampleInputs
 
 
 def import_timm() -> Any:

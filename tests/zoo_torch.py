@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import Case, D, H, MatmulMLP, Residual, mlp
 
-from upcycle.capture import ExampleInputs
+from upcycle.capture.capture import ExampleInputs
 
 
 def _sequence() -> ExampleInputs:

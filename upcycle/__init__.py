@@ -8,11 +8,11 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any
 
-from upcycle.auto import register as _register
+from upcycle.auto_classes import register as _register
 from upcycle.version import __version__
 
 if _TYPE_CHECKING:
-    from upcycle.compiler import Conversion, convert, locate
+    from upcycle.conversion.in_memory import Conversion, convert, locate
     from upcycle.errors import (
         CaptureError,
         PlanError,
@@ -23,14 +23,14 @@ if _TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from upcycle.ffn import FFN, Located, Miss
-    from upcycle.loading import load
-    from upcycle.moe import MoE, all_experts
+    from upcycle.ir.ffn import FFN, Located, Miss
+    from upcycle.ir.spec import MoESpec, Plan
+    from upcycle.layers.moe import MoE, all_experts
     from upcycle.passes.extend import extend, set_new_bias
-    from upcycle.recipe import Recipe
-    from upcycle.recipe_file import load_recipe
-    from upcycle.spec import MoESpec, Plan
-    from upcycle.verification import verify
+    from upcycle.recipe.reader import load_recipe
+    from upcycle.recipe.schema import Recipe
+    from upcycle.targets.load import load
+    from upcycle.verification.whole_model import verify
 
 __all__ = [
     "FFN",
@@ -61,16 +61,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "compiler": ("Conversion", "convert", "locate"),
+    "conversion.in_memory": ("Conversion", "convert", "locate"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
-    "ffn": ("FFN", "Located", "Miss"),
-    "loading": ("load",),
-    "moe": ("MoE", "all_experts"),
+    "ir.ffn": ("FFN", "Located", "Miss"),
+    "targets.load": ("load",),
+    "layers.moe": ("MoE", "all_experts"),
     "passes.extend": ("extend", "set_new_bias"),
-    "recipe": ("Recipe",),
-    "recipe_file": ("load_recipe",),
-    "spec": ("MoESpec", "Plan"),
-    "verification": ("verify",),
+    "recipe.schema": ("Recipe",),
+    "recipe.reader": ("load_recipe",),
+    "ir.spec": ("MoESpec", "Plan"),
+    "verification.whole_model": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,5 +1,5 @@
 """``python -m upcycle``, which is the command ``upcycle``."""
 
-from upcycle.cli import main
+from upcycle.cli.main import main
 
 main()

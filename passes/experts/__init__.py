@@ -1,6 +1,6 @@
 """How experts are made from a dense FFN, one method per file.
 
-To add one: write its file, add it to `EXPERTS` and its name to `upcycle.recipe.Experts`.
+To add one: write its file, add it to `EXPERTS` and its name to `upcycle.recipe.schema.Experts`.
 """
 
 from typing import Final

@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
 from upcycle.passes.experts.markers import Markers, mark
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.experts.split import shared_neurons, split_parts
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights
 
 STEPS = 10  # of Lloyd's iteration at most; the authors' code takes one
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import balanced_clusters
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.experts.split import split
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights
 
 
 def features_of(ffn: FFNWeights, which: str, metric: str = "cosine") -> torch.Tensor:

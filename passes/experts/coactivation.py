@@ -5,14 +5,14 @@ import numpy.typing as npt
 import torch
 from scipy import sparse
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
 from upcycle.passes.experts.markers import Markers, mark
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.experts.split import split
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights
 
 EDGES = 16  # of each neuron in the graph that is bisected, those of the largest counts
 STEPS = 20  # of the refinement at most

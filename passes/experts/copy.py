@@ -2,10 +2,10 @@
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import ExpertWeights, FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
-from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights, gather_experts
 
 
 def copy(

@@ -3,15 +3,15 @@
 import numpy as np
 import torch
 
-from upcycle.activations import Activations
 from upcycle.errors import UsageError
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.experts.split import split
 from upcycle.passes.experts.useful import importance_of, ranks
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights
 
 
 def domain_ranks(spec: MoESpec, data: Activations | None) -> torch.Tensor:

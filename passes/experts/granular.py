@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from upcycle import recipe
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.pointwise import Pointwise
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, gather_experts
+from upcycle.recipe import schema as recipe
 
 # f(c z) = c^degree f(z) for every c > 0.
 _DEGREE = {"relu": 1, "leaky_relu": 1, "relu2": 2, "reglu": 2, "bilinear": 2}
@@ -41,7 +41,7 @@ def total_scale(experts: recipe.Experts, router: recipe.Router, top_k: int) -> f
 
 
 class Placement(NamedTuple):
-    """Factors on the matrices; see `upcycle.weights.ExpertWeights`."""
+    """Factors on the matrices; see `upcycle.ir.weights.ExpertWeights`."""
 
     up_scale: float
     down_scale: float

@@ -2,13 +2,13 @@
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.partition import by_turns
 from upcycle.passes.experts.split import split
 from upcycle.passes.experts.useful import importance_of
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights
 
 
 def importance_overlap(

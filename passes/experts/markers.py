@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from upcycle.activations import Activations
-from upcycle.weights import FFNWeights
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.weights import FFNWeights
 
 TINY = 1e-12
 

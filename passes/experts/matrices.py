@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from upcycle.weights import ExpertWeights
+from upcycle.ir.weights import ExpertWeights
 
 
 class Matrix(NamedTuple):

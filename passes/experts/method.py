@@ -5,9 +5,9 @@ from typing import Literal, Protocol
 
 import torch
 
-from upcycle.activations import Activations
-from upcycle.spec import MoESpec
-from upcycle.weights import ExpertWeights, FFNWeights
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import ExpertWeights, FFNWeights
 
 Kind = Literal["copies", "altered", "slices", "residual", "split", "subsets"]
 Need = Literal["activations", "gradients"]

@@ -5,8 +5,8 @@ Shape suffixes: T tokens, D d_model, F neurons, G groups of tokens.
 
 import torch
 
-from upcycle.activations import Activations
-from upcycle.weights import FFNWeights
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.weights import FFNWeights
 
 BLOCKS = 64  # of consecutive tokens, where the texts have no domains
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.markers import mark
-from upcycle.weights import FFNWeights
 
 
 def representatives(

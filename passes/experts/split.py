@@ -5,11 +5,11 @@ from typing import Protocol
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, gather_experts
 from upcycle.passes.experts.method import BuildExperts, Parts
 from upcycle.passes.experts.useful import usefulness
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, gather_experts
 
 
 class GroupNeurons(Protocol):

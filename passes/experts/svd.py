@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.copy import copy
 from upcycle.passes.experts.matrices import apart, exact, matrices
 from upcycle.passes.experts.method import ExpertMethod, Parts
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights
 
 
 def svd(

@@ -2,12 +2,12 @@
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.experts.split import split
-from upcycle.passes.least_squares import Sums, solve
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights
+from upcycle.passes.transform.least_squares import Sums, solve
 
 TOKENS = 12_288  # at most, evenly taken
 ROUNDS = 8

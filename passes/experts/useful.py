@@ -7,12 +7,12 @@ from typing import Final
 
 import torch
 
-from upcycle import recipe
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.markers import mark
 from upcycle.passes.experts.method import Need
 from upcycle.passes.experts.profile import profile
-from upcycle.weights import FFNWeights
+from upcycle.recipe import schema as recipe
 
 NEEDS: Final[dict[str, Need]] = {
     "rate": "activations",

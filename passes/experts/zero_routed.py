@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.activations import Activations
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.passes.experts.partition import deal
-from upcycle.spec import MoESpec
-from upcycle.weights import FFNWeights, gather_experts
 
 
 def zero_routed(

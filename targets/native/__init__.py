@@ -5,6 +5,7 @@ each a `NativeTarget`: data, and the questions that data cannot answer (does thi
 """
 
 from upcycle.targets.native.architecture import NativeTarget
+from upcycle.targets.native.choose import build_config, choose, fit
 from upcycle.targets.native.cohere2_moe import COHERE2_MOE
 from upcycle.targets.native.encoder_decoders import NLLB_MOE, SWITCH_TRANSFORMERS
 from upcycle.targets.native.ernie4_5_moe import ERNIE4_5_MOE
@@ -14,7 +15,6 @@ from upcycle.targets.native.granitemoe import GRANITEMOE, GRANITEMOE_SWA, GRANIT
 from upcycle.targets.native.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from upcycle.targets.native.llama4_text import LLAMA4_TEXT
 from upcycle.targets.native.mixtral import MIXTRAL
-from upcycle.targets.native.native import build_config, choose, fit
 from upcycle.targets.native.olmo import FLEX_OLMO, OLMOE
 from upcycle.targets.native.qwen2_moe import QWEN2_MOE
 from upcycle.targets.native.qwen3_5_moe import QWEN3_5_MOE

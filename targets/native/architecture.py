@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from upcycle.spec import MoESpec
+from upcycle.ir.spec import MoESpec
 
 # Config fields that most decoders have and that keep their meaning.
 COMMON_FIELDS = (

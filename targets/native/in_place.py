@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.experts import Activation
-from upcycle.layer_weights import weights_of
-from upcycle.moe import MoE
-from upcycle.spec import MoESpec
+from upcycle.ir.layer_weights import weights_of
+from upcycle.ir.spec import MoESpec
+from upcycle.layers.experts import Activation
+from upcycle.layers.moe import MoE
 from upcycle.targets.native.architecture import NativeTarget
-from upcycle.targets.native.disk import router_on_disk, shared_on_disk
-from upcycle.targets.native.routers import Fold
+from upcycle.targets.native.fold_layer import router_on_disk, shared_on_disk
+from upcycle.targets.native.fold_router import Fold
 from upcycle.targets.native.tensors import fold_of
 
 

@@ -5,9 +5,9 @@ import re
 import torch
 from transformers.activations import ACT2FN
 
-from upcycle.ffn import FFN
+from upcycle.ir.ffn import FFN
+from upcycle.ir.spec import MoESpec, Plan
 from upcycle.pointwise import Pointwise
-from upcycle.spec import MoESpec, Plan
 from upcycle.targets.native.architecture import NativeTarget, Source
 
 

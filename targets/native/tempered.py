@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.moe import MoE
-from upcycle.spec import MoESpec
+from upcycle.ir.spec import MoESpec
+from upcycle.layers.moe import MoE
 from upcycle.targets.native.architecture import Form, NativeTarget
-from upcycle.targets.native.routers import Fold, fold, temper
+from upcycle.targets.native.fold_router import Fold, fold, temper
 
 
 @dataclass

@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UsageError
-from upcycle.spec import MoESpec, Plan
+from upcycle.ir.spec import MoESpec, Plan
+from upcycle.ir.weights import ExpertWeights, MoEWeights
+from upcycle.targets.files.tensor_file import TensorEntry
 from upcycle.targets.native.architecture import Fused, NativeTarget, TensorRule
-from upcycle.targets.native.disk import folded, fuse, gate_noise, unfolded, unfuse
+from upcycle.targets.native.fold_layer import folded, fuse, gate_noise, unfolded, unfuse
+from upcycle.targets.native.fold_router import Fold, fold
 from upcycle.targets.native.layers import layer_of
-from upcycle.targets.native.routers import Fold, fold
-from upcycle.targets.tensor_file import TensorEntry
-from upcycle.weights import ExpertWeights, MoEWeights
 
 
 def entries(

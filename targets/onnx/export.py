@@ -12,17 +12,17 @@ import onnx_ir.passes.common as common
 import torch
 from torch import Tensor, nn
 
-from upcycle.onnx_options import ONNX_DEFAULTS, Onnx
+from upcycle.onnx.node_names import name_nodes
+from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
+from upcycle.targets.files.stored import Stored
 from upcycle.targets.onnx.axes import Axes, default_axes, fixed_sizes, name_axes
-from upcycle.targets.onnx.external import ONNX_TYPES, Store, share_weights, write_weights
-from upcycle.targets.onnx.lower import lower
+from upcycle.targets.onnx.forms.lower import lower
 from upcycle.targets.onnx.narrow import narrowed, narrowed_inputs
+from upcycle.targets.onnx.opaque_experts import identifier, symbolic_layers, tensor_outputs
 from upcycle.targets.onnx.parts import Compute
-from upcycle.targets.onnx.scopes import name_nodes
-from upcycle.targets.onnx.symbolic import identifier, symbolic_layers, tensor_outputs
-from upcycle.targets.onnx.tracing import quiet, trace
+from upcycle.targets.onnx.share_weights import ONNX_TYPES, Store, share_weights, write_weights
+from upcycle.targets.onnx.trace import quiet, trace
 from upcycle.targets.onnx.widen import widen
-from upcycle.targets.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def export_onnx(
     ``<path>.data``, with a warning in the log.
 
     Args:
-        model: any module, float32, with `upcycle.moe.MoE` layers in it; it is left as it was.
+        model: any module, float32, with `upcycle.layers.moe.MoE` layers in it; it is left as it was.
         example_inputs: arguments by name, or in order; every dynamic axis longer than 1.
         path: the file to write; files of `stored` are relative to its folder.
         stored: the tensors that are on disk.

@@ -16,10 +16,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 
-from upcycle.moe import MoE
-from upcycle.targets.onnx.nodes import Nodes
-from upcycle.targets.onnx.symbolic import OPAQUE, symbolic_layers
-from upcycle.targets.onnx.tracing import quiet, trace
+from upcycle.layers.moe import MoE
+from upcycle.onnx.nodes import Nodes
+from upcycle.targets.onnx.opaque_experts import OPAQUE, symbolic_layers
+from upcycle.targets.onnx.trace import quiet, trace
 
 # The leading axes of the example, all distinct and longer than 1, so that none is taken as fixed.
 _SIZES = (2, 3, 5, 7, 11)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from upcycle.moe import MoE
+from upcycle.layers.moe import MoE
 
 
 def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:

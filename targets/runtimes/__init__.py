@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes import llama_cpp, onnx_runtime, sglang, transformers, vllm
 from upcycle.targets.runtimes.support import Config, Judge, Support
 

@@ -9,7 +9,7 @@ glm4_moe and solar_open need tokens that only their own tokenizers have. Read: `
 ``src/models/*.cpp``. Run by the tests: mixtral, qwen2_moe, qwen3_moe.
 """
 
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes.support import (
     CUSTOM,
     PLAIN,

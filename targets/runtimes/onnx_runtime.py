@@ -1,6 +1,6 @@
 """ONNX Runtime (1.29): it runs the graph that is written beside the checkpoint."""
 
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes.support import Config, Support, loads, refuses
 
 

@@ -4,7 +4,7 @@ granitemoe, mixtral: the width of a head is hidden_size / num_attention_heads, a
 ``rope_theta`` alone. qwen2_moe: every layer is sparse.
 """
 
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes.support import (
     CUSTOM,
     Config,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.native.layers import is_swiglu
 
 Level = Literal["yes", "limits", "no"]

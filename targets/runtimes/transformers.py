@@ -1,6 +1,6 @@
 """transformers (5.23): every native architecture, and custom code where it is trusted."""
 
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes.support import CUSTOM, PLAIN, Config, Support, loads, refuses
 
 

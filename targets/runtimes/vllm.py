@@ -4,7 +4,7 @@ It renormalises the weights of mixtral and granitemoe always and reads ``norm_to
 as transformers does. The number of tensor-parallel ranks may not exceed that of the experts.
 """
 
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes.support import (
     CUSTOM,
     Config,

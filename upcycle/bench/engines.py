@@ -11,14 +11,14 @@ from torch import nn
 from upcycle.bench import onnx_models, whole
 from upcycle.bench.layers import Pair, pair, place_of
 from upcycle.bench.whole import Call
-from upcycle.capture import ExampleInputs
+from upcycle.capture.capture import ExampleInputs
+from upcycle.data.evaluation import Evaluation
+from upcycle.data.text import is_language_model
 from upcycle.errors import UsageError
-from upcycle.evaluation import Evaluation
-from upcycle.onnx_options import Onnx
-from upcycle.spec import MoESpec
+from upcycle.ir.spec import MoESpec
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.cache import cache_argument
 from upcycle.targets.onnx.parts import ENCODER, MODEL
-from upcycle.text_inputs import is_language_model
 
 log = logging.getLogger(__name__)
 Calls = dict[str, Call]  # "dense" and "converted"

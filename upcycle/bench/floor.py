@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.bench.machine import Machine
-from upcycle.costs import layer_flops, layer_parameters
-from upcycle.onnx_options import Onnx
-from upcycle.spec import MoESpec
+from upcycle.ir.spec import MoESpec
+from upcycle.passes.plan.costs import layer_flops, layer_parameters
+from upcycle.recipe.onnx import Onnx
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.capture import ExampleInputs
-from upcycle.evaluation import outputs_of
-from upcycle.moe import MoE
-from upcycle.spec import MoESpec
-from upcycle.weights import read_ffn
+from upcycle.capture.capture import ExampleInputs
+from upcycle.data.evaluation import outputs_of
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import read_ffn
+from upcycle.layers.moe import MoE
 
 Layer = Callable[[torch.Tensor], Any]
 

@@ -13,9 +13,9 @@ from upcycle.bench.layers import inputs_of
 from upcycle.bench.meters import readings, six_metrics
 from upcycle.bench.timing import MOST, compared, interleaved
 from upcycle.bench.whole import PROMPT, text_of
-from upcycle.costs import Costs
-from upcycle.evaluation import Evaluation
-from upcycle.text_inputs import longest
+from upcycle.data.evaluation import Evaluation
+from upcycle.data.text import longest
+from upcycle.passes.plan.costs import Costs
 
 STEPS = 20  # tokens to write, at least
 Tick = Callable[[], None]

@@ -16,14 +16,14 @@ from torch import nn
 
 from upcycle.bench.layers import Layer
 from upcycle.bench.whole import Call
-from upcycle.capture import ExampleInputs
-from upcycle.evaluation import Evaluation
-from upcycle.onnx_options import Onnx
-from upcycle.onnx_output import in_float32, write_onnx
+from upcycle.capture.capture import ExampleInputs
+from upcycle.data.evaluation import Evaluation
+from upcycle.onnx.run import described, session
+from upcycle.recipe.onnx import Onnx
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.parts import MODEL
-from upcycle.targets.onnx.running import described, session
+from upcycle.verification.onnx.files import in_float32, write_onnx
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

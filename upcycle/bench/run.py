@@ -17,17 +17,17 @@ from upcycle.bench.floor import floor_of
 from upcycle.bench.layers import as_made
 from upcycle.bench.machine import measure
 from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six, writing_row
-from upcycle.costs import costs, model_size
-from upcycle.driver import read_report
+from upcycle.conversion.named_models import read_report
+from upcycle.data.evaluation import evaluation_for
 from upcycle.errors import UsageError
-from upcycle.evaluation import evaluation_for
-from upcycle.loading import load
-from upcycle.passes.locate import locate_in
-from upcycle.passes.plan import make_plan
-from upcycle.progress import Progress, silent
-from upcycle.recipe import Recipe
-from upcycle.source import DTYPES, Source
-from upcycle.spec import Plan
+from upcycle.ir.spec import Plan
+from upcycle.models.dense import DTYPES, Source
+from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.plan.costs import costs, model_size
+from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.schema import Recipe
+from upcycle.targets.load import load
+from upcycle.util.progress import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.capture import ExampleInputs
-from upcycle.evaluation import Evaluation
+from upcycle.capture.capture import ExampleInputs
+from upcycle.data.evaluation import Evaluation
+from upcycle.data.text import is_language_model, longest
 from upcycle.targets.onnx.cache import cache_argument, cache_in
-from upcycle.text_inputs import is_language_model, longest
 
 PROMPT = 32  # tokens that are read before the first is written
 Call = Callable[[], object]

@@ -1,0 +1,77 @@
+"""What the tokens of the calibration make of a layer: which experts they visit, what that captures.
+
+Shape suffixes: T tokens, D d_model, E experts, K chosen experts, F neurons of the FFN.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, MoEWeights
+from upcycle.passes.calibrate.visits import members, visits
+
+
+@torch.no_grad()
+def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations) -> dict[str, Any]:
+    """The load of the experts on calibration tokens, as plain data.
+
+    `captured_mass` is the part of ``sum_j |h_j| ||d_j||`` over all tokens and neurons that is in
+    experts which the token visits, or in the shared one: 1 if nothing is left out. `load_entropy`
+    is that of the loads relative to ``log E``: 1 if all experts are visited equally often.
+    `compensation` has the figures of `upcycle.passes.transform.compensate`, if it fitted anything.
+
+    Args:
+        spec: the plan of the layer.
+        ffn: the dense FFN.
+        made: what it became.
+        seen: what it was given. Memory: the hidden activations of 2048 tokens.
+    """
+    d_ff = ffn.down_OF.shape[1]
+    member_EF = members(made.experts.neuron_EI, d_ff)
+    shared_F = torch.zeros(d_ff)
+    shared_F[made.provenance.shared_S] = 1
+    length_F = ffn.down_OF.float().norm(dim=0)
+    load_E = torch.zeros(spec.num_experts, dtype=torch.int64)
+    captured, total = 0.0, 0.0
+    for _, h_TF, weights_TE in visits(spec, ffn, made, seen):
+        visited_TE = (weights_TE != 0).float()
+        load_E += visited_TE.sum(0).long()
+        mass_TF = h_TF.abs() * length_F
+        there_TF = (visited_TE @ member_EF + shared_F).clamp(max=1)
+        captured += (mass_TF * there_TF).sum(dtype=torch.float64).item()
+        total += mass_TF.sum(dtype=torch.float64).item()
+    return {
+        "path": spec.ffn.path,
+        "tokens": len(seen),
+        "tokens_per_expert": load_E.tolist(),
+        "dead_experts": int((load_E == 0).sum()),
+        "load_entropy": _entropy(load_E),
+        "captured_mass": captured / total if total else 1.0,
+        **({"compensation": dict(made.figures)} if made.figures else {}),
+    }
+
+
+def _entropy(load_E: torch.Tensor) -> float:
+    if len(load_E) == 1 or not load_E.any():
+        return 1.0
+    part_E = load_E.double() / load_E.sum()
+    return float(torch.special.entr(part_E).sum()) / math.log(len(load_E))
+
+
+def calibration_rows(calibration: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The layers for a table: path, tokens, load from to, dead experts, entropy, captured mass."""
+    return [
+        (
+            row["path"],
+            str(row["tokens"]),
+            f"{min(row['tokens_per_expert'])} to {max(row['tokens_per_expert'])}",
+            str(row["dead_experts"]),
+            f"{row['load_entropy']:.3f}",
+            f"{row['captured_mass']:.3f}",
+        )
+        for row in calibration["layers"]
+    ]

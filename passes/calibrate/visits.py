@@ -1,0 +1,55 @@
+"""Which experts the calibration tokens visit, with what weights.
+
+Shape suffixes: T tokens, D d_model, E experts, F neurons, I neurons of an expert.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.layer_weights import layer_around
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, MoEWeights
+from upcycle.layers.token_context import Given
+
+
+class Visited(NamedTuple):
+    """Some tokens: inputs [t, D], hidden activations of the dense FFN [t, F], weights [t, E]."""
+
+    x_TD: torch.Tensor
+    h_TF: torch.Tensor
+    weights_TE: torch.Tensor
+
+
+@torch.no_grad()
+def visits(
+    spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations
+) -> Iterator[Visited]:
+    """Route the tokens of `seen` by the router of `made`; 2048 at a time, float32.
+
+    `spec` is the plan of a layer with exactly the tensors of `made`.
+    """
+    router = layer_around(spec.layer_config(), made).router
+    by: str | None = getattr(router, "by", None)
+    ids_T = {"token": seen.id_T, "domain": seen.domain_T}.get(by or "")
+    given = Given(by or "token", None)
+    if by is not None:
+        router.given = given  # type: ignore[assignment]  # no module
+    done = 0
+    for x_TD, h_TF in seen.hidden(ffn):
+        rows = torch.arange(done, done + len(x_TD))
+        given.keep(rows if ids_T is None else ids_T[rows])
+        done += len(x_TD)
+        _, weights_TK, index_TK = router(x_TD)
+        weights_TE = torch.zeros(len(x_TD), spec.num_experts)
+        yield Visited(x_TD, h_TF, weights_TE.scatter_(1, index_TK, weights_TK))
+
+
+def members(neuron_EI: torch.Tensor, d_ff: int) -> torch.Tensor:
+    """1 where expert e holds neuron f, [E, F] float32."""
+    member_EF = torch.zeros(len(neuron_EI), d_ff + 1)
+    # Padding and neurons drawn anew go to an extra column.
+    member_EF.scatter_(1, torch.where(neuron_EI < 0, d_ff, neuron_EI), 1.0)
+    return member_EF[:, :d_ff]

@@ -1,0 +1,93 @@
+"""Does anything outside an FFN read its hidden tensor?"""
+
+from typing import Any
+
+from torch import fx
+
+from upcycle.capture.recorder import op_name
+from upcycle.passes.locate.hidden import Demand, NotPointwiseError
+from upcycle.passes.locate.layout import is_layout, run_layout
+from upcycle.passes.locate.linear import LinearMap, linear_map
+from upcycle.passes.locate.operations import CASTS, LAYOUT, SHAPED_LIKE
+
+_READS_TYPE_ALONE = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
+
+
+def check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) -> bool:
+    """Refuse an FFN of which something outside reads a hidden element.
+
+    A linear map may have outputs that are no neurons of this FFN (a fused projection gives the
+    queries, too): those may go anywhere.
+
+    Returns:
+        Whether some do.
+    """
+    outside = _Outside(demand, contraction, live)
+    for node in demand.visited:
+        if op_name(node.target) not in LAYOUT | {"getitem_of"}:  # these are met on the way
+            outside.follow(node, demand.taken_of(node))
+    if outside.reader is not None:
+        reader = outside.reader
+        reason = f"its hidden tensor is also {_described(reader)}"
+        if _is_adapter(reader, contraction):
+            reason = "a low-rank adapter lies on its contraction: merge it first"
+        where = contraction.node if reader.op == "output" else reader
+        raise NotPointwiseError(reason, where, told=True)
+    return outside.others_are_read
+
+
+class _Outside:
+    """Who reads what is no neuron, and the first who reads a neuron from outside."""
+
+    def __init__(self, demand: Demand, contraction: LinearMap, live: set[fx.Node]) -> None:
+        self._inside = demand.visited | {contraction.node}
+        self._live = live
+        self.reader: fx.Node | None = None
+        self.others_are_read = False
+
+    def follow(self, node: fx.Node, hidden: Any) -> None:
+        """`hidden` tells of each element of `node` whether it belongs to the FFN."""
+        for user in node.users:
+            name = op_name(user.target)
+            shape_alone = name in SHAPED_LIKE and user.args[0] is not node
+            if user not in self._live or name in _READS_TYPE_ALONE or shape_alone:
+                continue
+            if name == "getitem_of":
+                self.follow(user, hidden[user.args[1]])
+            elif is_layout(user):
+                self.follow(user, run_layout(user, hidden))
+            elif user in self._inside:
+                continue
+            elif bool(hidden.any()):
+                self.reader = self.reader or user
+            else:
+                self.others_are_read = True
+
+
+def _is_adapter(reader: fx.Node, contraction: LinearMap) -> bool:
+    """Whether `reader` begins a pair of narrow linear maps beside the contraction."""
+    down = _next_linear(reader)
+    up = _next_linear(next(iter(down.node.users), None)) if down else None
+    if down is None or up is None:
+        return False
+    rank = down.node.meta["shape"][down.axis]
+    if up.node.meta["shape"] != contraction.node.meta["shape"]:
+        return False
+    widths = (down.x.meta["shape"][down.axis], up.node.meta["shape"][up.axis])
+    return bool(rank < min(widths))
+
+
+def _next_linear(node: fx.Node | None) -> LinearMap | None:
+    """The linear map at `node`, or after the dropouts and casts that begin there."""
+    while node is not None and linear_map(node) is None:
+        if op_name(node.target) not in CASTS | LAYOUT | {"dropout"} or len(node.users) != 1:
+            return None
+        node = next(iter(node.users))
+    return None if node is None else linear_map(node)
+
+
+def _described(user: fx.Node) -> str:
+    if user.op == "output":
+        return "an output of the model"
+    where = user.meta.get("path")
+    return f"read by `{op_name(user.target)}` in " + (f"`{where}`" if where else "the model itself")

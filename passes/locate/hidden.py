@@ -1,0 +1,127 @@
+"""What is known about the hidden tensor of a candidate FFN, and why it is none."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from upcycle.capture.recorder import op_name
+from upcycle.ir.ffn import Miss
+from upcycle.passes.locate.linear import LinearMap, linear_map
+from upcycle.pointwise import Step
+
+
+class NotPointwiseError(Exception):
+    """A region is no FFN: the reason, and the node where it shows.
+
+    `told` says that all else is as in an FFN, so that a user may want to know.
+    """
+
+    def __init__(self, reason: str, node: fx.Node, *, told: bool = False) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.told = told
+
+
+def miss_at(node: fx.Node, reason: str, *, path: str | None = None) -> Miss:
+    """The refusal that shows at `node`; the module is the node's own, unless `path` is given."""
+    where = node.meta["path"] if path is None else path
+    return Miss(where, reason, node.name, node.meta.get("source", ""))
+
+
+@dataclass
+class Expansion:
+    """A linear map that feeds the hidden tensor: row ``rows[c]`` of it belongs to column c."""
+
+    linear: LinearMap
+    rows: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass
+class Demand:
+    """The result of a walk.
+
+    Attributes:
+        expansions: in the order of first use.
+        steps: the pointwise program on them; only to be run if there is no refusal.
+        taken: node -> the flat positions of its elements that the hidden tensor needs.
+        visited: every node between the expansions and the contraction, expansions included.
+        biases: index of an expansion -> name of a per-neuron parameter added to it.
+        dropout: probability of the dropout met on the way.
+        reshaped: a layout operation was met on the way.
+        mixing, learned: why the region is no FFN although the walk reached its end.
+    """
+
+    expansions: list[Expansion] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    taken: dict[fx.Node, list[torch.Tensor]] = field(default_factory=dict)
+    visited: set[fx.Node] = field(default_factory=set)
+    biases: dict[int, str] = field(default_factory=dict)
+    dropout: float = 0.0
+    reshaped: bool = False
+    mixing: NotPointwiseError | None = None
+    learned: NotPointwiseError | None = None
+
+    def taken_of(self, node: fx.Node) -> torch.Tensor:
+        """Of each element of `node`, whether the hidden tensor needs it."""
+        taken = torch.zeros(math.prod(node.meta["shape"]), dtype=torch.bool)
+        for index_PC in self.taken[node]:
+            taken[index_PC] = True
+        return taken.reshape(node.meta["shape"])
+
+    def mix(self, reason: str, node: fx.Node) -> None:
+        """Note that the hidden axis is mixed; the first reason stays."""
+        self.mixing = self.mixing or NotPointwiseError(reason, node, told=True)
+
+    def learn(self, reason: str, node: fx.Node) -> None:
+        """Note that the nonlinearity reads numbers of its own; the first reason stays."""
+        self.learned = self.learned or NotPointwiseError(reason, node, told=True)
+
+    def name_biased(self) -> None:
+        """Call every biased expansion z again, if it is used with its bias everywhere."""
+        used = {
+            arg for op, args, _ in self.steps for arg in (args[:1] if op == "cast_like" else args)
+        }
+        for i, name in self.biases.items():
+            if f"z{i}" in used:
+                node = self.expansions[i].linear.node
+                self.learn(f"it reads a linear map with and without the bias `{name}`", node)
+
+        def plain(arg: Any) -> Any:
+            biased = isinstance(arg, str) and arg[0] == "b" and arg[1:].isdigit()
+            return f"z{arg[1:]}" if biased else arg
+
+        self.steps = [
+            (op, tuple(plain(arg) for arg in args), kwargs) for op, args, kwargs in self.steps
+        ]
+
+
+def check_has_data(hidden: fx.Node) -> None:
+    """Refuse a tensor without elements: nothing can be learnt of it."""
+    if 0 in hidden.meta["shape"]:
+        reason = "no data reaches it with these example inputs: give others with --inputs "
+        raise NotPointwiseError(reason + "module:callable", hidden, told=_maps_nothing(hidden))
+
+
+def _maps_nothing(node: fx.Node) -> bool:
+    """Whether a linear map of no data feeds `node`, which holds none."""
+    if node.op != "call_function" or 0 not in node.meta.get("shape", ()):
+        return False
+    return linear_map(node) is not None or any(map(_maps_nothing, node.all_input_nodes[:1]))
+
+
+def data_of(node: fx.Node) -> fx.Node:
+    """The tensor that a call works on, its first argument."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        raise NotPointwiseError(f"`{op_name(node.target)}` makes a tensor of its own", node)
+    return source
+
+
+def dropout_of(node: fx.Node) -> float:
+    """The probability of a dropout call, however it is spelled."""
+    probability: Any = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    return float(probability)

@@ -1,0 +1,225 @@
+"""Locate: find every dense FFN of a captured program, and say why the near misses are none.
+
+Each linear map is tried as a contraction: `demand.trace` walks back from its input to the
+expansions. No name of a class or of a module is looked at.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+from torch import fx, nn
+
+from upcycle.capture.capture import ExampleInputs, capture
+from upcycle.capture.function_caches import caches_cleared
+from upcycle.capture.guess_inputs import find_example
+from upcycle.capture.recorder import Program, op_name
+from upcycle.ir.ffn import FFN, Located, Miss, Projection
+from upcycle.passes.locate.demand import trace
+from upcycle.passes.locate.escape import check_no_escape
+from upcycle.passes.locate.hidden import Demand, NotPointwiseError, check_has_data, miss_at
+from upcycle.passes.locate.layout import joined_widths
+from upcycle.passes.locate.linear import LinearMap, computed_linear, linear_map
+from upcycle.passes.locate.name_activation import recognise, swapped
+from upcycle.passes.locate.region import (
+    check_leaf_modules,
+    check_one_input,
+    check_own_weights,
+    common_path,
+    is_nonlinear,
+    kind_of,
+    output_of,
+    placement_of,
+    projection_of,
+    spread_of,
+)
+from upcycle.passes.locate.replayed_blocks import crosses_blocks, with_replayed_misses, with_replays
+from upcycle.passes.locate.shared_weights import read_elsewhere, without_tied
+from upcycle.pointwise import Pointwise
+
+EXPERT_OPS = {"grouped_mm", "moe"}  # matrices chosen per token
+
+
+def locate(program: Program) -> Located:
+    """All FFNs and near misses, in the order in which the model runs them.
+
+    An FFN whose weights are used at several places of the model is reported once.
+    """
+    found: dict[tuple[str, ...], FFN] = {}
+    misses: list[Miss] = []
+    uses: dict[tuple[str, ...], set[fx.Node]] = {}
+    live = _live_nodes(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
+            misses.append(miss_at(node, "it is already a mixture of experts"))
+        contraction = (linear_map(node) or computed_linear(node)) if node in live else None
+        if contraction is None:
+            continue
+        try:
+            ffn, demand = _ffn_at(program, contraction, live)
+        except NotPointwiseError as reason:
+            if reason.told:
+                path = contraction.node.meta["path"]
+                misses.append(miss_at(reason.node, str(reason), path=path))
+            continue
+        found.setdefault(ffn.parameters, ffn)
+        maps = {expansion.linear.node for expansion in demand.expansions}
+        uses.setdefault(ffn.parameters, set()).update(maps, {contraction.node})
+    kept = _drop_overlapping(list(found.values()), misses)
+    for ffn in list(kept):
+        reader = read_elsewhere(program.graph, ffn, uses[ffn.parameters], live)
+        if reader is not None:
+            kept.remove(ffn)
+            node, why = reader
+            misses.append(miss_at(node, why, path=ffn.path))
+    used = {p.module for ffn in kept for p in (*ffn.expansions, ffn.contraction)}
+    told = [miss for miss in misses if miss.path not in used]
+    ffns = _with_distinct_paths(with_replays(program, kept))
+    return Located(ffns, tuple(with_replayed_misses(program, told)))
+
+
+def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located:
+    """Capture `model` on `example` (or on guessed inputs) and locate its FFNs.
+
+    A model whose FFNs reach from one block into the next is captured again with every block.
+    """
+
+    def captured(repeat_blocks: bool) -> Program:
+        if example is None:
+            return find_example(model, repeat_blocks=repeat_blocks)[1]
+        with caches_cleared(model):
+            return capture(model, example, repeat_blocks=repeat_blocks)
+
+    program = captured(repeat_blocks=True)
+    located = locate(program)
+    if any(crosses_blocks(program, ffn) for ffn in located.ffns):
+        located = locate(captured(repeat_blocks=False))
+    return without_tied(model, located)
+
+
+def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the output, or an assignment in place, depends on."""
+    live: set[fx.Node] = set()
+    todo = [n for n in graph.nodes if n.op == "output" or op_name(n.target) == "setitem"]
+    while todo:
+        node = todo.pop()
+        if node not in live:
+            live.add(node)
+            todo.extend(node.all_input_nodes)
+    return live
+
+
+def _ffn_at(program: Program, contraction: LinearMap, live: set[fx.Node]) -> tuple[FFN, Demand]:
+    """The FFN that ends at `contraction`: all its columns, or those of one tensor of a `cat`.
+
+    Of several such tensors the widest is taken; the contraction keeps the columns of the others.
+    """
+    check_has_data(contraction.x)
+    ends = accumulate(joined_widths(contraction.x, contraction.axis), initial=0)
+    parts = sorted((a, b) for a, b in pairwise(ends) if b > a)
+    parts.sort(key=lambda part: part[0] - part[1])
+    refusal: NotPointwiseError | None = None
+    for columns in (None, *parts):
+        try:
+            demand = trace(contraction.x, contraction.axis, columns)
+            return _ffn(program, contraction, demand, live, columns), demand
+        except NotPointwiseError as reason:
+            refusal = refusal if refusal and refusal.told >= reason.told else reason
+    assert refusal is not None
+    raise refusal
+
+
+def _ffn(
+    program: Program,
+    contraction: LinearMap,
+    demand: Demand,
+    live: set[fx.Node],
+    columns: tuple[int, int] | None,
+) -> FFN:
+    expansions = [e.linear for e in demand.expansions]
+    pointwise = Pointwise(len(expansions), tuple(demand.steps))
+    if not is_nonlinear(pointwise):
+        raise NotPointwiseError(
+            "there is no nonlinearity between the linear maps", contraction.node
+        )
+    if demand.mixing is not None:
+        raise demand.mixing
+    check_one_input(demand, contraction)
+    if demand.learned is not None:
+        raise demand.learned
+    check_own_weights(expansions, contraction)
+    shared = check_no_escape(demand, contraction, live) or columns is not None
+    projections = [projection_of(demand, i) for i in range(len(expansions))]
+    named = recognise(pointwise)
+    if named.name == "custom" and named.arity == 2:
+        other = recognise(swapped(pointwise))
+        if other.name != "custom":
+            named, projections = other, projections[::-1]
+    output, bias = output_of(contraction)
+    d_out = contraction.node.meta["shape"][contraction.axis]
+    d_model = expansions[0].x.meta["shape"][expansions[0].axis]
+    d_ff = len(demand.expansions[0].rows)
+    path = contraction.node.meta["path"]
+    owner = common_path([p.module for p in projections] + [path])
+    placement, dropout = placement_of(program, owner, expansions[0].x, output)
+    ffn = FFN(
+        path=owner,
+        kind=kind_of(d_model, d_ff, d_out),
+        placement="module",
+        expansions=tuple(projections),
+        contraction=Projection(
+            path, contraction.weight, bias, contraction.transposed, (0, d_out, 1), columns
+        ),
+        pointwise=named,
+        d_model=d_model,
+        d_ff=d_ff,
+        d_out=d_out,
+        axis=contraction.axis,
+        hidden_dropout=demand.dropout,
+        output_dropout=dropout,
+    )
+    if placement == "module" and owner and not shared:
+        return ffn
+    check_leaf_modules(program, ffn, [*(e.node for e in expansions), output])
+    ffn = replace(ffn, placement=spread_of(ffn), output_dropout=0.0)
+    if demand.reshaped or shared:
+        widths = {e.node.meta["path"]: e.node.meta["shape"][e.axis] for e in expansions}
+        ffn = replace(ffn, tap_widths=tuple(widths[p.module] for p in _modules(ffn)))
+    if not shared:
+        return ffn
+    if demand.biases:
+        raise NotPointwiseError(
+            "a projection of which only a part is the FFN's has its bias elsewhere: put it into "
+            "the linear map",
+            contraction.node,
+            told=True,
+        )
+    return replace(ffn, shared=True, hidden_width=contraction.x.meta["shape"][contraction.axis])
+
+
+def _modules(ffn: FFN) -> list[Projection]:
+    """One expansion of each module."""
+    return list({p.module: p for p in ffn.expansions}.values())
+
+
+def _drop_overlapping(found: list[FFN], misses: list[Miss]) -> list[FFN]:
+    """Of FFNs that share a linear map keep a real one, and the one with more neurons."""
+    kept: list[FFN] = []
+    for ffn in sorted(found, key=lambda f: (f.kind != "ffn", -f.d_ff)):
+        rival = next((k for k in kept if set(k.parameters) & set(ffn.parameters)), None)
+        if rival is None:
+            kept.append(ffn)
+        else:
+            where = rival.path or rival.contraction.module
+            misses.append(
+                Miss(ffn.contraction.module, f"it shares a weight with the FFN `{where}`")
+            )
+    return [ffn for ffn in found if ffn in kept]
+
+
+def _with_distinct_paths(ffns: tuple[FFN, ...]) -> tuple[FFN, ...]:
+    """Where one module holds several FFNs, the path of each is that of its contraction."""
+    count = Counter(ffn.path for ffn in ffns)
+    return tuple(
+        replace(ffn, path=ffn.contraction.module) if count[ffn.path] > 1 else ffn for ffn in ffns
+    )

@@ -1,0 +1,191 @@
+"""The region around a contraction: what must hold for it to be an FFN, and how it is placed."""
+
+import torch
+from torch import fx
+
+from upcycle.capture.recorder import Program, op_name
+from upcycle.ir.ffn import FFN, Kind, Placement, Projection
+from upcycle.passes.locate.hidden import Demand, NotPointwiseError, dropout_of
+from upcycle.passes.locate.linear import LinearMap
+from upcycle.passes.locate.operations import LINEAR
+from upcycle.pointwise import Pointwise
+
+_VIEWS = {"dropout", "view", "reshape", "contiguous", "clone"}
+
+
+def check_one_input(demand: Demand, contraction: LinearMap) -> None:
+    """Every expansion must read the same x, in the order of the contraction's positions."""
+    source = _through_views(demand.expansions[0].linear.x)
+    if any(_through_views(e.linear.x) is not source for e in demand.expansions):
+        raise NotPointwiseError(
+            "its linear maps read different inputs (a low-rank adapter on an expansion? merge it "
+            "into the base weight first)",
+            contraction.node,
+            told=True,
+        )
+    order = torch.arange(len(demand.expansions[0].positions))
+    axes = {e.linear.axis for e in demand.expansions} | {contraction.axis}
+    if len(axes) > 1 or any(not torch.equal(e.positions, order) for e in demand.expansions):
+        raise NotPointwiseError(
+            "positions are reordered before the contraction", contraction.node, told=True
+        )
+
+
+def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> None:
+    """Each linear map must have a stored weight, and the contraction one of its own."""
+    nameless = [linear for linear in (*expansions, contraction) if not linear.weight]
+    packing = next((linear.packing for linear in nameless if linear.packing), "")
+    if packing:
+        raise NotPointwiseError(
+            f"its weights are quantised ({packing}): start from the model with float weights",
+            contraction.node,
+            told=True,
+        )
+    if nameless:
+        raise NotPointwiseError(
+            "its weight is computed in the forward (weight norm, dequantisation): write the result "
+            "into a plain parameter first",
+            contraction.node,
+            told=True,
+        )
+    if contraction.weight in {e.weight for e in expansions}:
+        raise NotPointwiseError(
+            "its contraction and an expansion are one weight: untie them first",
+            contraction.node,
+            told=True,
+        )
+
+
+def is_nonlinear(program: Pointwise) -> bool:
+    """Whether a program is more than a sum of multiples of its arguments."""
+
+    def by_number(args: tuple[object, ...]) -> bool:
+        return sum(isinstance(a, str) and a[0] in "zt" for a in args) < 2
+
+    return any(
+        op not in LINEAR and not (op in {"mul", "div"} and by_number(args))
+        for op, args, _ in program.steps
+    )
+
+
+def projection_of(demand: Demand, i: int) -> Projection:
+    """Expansion `i` as data; its rows must be evenly spaced."""
+    expansion = demand.expansions[i]
+    rows, linear = expansion.rows, expansion.linear
+    step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
+    start = int(rows[0])
+    if step < 1 or not torch.equal(rows, torch.arange(len(rows)) * step + start):
+        raise NotPointwiseError(
+            "its neurons are not stored in one regular order", linear.node, told=True
+        )
+    bias = linear.bias or demand.biases.get(i)
+    stop = start + step * (len(rows) - 1) + 1
+    return Projection(
+        linear.node.meta["path"], linear.weight, bias, linear.transposed, (start, stop, step)
+    )
+
+
+def output_of(contraction: LinearMap) -> tuple[fx.Node, str | None]:
+    """The node that holds the output, and its bias, which may be added in a call of its own."""
+    node = contraction.node
+    users = list(node.users)
+    if contraction.bias is None and len(users) == 1 and op_name(users[0].target) == "add":
+        others = [a for a in users[0].args if isinstance(a, fx.Node) and a is not node]
+        width = node.meta["shape"][contraction.axis]
+        if len(others) == 1 and others[0].op == "get_attr" and others[0].meta["shape"] == (width,):
+            name = others[0].meta["parameter"]
+            if name and not users[0].kwargs and contraction.axis == -1:
+                return users[0], name
+    return node, contraction.bias
+
+
+def placement_of(
+    program: Program, path: str, x: fx.Node, output: fx.Node
+) -> tuple[Placement | None, float]:
+    """``module`` if the module at `path` computes exactly this FFN, and its output dropout."""
+    calls = program.calls.get(path, [])
+    given = _through_views(x)
+    for call in calls:
+        if {_through_views(n) for n in call.inputs} == {given} and len(call.outputs) == 1:
+            dropout = _dropout_between(output, call.outputs[0])
+            if dropout is not None:
+                return "module", dropout
+    return None, 0.0
+
+
+def _dropout_between(output: fx.Node, end: fx.Node) -> float | None:
+    """The dropout on the way from `output` to `end`, or None if more than views lies between."""
+    total = 0.0
+    while end is not output:
+        if end.op != "call_function" or op_name(end.target) not in _VIEWS:
+            return None
+        if op_name(end.target) == "dropout":
+            more = dropout_of(end)
+            total += more - total * more
+        source = end.args[0]
+        assert isinstance(source, fx.Node)
+        end = source
+    return total
+
+
+def spread_of(ffn: FFN) -> Placement:
+    """How the linear maps of an FFN lie that no module computes alone."""
+    depth = ffn.path.count(".") + 1 if ffn.path else 0
+    paths = [p.module for p in (*ffn.expansions, ffn.contraction)]
+    return "inline" if all(path.count(".") <= depth for path in paths) else "siblings"
+
+
+def check_leaf_modules(program: Program, ffn: FFN, nodes: list[fx.Node]) -> None:
+    """Without a module of its own, each linear map must be one, to put another in its place."""
+    for node in nodes:
+        path = node.meta["path"]
+        calls = program.calls.get(path, [])
+        if not any(_through_views(node) in map(_through_views, call.outputs) for call in calls):
+            raise NotPointwiseError(
+                f"its weights are raw parameters that `{path}` applies among other things: move "
+                "the FFN into a module of its own"
+                if path
+                else "its weights are raw parameters of the model itself: put it into a parent "
+                "module, as in nn.Sequential(model)",
+                node,
+                told=True,
+            )
+    if len({p.module for p in ffn.expansions}) < len({p.weight for p in ffn.expansions}):
+        raise NotPointwiseError(
+            "one module applies several of its linear maps", nodes[0], told=True
+        )
+
+
+def _through_views(node: fx.Node) -> fx.Node:
+    """The tensor that `node` is a view of."""
+    while node.op == "call_function" and op_name(node.target) in _VIEWS:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source.meta["shape"][-1:] != node.meta["shape"][-1:]:
+            break
+        node = source
+    return node
+
+
+def kind_of(d_model: int, d_ff: int, d_out: int) -> Kind:
+    """What an FFN-shaped region is for, by its widths.
+
+    A hidden layer that is wider than its input makes an ``ffn``, whatever comes out. Without one, a
+    region of another output width is a ``head`` (a pooler with its classifier, the transform of a
+    language-model head), and one that is narrower than both ends a ``bottleneck`` (an adapter,
+    squeeze and excitation).
+    """
+    if d_out != d_model and d_ff <= d_model:
+        return "head"
+    return "bottleneck" if d_ff < min(d_model, d_out) else "ffn"
+
+
+def common_path(paths: list[str]) -> str:
+    """The innermost module that contains all of `paths`, which are modules within it."""
+    split = [p.split(".") for p in paths]
+    common = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

@@ -1,0 +1,169 @@
+"""The linear maps of an ONNX graph as torch calls, those with quantised weights included.
+
+A weight that the graph computes, as from integers and scales, leads to a call that the analysis
+knows as a linear map without a stored weight, so that its FFN is refused with a reason.
+"""
+
+import math
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from upcycle.passes.locate.linear import parameter_of
+from upcycle.passes.locate_onnx.program import NoTorchCallError, Reader, Translation
+
+
+def _inputs(node: ir.Node, count: int) -> list[ir.Value | None]:
+    return [*node.inputs, *[None] * count][:count]
+
+
+def _weight(g: Reader, value: ir.Value | None, node: ir.Node, *, transposed: bool) -> fx.Node:
+    """The node of a constant [in, out] weight ([out, in] if `transposed`), as [in, out]."""
+    if value is None or not g.is_constant(value):
+        raise NoTorchCallError("no weight")
+    weight = g.node_of(value)
+    if not weight.meta["known"]:
+        producer = value.producer()
+        source = producer.inputs[0] if producer is not None else None
+        shape = None if source is None else g.node_of(source).meta["shape"]
+        weight.meta.update(shape=shape, known=True)  # dequantised, which keeps the shape
+    if len(weight.meta["shape"]) != 2:
+        raise NoTorchCallError("no matrix")
+    g.claim_path(str(g.source_of(value).name), node)
+    if stored := _integers_behind(value):
+        g.quantised[g.path] = stored
+    return g.emit(torch.t, weight) if transposed else weight
+
+
+def _integers_behind(value: ir.Value) -> str:
+    """The type of the integers that a weight is computed from, if it is."""
+    for constant in _constants(value):
+        if constant.dtype.is_integer() and constant.size > 1 and len(constant.shape) > 1:
+            return constant.dtype.name.lower()
+    return ""
+
+
+def _constants(value: ir.Value) -> Iterator[ir.TensorProtocol]:
+    tensor = ir.convenience.get_const_tensor(value)
+    producer = value.producer()
+    if tensor is not None:
+        yield tensor
+    elif producer is not None:
+        for source in producer.inputs:
+            if source is not None:
+                yield from _constants(source)
+
+
+def _apply(g: Reader, value: ir.Value | None, weight: fx.Node, *, rank: int = 3) -> fx.Node:
+    """``x @ weight``, which is ``linear`` where the weight is computed."""
+    if value is None or g.is_constant(value):
+        raise NoTorchCallError("no data")
+    x = g.data(value, weight, weight.meta["shape"][0], rank)
+    if parameter_of(weight) is None:
+        return g.emit(F.linear, x, g.emit(torch.t, weight))
+    return g.emit(torch.matmul, x, weight)
+
+
+def _matmul(g: Reader, node: ir.Node) -> fx.Node:
+    x, w = _inputs(node, 2)
+    if node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_int("transA", 0) != 0:
+        raise NoTorchCallError("a scaled product")
+    transposed = node.attributes.get_int("transB", 0) == 1
+    return _apply(g, x, _weight(g, w, node, transposed=transposed))
+
+
+def _gemm(g: Reader, node: ir.Node) -> fx.Node:
+    x, w, c = _inputs(node, 3)
+    scaled = node.attributes.get_float("alpha", 1.0) != 1
+    scaled |= c is not None and node.attributes.get_float("beta", 1.0) != 1
+    if scaled or node.attributes.get_int("transA", 0) != 0:
+        raise NoTorchCallError("a scaled product")
+    weight = _weight(g, w, node, transposed=node.attributes.get_int("transB", 0) == 1)
+    if c is None:
+        return _apply(g, x, weight, rank=2)
+    found = parameter_of(weight)
+    bias = g.per_neuron(c, found.name if found else g.path)
+    is_bias = bias.op == "get_attr" and bias.meta["shape"] == weight.meta["shape"][1:]
+    if not is_bias or found is None or x is None or g.is_constant(x):
+        return g.emit(torch.add, _apply(g, x, weight, rank=2), bias)
+    return g.emit(torch.addmm, bias, g.data(x, weight, weight.meta["shape"][0], 2), weight)
+
+
+def _convolution(g: Reader, node: ir.Node) -> fx.Node:
+    """Only what reads one position: other convolutions end a region like any opaque call."""
+    x, w, b = _inputs(node, 3)
+    if x is None or w is None or g.is_constant(x) or not g.is_constant(w):
+        raise NoTorchCallError("no weight")
+    weight = g.node_of(w)
+    spatial = weight.meta["shape"][2:]
+    strides = node.attributes.get_ints("strides", [1] * len(spatial))
+    pads = node.attributes.get_ints("pads", [0] * 2 * len(spatial))
+    single = math.prod(spatial) == 1 and set(strides) == {1} and not any(pads)
+    if not single or node.attributes.get_int("group", 1) != 1 or not 1 <= len(spatial) <= 3:
+        raise NoTorchCallError("a convolution of several positions")
+    g.claim_path(str(g.source_of(w).name), node)
+    bias = None if b is None else g.per_neuron(b, str(g.source_of(w).name))
+    call = (F.conv1d, F.conv2d, F.conv3d)[len(spatial) - 1]
+    return g.emit(call, g.node_of(x), weight, bias)
+
+
+def _einsum(g: Reader, node: ir.Node) -> fx.Node:
+    x, w = _inputs(node, 2)
+    equation = node.attributes.get_string("equation", "").replace(" ", "")
+    left, _, letters = equation.partition("->")[0].partition(",")
+    if x is None or w is None or len(letters) != 2 or g.is_constant(x) or not g.is_constant(w):
+        raise NoTorchCallError("no weight")
+    g.claim_path(str(g.source_of(w).name), node)
+    weight = g.node_of(w)
+    width = weight.meta["shape"][letters.index(left[-1])] if left[-1:] in letters else 1
+    return g.emit(torch.einsum, equation, g.data(x, weight, width, len(left)), weight)
+
+
+def _dynamic_quantisation(g: Reader, node: ir.Node) -> dict[ir.Value, fx.Node]:
+    """As if it did not round: what reads it is refused for its weight."""
+    (x,) = _inputs(node, 1)
+    if x is None:
+        raise NoTorchCallError("no data")
+    found = {node.outputs[0]: g.emit(torch.clone, g.node_of(x))}
+    return found | {value: g.unknown_number() for value in node.outputs[1:]}
+
+
+def _quantised(data: int, weight: int, kind: str = "int8", *, rows: bool = False) -> Translation:
+    """A product whose weight, the input number `weight`, is stored in integers."""
+
+    def translate(g: Reader, node: ir.Node) -> fx.Node:
+        x, w = node.inputs[data], node.inputs[weight]
+        if w is None or not g.is_constant(w):
+            raise NoTorchCallError("no weight")
+        stored = g.node_of(w)
+        shape = stored.meta["shape"]
+        if rows:  # packed, [out, in / blocks, bytes]
+            shape = (node.attributes.get_int("K", 1), node.attributes.get_int("N", 1))
+        if len(shape) != 2:
+            raise NoTorchCallError("no matrix")
+        g.claim_path(str(g.source_of(w).name), node)
+        g.quantised[g.path] = kind
+        return _apply(g, x, g.opaque("dequantize", stored, shape=shape))
+
+    return translate
+
+
+MS = "com.microsoft"
+LINEAR: dict[tuple[str, str], Translation] = {
+    ("", "Conv"): _convolution,
+    ("", "DynamicQuantizeLinear"): _dynamic_quantisation,
+    ("", "Einsum"): _einsum,
+    ("", "Gemm"): _gemm,
+    ("", "MatMul"): _matmul,
+    ("", "MatMulInteger"): _quantised(0, 1),
+    ("", "QLinearMatMul"): _quantised(0, 3),
+    (MS, "DynamicQuantizeMatMul"): _quantised(0, 1),
+    (MS, "FusedMatMul"): _matmul,
+    (MS, "MatMulBnb4"): _quantised(0, 1, "4-bit", rows=True),
+    (MS, "MatMulIntegerToFloat"): _quantised(0, 1),
+    (MS, "MatMulNBits"): _quantised(0, 1, "4-bit", rows=True),
+    (MS, "QGemm"): _quantised(0, 3),
+}

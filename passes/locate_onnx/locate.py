@@ -1,0 +1,127 @@
+"""Locate the FFNs of an ONNX graph, and where in the graph each of them is."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from upcycle.ir.ffn import FFN, Located, Miss
+from upcycle.onnx.shapes import axis_sizes, infer
+from upcycle.passes.locate.demand import trace
+from upcycle.passes.locate.linear import linear_map
+from upcycle.passes.locate.locate import locate
+from upcycle.passes.locate.region import output_of
+from upcycle.passes.locate_onnx.operations import OPERATIONS
+from upcycle.passes.locate_onnx.program import OnnxProgram, read_program
+from upcycle.targets.onnx.share_weights import tensor_of
+
+SHARED = (
+    "its linear maps also compute something else (a fused projection of attention and MLP): "
+    "convert the model that the file was exported from"
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A place in the graph where an FFN is applied: from the tensor `x` to the tensor `output`.
+
+    The names stay those of the tensors that a conversion puts in their place. `rank` and `dtype`
+    are those of `x`. What is `inside` a branch or a body cannot be an output of the file.
+    """
+
+    x: ir.Value
+    output: ir.Value
+    x_name: str
+    output_name: str
+    rank: int
+    dtype: torch.dtype
+    inside: bool
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of an ONNX file by parameter name, each read when it is asked for."""
+
+    def __init__(self, program: OnnxProgram) -> None:
+        self._parameters = program.parameters
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parameter = self._parameters[name]
+        tensor = ir.convenience.get_const_tensor(parameter.value)
+        found = tensor_of(ir.Value(name=name, const_value=tensor))
+        if found is None:
+            raise KeyError(name)
+        if found.dtype in (torch.float16, torch.bfloat16):  # the layers compute in float32
+            found = found.float()
+        return found.reshape(parameter.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def value(self, name: str) -> ir.Value:
+        """The tensor in the graph."""
+        return self._parameters[name].value
+
+    def dtype(self, name: str) -> ir.DataType:
+        """The type in which it is stored."""
+        tensor = ir.convenience.get_const_tensor(self._parameters[name].value)
+        assert tensor is not None
+        return tensor.dtype
+
+
+@dataclass(frozen=True)
+class OnnxLocated:
+    """What was found in a graph: the FFNs, their places by path, and their weights."""
+
+    located: Located
+    regions: Mapping[str, tuple[Region, ...]]
+    weights: Weights
+
+
+def locate_in_onnx(model: ir.Model) -> OnnxLocated:
+    """All FFNs and near misses of a graph, in its order; no weight is read.
+
+    Args:
+        model: as `upcycle.onnx.open_file.open_graph` returns it.
+    """
+    inferred = infer(model, axis_sizes(model))
+    program = read_program(model, inferred, OPERATIONS)
+    found = locate(program.program)
+    ffns = tuple(
+        replace(ffn, path=ffn.path or ffn.contraction.module, placement="inline")
+        for ffn in found.ffns
+        if not ffn.shared
+    )
+    misses = [replace(miss, reason=_reason(miss, program)) for miss in found.misses]
+    misses += [Miss(ffn.contraction.module, SHARED) for ffn in found.ffns if ffn.shared]
+    regions = {ffn.path: tuple(_regions(program.program.graph, ffn, model.graph)) for ffn in ffns}
+    return OnnxLocated(Located(ffns, tuple(misses)), regions, Weights(program))
+
+
+def _reason(miss: Miss, program: OnnxProgram) -> str:
+    kind = program.quantised.get(miss.path)
+    if kind is not None:
+        return f"its weights are quantised ({kind}): start from the file with float weights"
+    if "only a part is the FFN's" in miss.reason:  # a bias is always a node of its own here
+        return SHARED
+    return re.sub(r"in the forward \([^)]*\).*", "in the graph: fold its constants first",
+                  miss.reason)  # fmt: skip
+
+
+def _regions(graph: fx.Graph, ffn: FFN, main: ir.Graph) -> Iterator[Region]:
+    for node in graph.nodes:
+        contraction = linear_map(node)
+        if contraction is None or contraction.weight != ffn.contraction.weight:
+            continue
+        x = trace(contraction.x, contraction.axis).expansions[0].linear.x
+        output, _ = output_of(contraction)
+        value, out = x.meta["value"], output.meta["value"]
+        rank, dtype = len(x.meta["shape"]), x.meta["dtype"]
+        producer = out.producer()
+        inside = producer is not None and producer.graph is not main
+        yield Region(value, out, str(value.name), str(out.name), rank, dtype, inside)

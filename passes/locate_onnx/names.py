@@ -1,0 +1,76 @@
+"""What the nodes of an ONNX graph are called, where in the model they are, what is in them."""
+
+import ast
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import onnx_ir as ir
+
+from upcycle.onnx.node_names import SCOPES
+
+# Names that the analysis knows for operations that it does not look into.
+_NAMES = {
+    "BatchNormalization": "batch_norm",
+    "GroupNormalization": "group_norm",
+    "InstanceNormalization": "instance_norm",
+    "LayerNormalization": "layer_norm",
+    "LogSoftmax": "log_softmax",
+    "LpNormalization": "normalize",
+    "MoE": "grouped_mm",
+    "QMoE": "grouped_mm",
+    "RMSNormalization": "rms_norm",
+    "ReduceL2": "norm",
+    "ReduceLogSumExp": "logsumexp",
+    "ReduceMax": "amax",
+    "ReduceMean": "mean",
+    "ReduceSum": "sum",
+    "SimplifiedLayerNormalization": "rms_norm",
+}
+
+
+def torch_name(op_type: str) -> str:
+    """The name of an operation that has no torch call here, as the analysis knows it."""
+    return _NAMES.get(op_type, op_type)
+
+
+@cache
+def opaque_call(name: str) -> Callable[..., Any]:
+    """A target of this name for a node of the graph, which is never run."""
+
+    def call(*args: Any) -> Any:
+        raise AssertionError("the graph is a view, it does not run")
+
+    call.__name__ = name
+    return call
+
+
+def path_of(node: ir.Node) -> str:
+    """The module that the exporter made the node from: of its scopes, or of its name."""
+    if scopes := node.metadata_props.get(SCOPES):
+        try:
+            names = [name for name in ast.literal_eval(scopes) if name]
+        except (SyntaxError, ValueError):
+            names = []
+        if len(names) > 1:
+            return str(names[-2])
+    name = node.name or ""
+    return name.strip("/").rpartition("/")[0].replace("/", ".") if "/" in name else ""
+
+
+def subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The branches of an If, the body of a Loop or Scan."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs += attribute.as_graphs()
+    return graphs
+
+
+def added_weights(node: ir.Node) -> list[str]:
+    """Names of the constants that are added to the output of a node."""
+    users = [user for user, _ in node.outputs[0].uses() if user.op_type == "Add"]
+    values = [v for user in users for v in user.inputs if v is not None]
+    return [str(v.name) for v in values if ir.convenience.get_const_tensor(v) is not None]

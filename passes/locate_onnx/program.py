@@ -1,0 +1,290 @@
+"""An ONNX graph as a `Program`, so that the same pass locates FFNs in files and in modules.
+
+Each node becomes the torch call of the same meaning (`onnx_ops`), or an opaque call that keeps the
+reader of a tensor visible. Shapes come from onnx; where it does not know an operation, from the
+torch call on meta tensors; and the data of a linear map of unknown shape may have any, because an
+FFN does not depend on it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from upcycle.capture.recorder import Call, Program, op_name
+from upcycle.onnx.shapes import Inferred
+from upcycle.passes.locate_onnx.names import (
+    added_weights,
+    opaque_call,
+    path_of,
+    subgraphs,
+    torch_name,
+)
+from upcycle.targets.onnx.share_weights import TORCH_TYPES
+
+STANDARD = ("", "ai.onnx")
+
+
+class NoTorchCallError(Exception):
+    """A node has no torch call of the same meaning here."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A stored tensor, and the shape in which it is read."""
+
+    value: ir.Value
+    shape: tuple[int, ...]
+
+
+@dataclass
+class OnnxProgram:
+    """An ONNX graph as the passes see it.
+
+    Attributes:
+        program: its nodes; ``meta["value"]`` is the ONNX tensor.
+        parameters: what is behind each parameter name. A bias that several linear maps read has a
+            name for each of them.
+        quantised: path of a linear map whose weight is not stored in floats -> what it is.
+    """
+
+    program: Program
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    quantised: dict[str, str] = field(default_factory=dict)
+
+
+Translation = Callable[["Reader", ir.Node], fx.Node | dict[ir.Value, fx.Node]]
+
+
+def read_program(
+    model: ir.Model,
+    inferred: Inferred,
+    operations: Mapping[tuple[str, str], Translation],
+) -> OnnxProgram:
+    """Translate the graph of `model`.
+
+    Args:
+        model: at a recent opset, without functions.
+        inferred: shapes and types of its tensors, as far as they are known.
+        operations: how to translate a node of a domain and type; all others are opaque.
+    """
+    reader = Reader(inferred)
+    for value in model.graph.inputs:
+        reader.bind(value, reader.graph.placeholder(str(value.name)))
+    reader.read_all(model.graph, operations)
+    outputs = [reader.node_of(value) for value in model.graph.outputs]
+    reader.graph.output(tuple(outputs))
+    return OnnxProgram(reader.program, reader.parameters, reader.quantised)
+
+
+class Reader:
+    """Builds the program, node by node."""
+
+    def __init__(self, inferred: Inferred) -> None:
+        self.graph = fx.Graph()
+        self.program = Program(self.graph)
+        self.parameters: dict[str, Parameter] = {}
+        self.quantised: dict[str, str] = {}
+        self.path = ""
+        self._shapes, self._types = inferred.shapes, inferred.types
+        self._nodes: dict[ir.Value, fx.Node] = {}
+        self._names: dict[tuple[ir.Value, str], str] = {}
+        self._owner: dict[str, str] = {}  # path of a linear map -> its weight
+
+    def read_all(self, graph: ir.Graph, operations: Mapping[tuple[str, str], Translation]) -> None:
+        """Add the nodes of a graph in their order, those of its subgraphs before their node."""
+        for node in graph:
+            for inner in subgraphs(node):
+                for value in inner.inputs:
+                    self.bind(value, self.opaque(f"input of {node.op_type}"))
+                self.read_all(inner, operations)
+            self.read(node, operations)
+
+    def read(self, node: ir.Node, operations: Mapping[tuple[str, str], Translation]) -> None:
+        """Add `node`; every output of it has a node afterwards."""
+        if node.op_type == "Constant" and node.domain in STANDARD:
+            return
+        self.path = path_of(node)
+        domain = "" if node.domain in STANDARD else node.domain
+        translate = operations.get((domain, node.op_type))
+        made: fx.Node | dict[ir.Value, fx.Node] | None = None
+        if translate is not None:
+            try:
+                made = translate(self, node)
+            except (NoTorchCallError, RuntimeError, TypeError, ValueError, IndexError):
+                made = None  # an option that torch's call lacks, or an invalid shape
+        results = made if isinstance(made, dict) else {node.outputs[0]: made} if made else {}
+        if not all(self._fits(value, result) for value, result in results.items()):
+            results = {}
+        name = torch_name(node.op_type)
+        for value in node.outputs:
+            if value not in results:
+                results[value] = self.opaque(name, *self._all_inputs(node))
+        for value, result in results.items():
+            self.bind(value, result)
+
+    def _fits(self, value: ir.Value, node: fx.Node) -> bool:
+        known = self._shapes.get(str(value.name))
+        return known is None or not node.meta["known"] or known == node.meta["shape"]
+
+    def _all_inputs(self, node: ir.Node) -> list[fx.Node]:
+        """What it reads: its inputs, and what its subgraphs return to it."""
+        values = [value for value in node.inputs if value is not None]
+        for graph in subgraphs(node):
+            values += list(graph.outputs)
+        return [self.node_of(value) for value in dict.fromkeys(values)]
+
+    def bind(self, value: ir.Value, node: fx.Node) -> None:
+        """Let `node` stand for the tensor `value`."""
+        shape = self._shapes.get(str(value.name))
+        if "shape" not in node.meta or not node.meta["known"]:
+            node.meta.update(shape=shape or (), known=shape is not None)
+        dtype = value.dtype or self._types.get(str(value.name))
+        if dtype is not None:
+            node.meta["dtype"] = TORCH_TYPES.get(dtype, torch.float32)
+        node.meta["typed"] = dtype is not None
+        node.meta.setdefault("dtype", torch.float32)
+        node.meta.setdefault("path", self.path)
+        node.meta["value"] = value
+        self._nodes[value] = node
+        self._note_call(node)
+
+    def _note_call(self, node: fx.Node) -> None:
+        """Nodes of a path count as calls of its own; paths are in the order of the graph."""
+        path = node.meta["path"]
+        parts = path.split(".")
+        for i in range(1, len(parts)):
+            self.program.calls.setdefault(".".join(parts[:i]), [])
+        self.program.calls.setdefault(path, []).append(Call((), (node,)))
+
+    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a torch call; its shape is what torch makes of it on meta tensors.
+
+        Raises:
+            NoTorchCallError: the shape of an argument is not known.
+        """
+
+        def meta(arg: Any) -> Any:
+            if not isinstance(arg, fx.Node):
+                return arg
+            if not arg.meta["known"]:
+                raise NoTorchCallError(op_name(target))
+            return torch.empty(arg.meta["shape"], dtype=arg.meta["dtype"], device="meta")
+
+        out = target(*(meta(arg) for arg in args), **kwargs)
+        node = self.graph.create_node("call_function", target, args, kwargs, name=op_name(target))
+        node.meta.update(shape=tuple(out.shape), dtype=out.dtype, path=self.path, known=True)
+        self._note_call(node)
+        return node
+
+    def opaque(self, name: str, *args: fx.Node, shape: tuple[int, ...] | None = None) -> fx.Node:
+        """Add a call that the analysis does not look into."""
+        node = self.graph.create_node("call_function", opaque_call(name), args, {}, name=name)
+        node.meta.update(shape=shape or (), known=shape is not None, path=self.path)
+        node.meta["dtype"] = torch.float32
+        return node
+
+    def node_of(self, value: ir.Value) -> fx.Node:
+        """The node of a tensor.
+
+        Raises:
+            NoTorchCallError: nothing that was read makes the tensor.
+        """
+        source = self.source_of(value)
+        tensor = ir.convenience.get_const_tensor(source)
+        if tensor is not None:
+            return self._parameter(str(source.name), source, tensor, _shape_of(tensor))
+        if source not in self._nodes:
+            raise NoTorchCallError(str(value.name))
+        return self._nodes[source]
+
+    def per_neuron(self, value: ir.Value, owner: str) -> fx.Node:
+        """The node of an operand of a pointwise operation; a stored row counts as a vector.
+
+        Args:
+            value: the operand.
+            owner: the weight of the linear map that the other operand comes from. Exporters store
+                equal biases once; each map gets its own name for it.
+        """
+        source = self.source_of(value)
+        tensor = ir.convenience.get_const_tensor(source)
+        if tensor is None:
+            return self.node_of(source)
+        shape = _shape_of(tensor)
+        if math.prod(shape[:-1]) == 1:
+            shape = shape[-1:]
+        if (source, owner) not in self._names:
+            taken = any(known is source for known, _ in self._names)
+            name = f"{source.name} of {owner}" if taken else str(source.name)
+            self._names[source, owner] = name
+        return self._parameter(self._names[source, owner], source, tensor, shape)
+
+    def _parameter(
+        self, name: str, source: ir.Value, tensor: ir.TensorProtocol, shape: tuple[int, ...]
+    ) -> fx.Node:
+        self.parameters[name] = Parameter(source, shape)
+        node = self.graph.create_node("get_attr", name)
+        node.meta.update(shape=shape, known=True, parameter=name, path=self.path, value=source)
+        node.meta["dtype"] = TORCH_TYPES.get(tensor.dtype, torch.float32)
+        return node
+
+    def unknown_number(self) -> fx.Node:
+        """A number that is no parameter, and that no walk looks behind."""
+        node = self.graph.create_node("get_attr", "constant")
+        node.meta.update(shape=(), known=True, parameter="", path=self.path, dtype=torch.float32)
+        return node
+
+    def data(self, value: ir.Value, weight: fx.Node, width: int, rank: int = 3) -> fx.Node:
+        """The node of the data of a linear map; if its shape is not known, it may be any."""
+        node = self.node_of(value)
+        if not node.meta.get("typed"):
+            node.meta["dtype"] = weight.meta["dtype"]
+        if not node.meta["known"]:
+            node.meta.update(shape=(*(2, 3)[3 - rank :], width), known=True)
+        return node
+
+    def shape_of(self, value: ir.Value) -> tuple[int, ...] | None:
+        """The shape of a tensor, where onnx can tell it."""
+        return self._shapes.get(str(value.name))
+
+    def source_of(self, value: ir.Value) -> ir.Value:
+        """The tensor itself, past copies of it."""
+        producer = value.producer()
+        while producer is not None and producer.op_type == "Identity" and producer.inputs[0]:
+            value = producer.inputs[0]
+            producer = value.producer()
+        return value
+
+    def is_constant(self, value: ir.Value) -> bool:
+        """Whether a tensor is made of weights and constants alone."""
+        todo, seen = [value], {value}
+        while todo:
+            current = todo.pop()
+            if ir.convenience.get_const_tensor(current) is not None:
+                continue
+            producer = current.producer()
+            if producer is None or not any(v is not None for v in producer.inputs):
+                return False
+            more = {v for v in producer.inputs if v is not None} - seen
+            seen |= more
+            todo += more
+        return True
+
+    def claim_path(self, weight: str, node: ir.Node) -> None:
+        """Make `path` the own path of the linear map `node`, which reads `weight`."""
+        if not self.path:
+            named = next((n for n in (weight, *added_weights(node)) if "." in n), "")
+            self.path = named.rpartition(".")[0]
+        name = str(node.name or node.outputs[0].name).strip("/").replace("/", ".")
+        self.path = self.path or name
+        if self._owner.setdefault(self.path, weight) != weight:
+            self.path = f"{self.path}.{name.rpartition('.')[2]}"
+            self._owner.setdefault(self.path, weight)
+
+
+def _shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(int(size) for size in tensor.shape.numpy())

@@ -1,0 +1,53 @@
+"""A router whose scores get noise of learned size in training."""
+
+import torch
+
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
+from upcycle.passes.experts.method import Parts
+from upcycle.passes.routers.method import ALL_KINDS, GateMethod, linear
+
+
+def noisy_topk(
+    ffn: FFNWeights,
+    parts: Parts,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> dict[str, torch.Tensor]:
+    """Draw the rows from N(0, std^2), and start the noise at the same size everywhere.
+
+    In training the score of an expert is ``w x + e (softplus(v x) + 0.01)`` with e standard normal
+    and v zero at first, so that the noise is ``ln 2 + 0.01``; in evaluation it is ``w x``.
+
+    Args:
+        ffn: only its input width D is read.
+        parts: unused.
+        spec: `num_experts` is E; ``router.std`` is the standard deviation of the rows.
+        generator: draws the rows.
+        data: unused.
+
+    Returns:
+        ``weight`` and ``noise_weight`` [E, D] and, if ``router.bias``, ``bias`` of zeros [E];
+        float32.
+
+    Source:
+        Shazeer et al., "Outrageously Large Neural Networks", 2017,
+        https://arxiv.org/abs/1701.06538
+    """
+    shape = (spec.num_experts, ffn.up_MFD.shape[-1])
+    made = linear(spec.router.std * torch.randn(shape, generator=generator), spec)
+    return {**made, "noise_weight": torch.zeros_like(made["weight"])}
+
+
+NOISY_TOPK = GateMethod(
+    name="noisy_topk",
+    build=noisy_topk,
+    kinds=ALL_KINDS - {"slices"},
+    otherwise="adds noise to each expert by itself, which tears the slices of a copy apart; use "
+    "`router.method: virtual_group`",
+    paper='Shazeer et al., "Outrageously Large Neural Networks", 2017',
+    source="https://arxiv.org/abs/1701.06538",
+)

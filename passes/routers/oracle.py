@@ -1,0 +1,45 @@
+"""A router that looks at what every expert would add."""
+
+import torch
+
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
+from upcycle.passes.experts.method import Parts
+from upcycle.passes.routers.method import GateMethod
+
+
+def oracle(
+    ffn: FFNWeights,
+    parts: Parts,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> dict[str, torch.Tensor]:
+    """Make nothing: the runtime router reads the experts of its layer.
+
+    It runs them all to rank them by the length of what they add, so it saves nothing. It shows what
+    the experts allow, whatever the router.
+
+    Args:
+        ffn, parts, spec, generator, data: unused.
+
+    Returns:
+        No tensor.
+
+    Source:
+        Zhang et al., "MoEfication", 2021, section 3.2, https://arxiv.org/abs/2110.01786
+    """
+    return {}
+
+
+ORACLE = GateMethod(
+    name="oracle",
+    build=oracle,
+    kinds=frozenset({"split", "subsets"}),
+    otherwise="ranks parts of an FFN by what they add, and copies all add the same; "
+    "use an expert method that splits",
+    paper='Zhang et al., "MoEfication", 2021',
+    source="https://arxiv.org/abs/2110.01786",
+)

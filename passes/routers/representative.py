@@ -1,0 +1,54 @@
+"""An expert is scored by the activation of one of its neurons."""
+
+import torch
+
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights
+from upcycle.passes.experts.method import Parts
+from upcycle.passes.experts.representatives import representatives
+from upcycle.passes.routers.method import GateMethod
+
+
+def representative(
+    ffn: FFNWeights,
+    parts: Parts,
+    spec: MoESpec,
+    *,
+    generator: torch.Generator,
+    data: Activations | None,
+) -> dict[str, torch.Tensor]:
+    """Copy the rows of the neuron of each expert that is active most like all of them.
+
+    The score is then ``|h|`` of that neuron, the true one and not a prediction.
+
+    Args:
+        ffn: the dense FFN.
+        parts: E routed experts.
+        spec: ``experts.markers``.
+        generator: unused.
+        data: the calibration tokens.
+
+    Returns:
+        ``weight`` [M, E, D] and, if the FFN has biases, ``bias`` [M, E]; float32.
+
+    Source:
+        Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416
+    """
+    assert data is not None, "`passes.needs` asks for it"
+    neuron_EI, markers = parts.experts.neuron_EI, spec.experts.markers
+    few = ffn.of_neurons(representatives(ffn, neuron_EI, data, markers=markers))
+    bias = {} if few.up_bias_MF is None else {"bias": few.up_bias_MF.float()}
+    return {"weight": few.up_MFD.float(), **bias}
+
+
+REPRESENTATIVE = GateMethod(
+    name="representative",
+    build=representative,
+    kinds=frozenset({"split", "subsets"}),
+    otherwise="chooses a neuron of each expert, and copies all have the same; "
+    "use an expert method that splits",
+    paper='Pei et al., "CMoE", 2025',
+    source="https://arxiv.org/abs/2502.04416",
+    needs=frozenset({"activations"}),
+)

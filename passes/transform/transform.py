@@ -1,0 +1,99 @@
+"""Make the weights of one MoE layer, and take a split back.
+
+Shape suffixes: E experts, I neurons of an expert, F neurons of the FFN, D d_model, M expansions,
+O d_out.
+"""
+
+import torch
+
+from upcycle.errors import UnsupportedError
+from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
+from upcycle.passes.experts import EXPERTS
+from upcycle.passes.routers import GATES
+from upcycle.passes.transform.compensate import compensate
+
+
+def transform(ffn: FFNWeights, spec: MoESpec, data: Activations | None = None) -> MoEWeights:
+    """Build experts and router for one dense FFN: a pure function of its arguments.
+
+    What it promises is ``spec.promise``.
+
+    Args:
+        ffn: the dense weights, in one float dtype, which the experts keep.
+        spec: the decision, from `upcycle.passes.plan.plan.make_plan`.
+        data: what the FFN was given in calibration; needed if `upcycle.passes.plan.calibration_needs` says so.
+
+    Returns:
+        Experts, a float32 router, and the output bias of the FFN, which the layer adds once.
+        Memory: the experts, and what their method says.
+    """
+    make_experts = EXPERTS[spec.experts.method].build
+    make_router = GATES[spec.router.method].build
+    parts = make_experts(ffn, spec, generator=spec.generator("experts"), data=data)
+    router = dict(make_router(ffn, parts, spec, generator=spec.generator("router"), data=data))
+    config = spec.router_config()
+    if config["balance"]:
+        router["selection_bias"] = torch.zeros(spec.num_experts + config["nulls"])
+    if config["weights"] == "gain":
+        router["gain"] = torch.zeros(spec.num_experts)
+    made = MoEWeights(parts.experts, router, ffn.down_bias_O, parts.shared)
+    return compensate(made, ffn, spec, data) if data is not None else made
+
+
+def merge_to_dense(
+    experts: ExpertWeights, ffn: FFNWeights, shared: ExpertWeights | None = None
+) -> FFNWeights:
+    """Put the experts of a split back together, each neuron in its old place, without padding.
+
+    Right after the split the result is the dense FFN bit for bit; after training it is the layer
+    with all experts chosen and weights one.
+
+    Args:
+        experts: made by a split method, then possibly trained; one float dtype, which is kept.
+        ffn: the FFN that they were made from; only its activation, its shapes and its output bias
+            are read.
+        shared: the shared expert, if there is one.
+
+    Returns:
+        A dense FFN in new memory; `down_bias_O` is that of `ffn`.
+
+    Raises:
+        UnsupportedError: the experts do not hold each neuron of `ffn` once, unscaled.
+
+    Source:
+        Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908
+    """
+    arity, d_ff, d_model = ffn.up_MFD.shape
+    groups = [experts] if shared is None else [shared, experts]
+    neuron_S = torch.cat([group.neuron_EI.flatten() for group in groups])
+    slots = (neuron_S >= 0).nonzero().squeeze(1)
+    slot_F = slots[neuron_S[slots].argsort()]
+    is_split = torch.equal(neuron_S[slot_F], torch.arange(d_ff))
+    if not is_split or experts.up_scale != 1 or experts.down_scale != 1:
+        raise UnsupportedError(
+            "only the experts of a split make up one dense FFN; copies and slices of copies "
+            "cannot be merged"
+        )
+
+    def rows(group: ExpertWeights) -> torch.Tensor:
+        num_experts, width = group.neuron_EI.shape
+        up_EMID = group.up_EGD.reshape(num_experts, arity, width, d_model)
+        return up_EMID.transpose(0, 1).reshape(arity, -1, d_model)
+
+    def biases(group: ExpertWeights) -> torch.Tensor:
+        assert group.up_bias_EG is not None
+        return group.up_bias_EG.reshape(len(group.neuron_EI), arity, -1).transpose(0, 1).flatten(1)
+
+    def columns(group: ExpertWeights) -> torch.Tensor:
+        return group.down_EOI.transpose(0, 1).flatten(1)
+
+    has_bias = experts.up_bias_EG is not None
+    return FFNWeights(
+        pointwise=ffn.pointwise,
+        up_MFD=torch.cat([rows(group) for group in groups], dim=1)[:, slot_F],
+        up_bias_MF=torch.cat([biases(g) for g in groups], dim=1)[:, slot_F] if has_bias else None,
+        down_OF=torch.cat([columns(group) for group in groups], dim=1)[:, slot_F],
+        down_bias_O=ffn.down_bias_O,
+    )

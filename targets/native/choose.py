@@ -1,0 +1,248 @@
+"""What fits which MoE architecture, and the config that is written.
+
+`fit` says whether a dense model and a plan can be written in it without changing a single output,
+and `build_config` writes the config; `targets.native.tensors` lists what is on disk.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from upcycle.ir.spec import Plan
+from upcycle.targets.native.architecture import NativeTarget, Source
+from upcycle.targets.native.fold_router import NEEDS, Fold, fold
+from upcycle.targets.native.layers import plan_reason, sparse_layers
+
+__all__ = ["NativeTarget", "build_config", "choose", "fit"]
+
+# Config fields that `build_config` writes in its own way.
+WRITTEN_FIELDS = ("hidden_act", "intermediate_size", "rope_parameters")
+
+
+def fit(
+    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, asked: bool = False
+) -> str | None:
+    """None if `target` holds the converted model exactly, else the reason, without a full stop.
+
+    Args:
+        target: the architecture.
+        config: the dense model's config, as ``AutoConfig`` reads it.
+        plan: what is converted, and to what.
+        asked: the user asked for it, so that what holds only now (copies), or only almost (a
+            tempered router), will do; see `targets.native.routers`.
+    """
+    found = variants(target, config, plan, asked=asked)
+    return found if isinstance(found, str) else None
+
+
+def variants(
+    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, asked: bool
+) -> list[NativeTarget] | str:
+    """The ways in which `target` holds the converted model, the best first, or why there is none.
+
+    Each is the target with a single form and a single source.
+    """
+    reason = _config_reason(target, config)
+    if reason is not None:
+        return reason
+    source = target.sources[config.model_type]
+    dtype = getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))
+    itemsize = dtype.itemsize
+    reason = plan_reason(target, source, source.layers(config), plan, itemsize=itemsize)
+    if reason is not None:
+        return reason
+    found, reasons = [], []
+    for form in target.forms:
+        narrowed = replace(target, forms=(form,), sources={config.model_type: source})
+        made = folds(narrowed, plan)
+        if isinstance(made, str):
+            reasons.append(made)
+        elif made[0].is_exact or asked:
+            found.append((made[0], narrowed))
+        elif made[0].tempered:
+            reasons.append(
+                "its router cannot give every chosen expert the weight one, only almost; ask for "
+                f"it with --architecture {target.model_type}"
+            )
+        else:
+            reasons.append(
+                f"{NEEDS[made[0].needs]}; ask for it with --architecture {target.model_type}"
+            )
+    found.sort(key=lambda pair: (pair[0].tempered, bool(pair[0].needs)))
+    targets = [narrowed for _, narrowed in found]
+    if asked and target.may_untie and getattr(config, "tie_word_embeddings", False):
+        targets += [replace(narrowed, untied=True) for narrowed in targets]
+    return targets or reasons[0]
+
+
+def folds(target: NativeTarget, plan: Plan) -> list[Fold] | str:
+    """What is done to each layer if `target` has one form, or why that is not enough."""
+    made: list[Fold] = []
+    for spec in plan.specs:
+        one = fold(target, target.forms[0], spec)
+        if isinstance(one, str):
+            return f"{spec.ffn.path}: {one}"
+        if made and one.config != made[0].config:
+            return f"{spec.ffn.path}: its router differs from that of {plan.specs[0].ffn.path}"
+        made.append(one)
+    return made
+
+
+def choose(
+    targets: Mapping[str, NativeTarget],
+    config: PreTrainedConfig,
+    plan: Plan,
+    *,
+    accepts: Callable[[NativeTarget, Mapping[str, Any]], str | None] | None = None,
+    only: str | None = None,
+) -> tuple[NativeTarget | None, dict[str, str]]:
+    """The first target that fits, or None; and the reason of each one before it, by name.
+
+    The target has a single form and a single source. One that fits a plan not quite or not for
+    ever (see `fit`) is taken if the plan requires runtimes, or with `only`.
+
+    Args:
+        targets: architectures by name, in the order in which they are tried.
+        config: the dense model's config, as ``AutoConfig`` reads it.
+        plan: what is converted, and to what.
+        accepts: given a target that fits and the content of its ``config.json``, None or why it is
+            not wanted.
+        only: the one architecture that is tried.
+    """
+    if only is not None and only not in targets:
+        known = ", ".join(targets)
+        return None, {only: f"upcycle does not know this architecture; it knows {known}"}
+    reasons: dict[str, str] = {}
+    for asked in (False, True) if plan.runtimes or only is not None else (False,):
+        for name in targets if only is None else [only]:
+            found = variants(targets[name], config, plan, asked=asked)
+            if isinstance(found, str):
+                reasons[name] = found
+                continue
+            for target in found:
+                written = build_config(target, config, plan)
+                reason = None if accepts is None else accepts(target, written)
+                if reason is None:
+                    reasons.pop(name, None)
+                    return target, reasons
+                reasons[name] = reason
+    return None, reasons
+
+
+def build_config(
+    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The content of ``config.json``; call it only where `fit` returned None.
+
+    `dtype` is that of the weights, where the config may not say it (a model cast in memory).
+
+    RoPE is written in the spelling of transformers 5 (``rope_parameters``) and in the older one
+    (``rope_theta``, ``rope_scaling``), because software that knows only the older one takes a
+    default without a word; the same for ``dtype`` and ``torch_dtype``.
+    """
+    source, spec = target.sources[config.model_type], plan.specs[0]
+    made = next(made for made in _folds_of_forms(target, plan) if not isinstance(made, str))
+    present = vars(config)
+    dense = target.dense(sparse_layers(source, source.layers(config), plan))
+    assert not isinstance(dense, str)
+    written = {
+        "architectures": [target.architecture],
+        "model_type": target.model_type,
+        "hidden_act": source.activation,
+        **target.constants,
+        **{name: present[name] for name in (*source.common, *source.carried) if name in present},
+        **source.fields(config),
+        **made[0].config,
+        target.num_experts: spec.num_experts,
+        target.top_k: spec.top_k,
+        target.width: spec.width,
+        **_shared(target, plan),
+        **dense,
+        **_rope(config),
+    }
+    if target.untied:
+        written["tie_word_embeddings"] = False
+    if (known := dtype or config.dtype) is not None:
+        name = str(known).removeprefix("torch.")
+        written |= {"dtype": name, "torch_dtype": name}
+    return dict(sorted(written.items()))
+
+
+def _folds_of_forms(target: NativeTarget, plan: Plan) -> Iterator[list[Fold] | str]:
+    return (folds(replace(target, forms=(form,)), plan) for form in target.forms)
+
+
+def _shared(target: NativeTarget, plan: Plan) -> dict[str, int]:
+    shared, spec = target.shared, plan.specs[0]
+    if shared is None:
+        return {}
+    size = shared.size(spec)
+    if shared.width is not None:
+        return {shared.width: size}
+    return {} if shared.count is None else {shared.count: size // spec.width}
+
+
+def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None:
+    if target.refused:
+        return f"upcycle writes nothing as {target.model_type}: {target.refused}"
+    if config.model_type not in target.sources:
+        wanted = " and ".join(target.sources)
+        return f"the dense model is {config.model_type}, and {target.model_type} holds {wanted}"
+    source = target.sources[config.model_type]
+    wanted = source.architecture
+    if config.architectures and wanted not in config.architectures:
+        return f"the dense model is {config.architectures[0]}, and only {wanted} has a twin"
+    if getattr(config, "auto_map", None):
+        return "the dense model brings its own code (auto_map), which may differ from its type"
+    if getattr(config, "quantization_config", None):
+        return "the dense weights are quantised; dequantise the model first"
+    for name in source.absent:
+        if value := getattr(config, name, None):
+            return f"{name} is {json.dumps(value)}, and {target.model_type} has no such thing"
+    reason = source.fits(config) or _rope_reason(source, config)
+    return reason or _unknown_field(source, config)
+
+
+def _unknown_field(source: Source, config: PreTrainedConfig) -> str | None:
+    """A field that a later transformers may have added, set to something: better refused."""
+    known: Sequence[str] = (
+        *source.common,
+        *WRITTEN_FIELDS,
+        *source.carried,
+        *source.absent,
+        *source.checked,
+        *source.ignored,
+    )
+    default = type(config)()
+    base = {field.name for field in fields(PreTrainedConfig)}
+    for field in fields(type(config)):
+        if field.name in base or field.name in known:
+            continue
+        if getattr(config, field.name) != getattr(default, field.name):
+            return f"upcycle does not know what the config field {field.name} does"
+    return None
+
+
+def _rope_reason(source: Source, config: PreTrainedConfig) -> str | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        return "its layers rotate positions in different ways (rope_parameters by layer type)"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and not source.partial_rope:
+        return "it rotates only a part of each head (partial_rotary_factor)"
+    return None
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if not rope:
+        return {}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+    }

@@ -1,0 +1,130 @@
+"""Running the ONNX files of a model as someone does who generates text: the cache is handed on."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upcycle.errors import UnsupportedError
+from upcycle.onnx.inputs import Array
+from upcycle.onnx.run import described, opened
+from upcycle.targets.onnx.cache import PAST, PRESENT
+from upcycle.targets.onnx.parts import DECODER, ENCODER, FILES, MODEL
+
+Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxFiles:
+    """The ONNX files of a directory, with the inputs and outputs of the model they were made from.
+
+    Args:
+        directory: where they are.
+        inner: names of inner tensors to keep in `seen`, by file.
+
+    Attributes:
+        seen: what the inner tensors were when `outputs` was last called, once for each run.
+
+    Raises:
+        UnsupportedError: ONNX Runtime cannot load one of them, or not run it.
+    """
+
+    def __init__(self, directory: Path, inner: Mapping[str, Sequence[str]] | None = None) -> None:
+        self._runners: dict[str, Any] = {}
+        self._inner = inner or {}
+        self.seen: dict[str, list[Array]] = {}
+        for name in FILES:
+            if (directory / name).is_file():
+                with described(directory / name):
+                    self._runners[name] = opened(directory / name, self._inner.get(name, ()))
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether they read and return the past of a text."""
+        return DECODER in self._runners or any(
+            name.startswith(f"{PAST}.") for name in self._names(MODEL)
+        )
+
+    def completed(self, given: Inputs) -> Inputs:
+        """`given` with the masks and positions that the files read and a model can do without."""
+        if not self.has_cache or not isinstance(given, Mapping):
+            return given
+        ids, names = given.get("input_ids"), self._names(self._first)
+        full = dict(given)
+        if ids is not None and "attention_mask" in names:
+            full.setdefault("attention_mask", torch.ones_like(ids))
+        if "position_ids" in names:
+            places = full["attention_mask"].cumsum(-1) - 1
+            full.setdefault("position_ids", places.clamp(min=0))
+        return full
+
+    def outputs(self, given: Inputs) -> dict[str, Array]:
+        """What the model returns, by name; with a cache only the logits, and what an encoder made.
+
+        With a cache all tokens but the last are read first, and the last one then.
+        """
+        given, self.seen = self.completed(given), {}
+        if not self.has_cache:
+            return self._run(MODEL, _by_name(self._names(MODEL), given))
+        assert isinstance(given, Mapping)
+        arrays = {name: tensor.numpy() for name, tensor in given.items()}
+        if DECODER not in self._runners:
+            return {"logits": self._decode(MODEL, _text(self._names(MODEL), arrays), {})}
+        made = self._run(ENCODER, {name: arrays[name] for name in self._names(ENCODER)})
+        fixed = {n.replace(PRESENT, PAST): array for n, array in made.items() if PRESENT in n}
+        if "encoder_attention_mask" in self._names(DECODER):
+            fixed["encoder_attention_mask"] = arrays["attention_mask"]
+        text = {"input_ids": arrays["decoder_input_ids"]}
+        logits = self._decode(DECODER, text, fixed)
+        return {"logits": logits, "encoder_last_hidden_state": made["last_hidden_state"]}
+
+    @property
+    def _first(self) -> str:
+        return ENCODER if ENCODER in self._runners else MODEL
+
+    def _names(self, file: str) -> list[str]:
+        return [value.name for value in self._runners[file].get_inputs()]
+
+    def _run(self, file: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        names = [value.name for value in self._runners[file].get_outputs()]
+        types = {value.name: _TYPES.get(value.type) for value in self._runners[file].get_inputs()}
+        given = {n: array.astype(types[n] or array.dtype) for n, array in feeds.items()}
+        with described(Path(file)):
+            made = dict(zip(names, self._runners[file].run(names, given), strict=True))
+        for name in self._inner.get(file, ()):
+            self.seen.setdefault(name, []).append(made.pop(name))
+        return made
+
+    def _decode(self, file: str, text: Mapping[str, Array], fixed: Mapping[str, Array]) -> Array:
+        """Logits of every token of `text`: [batch, sequence] ids, mask and positions."""
+        batch, length = text["input_ids"].shape
+        past = {
+            value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), _TYPES[value.type])
+            for value in self._runners[file].get_inputs()
+            if value.name.startswith(f"{PAST}.") and value.name not in fixed
+        }
+        logits = []
+        for start, end in ((0, length - 1), (length - 1, length)):
+            if start == end:
+                continue
+            feeds = {name: array[:, start:end] for name, array in text.items()}
+            if "attention_mask" in text:
+                feeds["attention_mask"] = text["attention_mask"][:, :end]
+            made = self._run(file, {**feeds, **past, **fixed})
+            past = {name: made[name.replace(PAST, PRESENT)] for name in past}
+            logits.append(made["logits"])
+        return np.concatenate(logits, axis=1)
+
+
+def _text(names: Sequence[str], arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: arrays[name] for name in names if not name.startswith(f"{PAST}.")}
+
+
+def _by_name(names: Sequence[str], given: Inputs) -> dict[str, Array]:
+    values = list(given.values()) if isinstance(given, Mapping) else list(given)
+    if len(names) != len(values):
+        raise UnsupportedError(f"the file has {len(names)} inputs and the model {len(values)}")
+    return {name: tensor.numpy() for name, tensor in zip(names, values, strict=True)}

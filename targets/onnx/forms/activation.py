@@ -1,0 +1,204 @@
+"""`Pointwise` programs as ONNX nodes, in the dtype of the nodes."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+
+from upcycle.errors import UnsupportedError
+from upcycle.onnx.nodes import Nodes
+from upcycle.pointwise import Pointwise
+
+Operation = Callable[..., ir.Value]
+
+
+def _plain(op_type: str) -> Operation:
+    return lambda n, *args: n(op_type, *args)
+
+
+def _sum(n: Nodes, x: ir.Value, y: ir.Value, alpha: ir.Value | None = None) -> ir.Value:
+    return n("Add", x, y if alpha is None else n("Mul", y, alpha))
+
+
+def _sub(n: Nodes, x: ir.Value, y: ir.Value, alpha: ir.Value | None = None) -> ir.Value:
+    return n("Sub", x, y if alpha is None else n("Mul", y, alpha))
+
+
+def _div(n: Nodes, x: ir.Value, y: ir.Value, rounding_mode: None = None) -> ir.Value:
+    if rounding_mode is not None:
+        raise UnsupportedError(f"ONNX export of div(rounding_mode={rounding_mode!r}) is not there")
+    return n("Div", x, y)
+
+
+def _clip(
+    n: Nodes, x: ir.Value, min: ir.Value | None = None, max: ir.Value | None = None
+) -> ir.Value:
+    return n("Clip", x, min, max)
+
+
+def _hardtanh(
+    n: Nodes, x: ir.Value, min_val: ir.Value | None = None, max_val: ir.Value | None = None
+) -> ir.Value:
+    return n("Clip", x, min_val or n.const(-1.0), max_val or n.const(1.0))
+
+
+def _with_slope(op_type: str, argument: str, default: float) -> Operation:
+    """An op of ONNX whose parameter is the attribute `alpha`, not an input."""
+
+    def build(n: Nodes, x: ir.Value, *args: float, **kwargs: float) -> ir.Value:
+        slope = args[0] if args else kwargs.get(argument, default)
+        return n(op_type, x, alpha=float(slope))
+
+    return build
+
+
+def _shrink(*, soft: bool) -> Operation:
+    def build(n: Nodes, x: ir.Value, lambd: float = 0.5) -> ir.Value:
+        return n("Shrink", x, lambd=float(lambd), bias=float(lambd) * soft)
+
+    return build
+
+
+def _softplus(
+    n: Nodes, x: ir.Value, beta: ir.Value | None = None, threshold: float = 20.0
+) -> ir.Value:
+    scaled = x if beta is None else n("Mul", x, beta)
+    soft = n("Softplus", scaled)
+    soft = soft if beta is None else n("Div", soft, beta)
+    return n("Where", n("Greater", scaled, n.const(float(threshold))), x, soft)
+
+
+def _silu(n: Nodes, x: ir.Value) -> ir.Value:
+    return n("Mul", x, n("Sigmoid", x))
+
+
+def _gelu(n: Nodes, x: ir.Value, approximate: str = "none") -> ir.Value:
+    """Spelled out: onnx's evaluator has no Gelu in a function. ONNX Runtime makes it one again."""
+    if approximate == "tanh":
+        cubic = n("Mul", n("Pow", x, n.const(3.0)), n.const(0.044715))
+        inner = n("Tanh", n("Mul", n("Add", x, cubic), n.const(math.sqrt(2 / math.pi))))
+        return n("Mul", n("Mul", x, n.const(0.5)), n("Add", inner, n.const(1.0)))
+    inner = n("Erf", n("Div", x, n.const(math.sqrt(2))))
+    return n("Mul", n("Mul", x, n("Add", inner, n.const(1.0))), n.const(0.5))
+
+
+def _cast(n: Nodes, x: ir.Value, dtype: str) -> ir.Value:
+    types = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+    if dtype == "float32":  # what a narrower graph would round again
+        return x
+    if dtype not in types:
+        raise UnsupportedError(f"ONNX export of an activation with a cast to {dtype} is not there")
+    return n("Cast", n("Cast", x, to=types[dtype].value), to=n.dtype.value)
+
+
+def _comparison(op_type: str) -> Operation:
+    return lambda n, x, y: n("Cast", n(op_type, x, y), to=n.dtype.value)
+
+
+def _where(n: Nodes, condition: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    return n("Where", n("Cast", condition, to=ir.DataType.BOOL.value), x, y)
+
+
+# Keyword and positional arguments that are attributes or choices, and not numbers to compute with.
+_RAW = {"approximate", "rounding_mode", "dtype", "threshold"}
+_RAW_OPS = {"cast", "celu", "elu", "hardshrink", "leaky_relu", "softshrink"}
+
+OPERATIONS: dict[str, Operation] = {
+    "abs": _plain("Abs"),
+    "acos": _plain("Acos"),
+    "add": _sum,
+    "asin": _plain("Asin"),
+    "asinh": _plain("Asinh"),
+    "atan": _plain("Atan"),
+    "cast": _cast,
+    "cast_like": lambda n, x, like: x,
+    "ceil": _plain("Ceil"),
+    "celu": _with_slope("Celu", "alpha", 1.0),
+    "clamp": _clip,
+    "cos": _plain("Cos"),
+    "cosh": _plain("Cosh"),
+    "div": _div,
+    "elu": _with_slope("Elu", "alpha", 1.0),
+    "erf": _plain("Erf"),
+    "erfc": lambda n, x: n("Sub", n.const(1.0), n("Erf", x)),
+    "exp": _plain("Exp"),
+    "exp2": lambda n, x: n("Pow", n.const(2.0), x),
+    "expm1": lambda n, x: n("Sub", n("Exp", x), n.const(1.0)),
+    "floor": _plain("Floor"),
+    "ge": _comparison("GreaterOrEqual"),
+    "gelu": _gelu,
+    "gt": _comparison("Greater"),
+    "hardshrink": _shrink(soft=False),
+    "hardsigmoid": lambda n, x: n("HardSigmoid", x, alpha=1 / 6, beta=0.5),
+    "hardswish": _plain("HardSwish"),
+    "hardtanh": _hardtanh,
+    "le": _comparison("LessOrEqual"),
+    "leaky_relu": _with_slope("LeakyRelu", "negative_slope", 0.01),
+    "log": _plain("Log"),
+    "log10": lambda n, x: n("Div", n("Log", x), n.const(math.log(10))),
+    "log1p": lambda n, x: n("Log", n("Add", x, n.const(1.0))),
+    "log2": lambda n, x: n("Div", n("Log", x), n.const(math.log(2))),
+    "logical_and": _plain("Mul"),
+    "logical_not": lambda n, x: n("Sub", n.const(1.0), x),
+    "logical_or": _plain("Max"),
+    "logsigmoid": lambda n, x: n("Neg", n("Softplus", n("Neg", x))),
+    "lt": _comparison("Less"),
+    "maximum": _plain("Max"),
+    "minimum": _plain("Min"),
+    "mish": _plain("Mish"),
+    "mul": _plain("Mul"),
+    "neg": _plain("Neg"),
+    "pow": _plain("Pow"),
+    "reciprocal": _plain("Reciprocal"),
+    "relu": _plain("Relu"),
+    "relu6": lambda n, x: n("Clip", x, n.const(0.0), n.const(6.0)),
+    "round": _plain("Round"),
+    "rsqrt": lambda n, x: n("Reciprocal", n("Sqrt", x)),
+    "rsub": lambda n, x, y, alpha=None: _sub(n, y, x, alpha),
+    "selu": _plain("Selu"),
+    "sigmoid": _plain("Sigmoid"),
+    "sign": _plain("Sign"),
+    "silu": _silu,
+    "sin": _plain("Sin"),
+    "sinh": _plain("Sinh"),
+    "softplus": _softplus,
+    "softshrink": _shrink(soft=True),
+    "softsign": _plain("Softsign"),
+    "sqrt": _plain("Sqrt"),
+    "square": lambda n, x: n("Mul", x, x),
+    "sub": _sub,
+    "tan": _plain("Tan"),
+    "tanh": _plain("Tanh"),
+    "tanhshrink": lambda n, x: n("Sub", x, n("Tanh", x)),
+    "threshold": lambda n, x, threshold, value: n("Where", n("Greater", x, threshold), x, value),
+    "trunc": lambda n, x: n("Mul", n("Sign", x), n("Floor", n("Abs", x))),
+    "where": _where,
+}
+
+
+def build(pointwise: Pointwise, n: Nodes, z: list[ir.Value]) -> ir.Value:
+    """The nodes that compute `pointwise` of `z`.
+
+    Raises:
+        UnsupportedError: an operation, or an option of one, has no ONNX form.
+    """
+    done: list[ir.Value] = []
+
+    def value(arg: Any, *, raw: bool) -> Any:
+        if isinstance(arg, str) and arg[0] in "zt" and arg[1:].isdigit():
+            return (z if arg[0] == "z" else done)[int(arg[1:])]
+        if raw or arg is None:
+            return arg
+        return n.const(float(arg))
+
+    for op, args, kwargs in pointwise.steps:
+        if op not in OPERATIONS:
+            raise UnsupportedError(
+                f"the activation {pointwise.name!r} uses {op!r}, which has no ONNX form here; "
+                "leave ONNX out of the targets"
+            )
+        raw = op in _RAW_OPS
+        given = {k: value(v, raw=raw or k in _RAW) for k, v in kwargs.items() if k != "inplace"}
+        done.append(OPERATIONS[op](n, *(value(arg, raw=raw) for arg in args), **given))
+    return done[-1]

@@ -1,0 +1,187 @@
+"""Which ONNX nodes an MoE layer becomes.
+
+``com.microsoft::MoE`` is one kernel in ONNX Runtime, for five activations. An activation is
+recognised by its values and not by its name, so that one spelled out in many steps is found too.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from upcycle.layers.moe import MoE
+from upcycle.pointwise import Pointwise
+from upcycle.recipe.onnx import Onnx
+from upcycle.targets.onnx.forms.cost_model import Work, seconds
+
+Form = Literal["fused", "unrolled", "dense", "quantised"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The fused node: its `activation_type`, and whether the rows of gate and up alternate."""
+
+    activation: str
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer becomes.
+
+    Attributes:
+        form: of every call, or of calls of less than `limit` tokens.
+        pointwise: what the experts compute in every form: that of the layer, or the kernel's form
+            of GELU.
+        kernel: the node behind a form that is fused or quantised.
+        longer: the form of longer calls, if that is another one.
+        limit: tokens from which on a call is one of those.
+    """
+
+    form: Form
+    pointwise: Pointwise
+    kernel: Fused | None = None
+    longer: Form | None = None
+    limit: int = 0
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """One or two."""
+        return (self.form,) if self.longer is None else (self.form, self.longer)
+
+
+_GELU_TANH = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),), "gelu_tanh")
+_GELU_ERF = Pointwise(1, (("gelu", ("z0",), {}),))
+# The kernel's "gelu" is the tanh form: 3e-4 from the erf form.
+KERNELS = (
+    (Fused("relu"), Pointwise(1, (("relu", ("z0",), {}),))),
+    (Fused("silu"), Pointwise(1, (("silu", ("z0",), {}),))),
+    (Fused("gelu"), _GELU_TANH),
+    (Fused("identity"), Pointwise(1, (("mul", ("z0", 1.0), {}),))),
+    (
+        Fused("swiglu", gated=True),
+        Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {}))),
+    ),
+)
+
+
+def kernel_named(activation: str) -> tuple[Fused, Pointwise]:
+    """The one of `KERNELS` whose nodes have this `activation_type`."""
+    return next(pair for pair in KERNELS if pair[0].activation == activation)
+
+
+def same_function(a: Pointwise, b: Pointwise) -> bool:
+    """True if `a` and `b` agree to 1e-6 on 1300 points between -1e15 and 1e15."""
+    if a.arity != b.arity:
+        return False
+    far = torch.logspace(-3, 15, 400, dtype=torch.float64)
+    points = torch.cat([torch.linspace(-12, 12, 501, dtype=torch.float64), far, -far])
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    z = [points, points[order]][: a.arity]
+    return torch.allclose(a(*z), b(*z), rtol=1e-6, atol=1e-6)
+
+
+def choose(layer: MoE, options: Onnx) -> Choice:
+    """The forms of `layer` under `options`.
+
+    What the kernels do not compute becomes standard operations under every option.
+    """
+    own = layer.experts.act_fn.pointwise
+    kernel = fused_form(layer, gelu=options.gelu)
+    may_round = kernel is not None and options.may_round and _fits_quantised(layer, options.bits)
+    asked: Form | None = None if options.form == "auto" else options.form
+    if asked is None and options.profile == "portable":
+        asked = "unrolled"
+    if asked is None and options.profile == "cuda":
+        asked = "quantised" if may_round else "fused"
+    if (asked == "fused" and kernel is None) or (asked == "quantised" and not may_round):
+        asked = "unrolled"
+    if asked in ("unrolled", "dense"):
+        return Choice(asked, own)
+    made = Choice(asked, own) if asked else _fastest(layer, kernel, options, may_round=may_round)
+    if kernel is None or not {"fused", "quantised"} & set(made.forms):
+        return made
+    program = dict(KERNELS)[kernel]
+    return replace(made, kernel=kernel, pointwise=own if same_function(own, program) else program)
+
+
+def _fits_quantised(layer: MoE, bits: int) -> bool:
+    """Whether the kernel for rounded weights takes the shapes: two 4-bit numbers fill a byte."""
+    experts = layer.experts
+    return bits == 8 or (experts.hidden_dim % 2 == 0 and experts.intermediate_dim % 2 == 0)
+
+
+def _fastest(layer: MoE, kernel: Fused | None, options: Onnx, *, may_round: bool) -> Choice:
+    """The fastest exact form, or one for short and one for long calls; one form where the layer
+    may be rounded, as a token is to get the same whatever the length of the call."""
+    experts, own = layer.experts, layer.experts.act_fn.pointwise
+    kinds: dict[Form, str] = {"unrolled": "unrolled", "dense": "dense"}
+    if kernel is not None:
+        kinds["fused"] = "fused"
+    if may_round:
+        blocks = "" if options.block in ("row", "adaptive") else " blocks"
+        kinds["quantised"] = f"int{options.bits}{blocks}"
+
+    def cost(form: Form, tokens: int) -> float:
+        work = Work(
+            tokens=tokens,
+            num_experts=experts.num_experts,
+            top_k=most_visited(layer),
+            d_model=experts.hidden_dim,
+            width=experts.intermediate_dim,
+            arity=own.arity,
+            gelu=any(op == "gelu" for op, _, _ in own.steps),
+        )
+        return seconds(kinds[form], work)
+
+    few, *more = options.calls
+    form = min(kinds, key=lambda form: cost(form, few))
+    if not more or may_round:
+        return Choice(form, own)
+    (many,) = more
+    longer = min(kinds, key=lambda form: cost(form, many))
+    if longer == form:
+        return Choice(form, own)
+    limit = few + 1
+    while cost(longer, limit) > cost(form, limit):
+        limit += 1
+    return Choice(form, own, longer=longer, limit=limit)
+
+
+def fused_form(layer: MoE, *, gelu: str = "exact") -> Fused | None:
+    """The fused node that computes `layer`, or None if there is none.
+
+    Args:
+        layer: the layer.
+        gelu: ``tanh`` lets the kernel's tanh form stand for the erf form.
+    """
+    pointwise = layer.experts.act_fn.pointwise
+    router = layer.router
+    if router.weights == "gain" and (router.gain.is_meta or not bool((router.gain > -1).all())):
+        return None  # 1 + g p may be negative, and the kernel takes logarithms
+    if pointwise.arity > 2 or layer.experts.hidden_dim != layer.experts.down_proj.shape[1]:
+        return None
+    for form, program in KERNELS:
+        if same_function(pointwise, program):
+            return form
+    if gelu == "tanh" and same_function(pointwise, _GELU_ERF):
+        return Fused("gelu")
+    return None
+
+
+def total_weight(layer: MoE) -> float | None:
+    """The sum of the expert weights of a token, or None if it differs from token to token."""
+    router = layer.router
+    rule = router.config["select"]["rule"]
+    if router.weights in ("renormalised", "renorm_detach"):
+        return None if rule in ("null", "expert_choice") else float(router.scale)
+    if router.weights == "one" and rule in ("top_k", "all"):
+        return float(router.scale * most_visited(layer))
+    return None
+
+
+def most_visited(layer: MoE) -> int:
+    """How many experts a token visits at most."""
+    select = layer.router.config["select"]
+    by_score = select["rule"] in ("top_k", "top_p", "null")
+    return min(select["k"], layer.router.num_experts) if by_score else layer.router.num_experts

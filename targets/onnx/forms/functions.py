@@ -1,0 +1,136 @@
+"""The functions behind the MoE nodes, in standard ONNX operations.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G rows of an expansion.
+"""
+
+from typing import Any
+
+import onnx_ir as ir
+
+from upcycle.onnx.nodes import OPSET, Nodes
+from upcycle.pointwise import Pointwise
+from upcycle.targets.onnx.forms.choose import Form
+from upcycle.targets.onnx.forms.dense import dense
+from upcycle.targets.onnx.forms.unrolled import grouped
+
+MS = "com.microsoft"
+OWN = "upcycle"
+FUSED_ATTRIBUTES = (
+    "k",
+    "activation_type",
+    "normalize_routing_weights",
+    "swiglu_fusion",
+    "activation_alpha",
+    "activation_beta",
+)
+
+
+def _function(
+    domain: str,
+    name: str,
+    inputs: list[ir.Value],
+    output: ir.Value,
+    nodes: Nodes,
+    attributes: tuple[str, ...] = (),
+) -> ir.Function:
+    graph = ir.Graph(inputs, [output], nodes=nodes.nodes, opset_imports={"": OPSET}, name=name)
+    undefined = [ir.Attr(a, ir.AttributeType.UNDEFINED, None) for a in attributes]
+    return ir.Function(domain, name, graph=graph, attributes=undefined)
+
+
+def standard(
+    form: Form,
+    name: str,
+    pointwise: Pointwise,
+    num_experts: int,
+    *,
+    bias: bool,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.Function:
+    """A layer whose form is ``unrolled`` or ``dense``.
+
+    Inputs: x [T, D], weights [T, E] with zeros for the experts that a token skips, up [E, G, D],
+    up bias [E, G] if `bias`, down [E, O, I]. Output [T, O].
+    """
+    x_TD, weights_TE, up_EGD, down_EOI = (ir.Value(name=i) for i in ("x", "weights", "up", "down"))
+    bias_EG = ir.Value(name="up_bias") if bias else None
+    n = Nodes(dtype=dtype)
+    build = dense if form == "dense" else grouped
+    out_TO = build(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
+    inputs = [x_TD, weights_TE, up_EGD, *([] if bias_EG is None else [bias_EG]), down_EOI]
+    return _function(OWN, name, inputs, out_TO, n)
+
+
+def fused(
+    activations: list[str], *, bias: bool, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Function:
+    """What the kernel ``com.microsoft::MoE`` computes with ``normalize_routing_weights=1``.
+
+    For runtimes without the kernel: every expert on every token, so correct and slow. A file holds
+    one function of a name, so it serves every layer: any E, any k, each of `activations`.
+
+    Inputs: x [T, D], scores [T, E], up [E, G, D], up bias [E, G] if `bias`, down [E, D, I].
+    """
+    x_TD, scores_TE, up_EGD, bias_EG, down_EDI = (
+        ir.Value(name=i) for i in ("x", "scores", "up", "up_bias", "down")
+    )
+    n = Nodes(dtype=dtype)
+    k = n(
+        "Reshape",
+        n("Constant", value_int=ir.RefAttr("value_int", "k", ir.AttributeType.INT)),
+        n.const([1]),
+    )
+    single_TE = n("Cast", scores_TE, to=ir.DataType.FLOAT.value) if n.is_half else scores_TE
+    p_TE = n("Softmax", single_TE, axis=-1)
+    top_TK, index_TK = n.many("TopK", p_TE, k, outputs=2, axis=-1)
+    top_TK = n("Div", top_TK, n("ReduceSum", top_TK, n.const([1]), keepdims=1))
+    zeros_TE = n("ConstantOfShape", n("Shape", scores_TE))
+    weights_TE = n("ScatterElements", zeros_TE, index_TK, top_TK, axis=1)
+    if n.is_half:
+        weights_TE = n("CastLike", weights_TE, scores_TE)
+    z_ETG = n("MatMul", x_TD, n("Transpose", up_EGD, perm=[0, 2, 1]))
+    if bias:
+        z_ETG = n("Add", z_ETG, n("Unsqueeze", bias_EG, n.const([1])))
+    hidden_ETI = _choose(n, activations, z_ETG)
+    y_ETD = n("MatMul", hidden_ETI, n("Transpose", down_EDI, perm=[0, 2, 1]))
+    weights_ET1 = n("Unsqueeze", n("Transpose", weights_TE, perm=[1, 0]), n.const([2]))
+    y_TD = n("ReduceSum", n("Mul", y_ETD, weights_ET1), n.const([0]), keepdims=0)
+    return _function(
+        MS, "MoE", [x_TD, scores_TE, up_EGD, bias_EG, down_EDI], y_TD, n, FUSED_ATTRIBUTES
+    )
+
+
+def _choose(n: Nodes, activations: list[str], z: ir.Value) -> ir.Value:
+    """The activation that the attribute `activation_type` of the node names."""
+    name, *rest = activations
+    if not rest:
+        return _activate(n, name, z)
+    branches: dict[str, Any] = {}
+    for branch, names in (("then_branch", [name]), ("else_branch", rest)):
+        inner = Nodes(f"{n.scope}{branch}_{names[0]}/", dtype=n.dtype)
+        inner_out = _choose(inner, names, z)
+        branches[branch] = ir.Graph([], [inner_out], nodes=inner.nodes, name=names[0])
+    wanted = ir.RefAttr("value_string", "activation_type", ir.AttributeType.STRING)
+    given = n("Unsqueeze", n("Constant", value_string=wanted), n.const([0]))
+    # Both from one tensor: numpy's string types have a length, and onnx's evaluator compares types.
+    both = n("Concat", given, n("Constant", value_strings=[name]), axis=0)
+    is_first = n("Equal", *n.many("Split", both, outputs=2, axis=0, num_outputs=2))
+    return n("If", is_first, **branches)
+
+
+def _activate(n: Nodes, name: str, z: ir.Value) -> ir.Value:
+    """Operations that every runtime has; so no Gelu."""
+    if name == "identity":
+        return n("Identity", z)
+    if name == "relu":
+        return n("Relu", z)
+    if name == "silu":
+        return n("Mul", z, n("Sigmoid", z))
+    if name == "gelu":
+        cubic = n("Mul", n("Mul", z, n("Mul", z, z)), n.const(0.044715))
+        inner = n("Mul", n("Add", z, cubic), n.const(0.7978845608028654))  # sqrt(2 / pi)
+        half = n("Mul", z, n.const(0.5))
+        return n("Mul", half, n("Add", n("Tanh", inner), n.const(1.0)))
+    pairs = n("Reshape", z, n.const([0, 0, -1, 2]))  # swiglu: gate 0, up 0, gate 1, up 1, ...
+    gate, up = (n("Gather", pairs, n.const(i), axis=3) for i in (0, 1))
+    return n("Mul", n("Mul", gate, n("Sigmoid", gate)), up)

@@ -1,0 +1,148 @@
+"""From opaque nodes to nodes that run: the fused kernel, or standard operations, or both of them.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G = arity * I.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from upcycle.layers.moe import MoE
+from upcycle.onnx.node_names import SCOPES
+from upcycle.onnx.nodes import OPSET, Nodes
+from upcycle.recipe.onnx import Onnx
+from upcycle.targets.onnx.forms import functions as bodies
+from upcycle.targets.onnx.forms.choose import Choice, Form, choose
+from upcycle.targets.onnx.forms.fused import expansion, fused, rounded
+from upcycle.targets.onnx.opaque_experts import OPAQUE
+from upcycle.targets.onnx.share_weights import Store
+
+log = logging.getLogger(__name__)
+
+
+def lower(
+    model: ir.Model,
+    layers: Mapping[str, MoE],
+    store: Store,
+    options: Onnx,
+    *,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> dict[str, Choice]:
+    """Replace every opaque node of `model`, in place, and add the functions behind the new ones.
+
+    Args:
+        model: the exported graph.
+        layers: the layer behind each opaque node, by path.
+        store: what is on disk: decides whether a gated layer reads one stack or two.
+        options: which form each layer gets, see `choose`.
+        dtype: in which the experts compute.
+
+    Returns:
+        What each layer has become, by path.
+    """
+    nodes = [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == OPAQUE]
+    paths = [n.attributes["layer"].as_string() for n in nodes]
+    chosen = {path: choose(layers[path], options) for path in dict.fromkeys(paths)}
+    others = sum(options.form not in ("auto", choice.form) for choice in chosen.values())
+    if others:
+        log.warning(
+            "%d of %d MoE layers are unrolled: ONNX Runtime has no %s node for what they compute "
+            "(erf GELU: `onnx.gelu: tanh` accepts its form of it)",
+            *(others, len(chosen), options.form),
+        )
+    by_kernel = {path: made.kernel for path, made in chosen.items() if "fused" in made.forms}
+    used = sorted({kernel.activation for kernel in by_kernel.values() if kernel})
+    biased = any(layers[path].experts.has_bias for path in by_kernel)
+    made = _Made(store, options, biased)
+    for node, path in zip(nodes, paths, strict=True):
+        n = Nodes(f"{path}/" if path else "", _scopes(node), dtype=dtype)
+        _put(node, n, _layer(n, node, layers[path], chosen[path], made))
+    functions = list(made.functions.values())
+    if used:
+        functions.append(bodies.fused(used, bias=biased, dtype=dtype))
+    if any(choice.kernel is not None for choice in chosen.values()):
+        model.opset_imports[bodies.MS] = 1
+    if made.functions:
+        model.opset_imports[bodies.OWN] = 1
+    else:
+        model.opset_imports.pop(bodies.OWN, None)
+    model.opset_imports[""] = max(OPSET, model.opset_imports.get("", OPSET))
+    for function in functions:
+        function.opset_imports[""] = model.opset_imports[""]
+        model.functions[function.identifier()] = function
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What the layers of a file share: `functions` of standard operations are added when used."""
+
+    store: Store
+    options: Onnx
+    biased: bool
+    functions: dict[str, ir.Function] = field(default_factory=dict)
+
+
+def _scopes(node: ir.Node) -> dict[str, str]:
+    return {key: value for key, value in node.metadata_props.items() if key == SCOPES}
+
+
+def _put(old: ir.Node, n: Nodes, out: ir.Value) -> None:
+    (before,) = old.outputs
+    graph = old.graph
+    assert graph is not None
+    out.shape, out.type = before.shape, before.type
+    name = out.name
+    ir.convenience.replace_nodes_and_values(graph, old, [old], n.nodes, [before], [out])
+    out.name = name
+
+
+def _layer(n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made) -> ir.Value:
+    """The nodes of a layer: one form, or two of which the number of tokens takes one."""
+    if choice.longer is None:
+        return _form(choice.form, n, node, layer, choice, made)
+    branches: dict[str, Any] = {}
+    for branch, form in (("then_branch", choice.form), ("else_branch", choice.longer)):
+        inner = n.inside(form)
+        out = _form(form, inner, node, layer, choice, made)
+        out.shape, out.type = node.outputs[0].shape, node.outputs[0].type
+        branches[branch] = ir.Graph([], [out], nodes=inner.nodes, name=form)
+    tokens = n("Squeeze", n("Shape", node.inputs[0], start=0, end=1))
+    return n("If", n("Less", tokens, n.const(choice.limit)), name="by_length", **branches)
+
+
+def _form(form: Form, n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made) -> ir.Value:
+    if form == "fused" and choice.kernel is not None:
+        return fused(n, node, layer, choice.kernel, made.store, biased=made.biased)
+    if form == "quantised" and choice.kernel is not None:
+        return rounded(n, node, layer, choice.kernel, made.options)
+    return _standard(form, n, node, layer, choice, made)
+
+
+def _standard(
+    form: Form, n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made
+) -> ir.Value:
+    """A node ``upcycle::MoE_...``; layers that compute the same share one function."""
+    x_TD, weights_TE, _, down_EOI, *bias = node.inputs
+    up_EGD = expansion(n, node, layer, made.store, interleave=False)
+    pointwise, count = choice.pointwise, layer.experts.num_experts
+    key = json.dumps([form, pointwise.to_json(), count, bool(bias)])
+    if key not in made.functions:
+        stem = f"MoE_{'dense_' if form == 'dense' else ''}{pointwise.name}_{count}"
+        taken = sum(function.name.startswith(stem) for function in made.functions.values())
+        name = f"{stem}_{taken}" if taken else stem
+        made.functions[key] = bodies.standard(
+            form, name, pointwise, count, bias=bool(bias), dtype=n.dtype
+        )
+    if n.is_half:
+        weights_TE = n("CastLike", weights_TE, x_TD)
+    return n(
+        made.functions[key].name,
+        *(x_TD, weights_TE, up_EGD, *bias, down_EOI),
+        domain=bodies.OWN,
+        name="MoE",
+    )

@@ -1,0 +1,87 @@
+"""Experts as standard ONNX operations: tokens in groups, one for each expert, and back.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G rows of an expansion,
+N pairs of a token and one of its experts, in the order of the experts, n those of one expert,
+K the most experts that a token has.
+"""
+
+import onnx_ir as ir
+
+from upcycle.onnx.nodes import Nodes
+from upcycle.pointwise import Pointwise
+from upcycle.targets.onnx.forms import activation as programs
+
+INT64 = ir.DataType.INT64.value
+SINGLE = ir.DataType.FLOAT.value
+
+
+def grouped(
+    n: Nodes,
+    pointwise: Pointwise,
+    num_experts: int,
+    x_TD: ir.Value,
+    weights_TE: ir.Value,
+    up_EGD: ir.Value,
+    up_bias_EG: ir.Value | None,
+    down_EOI: ir.Value,
+) -> ir.Value:
+    """Each expert on the tokens only whose weight for it is not zero; the value is [T, O].
+
+    What belongs to all experts is done once, and what is left for each, two products and the
+    activation, are the fewest nodes: at one token a node takes ONNX Runtime as long as 30,000
+    weights. The sum over a token's experts is a product for the same reason, and because adding
+    rows to the same token (ScatterND) from several threads loses some of them.
+    """
+    chosen_ET = n("Transpose", n("Cast", weights_TE, to=ir.DataType.BOOL.value), perm=[1, 0])
+    one_ET = n("Cast", chosen_ET, to=INT64)
+    pair_2N = n("NonZero", chosen_ET)  # by expert, then by token
+    token_N = n("Gather", pair_2N, n.const(1), axis=0)
+    sizes_E = n("ReduceSum", one_ET, n.const([1]), keepdims=0)
+    groups = n.many("Split", token_N, sizes_E, outputs=num_experts, axis=0)
+    out = []
+    for expert, token_n in enumerate(groups):
+        n.scope = f"expert_{expert}/"
+        e = n.const(expert)
+        rows = [n("Gather", up_EGD, e, axis=0)]
+        if up_bias_EG is not None:
+            rows.append(n("Gather", up_bias_EG, e, axis=0))
+        z_nG = n("Gemm", n("Gather", x_TD, token_n, axis=0), *rows, transB=1, name="up")
+        z = [z_nG]
+        if pointwise.arity > 1:
+            z = n.many("Split", z_nG, outputs=pointwise.arity, axis=1, num_outputs=pointwise.arity)
+        hidden_nI = programs.build(pointwise, n, z)
+        down_OI = n("Gather", down_EOI, e, axis=0)
+        out.append(n("Gemm", hidden_nI, down_OI, transB=1, name="down"))
+    n.scope = ""
+    return _sum(n, out, weights_TE, one_ET, pair_2N, down_EOI)
+
+
+def _sum(
+    n: Nodes,
+    out: list[ir.Value],
+    weights_TE: ir.Value,
+    one_ET: ir.Value,
+    pair_2N: ir.Value,
+    down_EOI: ir.Value,
+) -> ir.Value:
+    """The weighted sum over the experts of each token, in their order, in float32: [T, O].
+
+    Tokens with fewer than K experts read a row of zeros.
+    """
+    width = n("Shape", down_EOI, start=1, end=2)
+    y_NO = n("Concat", *out, n.zeros(n("Concat", n.const([1]), width, axis=0)), axis=0)
+    pairs = n("Shape", pair_2N, start=1, end=2)
+    row_N = n("Range", n.const(0), n("Squeeze", pairs), n.const(1))
+    no_ET = n("Expand", pairs, n("Shape", one_ET))
+    row_ET = n("ScatterND", no_ET, n("Transpose", pair_2N, perm=[1, 0]), row_N)
+    most = n("Concat", n("ReduceSum", one_ET, n.const([0]), keepdims=0), n.const([1]), axis=0)
+    k = n("ReduceMax", most)  # [1]; at least one, for no tokens and for tokens without experts
+    row_TE = n("Transpose", row_ET, perm=[1, 0])
+    row_TK, expert_TK = n.many("TopK", row_TE, k, outputs=2, axis=1, largest=0)
+    weights_TK = n("GatherElements", weights_TE, expert_TK, axis=1)
+    y_TKO = n("Gather", y_NO, row_TK, axis=0)
+    if n.is_half:
+        weights_TK, y_TKO = (n("Cast", value, to=SINGLE) for value in (weights_TK, y_TKO))
+    y_T1O = n("MatMul", n("Unsqueeze", weights_TK, n.const([1])), y_TKO)
+    y_TO = n("Squeeze", y_T1O, n.const([1]))
+    return n("CastLike", y_TO, weights_TE) if n.is_half else y_TO

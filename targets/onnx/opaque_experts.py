@@ -1,0 +1,154 @@
+"""The model as the exporter sees it: the experts of every MoE layer are one opaque node.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.errors import UnsupportedError
+from upcycle.layers.experts import Experts
+from upcycle.layers.moe import MoE
+from upcycle.targets.onnx.parts import Compute
+
+OPAQUE = ("upcycle", "MoE")
+
+
+@contextmanager
+def symbolic_layers(
+    model: nn.Module, dtype: torch.dtype = torch.float32
+) -> Iterator[dict[str, MoE]]:
+    """Within it `model` is in eval mode and the experts of its MoE layers export as opaque nodes.
+
+    The value is the layers by path. Afterwards `model` is as it was.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    for path, layer in layers.items():
+        found = layer.experts.down_proj.dtype
+        if found != dtype:
+            raise UnsupportedError(
+                f"{path}: the graph is to be in {dtype} and the experts are {found}; export "
+                "model.float() for float32, the stored weights may stay as they are"
+            )
+        _check_router(path, layer)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for path, layer in layers.items():
+            vars(layer.experts)["forward"] = functools.partial(_forward, layer.experts, path)
+        model.eval()
+        yield layers
+    finally:
+        for layer in layers.values():
+            vars(layer.experts).pop("forward", None)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check_router(path: str, layer: MoE) -> None:
+    """Refuse routers that a graph cannot have, or that no one wants in one."""
+    kind = layer.config["router"]["kind"]
+    if kind == "oracle":
+        raise UnsupportedError(
+            f"{path}: an oracle runs every expert to choose some, which is for comparing other "
+            "routers with; an ONNX graph of it would be slower than the dense model"
+        )
+    given = getattr(layer.router, "given", None)
+    if kind == "table" and (given is None or given.position is None):
+        raise UnsupportedError(
+            f"{path}: its router reads {layer.config['router']['by']} ids, and an ONNX graph has "
+            "only the inputs of the dense model"
+        )
+
+
+def _forward(
+    experts: Experts,
+    path: str,
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+) -> torch.Tensor:
+    """`Experts.forward` as one node. Everything else of the layer is ordinary operations.
+
+    The router has chosen, so no runtime breaks a tie: the node gets a weight for each expert,
+    which is zero where the expert is not chosen.
+    """
+    weights_TE = weights_TK.new_zeros(index_TK.shape[0], experts.num_experts)
+    weights_TE = weights_TE.scatter(-1, index_TK, weights_TK)
+    inputs = [x_TD, weights_TE, experts.up_EGD, experts.down_proj]
+    if experts.up_bias_EG is not None:
+        inputs.append(experts.up_bias_EG)
+    y_TO: torch.Tensor = torch.onnx.ops.symbolic(
+        "::".join(OPAQUE),
+        inputs,
+        {"layer": path},
+        dtype=x_TD.dtype,
+        shape=(x_TD.shape[0], experts.down_proj.shape[1]),
+        version=1,
+    )
+    return y_TO
+
+
+def named_tensors(result: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of what a model returned, by name, in order; caches and the like are left out."""
+    if isinstance(result, torch.Tensor):
+        return {name or "output": result}
+    parts: list[tuple[str, Any]] = []
+    if isinstance(result, Mapping):
+        parts = [(f"{name}.{key}" if name else str(key), part) for key, part in result.items()]
+    elif isinstance(result, (tuple, list)):
+        parts = [(f"{name or 'output'}.{i}", part) for i, part in enumerate(result)]
+    found: dict[str, torch.Tensor] = {}
+    for key, part in parts:
+        found |= named_tensors(part, key)
+    return found
+
+
+@contextmanager
+def tensor_outputs(
+    model: nn.Module, compute: Compute | None = None, inputs: Sequence[str] = ()
+) -> Iterator[list[str]]:
+    """Within it `model` returns a flat tuple of tensors.
+
+    The value is a list that holds their names once the model has run.
+
+    Args:
+        model: afterwards it is as it was.
+        compute: what it computes, if that is not its forward; see `upcycle.targets.onnx.parts`.
+        inputs: the names of what `compute` reads. The arguments are these as `identifier` has them.
+    """
+    names: list[str] = []
+    before = vars(model).get("forward")
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def flat(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        if compute is None:
+            found = named_tensors(forward(*args, **kwargs))
+        else:
+            given = {name: kwargs[identifier(name)] for name in inputs}
+            found = named_tensors(compute(forward, given))
+        names[:] = found
+        return tuple(found.values())
+
+    if compute is not None:  # torch.export asks for the names of the arguments
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        arguments = [inspect.Parameter(identifier(name), kind) for name in inputs]
+        vars(flat)["__signature__"] = inspect.Signature(arguments)
+    vars(model)["forward"] = flat
+    try:
+        yield names
+    finally:
+        vars(model).pop("forward")
+        if before is not None:
+            vars(model)["forward"] = before
+
+
+def identifier(name: str) -> str:
+    """The name of an argument for the input `name` of a graph."""
+    return name.replace(".", "_")

@@ -1,0 +1,88 @@
+"""torch's attention in standard ONNX operations, with fewer of them than its exporter takes.
+
+The exporter scales queries and keys, transposes keys by their shape, and looks at every weight of
+every head for what is no number: a tenth of the time of a decoder that reads 512 tokens. It lets a
+query that may attend to nothing attend to everything, or gives no numbers; torch gives zeros.
+
+Shape suffixes: B batch, H heads, J heads of keys and values, T queries, S keys, D d_head.
+"""
+
+import math
+
+import onnx_ir as ir
+
+from upcycle.targets.onnx.torch_ops.traced import Traced
+
+
+def attention(
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    attn_mask: ir.Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ir.Value:
+    """``torch.nn.functional.scaled_dot_product_attention`` in eval mode, up to rounding.
+
+    Args:
+        query: [B, H, T, D]; other ranks torch takes apart before. H, J and D are fixed.
+        key: [B, J, S, D].
+        value: [B, J, S, O].
+        attn_mask: [B, H, T, S] or what broadcasts to it: true where a query may attend, or what is
+            added to the scores.
+        dropout_p: not of eval mode.
+        is_causal: query t attends to the keys 0 to t.
+        scale: of the scores; by default one over the root of D.
+        enable_gqa: J may be a part of H.
+    """
+    n = Traced(dtype=query.dtype or ir.DataType.FLOAT)
+    assert query.shape is not None
+    d_head = query.shape[-1]
+    assert isinstance(d_head, int)
+    if enable_gqa:
+        key, value = (_for_all_heads(n, shared, query) for shared in (key, value))
+    if is_causal:
+        attn_mask = _added(n, _causal(n, query, key))
+    elif attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
+        attn_mask = _added(n, attn_mask)
+    query = n("Mul", query, n.const(1 / math.sqrt(d_head) if scale is None else float(scale)))
+    key = n("Transpose", key, perm=[0, 1, 3, 2])
+    scores_BHTS = n("MatMul", query, key)
+    if attn_mask is None:
+        return n("MatMul", n("Softmax", scores_BHTS, axis=-1), value)
+    weights_BHTS = n("Softmax", n("Add", scores_BHTS, attn_mask), axis=-1)
+    # Either all weights of a query are numbers or none is, so the first one tells.
+    first_BHT1 = n("Slice", weights_BHTS, n.const([0]), n.const([1]), n.const([-1]))
+    y_BHTO = n("MatMul", weights_BHTS, value)
+    return n("Where", n("IsNaN", first_BHT1), n.const(0.0), y_BHTO)
+
+
+def _added(n: Traced, seen: ir.Value) -> ir.Value:
+    """What is added to the scores for booleans."""
+    return n("Where", seen, n.const(0.0), n.const(-math.inf))
+
+
+def _causal(n: Traced, query: ir.Value, key: ir.Value) -> ir.Value:
+    """Booleans [T, S]."""
+    t, s = (
+        n("Range", n.const(0), n("Squeeze", n("Shape", x, start=-2, end=-1)), n.const(1))
+        for x in (query, key)
+    )
+    return n("GreaterOrEqual", n("Unsqueeze", t, n.const([1])), s)
+
+
+def _for_all_heads(n: Traced, shared: ir.Value, query: ir.Value) -> ir.Value:
+    """Keys or values [B, J, S, D] -> [B, H, S, D], each head for several heads of queries."""
+    assert query.shape is not None
+    assert shared.shape is not None
+    heads, groups = query.shape[-3], shared.shape[-3]
+    assert isinstance(heads, int)
+    assert isinstance(groups, int)
+    if heads == groups:
+        return shared
+    each = n("Unsqueeze", shared, n.const([-3]))
+    many = n("Expand", each, n.const([heads // groups, 1, 1]))
+    ends = [n("Shape", shared, end=-3), n.const([heads]), n("Shape", shared, start=-2)]
+    return n("Reshape", many, n("Concat", *ends, axis=0))

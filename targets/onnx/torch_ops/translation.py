@@ -1,0 +1,48 @@
+"""The operation ``upcycle::moe`` for torch's own ONNX exporter.
+
+    program = torch.export.export(model, arguments)
+    torch.onnx.export(program, dynamo=True, custom_translation_table=TABLE)
+
+`upcycle convert --target onnx` needs none of this: it sees the layers before they are operations.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
+G = arity * I.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+import upcycle.kernels.torch_operation  # noqa: F401  (defines the operation)
+from upcycle.pointwise import Pointwise
+from upcycle.targets.onnx.forms.unrolled import grouped
+from upcycle.targets.onnx.torch_ops.traced import Traced
+
+
+def moe(
+    x_TD: ir.Value,
+    index_TK: ir.Value,
+    weights_TK: ir.Value,
+    up_EGD: ir.Value,
+    up_bias_EG: ir.Value | None,
+    down_EOI: ir.Value,
+    program: str,
+) -> ir.Value:
+    """What ``upcycle::moe`` computes, each expert on its own tokens only, [T, O]."""
+    assert up_EGD.shape is not None
+    assert up_EGD.dtype is not None
+    num_experts = up_EGD.shape[0]
+    assert isinstance(num_experts, int)
+    n = Traced(dtype=up_EGD.dtype)
+    tokens = n("Shape", x_TD, start=0, end=1)
+    zeros_TE = n("Expand", n.const(0.0), n("Concat", tokens, n.const([num_experts]), axis=0))
+    weights_TK = n("CastLike", weights_TK, zeros_TE)
+    weights_TE = n("ScatterElements", zeros_TE, index_TK, weights_TK, axis=1, reduction="add")
+    pointwise = Pointwise.from_json(json.loads(program))
+    return grouped(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, up_bias_EG, down_EOI)
+
+
+TABLE: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.upcycle.moe.default: moe}

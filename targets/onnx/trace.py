@@ -1,0 +1,93 @@
+"""Torch's exporter: a module in, a graph out, without its opinions about itself."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcycle.errors import UnsupportedError
+from upcycle.onnx.nodes import OPSET
+from upcycle.targets.onnx.axes import Axes
+from upcycle.targets.onnx.torch_ops.attention import attention
+
+ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.scaled_dot_product_attention.default: attention
+}
+
+
+def trace(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor] | tuple[Tensor, ...],
+    named: Mapping[str, Tensor],
+    axes: Axes,
+    *,
+    optimize: bool = True,
+) -> torch.onnx.ONNXProgram:
+    """The graph of `model.forward`.
+
+    Args:
+        model: in eval mode.
+        inputs: an example of its arguments: by name, or in order.
+        named: the same by name.
+        axes: which may vary, by the names of `named`.
+        optimize: fold what follows from weights and constants.
+
+    Raises:
+        UnsupportedError: torch cannot export the model.
+    """
+    shapes = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in named}
+    arguments: dict[str, Any] = (
+        {"kwargs": dict(inputs), "dynamic_shapes": shapes}
+        if isinstance(inputs, Mapping)
+        else {"args": inputs, "dynamic_shapes": tuple(shapes.values())}
+    )
+    # With gradients torch takes another attention kernel while tracing than for its decompositions.
+    with quiet(), _no_fast_path(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                model,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                optimize=optimize,
+                custom_translation_table=ATTENTION,
+                **arguments,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UnsupportedError(f"torch.onnx cannot export this model: {reason}") from error
+    assert program is not None
+    return program
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Keep torch's fused transformer layer, which reads the FFN's weights, out of the graph."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what torch's exporter says about itself: deprecations, and packages it does without."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", module=r"torch\.|onnxscript\.")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

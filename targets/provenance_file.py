@@ -1,0 +1,97 @@
+"""``provenance.json``: what each converted layer is, and the dense neuron behind each of its rows.
+
+Row i of an expert is row i of its gate and up matrices and column i of its down matrix. The rows
+are written as runs, in their order: ``0-383 500 zero*2 new*3`` are the dense neurons 0 to 383, then
+500, two rows of zero padding, and three that were drawn anew.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import UsageError
+from upcycle.ir.spec import Plan
+from upcycle.ir.weights import Provenance
+
+FILE = "provenance.json"
+PADDING, DRAWN = -1, -2
+_WORDS = {PADDING: "zero", DRAWN: "new"}
+
+
+def runs(neurons: Iterable[int]) -> str:
+    """The neurons as runs; -1 is padding and -2 a neuron that was drawn anew."""
+    parts = []
+    for _, group in groupby(enumerate(neurons), key=lambda pair: _run(*pair)):
+        found = [neuron for _, neuron in group]
+        first, last = found[0], found[-1]
+        if first in _WORDS:
+            parts.append(f"{_WORDS[first]}*{len(found)}")
+        else:
+            parts.append(f"{first}-{last}" if last > first else f"{first}")
+    return " ".join(parts)
+
+
+def _run(index: int, neuron: int) -> tuple[bool, int]:
+    """Equal for neighbours of one run: dense neurons that count up, or equal words."""
+    return (True, neuron - index) if neuron >= 0 else (False, neuron)
+
+
+def neurons_of(text: str) -> list[int]:
+    """The neurons that `runs` wrote."""
+    found: list[int] = []
+    words = {word: value for value, word in _WORDS.items()}
+    for part in text.split():
+        word, _, times = part.partition("*")
+        if word in words:
+            found += [words[word]] * int(times)
+        else:
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def write_origins(directory: Path, plan: Plan, provenance: Mapping[str, Provenance]) -> None:
+    """Write the file, one line for each layer.
+
+    Args:
+        directory: of the converted model.
+        plan: what was converted.
+        provenance: FFN path -> the dense neurons behind its layer.
+    """
+    lines = []
+    for spec in plan.specs:
+        origin = provenance[spec.ffn.path]
+        names = spec.experts.sources
+        layer = {
+            "path": spec.ffn.path,
+            "dense_neurons": spec.ffn.d_ff,
+            "method": spec.experts.method,
+            "router": spec.router.method,
+            "compensate": spec.compensate.model_dump(mode="json", exclude_defaults=True),
+            "promise": spec.promise,
+            "layer": spec.layer_config(),
+            "sources": [names[source] for source in spec.source_E],
+            "experts": [runs(row) for row in origin.expert_EI.tolist()],
+            "shared": runs(origin.shared_S.tolist()),
+        }
+        lines.append(json.dumps(layer))
+    text = '{"version": 1, "layers": [\n' + ",\n".join(lines) + "\n]}\n"
+    (directory / FILE).write_text(text, encoding="utf-8")
+
+
+def read_origins(directory: Path) -> list[dict[str, Any]] | None:
+    """The layers of the file, or None where an older version of upcycle wrote none.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        return None
+    try:
+        layers: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not what upcycle writes; convert the model again") from error
+    return layers

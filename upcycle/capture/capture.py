@@ -1,0 +1,230 @@
+"""Capture: record one ordinary forward of a model as a graph, without its arithmetic.
+
+The model's own Python runs on fake tensors (shapes and dtypes only), and every torch call that
+returns a tensor becomes a node. Control flow, caches and keyword objects therefore just work, and
+the weights may be absent (meta device). Only what follows from integer inputs alone has values
+(`upcycle.capture.known_values`). The graph is a view to decide on: it is never executed.
+
+Sibling blocks of a ModuleList or Sequential that have the same structure are recorded twice; the
+further ones replay the shapes, so the time does not grow with the depth of the model. Two and not
+one, so that a region that crosses from one block to the next is seen.
+"""
+
+import functools
+import logging
+import sys
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from upcycle.capture.recorder import Call, Program, Recorder, replayed_block, source_of
+from upcycle.capture.repeated_blocks import repeated_blocks
+from upcycle.errors import CaptureError, ValueNeededError
+
+ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = True) -> Program:
+    """Record one forward of `model`.
+
+    A forward that draws random numbers to decide what to do, as layer drop in training does, is
+    recorded in evaluation mode.
+
+    Args:
+        model: any module, in any mode; its weights may be on the meta device. It is left as it was.
+        example: keyword arguments, or a tuple of positional ones; of float tensors only shapes and
+            dtypes matter.
+        repeat_blocks: record at most two of equal sibling blocks.
+
+    Raises:
+        ValueNeededError: what the model does depends on values that are not known.
+        CaptureError: the forward failed on fake tensors; the message has the operator's own words
+            and the line of the model.
+    """
+    try:
+        with _state_restored(model):
+            try:
+                return _record(model, example, repeat_blocks)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                if not model.training:
+                    raise
+        with _state_restored(model):
+            for module in model.modules():
+                module.training = False
+            return _record(model, example, repeat_blocks)
+    except Exception as error:
+        raise _refusal(model, example, error) from error
+
+
+def _refusal(model: nn.Module, example: ExampleInputs, error: Exception) -> CaptureError:
+    name, where = type(model).__name__, source_of(error)
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        call = next(iter(getattr(error, "__notes__", ())), f"`{error}`")
+        return ValueNeededError(
+            f"{name}: {call} at {where} reads a value that depends on weights or float inputs, and "
+            "what runs next depends on it; replace it there, as with torch.where, or convert a "
+            "submodule that does without"
+        )
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    at = f" at {where}" if where else ""
+    return CaptureError(
+        f"{name}: the forward fails on example inputs {_describe(example)} "
+        f"({type(error).__name__}{at}: {first_line}); give inputs that it accepts with "
+        "--inputs module:callable"
+    )
+
+
+def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Program:
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.inference_mode(False), fake_mode:
+        tensors = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="cpu")
+            for name, t in [*model.named_parameters(), *model.named_buffers()]
+        }
+    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
+    given = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: fake_mode.from_tensor(t.detach().cpu()), (args, kwargs)
+    )
+    fakes = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
+    recorder = Recorder(tensors, fakes)
+    integers = list(zip(fakes, given, strict=True))
+    integers += [(tensors[name], buffer) for name, buffer in model.named_buffers()]
+    for fake, real in integers:
+        if not (real.is_floating_point() or real.is_complex() or real.is_meta):
+            recorder.values.learn(fake, real.detach().cpu().clone())
+    with torch.inference_mode(False), ExitStack() as stack:
+        stack.enter_context(_plain_torch())
+        _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
+        stack.enter_context(torch.no_grad())  # inference tensors would not count writes to them
+        stack.enter_context(fake_mode)
+        stack.enter_context(recorder)
+        out = functional_call(model, tensors, args, kwargs, strict=False)
+    recorder.graph.output(tuple(recorder.nodes_of(out)))
+    return recorder.program
+
+
+def _describe(example: ExampleInputs) -> str:
+    items = example.items() if isinstance(example, Mapping) else enumerate(example)
+    shapes = (f"{k}: {list(v.shape) if isinstance(v, torch.Tensor) else v!r}" for k, v in items)
+    return "{" + ", ".join(shapes) + "}"
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Let every linear map be seen, and let torch not write about a guess that fails.
+
+    The fused fast path of nn.TransformerEncoder hides them in one call; so does a compiled module.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    fake_log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled = fake_log.disabled
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            fake_log.disabled = True
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            fake_log.disabled = was_disabled
+
+
+@contextmanager
+def _state_restored(model: nn.Module) -> Iterator[None]:
+    """Undo every attribute that the forward sets: fake tensors must not stay in the model.
+
+    The tables, lists, dicts and sets of a module get their old contents back, too.
+    """
+    saved = [
+        (
+            module,
+            dict(vars(module)),
+            [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS],
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, containers in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, contents in containers:
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(contents)
+                else:
+                    container.update(contents)
+
+
+def _watch_calls(model: nn.Module, recorder: Recorder, blocks: Mapping[str, Any]) -> None:
+    """Note for each module what went in and out, and replay blocks that were recorded twice.
+
+    The forward of each instance is wrapped; `_state_restored` takes the wrappers away.
+    """
+    recorded: Counter[Any] = Counter()
+    templates: dict[Any, tuple[str, Any]] = {}
+
+    def watch(path: str, module: nn.Module) -> None:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            inputs = recorder.nodes_of((args, kwargs))
+            key = (
+                (blocks[path], _call_structure(args, kwargs, recorder)) if path in blocks else None
+            )
+            if key is not None and recorded[key] >= 2:
+                template, out = templates[key]
+                out = _fresh(out)
+                recorder.record(replayed_block, (inputs,), {}, out)
+                recorder.program.replays.setdefault(template, []).append(path)
+            else:
+                recorder.path.append(path)
+                try:
+                    out = forward(*args, **kwargs)
+                finally:
+                    recorder.path.pop()
+                recorded[key] += 1
+                templates[key] = (path, out)
+            call = Call(tuple(inputs), tuple(recorder.nodes_of(out)))
+            recorder.program.calls.setdefault(path, []).append(call)
+            return out
+
+        module.forward = watched
+
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            watch(path, module)
+
+
+def _call_structure(args: Any, kwargs: Any, recorder: Recorder) -> Any:
+    """What decides how a block runs, of the arguments: shapes, known values, types of the rest."""
+    leaves, form = pytree.tree_flatten((args, kwargs))
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return (tuple(value.shape), value.dtype, recorder.values.content(value))
+        plain = value is None or isinstance(value, bool | int | float | str)
+        return repr(value) if plain else type(value)
+
+    return str(form), tuple(leaf(value) for value in leaves)
+
+
+def _fresh(tree: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.new_empty(t.shape), tree)

@@ -1,0 +1,185 @@
+"""Example inputs for a model, guessed in a fixed order; and random ones of the same form.
+
+Only shapes and dtypes matter for capture, and every guess is checked by a forward on fake tensors,
+which costs no arithmetic. Models of transformers say a lot about what they read (`model_inputs`);
+of any other module the layers do. Where a forward says what it misses, it gets it.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.capture.capture import ExampleInputs, capture
+from upcycle.capture.function_caches import caches_cleared
+from upcycle.capture.input_shapes import BATCH, LENGTH, unknown_arguments, values_of
+from upcycle.capture.recorder import Program, words_of
+from upcycle.capture.transformers_inputs import combinations
+from upcycle.errors import CaptureError, ValueNeededError
+
+# A model of transformers that refuses every combination is rarely served by its layers' widths.
+_LAYER_GUESSES = 4
+# Integers that are no tokens: what they may be depends on the model, and zeros are accepted.
+_NO_TOKENS = re.compile(r"mask|bbox|box|type|position|shape|grid|thw|freq|static|lengths|num_")
+
+
+def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[ExampleInputs, Program]:
+    """The first guess that `model` accepts, and what its forward did.
+
+    Raises:
+        CaptureError: no guess fits. The message names the arguments whose form is not known, or
+            else the first failure; the model's own control flow comes before wrong inputs.
+    """
+    failure: CaptureError | None = None
+    seen: set[str] = set()
+    for guess in _guesses(model):
+        example: ExampleInputs | None = guess
+        while example is not None and _form(example) not in seen:
+            seen.add(_form(example))
+            try:
+                with caches_cleared(model):
+                    return example, capture(model, example, repeat_blocks=repeat_blocks)
+            except CaptureError as error:
+                by_name = isinstance(example, Mapping) or not hasattr(model, "main_input_name")
+                needed = by_name and isinstance(error, ValueNeededError)
+                if failure is None or (needed and not isinstance(failure, ValueNeededError)):
+                    failure = error
+                example = _completed(model, example, error)
+    if isinstance(failure, ValueNeededError):
+        raise failure
+    signature = inspect.signature(model.forward)
+    unknown = unknown_arguments(getattr(model, "config", None), signature.parameters)
+    if failure is None or (unknown and hasattr(model, "main_input_name")):
+        named = ", ".join(unknown) or str(signature)
+        raise CaptureError(
+            f"{type(model).__name__}: no example could be guessed for the arguments of its "
+            f"forward: {named}; give all its inputs with --inputs module:callable, a function that "
+            "returns a dict of them by name"
+        ) from failure
+    raise failure
+
+
+def randomised(example: ExampleInputs, *, vocabulary: int, seed: int) -> ExampleInputs:
+    """Inputs of the shapes of `example` with random content: normal floats, tokens, the same masks.
+
+    Args:
+        example: as `find_example` returns it.
+        vocabulary: exclusive upper bound of random integers.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: object, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
+            return value
+        if "mask" in str(name):
+            return value
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator).to(value.dtype)
+        if _NO_TOKENS.search(str(name)):
+            return value
+        return torch.randint(0, vocabulary, value.shape, generator=generator)
+
+    if isinstance(example, Mapping):
+        return {name: draw(name, value) for name, value in example.items()}
+    return tuple(draw(i, value) for i, value in enumerate(example))
+
+
+def _form(example: ExampleInputs) -> str:
+    items = example.items() if isinstance(example, Mapping) else enumerate(example)
+    return repr([(k, (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in items])
+
+
+def _guesses(model: nn.Module) -> Iterator[ExampleInputs]:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "main_input_name"):
+        yield from _from_layers(model)
+        return
+    yield from combinations(model, config, _float_dtype(model))
+    try:
+        dummy = getattr(model, "dummy_inputs", None)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a property that computes
+        dummy = None
+    if isinstance(dummy, dict):
+        yield dummy
+    yield from islice(_from_layers(model), _LAYER_GUESSES)
+
+
+def _completed(
+    model: nn.Module, example: ExampleInputs, failure: CaptureError
+) -> ExampleInputs | None:
+    """`example` with the arguments that a failure speaks of, if their form is known.
+
+    They are those that its message names; else those on the innermost line of the model's code
+    that has any, as in ``pixels.view(len(image_grid))`` of an `image_grid` that is None.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not isinstance(example, Mapping):
+        return None
+    arguments = inspect.signature(model.forward).parameters
+    message = str(failure)
+    told = [set(re.findall(r"\w+", message.lower())), *words_of(failure.__cause__ or failure)]
+    for words in told:
+        more = {}
+        for name in (n for n in arguments if n in words and n not in example):
+            value = next(values_of(name, config, _float_dtype(model), arguments), None)
+            if value is not None and not (name.endswith("_embeds") and "input_ids" in example):
+                more[name] = value
+                if re.search(r"\b(either|one of)\b", message, re.IGNORECASE):
+                    break  # one will do, two may be refused
+        if more:
+            return {**example, **more}
+    return None
+
+
+def _from_layers(model: nn.Module) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Any module: as many tensors as its forward requires, of the width that its layers want."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    required = sum(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in parameters
+    )
+    count = max(required, 1)
+    dtype = _float_dtype(model)
+    for width, kind in _widths(model):
+        if kind == "tokens":
+            yield (torch.zeros(BATCH, LENGTH, dtype=torch.long),) * count
+        elif kind == "channels":
+            yield (torch.zeros(BATCH, width, 32, 32, dtype=dtype),) * count
+            yield (torch.zeros(BATCH, width, 32, dtype=dtype),) * count
+        else:
+            yield (torch.zeros(BATCH, LENGTH, width, dtype=dtype),) * count
+            yield (torch.zeros(BATCH, width, dtype=dtype),) * count
+
+
+def _widths(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """Input widths in the order of the layers, each once."""
+    seen: set[tuple[int, str]] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            found = (module.num_embeddings, "tokens")
+        elif isinstance(module, nn.Conv1d | nn.Conv2d):
+            found = (module.in_channels, "channels")
+        elif isinstance(module, nn.MultiheadAttention):
+            found = (module.embed_dim, "features")
+        elif isinstance(module, nn.Linear):
+            found = (module.in_features, "features")
+        elif isinstance(module, nn.LayerNorm):
+            found = (module.normalized_shape[-1], "features")
+        else:
+            continue
+        if found not in seen:
+            seen.add(found)
+            yield found
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            yield (parameter.shape[0], "features")
+            yield (parameter.shape[1], "features")
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,0 +1,278 @@
+"""Record torch calls as a graph: the data that `upcycle.capture.capture` returns, and what makes it."""
+
+import functools
+import linecache
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from upcycle.capture.known_values import KnownValues, UnknownValueError
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: the nodes of the tensors that went in and came out."""
+
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+@dataclass
+class Program:
+    """What a forward did.
+
+    Attributes:
+        graph: a node for each torch call; ``node.meta`` has `shape`, `dtype`, `path`, the
+            innermost module in whose forward it ran, and `source`, the ``file.py:line`` of the
+            model that made it. Parameters and buffers are ``get_attr``.
+        calls: module path -> its calls.
+        replays: path of a recorded block -> paths of the siblings that repeat it.
+    """
+
+    graph: fx.Graph
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    replays: dict[str, list[str]] = field(default_factory=dict)
+
+
+def replayed_block(*args: Any) -> Any:
+    """Target of the node that stands for a block which repeats a recorded one."""
+    raise AssertionError("the graph is a view, it does not run")
+
+
+def overwritten(before: Any, write: Any) -> Any:
+    """Target of the node of a tensor whose memory a write to another view of it changed."""
+    raise AssertionError("the graph is a view, it does not run")
+
+
+def _item(outputs: Any, index: int) -> Any:
+    raise AssertionError("the graph is a view, it does not run")
+
+
+def op_name(target: Any) -> str:
+    """One name for all spellings of an operation: ``__iadd__`` and ``add_`` are ``add``."""
+    if target is _item:
+        return "getitem_of"
+    name: str = getattr(target, "__name__", "") or type(target).__name__
+    if name == "__get__":  # a property such as Tensor.T
+        return str(target.__self__.__name__)
+    name = name.strip("_")
+    return _SPELLINGS.get(name, name)
+
+
+_SPELLINGS = {
+    **{f"i{op}": op for op in ("add", "sub", "mul", "pow", "matmul")},
+    **{f"r{op}": op for op in ("add", "mul")},
+    "rtruediv": "rdiv",
+    "truediv": "div",
+    "itruediv": "div",
+    "idiv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "negative": "neg",
+    "absolute": "abs",
+    "swish": "silu",
+    "clip": "clamp",
+    "permute_copy": "permute",
+}
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """All tensors of a nested structure, those in dataclasses included."""
+    found: list[torch.Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, f.name, None) for f in fields(leaf)])
+    return found
+
+
+class Recorder(TorchFunctionMode):
+    """Adds a node for each torch call that returns a tensor or writes to one."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], inputs: Iterable[Any]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.program = Program(self.graph)
+        self.path: list[str] = [""]
+        self._node: dict[int, fx.Node] = {}
+        self._views: dict[int, list[torch.Tensor]] = {}  # tensors of one storage; keeps ids unique
+        for tensor in (t for t in inputs if isinstance(t, torch.Tensor)):
+            self._bind(tensor, self.graph.placeholder(f"input_{len(self._node)}"))
+        self.values = KnownValues()
+        self._names = {id(t): name for name, t in tensors.items()}
+        self._weights = list(tensors.values())
+
+    def _bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, path=self.path[-1])
+        if id(tensor) not in self._node:
+            self._views.setdefault(_storage(tensor), []).append(tensor)
+        self._node[id(tensor)] = node
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """The node that made `tensor`; a weight or an unknown constant gets one now."""
+        if id(tensor) not in self._node:
+            name = self._names.get(id(tensor), "")
+            node = self.graph.create_node("get_attr", name or "constant")
+            node.meta["parameter"] = name
+            self._bind(tensor, node)
+        return self._node[id(tensor)]
+
+    def nodes_of(self, tree: Any) -> list[fx.Node]:
+        """The nodes of all tensors in a nested structure."""
+        return [self.node_of(t) for t in tensors_in(tree)]
+
+    def record(self, target: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> fx.Node:
+        """Add the call, and a ``getitem`` for each tensor if it returns several."""
+        if not args and "input" in kwargs:  # the data is always the first argument
+            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+        to_node = functools.partial(pytree.tree_map_only, torch.Tensor, self.node_of)
+        node = self.graph.create_node(
+            "call_function",
+            target,
+            to_node(tuple(args)),
+            to_node(dict(kwargs)),
+            name=op_name(target),
+        )
+        node.meta["source"] = _source()
+        if isinstance(out, torch.Tensor):
+            self._bind(out, node)
+            return node
+        node.meta["path"] = self.path[-1]
+        for i, tensor in enumerate(pytree.tree_leaves(out)):
+            if isinstance(tensor, torch.Tensor):
+                self._bind(tensor, self.graph.call_function(_item, (node, i)))
+        return node
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
+        versions = [tensor._version for tensor in given]
+        known = self.values.knows(given)
+        try:
+            out = self._fake(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            try:
+                out = self._from_values(func, args, kwargs, known)
+            except (UnknownValueError, DataDependentOutputException):
+                if sys._getframe(1).f_code.co_name == "_check_tensor_all_with":
+                    return True  # an assertion of the model, which is taken to hold
+                error.add_note(f"`{op_name(func)}`")
+                raise error from None
+        if op_name(func) == "dropout" and any(out is tensor for tensor in given):
+            out = out.view(out.shape)  # outside training it does nothing, and is to be seen
+        written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
+        returned = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if written:
+            self._write(func, args, kwargs, out if returned else written[0], written)
+        elif any(all(t is not g for g in given) for t in returned):
+            self.record(func, args, kwargs, out)
+        if known and (written or returned) and self.values.small(returned):
+            self._keep_values(func, args, kwargs, out, written)
+        else:
+            self._forget(written)
+        return out
+
+    def _fake(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if op_name(func) == "grouped_mm":  # on fake tensors torch has it for bfloat16 alone
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return func(*args, **kwargs)
+
+    def _from_values(self, func: Any, args: Any, kwargs: Any, known: bool) -> Any:
+        """The result of a call that needs values: as far as they go, else its shape alone."""
+        with_numbers = self.values.with_numbers(args, kwargs)
+        try:
+            if not known:
+                return self._fake(func, *with_numbers)
+            real = self.values.run(func, args, kwargs)
+        except DynamicOutputShapeException:
+            real = self.values.run(func, *with_numbers, shape_only=True)
+        except UnknownValueError:  # it draws random numbers
+            return self._fake(func, *with_numbers)
+        return pytree.tree_map_only(torch.Tensor, torch.empty_like, real)
+
+    def _keep_values(
+        self, func: Any, args: Any, kwargs: Any, out: Any, written: list[torch.Tensor]
+    ) -> None:
+        try:
+            self._learn(out, self.values.run(func, args, kwargs))
+        except UnknownValueError:
+            self._forget(written)
+
+    def _learn(self, out: Any, real: Any) -> None:
+        for fake, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(real), strict=True):
+            if isinstance(fake, torch.Tensor):
+                self.values.learn(fake, value)
+
+    def _forget(self, written: list[torch.Tensor]) -> None:
+        for storage in {_storage(tensor) for tensor in written}:
+            self.values.forget(self._views.get(storage, ()))
+
+    def _write(
+        self, func: Any, args: Any, kwargs: Any, out: Any, written: list[torch.Tensor]
+    ) -> None:
+        """Record a call that changed tensors in place, and every other view of their memory."""
+        for tensor in written:
+            self.node_of(tensor)
+        node = self.record(func, args, kwargs, out)
+        direct = {id(t) for t in pytree.tree_leaves(out)}
+        for storage in {_storage(tensor) for tensor in written}:
+            for view in self._views.get(storage, []):
+                if id(view) not in direct:
+                    old = self._node[id(view)]
+                    self._bind(view, self.graph.call_function(overwritten, (old, node)))
+
+
+def _source() -> str:
+    """The innermost line of the model's own code that is running: not torch's, not ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name != "functional_call":
+        if _is_of_model(frame):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def source_of(error: BaseException) -> str:
+    """The innermost line of the model's own code where `error` was raised; empty if in none."""
+    lines = [
+        f"{Path(frame.f_code.co_filename).name}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if _is_of_model(frame)
+    ]
+    return lines[-1] if lines else ""
+
+
+def words_of(error: BaseException) -> list[set[str]]:
+    """The words of the lines of the model's own code that `error` passed, the innermost first."""
+    lines = []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if _is_of_model(frame):
+            lines.append(linecache.getline(frame.f_code.co_filename, line))
+    return [set(re.findall(r"\w+", line)) for line in reversed(lines)]
+
+
+def _is_of_model(frame: types.FrameType) -> bool:
+    package: str = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package not in {"torch", "upcycle"}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Identifies the memory that views of one tensor share; sparse tensors have none."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)

@@ -1,0 +1,108 @@
+"""``upcycle bench``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli import console
+from upcycle.cli.commands import options
+from upcycle.cli.group import collector_paused
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, given: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in given.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{given}: give numbers above 0 with commas between, as 1,16,256")
+    return numbers
+
+
+@click.command()
+@click.argument("converted", type=click.Path(path_type=Path))
+@click.option("--against", metavar="DENSE", help="The dense model.  [default: as converted]")
+@click.option(
+    "--engine",
+    type=click.Choice(["torch", "onnx"]),
+    default="torch",
+    show_default=True,
+    help="What runs both models.",
+)
+@click.option(
+    "--tokens",
+    metavar="N,...",
+    callback=_numbers,
+    default="1,16,256,2048",
+    show_default=True,
+    help="How many tokens at a time.",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="How many of the converted layers to measure by themselves; 0 is all.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Of the engine.  [default: torch's own number]"
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=2.0,
+    show_default=True,
+    help="Time for each figure; five rounds at least.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw the speed-up into a .png or .svg file.",
+)
+@options.inputs
+@options.as_json
+@options.trust
+@options.log
+def bench(
+    converted: Path,
+    against: str | None,
+    engine: Any,
+    tokens: tuple[int, ...],
+    layers: int,
+    threads: int | None,
+    seconds: float,
+    plot: Path | None,
+    inputs: str | None,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Measure CONVERTED beside the dense model: time, memory, and the floor of this machine."""
+    with collector_paused():
+        from upcycle.bench import run
+        from upcycle.cli import tables_of_bench as show
+        from upcycle.conversion.named_models import read_report
+        from upcycle.errors import UsageError
+        from upcycle.models.dense import Source, open_model
+
+    name = against or read_report(converted)["model"]
+    if against is None and ":" not in name:  # the report has no paths of a machine
+        raise UsageError(
+            f"{converted}: it was made from {name}, and does not say where that is; name the dense "
+            "model with --against"
+        )
+    source = open_model(name, inputs=inputs, trust_remote_code=trust_remote_code)
+    if not isinstance(source, Source):
+        raise UsageError(f"{name}: only models of torch are measured, and this is an ONNX file")
+    if plot is not None:
+        show.check_plot(plot)
+    wanted = run.Wanted(tokens, layers, seconds, engine, threads)
+    with console.progress() as progress:
+        found = run.bench(converted, source, wanted, progress)
+    if plot is not None:
+        show.plot(found, plot)
+    if as_json:
+        console.print_json(found)
+    else:
+        console.print_result(*show.bench_report(found))

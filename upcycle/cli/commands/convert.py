@@ -1,0 +1,139 @@
+"""``upcycle convert``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli import console
+from upcycle.cli.commands import options
+from upcycle.cli.group import collector_paused, size_in_bytes
+
+
+@click.command()
+@click.argument("model")
+@options.recipe
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory for the result."
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    type=click.Choice(["safetensors", "onnx"]),
+    default=["safetensors", "onnx"],
+    show_default=True,
+    help="What to write; may be repeated.",
+)
+@click.option(
+    "--calibration",
+    multiple=True,
+    metavar="PATH",
+    help="Data for recipes that need it: text, .jsonl, images, tensors. Several are domains.",
+)
+@click.option(
+    "--text-field",
+    default="text",
+    show_default=True,
+    metavar="NAME",
+    help="Field of a .jsonl record, or column of a data set, with the text.",
+)
+@options.runtimes
+@options.inputs
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: cpu]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    help="Load the weights in this dtype.  [default: the checkpoint's]",
+)
+@click.option(
+    "--onnx-profile",
+    type=click.Choice(["cpu", "cuda", "portable"]),
+    help="Where the ONNX file will run; as --set onnx.profile.  [default: recipe]",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of every draw.  [default: recipe]")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    callback=size_in_bytes,
+    default="5GB",
+    show_default=True,
+    help="Largest size of a weight file.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+@click.option("--verify/--no-verify", default=True, help="Compare with the dense model.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Convert piece by piece, for models larger than memory.  [default: if it must be]",
+)
+@click.option("--resume", is_flag=True, help="Go on with a streamed run that was interrupted.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Layers made at a time, where no data is needed.  [default: cores, or what memory holds]",
+)
+@click.option(
+    "--executor",
+    type=click.Choice(["threads", "ray"]),
+    default="threads",
+    show_default=True,
+    help="Make layers here, or on the Ray cluster of RAY_ADDRESS.",
+)
+@options.trust
+@click.option(
+    "--allow-pickle", is_flag=True, help="Read weights from .bin files, which can run code."
+)
+@options.log
+def convert(
+    model: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: Path,
+    targets: tuple[str, ...],
+    inputs: str | None,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    onnx_profile: str | None,
+    seed: int | None,
+    jobs: int | None,
+    executor: str,
+    **others: Any,
+) -> None:
+    """Convert MODEL, verify the result and write it."""
+    with collector_paused():
+        from upcycle.cli import tables_of_reports as report
+        from upcycle.conversion import named_models as driver
+        from upcycle.conversion import workers as executors
+        from upcycle.models.dense import open_model
+        from upcycle.recipe import reader as recipe_file
+
+    if onnx_profile is not None:
+        overrides = (*overrides, f"onnx.profile={onnx_profile}")
+    if seed is not None:
+        overrides = (*overrides, f"seed={seed}")
+    loaded = recipe_file.load_recipe(recipe, overrides)
+    source = open_model(
+        model,
+        inputs=inputs,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        dtype=dtype,
+        device=device,
+    )
+    with console.progress() as progress:
+        done = driver.convert_model(
+            source,
+            loaded,
+            recipe_name=Path(recipe).name,
+            out=out,
+            targets=list(dict.fromkeys(targets)),
+            workers=executors.Workers(executor, jobs),
+            progress=progress,
+            **others,
+        )
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(out)): path.stat().st_size for path in files}
+    console.print_result(*report.conversion_report(done, str(out), sizes))

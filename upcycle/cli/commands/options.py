@@ -1,0 +1,70 @@
+"""Options that several commands have."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from upcycle.cli import console
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _level(ctx: click.Context, param: click.Parameter, chosen: bool) -> None:
+    if chosen:
+        console.start_log(logging.DEBUG if param.name == "verbose" else logging.ERROR)
+
+
+def options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator out of several, applied in the order in which help shows them."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+log = options(
+    click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=_level, help="Say more."
+    ),
+    click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_level, help="Only errors."
+    ),
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+trust = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that the model directory contains."
+)
+inputs = click.option(
+    "--inputs",
+    metavar="MODULE:CALLABLE",
+    help="A function that returns example inputs, for a model whose inputs cannot be guessed.",
+)
+recipe = options(
+    click.option(
+        "--recipe", required=True, metavar="NAME|FILE", help="A shipped recipe or a YAML file."
+    ),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of it."
+    ),
+)
+runtimes = options(
+    click.option(
+        "--runtime",
+        "runtimes",
+        multiple=True,
+        type=click.Choice(
+            ["transformers", "vllm", "sglang", "llama.cpp", "onnxruntime"], case_sensitive=False
+        ),
+        help="Software that has to run the result; may be repeated.",
+    ),
+    click.option(
+        "--architecture",
+        metavar="NAME",
+        help="Write this MoE architecture of transformers.  [default: the first that fits]",
+    ),
+)

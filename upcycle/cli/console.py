@@ -1,0 +1,78 @@
+"""The terminal: results on stdout, the log and the progress on stderr.
+
+How much is said is the level of the logger ``upcycle``: errors for ``--quiet``, everything for
+``--verbose``. The library itself only logs; nothing here runs unless the command line starts it.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from upcycle.util.json_text import json_text
+from upcycle.util.progress import Progress
+
+log = logging.getLogger("upcycle")
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever ``sys.stderr`` is now: rich and the tests replace it for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def start_log(level: int) -> None:
+    """Send the log of upcycle to stderr, from `level` on."""
+    if not any(isinstance(handler, _Stderr) for handler in log.handlers):
+        log.addHandler(_Stderr())
+    log.setLevel(level)
+
+
+def print_result(*parts: RenderableType) -> None:
+    """Print tables and lines on stdout; a pipe gets them unwrapped and without colour."""
+    width = None if sys.stdout.isatty() else 1000
+    console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+def print_json(data: Any) -> None:
+    """Print `data` on stdout, for programs."""
+    click.echo(json_text(data), nl=False)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars on a terminal, a line for the start and the end of each stage elsewhere."""
+    if not log.isEnabledFor(logging.INFO):
+        yield lambda stage, done, total: None
+    elif sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Bars(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield show
+    else:
+        started: dict[str, float] = {}
+
+        def line(stage: str, done: int, total: int) -> None:
+            first = stage not in started
+            seconds = time.perf_counter() - started.setdefault(stage, time.perf_counter())
+            if first or done == total:
+                after = "" if first else f", {seconds:.1f} s"
+                print(f"{stage}: {done} of {total}{after}", file=sys.stderr, flush=True)
+
+        yield line

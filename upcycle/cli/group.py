@@ -1,0 +1,111 @@
+"""The frame of the command line: every failure becomes a sentence on stderr and an exit code.
+
+0 ok    2 usage or recipe    3 verification failed    4 unsupported    5 disk or memory
+130 interrupted              1 a bug in upcycle
+
+``upcycle diff`` ends with 3, too, if the two models differ.
+"""
+
+import errno
+import gc
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from upcycle.cli import console
+from upcycle.errors import UpcycleError, VerificationError
+
+DIFFERENT = VerificationError.exit_code
+
+
+class Program(click.Group):
+    """The group of commands."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line and leave the process; not in standalone mode: return or raise."""
+        console.start_log(logging.INFO)
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except (Exception, KeyboardInterrupt) as error:
+            sentence, code = failure(error)
+            if console.log.isEnabledFor(logging.DEBUG):
+                traceback.print_exception(error)
+            for line in sentence.splitlines():
+                click.echo(f"error: {line}", err=True)
+        sys.exit(code)
+
+
+def failure(error: BaseException) -> tuple[str, int]:
+    """The sentence and the exit code for whatever stopped the program."""
+    if isinstance(error, UpcycleError):
+        return str(error), error.exit_code
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, click.UsageError):
+        where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
+        sentence = " ".join(error.format_message().split()).rstrip(".")
+        return sentence + where, error.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), error.exit_code
+    if _is_out_of_memory(error):
+        return "there is not enough memory for this; choose a smaller --dtype or model", 5
+    if isinstance(error, OSError):
+        place = error.filename or "a file"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{place}: {error.strerror}; free some space or choose another --out", 5
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{place}: {error.strerror}; choose a place that you may read and write", 2
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST):
+            return f"{place}: {error.strerror}; choose another path", 2
+    about = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+    return f"this is a bug in upcycle ({about}); -v shows where it happened", 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch ran out; torch's CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def size_in_bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """Read ``5GB``, ``500 MB``, ``2GiB`` or plain digits; the callback of a click option."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", value.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise click.BadParameter(f"{value!r} is not a size; write 5GB or 500MB", ctx, param)
+    power = " kmgt".index(match[2] or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """For imports, and for commands that are over in seconds.
+
+    Importing transformers makes a million objects that all stay, and the collector walked them
+    again and again, a quarter of the time. Afterwards it leaves out what there is by then.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # once in a process, because garbage stays, too
+            gc.freeze()
+        gc.enable()

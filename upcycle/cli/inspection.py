@@ -1,0 +1,108 @@
+"""What is in a directory that upcycle wrote, from its JSON files: no weight is read."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import UsageError
+from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, neurons_of, read_origins
+
+REPORT = "report.json"
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether upcycle wrote the directory."""
+    try:
+        return (directory / FILE).is_file() or "resolved_recipe" in _json(directory / REPORT)
+    except UsageError:  # a file of somebody else
+        return False
+
+
+def inspect_converted(directory: Path) -> dict[str, Any]:
+    """A converted model as plain data.
+
+    `layers` is None where an older version of upcycle did not write down what the rows are. In
+    each layer ``rows`` counts: dense neurons that are there once, several times and not at all,
+    rows of zero padding, rows that were drawn anew.
+
+    Raises:
+        UsageError: upcycle did not write the directory, or its files are damaged.
+    """
+    report = _json(directory / REPORT)
+    if not is_converted(directory):
+        raise UsageError(f"{directory}: no {REPORT} of upcycle, so this is not an output of it")
+    checkpoint = report.get("checkpoint") or {"form": "onnx", "architecture": None}
+    layers = read_origins(directory)
+    return {
+        "directory": str(directory),
+        "model": report.get("model"),
+        "upcycle": report.get("upcycle"),
+        "recipe": report.get("recipe"),
+        "promise": report.get("promise"),
+        "dtype": report.get("dtype"),
+        "form": checkpoint["form"],
+        "architecture": checkpoint["architecture"],
+        "runtimes": checkpoint.get("runtimes", {}),
+        "onnx": sorted(path.name for path in directory.glob("*.onnx")),
+        "layers": None if layers is None else [_layer(directory, layer) for layer in layers],
+    }
+
+
+def _layer(directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    try:
+        config, router = stored["layer"], stored["layer"]["router"]
+        return {
+            "path": stored["path"],
+            "promise": stored["promise"],
+            "method": stored["method"],
+            "experts": config["num_experts"],
+            "width": config["width"],
+            "shared": config["shared"],
+            "router": {
+                "method": stored["router"],
+                "kind": router["kind"],
+                "select": router["select"],
+                "weights": router["weights"],
+                "scale": router["scale"],
+                "bias": router["bias"],
+                "tied": router["tied"],
+                "balance": router["balance"],
+            },
+            "compensation": stored["compensate"],
+            "low_rank": config["low_rank"],
+            "output_bias": config["output_bias"],
+            "dense_neurons": stored["dense_neurons"],
+            "sources": stored["sources"],
+            "expert_rows": stored["experts"],
+            "shared_rows": stored["shared"],
+            "rows": _count([*stored["experts"], stored["shared"]], stored["dense_neurons"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{directory / FILE}: not what this version of upcycle writes; convert the model again"
+        ) from error
+
+
+def _count(rows: Sequence[str], dense_neurons: int) -> dict[str, int]:
+    times = Counter(neuron for text in rows for neuron in neurons_of(text))
+    padding, drawn = times.pop(PADDING, 0), times.pop(DRAWN, 0)
+    once = sum(number == 1 for number in times.values())
+    return {
+        "once": once,
+        "several_times": len(times) - once,
+        "nowhere": dense_neurons - len(times),
+        "padding": padding,
+        "drawn_anew": drawn,
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from error
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,48 @@
+"""The command line: ``upcycle convert MODEL --recipe NAME --out DIR``, and what belongs to it."""
+
+import atexit
+import gc
+
+import click
+
+from upcycle.cli.commands import (
+    bench,
+    convert,
+    diff,
+    inspect,
+    options,
+    plan,
+    recipes,
+    samples,
+    verify,
+)
+from upcycle.cli.group import Program
+from upcycle.version import __version__
+
+# Python ends with a collection, which takes a second if transformers is there, and saves nothing.
+atexit.register(gc.freeze)
+
+
+@click.group("upcycle", cls=Program)
+@click.version_option(__version__, message="upcycle %(version)s")
+@options.log
+def main() -> None:
+    """Turn dense networks into sparse Mixtures of Experts.
+
+    MODEL is a Hugging Face directory, an .onnx file, sample:NAME (see `upcycle samples`) or a
+    Python function that returns an nn.Module, as package.module:callable.
+    """
+
+
+for command in (
+    convert.convert,
+    plan.plan,
+    inspect.inspect,
+    diff.diff,
+    verify.verify,
+    bench.bench,
+    recipes.recipes,
+    recipes.schema,
+    samples.samples,
+):
+    main.add_command(command)

@@ -1,0 +1,50 @@
+"""What would be found and decided for a named model, from its configuration alone.
+
+Apart from the driver because it must answer at once: it imports nothing that writes or verifies.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from upcycle.ir.ffn import Located
+from upcycle.ir.spec import Plan
+from upcycle.models.dense import Source
+from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.plan.costs import Costs, costs, model_size
+from upcycle.passes.plan.model_problems import check_model
+from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.schema import Recipe
+from upcycle.targets.destination import Destination, destination, onnx_destination
+
+if TYPE_CHECKING:
+    from upcycle.models.onnx_file import OnnxSource
+
+
+def inspect_model(source: "Source | OnnxSource") -> Located:
+    """The FFNs and misses of a named model; no weight is read where a configuration is enough."""
+    if not isinstance(source, Source):
+        return source.found.located
+    return locate_in(source.skeleton(), source.example)
+
+
+def plan_model(
+    source: "Source | OnnxSource",
+    recipe: Recipe,
+    recipe_name: str,
+    *,
+    runtimes: Sequence[str] = (),
+    architecture: str | None = None,
+) -> tuple[Plan, Costs, Destination]:
+    """What a conversion would do, cost and write, from the configuration alone.
+
+    Raises:
+        UnsupportedError: no checkpoint is what `runtimes` and `architecture` require.
+    """
+    if not isinstance(source, Source):
+        plan = source.plan(recipe, recipe_name).requiring(runtimes, architecture)
+        return plan, source.costs(plan), onnx_destination(plan)
+    skeleton = source.skeleton()
+    plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
+    plan = plan.requiring(runtimes, architecture)
+    check_model(skeleton, plan)
+    return plan, costs(plan, *model_size(skeleton)), destination(skeleton, plan)

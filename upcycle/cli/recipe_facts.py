@@ -1,0 +1,68 @@
+"""What a shipped recipe promises, costs and needs, before any model is named."""
+
+from dataclasses import dataclass
+
+from upcycle.ir.ffn import FFN, Located, Projection
+from upcycle.passes.plan.calibration_needs import needs
+from upcycle.passes.plan.plan import make_plan
+from upcycle.pointwise import Pointwise
+from upcycle.recipe.reader import load_recipe
+from upcycle.recipe.schema import Layers, Recipe
+
+# A recipe is planned for an FFN as they are in most language models.
+_WIDTH, _NEURONS = 4096, 12288
+_SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """Facts for a list: how near to the dense model, the active part of the FFN, and the input."""
+
+    promise: str
+    active: str
+    needs: str
+
+    def __str__(self) -> str:
+        return f"{self.promise}; a token meets {self.active}; needs {self.needs}"
+
+
+def shipped_facts(name: str) -> RecipeFacts:
+    """Of a shipped recipe."""
+    return recipe_facts(load_recipe(name))
+
+
+def recipe_facts(recipe: Recipe) -> RecipeFacts:
+    """What can be said of `recipe` for most models; ``upcycle plan`` says what it is for one.
+
+    The promise and the neurons that a token meets, at most, are those of a plan for one SwiGLU FFN
+    of 12288 neurons.
+    """
+    names = ("gate", "up", "down")
+    gate, up, down = (Projection(n, f"{n}.weight", None, False, (0, _NEURONS, 1)) for n in names)
+    ffn = FFN(
+        path="mlp",
+        kind="ffn",
+        placement="module",
+        expansions=(gate, up),
+        contraction=down,
+        pointwise=_SWIGLU,
+        d_model=_WIDTH,
+        d_ff=_NEURONS,
+        d_out=_WIDTH,
+    )
+    experts = recipe.experts
+    if experts.method == "from_checkpoints":  # the user names them
+        sources = experts.sources or ("base",) * experts.count
+        experts = experts.model_copy(update={"sources": sources})
+    planned = recipe.model_copy(update={"layers": Layers(), "experts": experts})
+    (spec,) = make_plan(Located((ffn,)), planned).specs
+    active = (spec.top_k * spec.width + spec.shared) / _NEURONS
+    wanted = needs(recipe)
+    shown = "nothing but the model"
+    if "gradients" in wanted:
+        shown = "gradients on calibration data"
+    elif wanted or experts.adaptive:
+        shown = "activations on calibration data"
+    if experts.method == "from_checkpoints":
+        shown = f"several checkpoints, {shown}" if wanted else "several checkpoints"
+    return RecipeFacts(spec.promise, f"{active:.0%} of the FFN", shown)

@@ -1,0 +1,158 @@
+"""What a converted directory holds, and how two directories differ, as tables for people."""
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from rich.console import RenderableType
+
+from upcycle.cli.tables import add_rows, count, new_table
+
+MAX_ROWS = 24  # of a table that would have one for each expert or tensor
+MAX_RUNS = 60  # characters
+
+
+def converted_report(found: dict[str, Any]) -> list[RenderableType]:
+    """What `upcycle.cli.inspection.inspect_converted` found, as tables."""
+    written_as = " ".join(filter(None, (found["form"], found["architecture"])))
+    head = [
+        f"{found['directory']}: {written_as}, {found['dtype']}"
+        + "".join(f", {name}" for name in found["onnx"]),
+        f"made from {found['model']} by {found['recipe']} (upcycle {found['upcycle']}), "
+        f"{found['promise']}",
+    ]
+    if found["layers"] is None:
+        advice = "convert it again to see its layers"
+        return [*head, f"no provenance.json: an older upcycle wrote this directory; {advice}"]
+    layers = new_table("layer", "experts", "router", "shared", "compensation", "dense neurons")
+    add_rows(layers, [_layer(layer) for layer in found["layers"]])
+    each = [list(_experts(layer)) for layer in found["layers"]]
+    experts = new_table("layer", "expert", "rows", "dense neurons behind them")
+    rows = [row for layer in each for row in layer]
+    shown = rows if len(rows) <= MAX_ROWS else each[0][:MAX_ROWS]
+    if all([row[1:] for row in layer] == [row[1:] for row in each[0]] for layer in each):
+        shown = [row for alike in zip(*each, strict=True) for row in alike]
+    add_rows(experts, shown)
+    parts: list[RenderableType] = [*head, "", layers, "", experts]
+    if len(shown) < len(rows) or any("..." in row[3] for row in shown):
+        parts.append("all of them with --json")
+    return parts
+
+
+def _layer(layer: dict[str, Any]) -> tuple[str, ...]:
+    router = layer["router"]
+    select = router["select"]
+    more = [f"x {router['scale']:g}"] if router["scale"] != 1 else []
+    more += [name for name in ("bias", "tied", "balance") if router[name]]
+    chosen = f"{select['rule']} {select['k']}"
+    compensation = [f"{key} {value}" for key, value in layer["compensation"].items()]
+    return (
+        layer["path"],
+        f"{layer['experts']} of {layer['width']}, {layer['method']}",
+        ", ".join([f"{router['method']} ({router['kind']})", chosen, router["weights"], *more]),
+        str(layer["shared"] or "none"),
+        ", ".join(compensation) or "none",
+        _rows(layer),
+    )
+
+
+def _rows(layer: dict[str, Any]) -> str:
+    rows = layer["rows"]
+    words = {
+        "once": "once",
+        "several_times": "several times",
+        "nowhere": "nowhere",
+        "padding": "rows of zeros",
+        "drawn_anew": "rows drawn anew",
+    }
+    found = [f"{rows[key]} {text}" for key, text in words.items() if rows[key]]
+    return f"of {layer['dense_neurons']}: {', '.join(found)}"
+
+
+def _experts(layer: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row for each run of experts with the same neurons, and one for the shared one."""
+    sources = layer["sources"] or [""] * layer["experts"]
+    both = list(zip(layer["expert_rows"], sources, strict=True))
+    for (text, source), group in groupby(range(len(both)), key=lambda e: both[e]):
+        experts = list(group)
+        name = f"{experts[0]}..{experts[-1]}" if len(experts) > 1 else f"{experts[0]}"
+        name = f"{name} from {source}" if source else name
+        yield layer["path"], name, str(layer["width"]), _cut(text)
+    if layer["shared"]:
+        yield layer["path"], "shared", str(layer["shared"]), _cut(layer["shared_rows"])
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_RUNS:
+        return text
+    return text[:MAX_RUNS].rpartition(" ")[0] + " ..."
+
+
+def difference_report(found: dict[str, Any]) -> list[RenderableType]:
+    """What `upcycle.cli.difference.difference` found, as tables."""
+    parts: list[RenderableType] = []
+    if found["config"]:
+        config = new_table("configuration", "A", "B")
+        add_rows(config, [(r["field"], _value(r["a"]), _value(r["b"])) for r in found["config"]])
+        parts += [config, ""]
+    if found["different_tensors"]:
+        tensors = new_table("tensor", "largest difference", "of the largest value")
+        by_size = sorted(found["different_tensors"], key=lambda row: -(row["relative"] or 0))
+        add_rows(tensors, [_difference(row) for row in by_size[:MAX_ROWS]])
+        parts += [tensors]
+        if len(by_size) > MAX_ROWS:
+            parts.append(f"and {count(by_size[MAX_ROWS:], 'tensor')} more, with --json")
+        parts.append("")
+    for side in ("a", "b"):
+        rows = _folded(found[f"only_{side}"])
+        if rows:
+            only = new_table(f"only in {side.upper()}", "shape")
+            add_rows(only, rows[:MAX_ROWS])
+            parts.append(only)
+            if len(rows) > MAX_ROWS:
+                parts.append(f"and {count(rows[MAX_ROWS:], 'name')} more, with --json")
+            parts.append("")
+    different = count(found["different_tensors"], "tensor")
+    summary = (
+        f"{found['equal_tensors']} tensors equal, {different} different, "
+        f"{len(found['only_a'])} only in A, {len(found['only_b'])} only in B; "
+        f"{count(found['config'], 'field')} of the configuration different"
+    )
+    return [*parts, summary, "equal" if found["equal"] else "different"]
+
+
+def _folded(tensors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Names and shapes; names that differ only in numbers, of which none is missing, are one."""
+    alike: dict[tuple[str, str], list[list[int]]] = {}
+    for tensor in tensors:
+        parts = tensor["name"].split(".")
+        pattern = ".".join("{}" if part.isdigit() else part for part in parts)
+        numbers = [int(part) for part in parts if part.isdigit()]
+        alike.setdefault((pattern, str(tensor["shape"])), []).append(numbers)
+    rows: list[tuple[str, ...]] = []
+    for (pattern, shape), found in alike.items():
+        seen = [sorted(set(column)) for column in zip(*found, strict=True)]
+        is_whole = math.prod(len(column) for column in seen) == len(found)
+        if is_whole and all(column[-1] - column[0] < len(column) for column in seen):
+            spans = [_span(column[0], column[-1]) for column in seen]
+            rows.append((pattern.format(*spans), shape))
+        else:
+            rows += [(pattern.format(*numbers), shape) for numbers in found]
+    return rows
+
+
+def _span(first: int, last: int) -> str:
+    return f"{{{first}..{last}}}" if last > first else f"{first}"
+
+
+def _difference(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["max"] is None:
+        return row["name"], "shapes {} and {}".format(*row["shapes"]), ""
+    dtypes = "" if row["dtypes"][0] == row["dtypes"][1] else " ({} and {})".format(*row["dtypes"])
+    return row["name"], f"{row['max']:.3g}{dtypes}", f"{row['relative']:.2e}"
+
+
+def _value(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= MAX_RUNS else text[:MAX_RUNS] + "..."

@@ -1,0 +1,200 @@
+"""What was found, planned and verified, as tables for people and as plain data for programs.
+
+A conversion report is the dict that `upcycle.conversion.in_memory` makes: `checks` of `upcycle.verification.whole_model`,
+`layers` with the distance of each, `end_to_end` with that of each output and, for a language model,
+of its predictions.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from upcycle.cli.tables import add_rows, count, new_table, short, size
+from upcycle.ir.ffn import FFN, Located
+from upcycle.ir.spec import MoESpec, Plan
+from upcycle.passes.calibrate.usage import calibration_rows
+from upcycle.passes.plan.costs import Costs
+from upcycle.targets.destination import Destination, grouped
+
+MAX_LAYERS = 12  # in the table of a verification: the worst ones
+
+
+def located_json(located: Located) -> dict[str, Any]:
+    """Plain data for ``upcycle inspect --json``."""
+    return {
+        "ffns": [ffn.to_json() for ffn in located.ffns],
+        "misses": [miss.to_json() for miss in located.misses],
+    }
+
+
+def located_report(located: Located) -> list[RenderableType]:
+    """The FFNs of a model, and the places that only look like one."""
+    ffns = new_table("FFN", "kind", "shape", "activation", "placement")
+    rows = [(f.path, f.kind, _shape(f), f.pointwise.name, f.placement) for f in located.ffns]
+    add_rows(ffns, rows)
+    parts: list[RenderableType] = [ffns, f"{count(located.ffns, 'dense FFN')} found"]
+    if located.misses:
+        parts += ["", _misses(located)]
+    return parts
+
+
+def plan_json(plan: Plan, costs: Costs, written: Destination) -> dict[str, Any]:
+    """Plain data for ``upcycle plan --json``."""
+    converted = {spec.ffn.path for spec in plan.specs}
+    return {
+        "recipe": plan.recipe_name,
+        "promise": plan.promise if plan.specs else None,
+        "layers": [_spec_json(spec) for spec in plan.specs],
+        "dense": [ffn.path for ffn in plan.located.ffns if ffn.path not in converted],
+        "misses": located_json(plan.located)["misses"],
+        "costs": costs.to_json(),
+        "checkpoint": written.to_json(),
+    }
+
+
+def plan_report(plan: Plan, costs: Costs, written: Destination) -> list[RenderableType]:
+    """What each FFN becomes, what that costs, and which software runs the result."""
+    layers = new_table("FFN", "shape", "becomes", "promise")
+    specs = {spec.ffn.path: spec for spec in plan.specs}
+    rows = []
+    for ffn in plan.located.ffns:
+        spec = specs.get(ffn.path)
+        fate = (_experts(spec), spec.promise) if spec else ("stays dense", "")
+        rows.append((ffn.path, _shape(ffn), *fate))
+    add_rows(layers, rows)
+    of = f"{len(plan.specs)} of {count(plan.located.ffns, 'dense FFN')}"
+    parts: list[RenderableType] = [layers, f"{plan.recipe_name} converts {of}"]
+    if plan.specs:
+        parts += ["", costs_table(costs), "", *runtimes_report(written)]
+    if plan.located.misses:
+        parts += ["", _misses(plan.located)]
+    return parts
+
+
+def runtimes_report(written: Destination) -> list[RenderableType]:
+    """The form of the checkpoint, why it is no other, and the matrix of runtimes."""
+    table = new_table("runtime", "runs it")
+    for name, support in written.runtimes.items():
+        table.add_row(name, support.text())
+    parts: list[RenderableType] = [f"written as {written.text()}"]
+    parts += [f"not as {names}: {reason}" for names, reason in grouped(written.near).items()]
+    return [*parts, table]
+
+
+def costs_table(costs: Costs) -> Table:
+    """The size of the model before and after."""
+    before, after = costs.parameters_before, costs.parameters_after
+    table = new_table("costs", "dense", "converted", "factor")
+    for name, old, new, text in (
+        ("parameters", before, after, short),
+        ("parameters that a token meets", before, costs.active_parameters, short),
+        ("FLOPs per token, converted FFNs", costs.flops_before, costs.flops_after, short),
+        ("bytes on disk", costs.bytes_before, costs.bytes_on_disk, size),
+    ):
+        table.add_row(name, text(old), text(new), f"{new / old:.2f}" if old else "")
+    if costs.compensation_parameters:
+        share = costs.compensation_flops / costs.flops_after
+        what = f"{short(costs.compensation_parameters)} parameters"
+        table.add_row("of these for compensation", "", what, f"{share:.2f} of the FLOPs")
+    table.add_row("peak memory", "", size(costs.peak_bytes), "")
+    return table
+
+
+def verification_report(report: dict[str, Any]) -> list[RenderableType]:
+    """The checks of a verification, each with its error and what was allowed."""
+    checks = report["checks"]
+    table = new_table("check", "error", "allowed", "")
+    for check in checks:
+        verdict = "ok" if check["passed"] else "FAILED"
+        table.add_row(check["what"], f"{check['error']:.2e}", f"{check['allowed']:.2e}", verdict)
+    parts: list[RenderableType] = [table, *_near_ties(checks)]
+    if rows := [*_distances(report)]:
+        distances = new_table(
+            "compared with the dense model", "relative error", "cosine min", "mean"
+        )
+        add_rows(distances, rows)
+        parts += ["", distances]
+        if (hidden := len(report.get("layers", ())) - MAX_LAYERS) > 0:
+            parts.append(f"{count(range(hidden), 'layer')} with smaller errors in report.json")
+    if language := report.get("end_to_end", {}).get("language_model"):
+        metrics = new_table("language model", "")
+        for name, value in language.items():
+            metrics.add_row(name.replace("_", " "), f"{value:.6g}")
+        parts += ["", metrics]
+    failed = sum(not check["passed"] for check in checks)
+    verdict = f"{failed} failed" if failed else "all passed"
+    return [*parts, f"{count(checks, 'check')}: {verdict}"]
+
+
+def _near_ties(checks: list[dict[str, Any]]) -> Iterator[str]:
+    for check in checks:
+        if "elsewhere" in check:
+            yield (
+                f"{check['what']}: {check['elsewhere']} of {check['tokens']} choices of experts "
+                "fell otherwise; outputs were compared with the same choices"
+            )
+
+
+def _distances(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    layers = report.get("layers", [])
+    if len(layers) > MAX_LAYERS:
+        layers = sorted(layers, key=lambda row: -row["relative"])[:MAX_LAYERS]
+    named = [(row["path"], row) for row in layers]
+    named += [*report.get("end_to_end", {}).get("outputs", {}).items()]
+    named += [*report.get("sources", {}).items()]
+    for name, found in named:
+        cosines = (f"{found[key]:.6f}" for key in ("min_cosine", "mean_cosine"))
+        yield (name, f"{found['relative']:.2e}", *cosines)
+
+
+def conversion_report(
+    report: dict[str, Any], out: str, sizes: dict[str, int]
+) -> list[RenderableType]:
+    """What a conversion wrote to `out` (bytes by file name), and how it was verified."""
+    files = new_table("file", "size")
+    for name, number in sizes.items():
+        files.add_row(name, size(number))
+    verified = verification_report(report) if report["checks"] else ["not verified"]
+    return [*_calibrated(report), *verified, "", files, f"written to {out}"]
+
+
+def _calibrated(report: dict[str, Any]) -> list[RenderableType]:
+    """What the methods were shown, and how its tokens use the experts."""
+    if "calibration" not in report:
+        return []
+    table = new_table(
+        "calibrated", "tokens", "per expert", "dead experts", "entropy", "captured mass"
+    )
+    add_rows(table, calibration_rows(report["calibration"]))
+    return [table, f"on {report['calibration']['data']}", ""]
+
+
+def _misses(located: Located) -> Table:
+    table = new_table("no FFN", "because", "at")
+    add_rows(table, [(m.path, m.reason, m.source or m.node) for m in located.misses])
+    return table
+
+
+def _shape(ffn: FFN) -> str:
+    gates = f"{len(ffn.expansions)} x " if len(ffn.expansions) > 1 else ""
+    return f"{ffn.d_model} -> {gates}{ffn.d_ff} -> {ffn.d_out}"
+
+
+def _experts(spec: MoESpec) -> str:
+    return f"{spec.num_experts} experts of {spec.width}, a token visits {spec.top_k}"
+
+
+def _spec_json(spec: MoESpec) -> dict[str, Any]:
+    return {
+        "path": spec.ffn.path,
+        "method": spec.experts.method,
+        "router": spec.router.method,
+        "num_experts": spec.num_experts,
+        "width": spec.width,
+        "top_k": spec.top_k,
+        "scale": spec.scale,
+        "promise": spec.promise,
+        "seed": spec.seed,
+    }

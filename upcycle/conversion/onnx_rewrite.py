@@ -1,0 +1,129 @@
+"""Write the converted file: one FFN at a time is read, turned into experts and dropped."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from upcycle.data.onnx_calibration import OnnxCalibration
+from upcycle.ir.layer_weights import empty_layer
+from upcycle.ir.spec import MoESpec, Plan
+from upcycle.ir.weights import MoEWeights, Provenance, read_ffn
+from upcycle.layers.moe import MoE
+from upcycle.models.onnx_file import OnnxSource
+from upcycle.passes.calibrate.usage import usage
+from upcycle.passes.transform.transform import transform
+from upcycle.targets.files.stored import Stored
+from upcycle.targets.files.tensor_file import TensorEntry, write_tensors
+from upcycle.targets.onnx.forms.lower import lower
+from upcycle.targets.onnx.insert import Place, insert_layer, unique_keys
+from upcycle.targets.onnx.share_weights import ONNX_TYPES, Store, stored_value
+from upcycle.util.progress import Progress
+
+FILE, DATA, EXPERTS = "model.onnx", "model.onnx.data", "experts"
+INLINE_BYTES = 1 << 30  # of weights that were inside the file; a file of 2 GB cannot be written
+
+
+def write_converted(
+    source: OnnxSource,
+    plan: Plan,
+    directory: Path,
+    *,
+    beside: Path,
+    max_shard_size: int,
+    progress: Progress,
+    calibration: OnnxCalibration | None = None,
+) -> tuple[dict[str, Stored], dict[str, Provenance], list[dict[str, Any]]]:
+    """Write ``model.onnx``; the graph of `source` is used up.
+
+    Weights that were in external files, and are still used, go to ``model.onnx.data``.
+
+    Args:
+        source: the dense file.
+        plan: what its FFNs become.
+        directory: for the file.
+        beside: for ``experts.safetensors``; if it is not `directory`, then what the file reads of
+            it goes to ``model.onnx.data``, too.
+        max_shard_size: bytes of one safetensors file.
+        progress: called after each layer.
+        calibration: what the methods are shown.
+
+    Returns:
+        Where each tensor of the experts is in `beside`; for each FFN the dense neurons behind its
+        layer; and what `usage` says of each, if there is calibration data.
+    """
+    model, found = source.model, source.found
+    origins: dict[str, Provenance] = {}
+    rows: list[dict[str, Any]] = []
+
+    @lru_cache(maxsize=1)
+    def made(index: int) -> MoEWeights:
+        spec = plan.specs[index]
+        ffn = read_ffn(spec.ffn, found.weights)
+        seen = None if calibration is None else calibration.seen(spec)
+        weights = transform(ffn, spec, seen)
+        if seen is not None:
+            rows.append(usage(spec, ffn, weights, seen))
+        origins[spec.ffn.path] = weights.provenance
+        progress("converting", index + 1, len(plan.specs))
+        return weights
+
+    entries = [e for i, spec in enumerate(plan.specs) for e in _entries(spec, i, made)]
+    stored = write_tensors(beside, entries, max_shard_size=max_shard_size, stem=EXPERTS)
+    keys = unique_keys({spec.ffn.path: len(found.regions[spec.ffn.path]) for spec in plan.specs})
+    layers: dict[str, MoE] = {}
+    replaced: dict[ir.Value, ir.Value] = {}
+    for spec in plan.specs:
+        layer, path = empty_layer(spec.layer_config()), spec.ffn.path
+        tensors = {}
+        for name in layer.state_dict():
+            full = f"{path}.{name}"
+            tensors[name] = stored_value(full, stored[full], beside)
+        for key, region in zip(keys[path], found.regions[path], strict=True):
+            x = replaced.get(region.x, region.x)  # the output of an FFN may be the input of one
+            place = Place(x, region.output, region.rank, ONNX_TYPES[region.dtype])
+            replaced[region.output] = insert_layer(model, key, layer, tensors, place)
+            layers[key] = layer
+    common.RemoveUnusedNodesPass()(model)
+    lower(model, layers, Store(beside, {}), plan.recipe.onnx)
+    common.RemoveUnusedNodesPass()(model)
+    _keep_beside(model, directory)
+    ir.save(model, directory / FILE)
+    return stored, origins, rows
+
+
+def _entries(spec: MoESpec, index: int, made: Callable[[int], MoEWeights]) -> Iterator[TensorEntry]:
+    """The tensors of one layer, of which only the shapes are known yet."""
+    for name, tensor in empty_layer(spec.layer_config()).state_dict().items():
+        yield TensorEntry(
+            f"{spec.ffn.path}.{name}",
+            tuple(tensor.shape),
+            tensor.dtype,
+            lambda name=name: made(index).tensors()[name],  # type: ignore[misc]
+        )
+
+
+def _keep_beside(model: ir.Model, directory: Path) -> None:
+    """Copy weights from the external files of the source, tensor by tensor."""
+    values = [v for graph in model.graphs() for v in graph.initializers.values()]
+    foreign, inline = [], []
+    for value in values:
+        tensor = value.const_value
+        if value.dtype == ir.DataType.UINT8:  # rounded experts
+            foreign.append(value)
+        elif not isinstance(tensor, ir.ExternalTensor):
+            inline.append(value)
+        elif Path(tensor.base_dir) != directory:
+            foreign.append(value)
+    sizes = [value.const_value.nbytes for value in inline if value.const_value is not None]
+    if sum(sizes) > INLINE_BYTES:
+        foreign += inline
+    tensors = [value.const_value for value in foreign if value.const_value is not None]
+    if not tensors:
+        return
+    written = ir.external_data.convert_tensors_to_external(tensors, directory, DATA)
+    for value, tensor in zip(foreign, written, strict=True):
+        value.const_value = tensor

@@ -1,0 +1,175 @@
+"""Make the weights of several layers at a time: on the cores of this machine, or on a Ray cluster.
+
+A layer is one pure function of its dense weights and its spec, so all that an executor does is to
+call it somewhere. Each call has one thread to itself wherever it runs, because the last bit of a
+matrix product may depend on how many share it: the same bytes come out of every executor.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from upcycle.errors import UsageError
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import FFNWeights, MoEWeights
+from upcycle.passes.plan.costs import layer_parameters
+from upcycle.passes.transform.transform import transform
+
+KINDS = ("threads", "ray")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where layers are made.
+
+    Attributes:
+        kind: ``threads`` of this process, or the ``ray`` cluster that ``RAY_ADDRESS`` names; a
+            cluster on this machine is started if there is none.
+        jobs: layers at a time; by default one for each core, of this machine or of the cluster,
+            and no more than half of the free memory holds.
+    """
+
+    kind: str = "threads"
+    jobs: int | None = None
+
+
+HERE = Workers()
+
+
+class Executor(Protocol):
+    """What runs a function somewhere."""
+
+    def submit(
+        self, fn: Callable[..., MoEWeights], /, ffn: FFNWeights, spec: MoESpec
+    ) -> Future[MoEWeights]:
+        """Begin ``fn(ffn, spec)``."""
+        ...
+
+
+def check_workers(workers: Workers) -> None:
+    """Refuse what cannot be started here.
+
+    Raises:
+        UsageError: the executor is unknown or not installed, or there are no jobs.
+    """
+    if workers.kind not in KINDS:
+        raise UsageError(f"--executor {workers.kind}: unknown; choose from {', '.join(KINDS)}")
+    if workers.jobs is not None and workers.jobs < 1:
+        raise UsageError(f"--jobs {workers.jobs}: at least one layer is made at a time")
+    if workers.kind == "ray" and importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "--executor ray: Ray is not installed: pip install 'upcycle[ray]', or leave it out"
+        )
+
+
+@contextmanager
+def layer_maker(
+    workers: Workers, specs: Sequence[MoESpec], read: Callable[[MoESpec], FFNWeights]
+) -> Iterator[Callable[[MoESpec], MoEWeights]]:
+    """Yields a function that gives the weights of a layer, and meanwhile makes the next ones.
+
+    It is asked for each layer at most once, and best in the order of `specs`: at most as many
+    layers as there are jobs are begun, that one and those after it, and what is not asked for next
+    is dropped.
+
+    Args:
+        workers: where.
+        specs: all layers.
+        read: the dense weights of a layer; called in this thread.
+    """
+    check_workers(workers)
+    with (
+        _threads(workers, specs) if workers.kind == "threads" else _ray(workers, specs) as (
+            executor,
+            jobs,
+        )
+    ):
+        begun: dict[int, Future[MoEWeights]] = {}
+        place = {spec.ffn.path: i for i, spec in enumerate(specs)}
+
+        def layer(spec: MoESpec) -> MoEWeights:
+            first = place[spec.ffn.path]
+            soon = range(first, min(first + jobs, len(specs)))
+            for i in set(begun).difference(soon):
+                del begun[i]
+            for i in soon:
+                if i not in begun:
+                    begun[i] = executor.submit(transform, read(specs[i]), specs[i])
+            return begun.pop(first).result()
+
+        yield layer
+
+
+def jobs_in_memory(specs: Sequence[MoESpec], cores: int) -> int:
+    """How many layers at a time: one for each core, if half of the free memory holds them.
+
+    The largest layer counts, with its dense weights and what it becomes, both in float32.
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    spec = max(specs, key=lambda spec: spec.ffn.num_parameters)
+    needed = 4 * (spec.ffn.num_parameters + layer_parameters(spec, spec.num_experts))
+    return max(1, min(cores, len(specs), free // 2 // needed))
+
+
+def local_jobs(workers: Workers, specs: Sequence[MoESpec]) -> int:
+    """How many layers at a time on this machine."""
+    given = workers.jobs if workers.kind == "threads" else None
+    return given or jobs_in_memory(specs, torch.get_num_threads())
+
+
+@contextmanager
+def single_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, each with one thread of torch, so that `jobs` does not change a bit."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(jobs, "layer", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # a thread also sets it for those that begin later
+
+
+@contextmanager
+def _threads(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Executor, int]]:
+    jobs = local_jobs(workers, specs)
+    with single_threads(jobs) as pool:
+        yield pool, jobs
+
+
+@contextmanager
+def _ray(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Executor, int]]:
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    try:
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        yield _Ray(ray), workers.jobs or jobs_in_memory(specs, cores)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+class _Ray:
+    """Tasks of one core each; a failed machine's are run again elsewhere, by Ray."""
+
+    def __init__(self, ray: Any) -> None:
+        self._call = ray.remote(num_cpus=1)(_with_one_thread)
+
+    def submit(
+        self, fn: Callable[..., MoEWeights], /, ffn: FFNWeights, spec: MoESpec
+    ) -> Future[MoEWeights]:
+        made: Future[MoEWeights] = self._call.remote(fn, ffn, spec).future()
+        return made
+
+
+def _with_one_thread(fn: Callable[..., MoEWeights], ffn: FFNWeights, spec: MoESpec) -> MoEWeights:
+    torch.set_num_threads(1)
+    return fn(ffn, spec)

@@ -1,0 +1,229 @@
+"""Calibration data in files: texts, records, data sets, images, tensors.
+
+Each reader gives plain data; what a model makes of it is up to `upcycle.data.calibration`.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from upcycle.errors import UsageError
+from upcycle.models.checkpoint_tensors import read_tensors
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+TENSORS = (".safetensors", ".npz", ".pt", ".pth")
+RECORDS = (".jsonl", ".ndjson")
+HELD_OUT = 4  # one part in so many is what verification reads, where calibration reads the rest
+
+
+@dataclass(frozen=True)
+class Given:
+    """Calibration data; one of `texts`, `images`, `tensors` and `batches` is not empty.
+
+    Attributes:
+        what: where it comes from, in a few words for reports; never a path of this machine.
+        texts: running text, each of one kind.
+        domains: the kind of each text, or empty if it is not known.
+        images: files.
+        tensors: arguments of the model by name, the examples along the first axis.
+        batches: inputs of the model as they are.
+    """
+
+    what: str
+    texts: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    images: tuple[Path, ...] = ()
+    tensors: Mapping[str, torch.Tensor] | None = None
+    batches: tuple[Any, ...] = ()
+
+    def parts(self) -> tuple["Given", "Given"]:
+        """What verification may read, and what calibration may: they have nothing in common.
+
+        A quarter is held out: every fourth text, image, example or batch; of fewer than four texts
+        the first quarter of each. Fewer than four of the others serve both.
+        """
+        if self.tensors is not None:
+            rows = torch.arange(_examples(self.tensors))
+            return self._of_tensors(_held(rows)), self._of_tensors(_rest(rows))
+        if self.images:
+            return replace(self, images=_held(self.images)), replace(
+                self, images=_rest(self.images)
+            )
+        if self.batches:
+            held, rest = _held(self.batches), _rest(self.batches)
+            return replace(self, batches=held), replace(self, batches=rest)
+        if len(self.texts) < HELD_OUT:
+            cuts = [len(text) // HELD_OUT for text in self.texts]
+            pairs = list(zip(self.texts, cuts, strict=True))
+            held_texts = tuple(text[:cut] for text, cut in pairs)
+            rest_texts = tuple(text[cut:] for text, cut in pairs)
+            return replace(self, texts=held_texts), replace(self, texts=rest_texts)
+        return (
+            replace(self, texts=_held(self.texts), domains=_held(self.domains)),
+            replace(self, texts=_rest(self.texts), domains=_rest(self.domains)),
+        )
+
+    def _of_tensors(self, rows: torch.Tensor) -> "Given":
+        assert self.tensors is not None
+        return replace(self, tensors={name: t[rows] for name, t in self.tensors.items()})
+
+
+def _held(items: Any) -> Any:
+    return items[::HELD_OUT] if len(items) >= HELD_OUT else items
+
+
+def _rest(items: Any) -> Any:
+    if len(items) < HELD_OUT:
+        return items
+    chosen = [i for i in range(len(items)) if i % HELD_OUT]
+    return items[chosen] if isinstance(items, torch.Tensor) else tuple(items[i] for i in chosen)
+
+
+def read_calibration(paths: Sequence[str], *, field: str = "text") -> Given:
+    """What ``--calibration PATH`` names; several paths are several domains of text.
+
+    Args:
+        paths: a text file, ``.jsonl`` records, a directory that ``datasets`` saved, a directory
+            of images, or a file of tensors (``.safetensors``, ``.npz``, ``.pt``).
+        field: of a record, or column of a data set, that holds the text. One named ``domain``
+            says what kind of text it is.
+
+    Raises:
+        UsageError: there is no such file, it is damaged, or it has no data of a known kind.
+    """
+    given = [_read(Path(path), field) for path in paths]
+    if len(given) == 1:
+        return given[0]
+    wrong = next((path for path, g in zip(paths, given, strict=True) if not g.texts), None)
+    if wrong is not None:
+        raise UsageError(
+            f"--calibration {wrong}: several sources are several kinds of text, and this one is no "
+            "text; give one"
+        )
+    return Given(
+        what="; ".join(g.what for g in given),
+        texts=tuple(text for g in given for text in g.texts),
+        domains=tuple(str(i) for i, g in enumerate(given) for _ in g.texts),
+    )
+
+
+def _read(path: Path, field: str) -> Given:
+    where = f"--calibration {path}"
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _of_records(_data_set(path, field, where), field, f"data set {path.name}", where)
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+        if images:
+            return Given(f"{len(images)} images of {path.name}", images=tuple(images))
+        raise UsageError(
+            f"{where}: the directory has neither images nor a data set that `datasets` saved"
+        )
+    if not path.is_file():
+        raise UsageError(f"{where}: there is no such text file or directory")
+    suffix = path.suffix.lower()
+    if suffix in IMAGES:
+        return Given("1 image", images=(path,))
+    if suffix in TENSORS:
+        return Given(f"the tensors of {path.name}", tensors=_tensors(path, where))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: not a text file in UTF-8") from error
+    if suffix in RECORDS:
+        return _of_records(_lines(text, where), field, f"the texts of {path.name}", where)
+    return Given("the given text", texts=(text,))
+
+
+def _lines(text: str, where: str) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{where}:{number}: not JSON: {error.msg}") from error
+        if not isinstance(record, dict):
+            raise UsageError(f"{where}:{number}: not a record, as {{...}}")
+        yield record
+
+
+def _of_records(records: Iterator[Mapping[str, Any]], field: str, what: str, where: str) -> Given:
+    texts, domains = [], []
+    for number, record in enumerate(records, start=1):
+        text = record.get(field)
+        if not isinstance(text, str):
+            found = ", ".join(name for name, value in record.items() if isinstance(value, str))
+            raise UsageError(
+                f"{where}: record {number} has no text {field!r}; its texts are {found or 'none'}, "
+                "and --text-field names the one to read"
+            )
+        texts.append(text)
+        domains.append(None if record.get("domain") is None else str(record["domain"]))
+    known = {domain is not None for domain in domains}
+    if len(known) > 1:
+        lacking = domains.index(None) + 1
+        raise UsageError(f"{where}: record {lacking} has no `domain`, and others have one")
+    return Given(what, tuple(texts), tuple(d for d in domains if d is not None))
+
+
+def _data_set(path: Path, column: str, where: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a directory that ``datasets.save_to_disk`` wrote; its first split, or "train"."""
+    try:
+        from pyarrow import ipc
+    except ImportError as error:
+        raise UsageError(
+            f"{where}: reading a data set needs pyarrow: pip install pyarrow; or write its texts "
+            "to a .jsonl file"
+        ) from error
+    try:
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+            path = path / ("train" if "train" in splits else splits[0])
+        state = json.loads((path / "state.json").read_text("utf-8"))
+        files = [path / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"{where}: not a whole data set ({error}); save it again") from error
+    for file in files:
+        try:
+            table = ipc.open_stream(file).read_all()
+        except Exception as error:  # pyarrow has many types, and the text says what is wrong
+            raise UsageError(f"{where}: {file.name} cannot be read: {error}") from error
+        if column not in table.column_names:
+            raise UsageError(
+                f"{where}: the data set has no text column {column!r}; its columns are "
+                f"{', '.join(table.column_names)}, and --text-field names the one to read"
+            )
+        wanted = [name for name in (column, "domain") if name in table.column_names]
+        yield from table.select(wanted).to_pylist()
+
+
+def _tensors(path: Path, where: str) -> Mapping[str, torch.Tensor]:
+    if path.suffix.lower() == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found: Mapping[str, Any] = {n: torch.from_numpy(arrays[n]) for n in arrays.files}
+        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise UsageError(f"{where}: not a file of plain arrays ({error})") from error
+    else:  # pickle files through torch's restricted reader, which runs no code
+        found = dict(read_tensors(path, allow_pickle=True))
+    if not found:
+        raise UsageError(f"{where}: it holds no tensors by name")
+    _examples(found, where)
+    return found
+
+
+def _examples(tensors: Mapping[str, torch.Tensor], where: str = "calibration") -> int:
+    counts = {name: t.shape[0] if t.ndim else 0 for name, t in tensors.items()}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+        raise UsageError(
+            f"{where}: the first axis of every tensor counts the examples, and here it does not: "
+            f"{shapes}"
+        )
+    return next(iter(counts.values()))

@@ -1,0 +1,188 @@
+"""What was decided: one `MoESpec` for each FFN that is converted. Plain data, no tensors."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from upcycle.ir.ffn import FFN, Located
+from upcycle.recipe import schema as recipe
+
+Promise = Literal["exact", "exact when K = N", "approximate"]
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """The MoE layer that one dense FFN becomes.
+
+    Attributes:
+        ffn: the FFN.
+        experts, router, compensate: the recipe's sections, with what is special to the methods.
+        num_experts: routed experts (copies times granularity for granular upcycling).
+        width: neurons of one routed expert, zero padding included.
+        shared: neurons of the shared expert, which every token visits.
+        top_k: routed experts that a token visits, at most; `select` may leave some out.
+        scale: factor on the expert weights at run time.
+        promise: what the algebra of the method says about equality with the dense FFN.
+        seed: seed of this layer's random draws; differs from layer to layer.
+    """
+
+    ffn: FFN
+    experts: recipe.Experts
+    router: recipe.Router
+    compensate: recipe.Compensate
+    num_experts: int
+    width: int
+    shared: int
+    top_k: int
+    scale: float
+    promise: Promise
+    seed: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A fresh generator for one purpose, so that adding a draw does not shift another."""
+        digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
+        # torch's CPU generator reads the low 32 bits of a seed only.
+        return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+    @property
+    def source_E(self) -> list[int]:
+        """Which of ``experts.sources`` each expert is taken from; empty if there are none."""
+        count = len(self.experts.sources)
+        return [e * count // self.num_experts for e in range(self.num_experts)] if count else []
+
+    @property
+    def low_rank(self) -> int:
+        """The rank of the linear map that every token gets; 0 if there is none."""
+        wanted = self.compensate.low_rank
+        return wanted if isinstance(wanted, int) else round(wanted * self.ffn.d_model)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer is the best `top_k` of experts by linear scores, and nothing else."""
+        router = self.router_config()
+        is_best = router["select"]["rule"] == "top_k" and not router["balance"]
+        rules = ("one", "renormalised", "renorm_detach", "softmax")
+        has_more = self.shared or self.low_rank
+        linear = router["kind"] == "linear" and router["weights"] in rules
+        return linear and is_best and not has_more
+
+    def router_config(self) -> dict[str, Any]:
+        """The configuration of the runtime router, as `upcycle.layers.router.Router` takes it."""
+        router = self.router
+        more: dict[str, dict[str, Any]] = {
+            "top_p": {"mass": router.mass},
+            "entropy": {"mass": router.mass, "above": router.above, "q": router.q},
+            "null": {"nulls": router.nulls},
+        }
+        return {
+            "kind": router_kind(router),
+            "num_experts": self.num_experts,
+            "d_model": self.ffn.d_model,
+            "select": {"rule": router.select, "k": self.top_k, **more.get(router.select, {})},
+            "weights": router.weights,
+            "scale": self.scale,
+            "bias": router.bias,
+            "tied": router.tied,
+            "frozen": router.method == "random_fixed",
+            "balance": router.balance,
+            "nulls": router.nulls if router.select == "null" else 0,
+            **self._of_kind(),
+        }
+
+    def _of_kind(self) -> dict[str, Any]:
+        """What only some kinds of routers read."""
+        router, kind = self.router, router_kind(self.router)
+        if kind == "mlp":
+            return {"hidden": router.hidden or self.num_experts}
+        if kind == "cosine":
+            return {"hidden": router.hidden or max(self.num_experts // 2, 1)}
+        if kind == "table":
+            return {"entries": router.entries, "by": router.by}
+        if kind == "neurons":
+            ffn = self.ffn
+            has_bias = any(p.bias for p in ffn.expansions)
+            return {"pointwise": ffn.pointwise.to_json(), "up_bias": has_bias}
+        return {}
+
+    def layer_config(self) -> dict[str, Any]:
+        """The configuration of the runtime layer, as `upcycle.layers.moe.MoE` takes it."""
+        ffn = self.ffn
+        is_moved = self.compensate.mean or self.compensate.affine
+        return {
+            "num_experts": self.num_experts,
+            "width": self.width,
+            "shared": self.shared,
+            "low_rank": self.low_rank,
+            "d_model": ffn.d_model,
+            "d_out": ffn.d_out,
+            "axis": ffn.axis,
+            "pointwise": ffn.pointwise.to_json(),
+            "up_bias": any(p.bias for p in ffn.expansions),
+            "output_bias": ffn.contraction.bias is not None or is_moved,
+            "router": self.router_config(),
+            "hidden_dropout": ffn.hidden_dropout,
+            "output_dropout": ffn.output_dropout,
+        }
+
+    def site(self) -> dict[str, Any]:
+        """Where the layer goes and what it is, as `upcycle.layers.tap.install` takes it."""
+        return {
+            "path": self.ffn.path,
+            "placement": self.ffn.placement,
+            "expansions": list(dict.fromkeys(p.module for p in self.ffn.expansions)),
+            "contraction": self.ffn.contraction.module,
+            "tap_widths": list(self.ffn.tap_widths),
+            "kept": self._kept(),
+            "layer": self.layer_config(),
+        }
+
+    def _kept(self) -> dict[str, Any]:
+        """What the taps and the contraction go on computing beside the layer, if anything."""
+        ffn = self.ffn
+        if not ffn.shared:
+            return {}
+        modules = {p.module: p for p in ffn.expansions}
+        return {
+            "rows": [[list(run) for run in ffn.rows_of(module)] for module in modules],
+            "biases": [p.bias is not None for p in modules.values()],
+            "columns": list(ffn.contraction.columns or ()),
+            "hidden": ffn.hidden_width,
+        }
+
+
+_KINDS = {"mlp": "mlp", "representative": "neurons", "hash": "table", "assigned": "table"}
+_KINDS |= {"noisy_topk": "noisy", "cosine": "cosine", "oracle": "oracle"}
+
+
+def router_kind(router: recipe.Router) -> str:
+    """The runtime router that a method of the recipe makes; most are linear."""
+    return _KINDS.get(router.method, "linear")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole decision: what was found, and what each converted FFN becomes.
+
+    `runtimes` must run the checkpoint, and `architecture` is the one that it is written in; by
+    default both are free.
+    """
+
+    located: Located
+    specs: tuple[MoESpec, ...]
+    recipe: recipe.Recipe
+    recipe_name: str
+    runtimes: tuple[str, ...] = ()
+    architecture: str | None = None
+
+    def requiring(self, runtimes: Sequence[str], architecture: str | None) -> "Plan":
+        """The same plan with these requirements."""
+        return replace(self, runtimes=tuple(runtimes), architecture=architecture)
+
+    @property
+    def promise(self) -> Promise:
+        """The weakest promise among the layers."""
+        order: list[Promise] = ["exact", "exact when K = N", "approximate"]
+        return max((spec.promise for spec in self.specs), key=order.index)

@@ -1,0 +1,248 @@
+"""The experts on the CPU as C++ that is compiled on the machine that runs them, at the first call.
+
+`CXX`, or the first of ``c++``, ``g++`` and ``clang++``, compiles ``cpp/experts.cpp`` for this
+machine in about two seconds; the library is kept in the user's cache directory.
+Without a compiler, or with ``UPCYCLE_COMPILE=0``, experts run on torch's products.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
+G = arity * I.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.util.cache_folder import cache_directory
+
+SOURCE = Path(__file__).parent / "cpp"
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
+COMPILERS = ("c++", "g++", "clang++")
+ACTIVATIONS = ("none", "relu", "relu2", "silu", "gelu", "gelu_tanh")  # as in cpp/activations.h
+RULES = ("one", "renormalised", "softmax")  # as in cpp/routing.h
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_log = logging.getLogger(__name__)
+
+
+def run_compiled(
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    down_bias_EO: torch.Tensor | None,
+    activation: str | None,
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+) -> torch.Tensor | None:
+    """What the chosen experts of each token add, weighted; None where this cannot compute it.
+
+    Every sum is in float32; with bfloat16 experts, tokens and the hidden layer are rounded to it.
+    The result does not depend on the number of threads. Pairs of weight zero cost nothing, and
+    their index is not looked at.
+
+    Args:
+        up_EGD: float32 or bfloat16; with G = 2 I the gate comes first.
+        up_bias_EG: of the same dtype, or None.
+        down_EOI: of the same dtype.
+        down_bias_EO: of the same dtype, or None.
+        activation: one of `ACTIVATIONS`, or None if it has no name.
+        x_TD: tokens, float.
+        index_TK: integers.
+        weights_TK: float.
+
+    Returns:
+        [T, O], in the dtype of `x_TD`.
+
+    Raises:
+        IndexError: an index of a pair with a weight is no expert.
+    """
+    experts = (up_EGD, up_bias_EG, down_EOI, down_bias_EO)
+    if activation not in ACTIVATIONS or not _can_run(experts, (x_TD, weights_TK)):
+        return None
+    index, weights = _as(index_TK, torch.int64), _as(weights_TK, torch.float32)
+    found = _call("experts", experts, activation, x_TD, index, weights, index.shape[1])
+    if found is None:
+        return None
+    status, y_TO = found
+    if status:
+        raise IndexError(f"an index of the chosen experts is not in [0, {len(up_EGD)})")
+    return y_TO
+
+
+def run_routed(
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    activation: str | None,
+    x_TD: torch.Tensor,
+    router: tuple[torch.Tensor, torch.Tensor | None, int, str, float],
+) -> torch.Tensor | None:
+    """As `run_compiled`, with the visits that a linear router chooses in the same call.
+
+    Scores are float32. None also where two scores are equal and a choice between them matters: it
+    is torch's.
+
+    Args:
+        router: weight [E, D] and bias [E] or None, float32; how many are chosen; one of `RULES`
+            for the weights; their scale.
+    """
+    weight_ED, bias_E, top_k, rule, scale = router
+    experts = (up_EGD, up_bias_EG, down_EOI, None)
+    if activation not in ACTIVATIONS or not _can_run(experts, (x_TD, weight_ED, bias_E)):
+        return None
+    # Torch says what is wrong with other shapes, and rounds no tokens before it has their scores.
+    count, _, d_model = up_EGD.shape
+    if weight_ED.shape != (count, d_model) or x_TD.shape[1] != d_model:
+        return None
+    if weight_ED.dtype != torch.float32 or x_TD.dtype != up_EGD.dtype:
+        return None
+    weight_ED = weight_ED.contiguous()
+    bias_E = None if bias_E is None else _as(bias_E, torch.float32)
+    given = (weight_ED, bias_E, top_k, RULES.index(rule), scale)
+    found = _call("routed", experts, activation, x_TD, *given)
+    return found[1] if found is not None and found[0] == 0 else None
+
+
+def _call(
+    name: str,
+    experts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None],
+    activation: str | None,
+    x_TD: torch.Tensor,
+    second: torch.Tensor,
+    third: torch.Tensor | None,
+    top_k: int,
+    *rest: float,
+) -> tuple[int, torch.Tensor] | None:
+    """What the function returns, and [T, O]; None without a compiler."""
+    functions = library()
+    if functions is None:
+        return None
+    up_EGD, up_bias_EG, down_EOI, down_bias_EO = experts
+    x = _as(x_TD, up_EGD.dtype)
+    tokens, d_model = x.shape
+    count, d_out, width = down_EOI.shape
+    y_TO = torch.empty(tokens, d_out, dtype=torch.float32)
+    status = functions[name, up_EGD.dtype](
+        x.data_ptr(),
+        second.data_ptr(),
+        None if third is None else third.data_ptr(),
+        up_EGD.data_ptr(),
+        None if up_bias_EG is None else up_bias_EG.data_ptr(),
+        down_EOI.data_ptr(),
+        None if down_bias_EO is None else down_bias_EO.data_ptr(),
+        y_TO.data_ptr(),
+        tokens,
+        top_k,
+        count,
+        d_model,
+        d_out,
+        width,
+        up_EGD.shape[1] == 2 * width,
+        ACTIVATIONS.index(activation or ""),
+        torch.get_num_threads(),
+        *rest,
+    )
+    return status, y_TO if x_TD.dtype == torch.float32 else y_TO.to(x_TD.dtype)
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Contiguous, in that dtype. A question takes an eighth of the time of a cast to the same."""
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
+
+
+def _can_run(
+    given: tuple[torch.Tensor | None, ...], inputs: tuple[torch.Tensor | None, ...]
+) -> bool:
+    """Whether `given` are plain, of one dtype and contiguous, and nobody asks for gradients.
+
+    It is asked for each call, as parameters may be replaced at any time.
+    """
+    by_gradients = torch.is_grad_enabled()
+    dtype = None
+    for tensor in given:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return False  # fake, distributed, ...
+        if dtype is None:
+            dtype = tensor.dtype
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            return False
+        if by_gradients and tensor.requires_grad:
+            return False
+    for tensor in inputs:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return False
+        if by_gradients and tensor.requires_grad:
+            return False
+    if dtype == torch.float32:
+        return True
+    # Rows are read in words of 32 bits.
+    return dtype == torch.bfloat16 and all(
+        t is None or t.dim() < 3 or t.shape[2] % 2 == 0 for t in given
+    )
+
+
+@lru_cache(maxsize=1)
+def library() -> dict[tuple[str, torch.dtype], Callable[..., int]] | None:
+    """The compiled functions, ``experts`` and ``routed`` for each dtype; None, with a line in the
+    log, if there are none."""
+    if os.environ.get("UPCYCLE_COMPILE") == "0":
+        return None
+    try:
+        path = build()
+        loaded = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        _log.warning("experts run on torch's products, which is slower: %s", reason)
+        return None
+    functions = {}
+    types: list[Any] = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 6 + [ctypes.c_int] * 3
+    for dtype, suffix in _NAMES.items():
+        for name, more in (("experts", []), ("routed", [ctypes.c_int, ctypes.c_float])):
+            function = getattr(loaded, f"upcycle_{name}_{suffix}")
+            function.argtypes, function.restype = types + more, ctypes.c_int
+            functions[name, dtype] = function
+    return functions
+
+
+def build() -> Path:
+    """Compile the library, unless this compiler has done so for such a machine; its path.
+
+    Raises:
+        OSError: no compiler, or the folder cannot be written.
+        subprocess.CalledProcessError: the compiler refuses the source.
+    """
+    names = filter(None, (os.environ.get("CXX"), *COMPILERS))
+    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler was found; install g++ 12 or clang++, or set CXX")
+    # What `native` means here: a home directory may be shared by machines.
+    macros = _run(compiler, *FLAGS[:3], "-dM", "-E", "-x", "c++", os.devnull)
+    sources = [file.read_text() for file in sorted(SOURCE.iterdir())]
+    key = hashlib.sha256("\0".join([macros, *FLAGS, *sources]).encode()).hexdigest()[:16]
+    cache = cache_directory()
+    path = cache / f"experts-{key}.so"
+    if not path.exists():
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # others may compile it, too
+            made = Path(folder) / path.name
+            _run(compiler, *FLAGS, str(SOURCE / "experts.cpp"), "-o", str(made))
+            made.replace(path)
+    return path
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,131 @@
+"""The experts of a layer as one operation of torch, ``upcycle::moe``.
+
+``torch.compile`` and ``torch.export`` see one node, whose shapes do not depend on the routing.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
+G = arity * I.
+"""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from upcycle.kernels.activation_names import of_pointwise
+from upcycle.kernels.torch_cpu import ExpertWeights, visit
+from upcycle.pointwise import Pointwise
+
+
+def run_as_one_node(
+    experts: Any, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """``upcycle::moe`` of an `upcycle.layers.experts.Experts`."""
+    parameters = (experts.up_EGD, experts.up_bias_EG, experts.down_proj, experts.program)
+    y_TO: torch.Tensor = torch.ops.upcycle.moe(x_TD, index_TK, weights_TK, *parameters)
+    return y_TO
+
+
+@lru_cache(maxsize=256)
+def activation(program: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], str | None]:
+    """The activation that `Pointwise.to_json` describes, on expansions side by side; its name."""
+    pointwise = Pointwise.from_json(json.loads(program))
+    return partial(_activate, pointwise), of_pointwise(pointwise.name, pointwise.arity)
+
+
+def _activate(pointwise: Pointwise, z_TG: torch.Tensor) -> torch.Tensor:
+    return pointwise(*z_TG.chunk(pointwise.arity, dim=-1))
+
+
+def moe(
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    program: str,
+) -> torch.Tensor:
+    """What ``torch.ops.upcycle.moe`` computes; `program` is the activation, see `activation`.
+
+    Returns:
+        [T, O], in the dtype of `x_TD`.
+    """
+    weights = ExpertWeights(up_EGD, up_bias_EG, down_EOI, None, *activation(program), None)
+    return visit(weights, x_TD, index_TK, weights_TK)
+
+
+def moe_backward(
+    grad_TO: torch.Tensor,
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    program: str,
+) -> list[torch.Tensor]:
+    """The gradients of `moe` by its tokens, weights and parameters; it is computed again."""
+    with torch.enable_grad():
+        x, weights, up, down = (
+            tensor.detach().requires_grad_() for tensor in (x_TD, weights_TK, up_EGD, down_EOI)
+        )
+        bias = None if up_bias_EG is None else up_bias_EG.detach().requires_grad_()
+        y_TO = moe(x, index_TK, weights, up, bias, down, program)
+        given = [tensor for tensor in (x, weights, up, bias, down) if tensor is not None]
+        if not y_TO.requires_grad:  # nobody is visited
+            return [tensor.new_zeros(tensor.shape) for tensor in given]
+        found = torch.autograd.grad(y_TO, given, grad_TO, materialize_grads=True)
+    return [gradient.contiguous() for gradient in found]  # as a compiler was promised
+
+
+def _moe_shape(
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    program: str,
+) -> torch.Tensor:
+    return x_TD.new_empty(x_TD.shape[0], down_EOI.shape[1])
+
+
+def _backward_shapes(
+    grad_TO: torch.Tensor,
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_EOI: torch.Tensor,
+    program: str,
+) -> list[torch.Tensor]:
+    given = (x_TD, weights_TK, up_EGD, up_bias_EG, down_EOI)
+    return [tensor.new_empty(tensor.shape) for tensor in given if tensor is not None]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.program = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    x, weights, up, *bias, down = torch.ops.upcycle.moe_backward(grad_TO, *saved, ctx.program)
+    return x, None, weights, up, bias[0] if bias else None, down, None
+
+
+_GIVEN = (
+    "Tensor x, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, str program"
+)
+
+if not hasattr(torch.ops.upcycle, "moe"):  # the file of a converted model has this text, too
+    torch.library.define("upcycle::moe", f"({_GIVEN}) -> Tensor")
+    torch.library.define("upcycle::moe_backward", f"(Tensor grad, {_GIVEN}) -> Tensor[]")
+    torch.library.impl("upcycle::moe", "cpu", moe)
+    torch.library.impl("upcycle::moe_backward", "cpu", moe_backward)
+    torch.library.register_fake("upcycle::moe", _moe_shape)
+    torch.library.register_fake("upcycle::moe_backward", _backward_shapes)
+    torch.library.register_autograd("upcycle::moe", _gradients, setup_context=_keep)

@@ -1,0 +1,159 @@
+"""The layer that a converted model contains: a router and experts, and what every token gets.
+
+This file and those that it imports are also the source text of the self-contained modeling files
+that `targets.remote_code` writes.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
+G = arity * I.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from upcycle.kernels import route_and_visit
+from upcycle.layers.experts import Experts, SharedExpert, are_untouched
+from upcycle.layers.router import Router
+from upcycle.layers.routers import ROUTERS
+from upcycle.pointwise import Pointwise
+
+# Multiplications of a router that take no longer than torch's calls.
+AT_ONCE = 1 << 20
+# Multiplications of a router that are over before a second thread of torch has woken up.
+ONE_THREAD = 1 << 23
+
+
+class MoE(nn.Module):
+    """Router and experts; a shared expert, a thin linear map and an output bias for every token.
+
+    ``y = sum_k w_k E_k(x) + Shared(x) + U V x + b``, of which all but the sum may be missing. `b`
+    is the output bias of the dense FFN, which is right under every routing rule if added once.
+    `config` is plain data, as `MoESpec.layer_config` makes it, so that a checkpoint can carry it.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        pointwise = Pointwise.from_json(config["pointwise"])
+        num_experts, d_model, d_out = config["num_experts"], config["d_model"], config["d_out"]
+        bias, dropout = config["up_bias"], config["hidden_dropout"]
+        self.router = ROUTERS[config["router"]["kind"]](config["router"])
+        self.experts = Experts(
+            num_experts,
+            d_model,
+            config["width"],
+            d_out,
+            pointwise=pointwise,
+            bias=bias,
+            dropout=dropout,
+        )
+        self.router_size = sum(tensor.numel() for tensor in self.router.state_dict().values())
+        self.router.attach(self.experts)
+        self.shared_expert = (
+            SharedExpert(
+                d_model, config["shared"], d_out, pointwise=pointwise, bias=bias, dropout=dropout
+            )
+            if config.get("shared")
+            else None
+        )
+        rank = config.get("low_rank", 0)
+        self.low_rank = (
+            nn.Sequential(nn.Linear(d_model, rank, bias=False), nn.Linear(rank, d_out, bias=False))
+            if rank
+            else None
+        )
+        self.output_bias = nn.Parameter(torch.zeros(d_out)) if config["output_bias"] else None
+        self.output_dropout = config["output_dropout"]
+        self.axis = config.get("axis", -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [..., D] -> [..., O]; with ``axis: 1`` (convolutions) [B, D, ...] likewise."""
+        if self.training and self.router.tied:
+            self.tie_router()
+        if self.axis != -1:
+            x = x.movedim(self.axis, -1)
+        y = self.tokens(x.reshape(-1, x.shape[-1]))
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        if self.axis != -1:
+            y = y.movedim(-1, self.axis)
+        return F.dropout(y, self.output_dropout, True) if self.training else y
+
+    def tokens(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The layer on a list of tokens, [T, D] -> [T, O], without dropout."""
+        y_TO = self._at_once(x_TD)
+        if y_TO is None:
+            _, weights_TK, index_TK = self._route(x_TD)
+            y_TO = self.experts(x_TD, index_TK, weights_TK)
+        if self.shared_expert is not None:
+            y_TO = y_TO + self.shared_expert(x_TD)
+        if self.low_rank is not None:
+            y_TO = y_TO + self.low_rank(x_TD)
+        return y_TO if self.output_bias is None else y_TO + self.output_bias
+
+    def _at_once(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        """What router and experts give for few tokens, where torch would be slower than they are;
+        None where only torch can compute it, or somebody watches."""
+        if torch.compiler.is_compiling() or not 0 < x_TD.shape[0] * self.router_size < AT_ONCE:
+            return None
+        parts = self._modules
+        experts: Any = parts["experts"]
+        router = parts["router"]
+        watched: bool = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        if watched or not are_untouched(experts):
+            return None
+        if experts.config._experts_implementation != "upcycle" or torch.is_autocast_enabled("cpu"):
+            return None
+        linear = router.as_linear() if isinstance(router, Router) else None
+        return None if linear is None else route_and_visit(experts, x_TD, linear)
+
+    def _route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling() or not x_TD.is_cpu:
+            return self.router(x_TD)  # type: ignore[no-any-return]
+        if not 0 < x_TD.shape[0] * self.router_size < ONE_THREAD:
+            return self.router(x_TD)  # type: ignore[no-any-return]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self.router(x_TD)  # type: ignore[no-any-return]
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.no_grad()
+    def tie_router(self) -> None:
+        """Set each router row to the mean key of its expert, not counting zero padding."""
+        up_EGD = self.experts.up_EGD
+        if hasattr(up_EGD, "full_tensor"):  # this process holds some of the experts only
+            up_EGD = up_EGD.full_tensor()
+        key_EID = up_EGD[:, : self.experts.intermediate_dim].to(self.router.weight.dtype)
+        count_E1 = (key_EID != 0).any(-1).sum(-1, keepdim=True).clamp(min=1)
+        # Not seen by autograd: the same layer may run twice before the backward pass.
+        self.router.weight.data.copy_(key_EID.sum(1) / count_E1)
+
+
+@contextmanager
+def all_experts(model: nn.Module) -> Iterator[None]:
+    """Within it every MoE layer of `model` runs all its experts with weight one (K = N).
+
+    A split is then exactly the dense FFN, whatever its router says: the check that every split
+    method is run with.
+    """
+    routers = [m.router for m in model.modules() if isinstance(m, MoE)]
+    saved = [r.all_experts for r in routers]
+    try:
+        for router in routers:
+            router.all_experts = True
+        yield
+    finally:
+        for router, before in zip(routers, saved, strict=True):
+            router.all_experts = before
+
+
+def rebalance(model: nn.Module, rate: float = 1e-3) -> None:
+    """`Router.rebalance` for every layer of `model` that balances its load."""
+    for layer in model.modules():
+        if isinstance(layer, MoE) and layer.config["router"].get("balance"):
+            layer.router.rebalance(rate)

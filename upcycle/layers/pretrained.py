@@ -1,0 +1,174 @@
+"""What a transformers model with MoE layers is beyond its dense class.
+
+Shape suffixes: T tokens, E experts, K chosen experts.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from upcycle.layers.moe import MoE
+from upcycle.layers.tap import install
+
+FORMAT = 1  # of the description in config.json; a later one may say what this code does not know
+
+# Functions of transformers that read the activation from elsewhere, or that nothing here was
+# compared with.
+FOREIGN_KERNELS = ("deepgemm", "sonicmoe")
+
+
+class UpcycledConfig:
+    """To be named before the dense configuration; its `upcycle` describes the layers."""
+
+    output_router_logits = False
+    router_aux_loss_coef = 0.001
+
+
+class UpcycledModel(nn.Module):
+    """Puts the layers that ``config.upcycle`` describes in place when the model is built.
+
+    To be named before the dense class, which it changes in four ways:
+
+    - ``experts_implementation`` may be ``upcycle`` (the default: its own kernels on the CPU, else
+      ``grouped_mm``), ``grouped_mm`` (layers that torch's kernel does not fit run one expert after
+      the other), ``eager``, ``batched_mm``, or a function that was registered with transformers.
+    - ``output_router_logits=True``, as an argument or in the configuration, adds ``router_logits``
+      to the output, one [T, E] for each layer, and ``aux_loss``; and that, times
+      ``config.router_aux_loss_coef``, to the loss.
+    - the experts can be spread over processes: ``DistributedConfig(ep_size=...)``.
+    - the routers stay in float32.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_format(config)
+        # The dense classes inside know no experts and refuse a name for how to run them.
+        chosen, config._experts_implementation = config._experts_implementation, None
+        super().__init__(config, *args, **kwargs)
+        chosen = self.get_correct_experts_implementation(chosen) or "upcycle"
+        config._experts_implementation_internal = chosen
+        sites = [moved(self, site) for site in config.upcycle["sites"]]
+        dtype = config.dtype or torch.get_default_dtype()
+        self._ep_plan: dict[str, str] = {}
+        for layer, site in zip(install(self, sites), sites, strict=True):
+            layer.to(dtype)
+            layer.router.to(torch.promote_types(dtype, torch.float32))
+            layer.experts.config = config
+            path = site["path"] if site["placement"] == "module" else site["contraction"]
+            experts = re.sub(r"\.\d+(?=\.|$)", ".*", f"{path}.experts")
+            shards = [f"{experts}.{name}" for name, _ in layer.experts.named_parameters()]
+            self._ep_plan |= {
+                **dict.fromkeys(shards, "grouped_gemm"),
+                experts: "ep_dispatch_experts",
+            }
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._keep_in_fp32_modules_strict = {"router", *(cls._keep_in_fp32_modules_strict or ())}
+        if "forward" not in cls.__dict__:
+            cls.forward = with_router_logits(cls.forward)
+
+    _keep_in_fp32_modules_strict: Any = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: the configuration, from the same file, brings the file along when it is saved.
+
+        The class of a model may be one that FSDP made, and transformers would save FSDP's file.
+        """
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks at the source of the dense class
+
+    def get_correct_experts_implementation(self, requested: str | None) -> str | None:
+        """`requested`, a way to run the experts; ValueError for one that may compute another."""
+        if requested in FOREIGN_KERNELS or requested not in (
+            None,
+            "eager",
+            *ALL_EXPERTS_FUNCTIONS.keys(),
+        ):
+            raise ValueError(
+                f'experts_implementation="{requested}": it is not known to compute what these '
+                "experts compute; choose upcycle, eager, grouped_mm or batched_mm"
+            )
+        return requested
+
+
+def check_format(config: Any) -> None:
+    """Raises ValueError for a description that is newer than this code."""
+    found, version = config.upcycle.get("format", 1), config.upcycle["version"]
+    if found > FORMAT:
+        raise ValueError(
+            f"config.json: upcycle {version} wrote it in format {found}, and this code reads "
+            f"formats up to {FORMAT}; install that version of upcycle or a later one"
+        )
+
+
+def moved(model: nn.Module, site: Mapping[str, Any]) -> dict[str, Any]:
+    """`site` with its paths in `model`, which may have another head than the converted model."""
+    prefix = f"{model.base_model_prefix}."
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+    def path_in(path: str) -> str:
+        for name in (path, prefix + path, path.removeprefix(prefix)):
+            if name in modules:
+                return name
+        raise ValueError(f"{type(model).__name__} has no {path}, where the file has an MoE layer")
+
+    if site["placement"] == "module":
+        return {**site, "path": path_in(site["path"])}
+    expansions = [path_in(path) for path in site["expansions"]]
+    return {**site, "expansions": expansions, "contraction": path_in(site["contraction"])}
+
+
+def with_router_logits(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with ``output_router_logits``, and otherwise the same signature."""
+
+    @wraps(forward)
+    def wrapper(
+        self: Any, *args: Any, output_router_logits: bool | None = None, **kwargs: Any
+    ) -> Any:
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if not output_router_logits:
+            return forward(self, *args, **kwargs)
+        routed: list[tuple[torch.Tensor, ...]] = []
+        hooks = [
+            layer.router.register_forward_hook(lambda module, given, out: routed.append(out))
+            for layer in self.modules()
+            if isinstance(layer, MoE)
+        ]
+        try:
+            kwargs.pop("return_dict", None)  # a tuple has no names
+            out = forward(self, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        out["router_logits"] = tuple(logits_TE for logits_TE, _, _ in routed)
+        if routed:
+            out["aux_loss"] = torch.stack([load_balance(*found) for found in routed]).mean()
+            if out.get("loss") is not None:
+                factor = self.config.router_aux_loss_coef
+                out["loss"] = out["loss"] + factor * out["aux_loss"].to(out["loss"].device)
+        return out
+
+    return wrapper
+
+
+def load_balance(
+    logits_TE: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
+) -> torch.Tensor:
+    """E times the sum over experts of visits per token and mean probability: K at best.
+
+    Fedus et al., "Switch Transformers", 2021, https://arxiv.org/abs/2101.03961
+    """
+    visits_TE = torch.zeros_like(logits_TE).scatter_add(
+        1, index_TK, (weights_TK != 0).to(logits_TE.dtype)
+    )
+    share_E = visits_TE.detach().mean(0) * logits_TE.softmax(-1).mean(0)
+    return logits_TE.shape[1] * share_E.sum()

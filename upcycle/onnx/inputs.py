@@ -1,0 +1,88 @@
+"""Inputs for a graph that nobody described: token ids, masks, images, by what the graph does."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from upcycle.onnx.shapes import axis_sizes
+
+Array = npt.NDArray[np.generic]
+_PASSES = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+
+
+def draw_inputs(model: ir.Model, *, seed: int = 0) -> dict[str, Array]:
+    """Random inputs of `model`: floats are normal, masks all ones, ids within their embedding.
+
+    Args:
+        model: the graph.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    feeds: dict[str, Array] = {}
+    for value in model.graph.inputs:
+        shape = axis_sizes(model)[str(value.name)]
+        dtype = value.dtype or ir.DataType.FLOAT
+        kind, name = dtype.numpy(), str(value.name).lower()
+        if "mask" in name or kind == np.bool_:
+            feeds[str(value.name)] = np.ones(shape, kind)
+        elif dtype.is_floating_point():
+            feeds[str(value.name)] = generator.standard_normal(shape).astype(kind)
+        elif "position" in name:
+            row = np.arange(shape[-1] if shape else 1).astype(kind)
+            feeds[str(value.name)] = np.broadcast_to(row, shape).copy()
+        else:
+            drawn = generator.integers(0, _rows_behind(value), shape)
+            feeds[str(value.name)] = np.asarray(drawn).astype(kind)
+    return feeds
+
+
+def given_inputs(model: ir.Model, example: Mapping[str, Array]) -> dict[str, Array]:
+    """The inputs that the user gave, in the types of the graph; its own names are wanted.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    return {
+        str(value.name): example[str(value.name)].astype((value.dtype or ir.DataType.FLOAT).numpy())
+        for value in model.graph.inputs
+    }
+
+
+def _rows_behind(value: ir.Value) -> int:
+    """One more than the largest id that every embedding that `value` chooses from can take."""
+    return min(_embeddings(value), default=2)
+
+
+def _embeddings(value: ir.Value) -> Iterator[int]:
+    for node, index in value.uses():
+        if node.op_type in _PASSES and index == 0 and node.outputs:
+            yield from _embeddings(node.outputs[0])
+        elif node.op_type == "Gather" and index == 1 and _rank(node.inputs[0]) == 2:
+            yield _rows(node.inputs[0])
+        elif node.op_type == "EmbedLayerNormalization" and index < 2:
+            yield _rows(node.inputs[(2, 4)[index]])
+
+
+def _rank(value: ir.Value | None) -> int:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if tensor is not None:
+        return len(tensor.shape)
+    return 0 if value is None or value.shape is None else len(value.shape)
+
+
+def _rows(value: ir.Value | None) -> int:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if tensor is not None:
+        return int(tensor.shape.numpy()[0])
+    first = None if value is None or value.shape is None else value.shape[0]
+    return first if isinstance(first, int) else 2
+
+
+def describe(feeds: Mapping[str, Array]) -> str:
+    """The inputs in a few words, for reports."""
+    parts = [f"{name} {list(array.shape)}" for name, array in feeds.items()]
+    count = sum(math.prod(array.shape) for array in feeds.values())
+    return f"random inputs: {', '.join(parts)} ({count} numbers)"

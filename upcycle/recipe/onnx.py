@@ -1,0 +1,87 @@
+"""The section `onnx` of a recipe: what its ONNX file is to be like."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from upcycle.recipe.section import Section
+
+Tokens = Annotated[int, Field(ge=1)]
+
+
+class Onnx(Section):
+    """How the ONNX file is made, if there is to be one."""
+
+    profile: Literal["cpu", "cuda", "portable"] = Field(
+        "cpu",
+        description="where it will run, which decides what is `auto`: cpu (the fastest exact form "
+        "of each layer), cuda (fused, float16), portable (standard operations alone)",
+    )
+    form: Literal["auto", "fused", "unrolled", "dense", "quantised"] = Field(
+        "auto",
+        description="fused: one node of ONNX Runtime for a layer; unrolled: standard operations "
+        "for each expert; dense: all experts as one FFN, weighted; quantised: the fused node with "
+        "rounded weights",
+    )
+    gelu: Literal["exact", "tanh"] = Field(
+        "exact",
+        description="tanh lets the fused node's form of GELU stand for the one with erf, which is "
+        "off by 1e-3 of the output",
+    )
+    quantise: Literal[8, 4] | None = Field(
+        None, description="bits of a weight, where a layer is quantised; with `auto` it may be"
+    )
+    block: Literal["adaptive", "row", 16, 32, 64, 128, 256] = Field(
+        "adaptive",
+        description="inputs that share one scale of a quantised row: all, so many, or as few as "
+        "the matrix needs",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="of the graph; auto is float16 for cuda, else float32"
+    )
+    tokens: Tokens | tuple[Tokens, Tokens] | None = Field(
+        None,
+        description="tokens of one call, for which `auto` chooses the fastest form; of short and "
+        "of long calls, for which a layer may get two; default: 1 and 256 for a decoder with a "
+        "cache, else 256",
+    )
+
+    cache: bool = Field(
+        True,
+        description="a decoder's file reads and returns its key-value cache; a model whose cache "
+        "no file can hand on is refused unless this is false",
+    )
+
+    @field_validator("tokens")
+    @classmethod
+    def _in_order(cls, tokens: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        if isinstance(tokens, tuple) and tokens[0] >= tokens[1]:
+            raise ValueError(f"short calls have fewer tokens than long ones, not {list(tokens)}")
+        return tokens
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """Tokens of a typical call, or of a short and of a long one."""
+        return self.tokens if isinstance(self.tokens, tuple) else (self.tokens or 256,)
+
+    @property
+    def half(self) -> Literal["float16", "bfloat16"] | None:
+        """The narrow type that the graph is to have; None for float32."""
+        if self.dtype == "auto":
+            return "float16" if self.profile == "cuda" else None
+        return None if self.dtype == "float32" else self.dtype
+
+    @property
+    def may_round(self) -> bool:
+        """Whether a layer may be quantised."""
+        return self.form == "quantised" or (
+            self.form == "auto" and self.quantise is not None and self.profile != "portable"
+        )
+
+    @property
+    def bits(self) -> Literal[8, 4]:
+        """Of a weight in a layer that is quantised."""
+        return self.quantise or 8
+
+
+ONNX_DEFAULTS = Onnx()

@@ -1,0 +1,216 @@
+"""Read a recipe from YAML, and report every mistake at once.
+
+Each line of the `RecipeError` is ``FILE:LINE:COLUMN: KEY: sentence``, or begins with the
+``--set KEY=VALUE`` of the command line that is wrong. pydantic finds the mistakes; the sentences
+are made from the JSON Schema, so a key that may be a number or a word gets one sentence and not
+one for each possibility.
+"""
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from upcycle.errors import RecipeError
+from upcycle.recipe import shipped
+from upcycle.recipe.schema import Recipe
+from upcycle.recipe.yaml_places import (
+    COMMAND_LINE,
+    Document,
+    KeyPath,
+    Place,
+    Problem,
+    dotted,
+    read_yaml,
+    set_value,
+)
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: the name of a shipped recipe, or the path of a YAML file.
+        overrides: ``"experts.count=4"`` and the like; they win over the file, the last one most.
+
+    Raises:
+        RecipeError: with one line for each mistake in the file and the overrides.
+    """
+    text, name = _text(recipe)
+    document = read_yaml(text, name)
+    if not document.problems and not isinstance(document.data, dict):
+        sentence = "a recipe is a list of `key: value` lines, and begins with `version: 1`"
+        document.problems.append(Problem(document.place(()), "", sentence))
+    if not isinstance(document.data, dict):
+        raise _error(document.problems)
+    for i, override in enumerate(overrides):
+        _override(document, override, i)
+    try:
+        # JSON is the mode in which strict pydantic takes a list for a tuple.
+        loaded = Recipe.model_validate_json(json.dumps(document.data))
+    except ValidationError as error:
+        raise _error(document.problems + _problems(error, document)) from None
+    if document.problems:
+        raise _error(document.problems)
+    return loaded
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors that complete and check YAML."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return dialect | Recipe.model_json_schema()
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML that `load_recipe` reads back."""
+    data = recipe.model_dump(mode="json")
+    text: str = yaml.safe_dump(data, sort_keys=False)
+    return text
+
+
+def _text(recipe: str | Path) -> tuple[str, str]:
+    """The text of a recipe and the name of its file."""
+    path = Path(recipe)
+    is_name = isinstance(recipe, str) and path.name == recipe and not path.suffix
+    if is_name and (recipe in shipped.recipe_names() or not path.is_file()):
+        return shipped.recipe_text(str(recipe)), f"{recipe}.yaml"
+    try:
+        return path.read_text("utf-8"), str(recipe)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{recipe}: this is not a text file: {error.reason}") from None
+    except OSError as error:
+        raise RecipeError(f"{recipe}: cannot read this recipe: {error.strerror}") from None
+
+
+def _override(document: Document, override: str, position: int) -> None:
+    place = Place(COMMAND_LINE, position, f"--set {override}")
+    key, equals, value = override.partition("=")
+    path: KeyPath = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        sentence = "write key=value, for example experts.count=4"
+        document.problems.append(Problem(place, "", sentence))
+    else:
+        set_value(document, path, value, place)
+
+
+def _error(problems: list[Problem]) -> RecipeError:
+    return RecipeError("\n".join(str(p) for p in sorted(problems, key=lambda p: p.place)))
+
+
+def _problems(error: ValidationError, document: Document) -> list[Problem]:
+    """One problem for each wrong key, in our words."""
+    schema = Recipe.model_json_schema()
+    keys = _keys(schema, schema)
+    reported = {problem.key for problem in document.problems}
+    found: dict[str, Problem] = {}
+    for detail in error.errors(include_url=False):
+        path: KeyPath = detail["loc"]
+        if detail["type"] == "extra_forbidden":
+            place, sentence = document.place(path, of_key=True), _unknown(path, list(keys))
+        elif detail["type"] == "missing" and path in keys:  # not an item of a list
+            hint = f": {about}" if (about := keys[path].get("description")) else ""
+            sentence = f"this key is missing; it must be {_expected(keys[path], schema)}{hint}"
+            place = document.place(path[:-1], of_key=True)
+        else:
+            place = document.place(path)
+            path = next(path[:n] for n in range(len(path), 0, -1) if path[:n] in keys)
+            sentence = _wrong(_get(document.data, path), keys[path], schema)
+            if detail["type"] == "value_error":  # a rule that no schema has
+                sentence = str(detail["ctx"]["error"])
+        if dotted(path) not in reported:
+            found.setdefault(dotted(path), Problem(place, dotted(path), sentence))
+    return list(found.values())
+
+
+def _keys(
+    schema: dict[str, Any], root: dict[str, Any], prefix: KeyPath = ()
+) -> dict[KeyPath, dict[str, Any]]:
+    """The schema of every key that a recipe may have, sections included."""
+    found: dict[KeyPath, dict[str, Any]] = {}
+    for name, key in schema["properties"].items():
+        key = _resolve(key, root)
+        found[(*prefix, name)] = key
+        if "properties" in key:
+            found |= _keys(key, root, (*prefix, name))
+    return found
+
+
+def _resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    """`schema`, or the definition that it refers to."""
+    if "$ref" in schema:
+        definition: dict[str, Any] = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+        return definition
+    return schema
+
+
+def _get(data: Any, path: KeyPath) -> Any:
+    for part in path:
+        data = data[part]
+    return data
+
+
+def _unknown(path: KeyPath, known: list[KeyPath]) -> str:
+    """The sentence for a key that does not exist, with the nearest one that does."""
+    siblings = {str(k[-1]): k for k in known if k[:-1] == path[:-1]}
+    elsewhere = {dotted(k): k for k in known}
+    nearest = get_close_matches(str(path[-1]), siblings, n=1)
+    if nearest:
+        suggestion = dotted(siblings[nearest[0]])
+    elif same_name := [k for k in known if k[-1] == path[-1]]:
+        suggestion = dotted(same_name[0])
+    elif nearest := get_close_matches(dotted(path), elsewhere, n=1):
+        suggestion = nearest[0]
+    else:
+        return f"unknown key; the keys here are {', '.join(siblings)}"
+    return f"unknown key, did you mean {suggestion}?"
+
+
+def _wrong(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> str:
+    """The sentence for a value that the schema refuses."""
+    sentence = f"must be {_expected(schema, root)}, not {_shown(value)}"
+    options = [option for part in schema.get("anyOf", [schema]) for option in _options(part)]
+    words = [option for option in options if isinstance(option, str)]
+    nearest = get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    return f"{sentence}; did you mean {nearest[0]}?" if nearest else sentence
+
+
+def _options(schema: dict[str, Any]) -> list[Any]:
+    return schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+
+
+def _expected(schema: dict[str, Any], root: dict[str, Any]) -> str:
+    """What the schema allows, in words."""
+    schema = _resolve(schema, root)
+    if "anyOf" in schema:
+        return " or ".join(_expected(part, root) for part in schema["anyOf"])
+    if options := _options(schema):
+        words = [str(option) for option in options]
+        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    if "prefixItems" in schema:
+        return f"a list of {' and '.join(_expected(item, root) for item in schema['prefixItems'])}"
+    if schema["type"] == "array":
+        return f"a list, each item {_expected(schema['items'], root)}"
+    if schema["type"] == "object":
+        return f"a section with the keys {', '.join(schema['properties'])}"
+    names = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
+    names["null"] = "empty"
+    words = [names.get(schema["type"], "text")]
+    if "minimum" in schema:
+        words.append(f"of at least {schema['minimum']}")
+    if "exclusiveMaximum" in schema:
+        words.append(f"and below {schema['exclusiveMaximum']}")
+    return " ".join(words)
+
+
+def _shown(value: Any) -> str:
+    """A value of the user, short."""
+    if value is None:
+        return "empty"
+    if isinstance(value, dict):
+        return "a section"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

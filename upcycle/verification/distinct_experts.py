@@ -1,0 +1,185 @@
+"""Does a layer run the experts that its router chose? Equal experts cannot tell.
+
+Right after upcycling all experts are copies, and a layer that always runs the first two, or adds
+them up with the wrong weights, passes every comparison with the dense model. So a copy of the layer
+gets experts that differ from each other and a router that spreads the tokens, and is held against
+a reference that shares no code with the layer.
+
+Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen, I neurons, G rows of an expert.
+"""
+
+import copy
+import math
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from upcycle.layers.moe import MoE
+from upcycle.pointwise import Pointwise
+from upcycle.verification.metrics import distance
+
+TOKENS = 32
+NEURONS = 1024  # in the wider type at a time
+# In which the reference is computed: its rounding is nothing beside that of the layer's dtype.
+WIDER: Final = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+
+@torch.no_grad()
+def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> float:
+    """The relative error of `layer` with distinct experts, on the first 32 tokens of `x_TD`.
+
+    Args:
+        layer: in eval mode; it is left alone. One copy of it is made.
+        x_TD: tokens as the layer gets them in the model.
+        seed: of the perturbation.
+
+    Returns:
+        The largest absolute error over the largest reference value; infinite if the router chose
+        experts that do not have the best scores.
+    """
+    x_TD = x_TD[:TOKENS]
+    probe = _made_distinct(layer, x_TD, torch.Generator().manual_seed(seed))
+    probe.router.stand_in(len(x_TD))
+    _, weights_TK, index_TK = probe.router(x_TD)
+    weights_TK = weights_TK.double()
+    if _has_own_scores(probe):
+        logits_TE = _logits(probe, x_TD)
+        if not _has_best_scores(probe, x_TD, logits_TE, index_TK):
+            return math.inf
+        weights_TK = _weights(probe, logits_TE, index_TK)
+    wide = WIDER[x_TD.dtype]
+    expected_TO = _reference(probe, x_TD.to(wide), weights_TK.to(wide), index_TK)
+    return distance(probe.tokens(x_TD), expected_TO).relative
+
+
+def _has_own_scores(layer: MoE) -> bool:
+    """Whether scores and weights can be had here without the code of the router."""
+    config = layer.config["router"]
+    is_best = config["select"]["rule"] == "top_k" and not config["balance"]
+    return config["kind"] == "linear" and is_best and config["weights"] != "gain"
+
+
+def _made_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> MoE:
+    """A copy with each neuron scaled by a factor of its own, and a router with logits of about one.
+
+    Experts that add nothing yet get a contraction first.
+    """
+
+    def factors(*shape: int) -> torch.Tensor:
+        drawn = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
+        return drawn.to(layer.experts.down_proj)
+
+    def scaled(tensor: torch.Tensor, *shape: int) -> nn.Parameter:
+        return nn.Parameter(tensor * factors(*shape), requires_grad=False)
+
+    experts = layer.experts
+    up_EGD, up_bias_EG, down_EOI = experts.up_EGD, experts.up_bias_EG, experts.down_proj
+    num_experts, rows, d_model = up_EGD.shape
+    none_yet = not any(down_OI.any() for down_OI in down_EOI)  # mostly the first one tells
+    held_EOI = factors(*down_EOI.shape) if none_yet else down_EOI
+    # What is here already is not copied: experts may be gigabytes.
+    instead: dict[int, Any] = {id(up_EGD): scaled(up_EGD, num_experts, rows, 1)}
+    instead[id(down_EOI)] = scaled(held_EOI, num_experts, 1, experts.intermediate_dim)
+    if up_bias_EG is not None:
+        instead[id(up_bias_EG)] = scaled(up_bias_EG, num_experts, rows)
+    probe = copy.deepcopy(layer, instead)
+    if _has_own_scores(layer):
+        length = x_TD.double().norm(dim=-1).mean().item() or 1.0
+        drawn_ED = torch.randn(num_experts, d_model, generator=generator, dtype=torch.float64)
+        probe.router.weight.copy_(drawn_ED / length)
+    return probe
+
+
+def _logits(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
+    router = layer.router
+    logits_TE = x_TD.double() @ router.weight.double().t()
+    return logits_TE if router.bias is None else logits_TE + router.bias.double()
+
+
+def _has_best_scores(
+    layer: MoE, x_TD: torch.Tensor, logits_TE: torch.Tensor, index_TK: torch.Tensor
+) -> bool:
+    """Whether each row of `index_TK` has the K best experts, up to rounding of the scores."""
+    config, k = layer.config, layer.config["router"]["select"]["k"]
+    if index_TK.shape != (len(x_TD), k):
+        return False
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_TK, True)
+    if not bool((chosen_TE.sum(1) == k).all()):
+        return False
+    if k == config["num_experts"]:
+        return True
+    worst_T = logits_TE.masked_fill(~chosen_TE, math.inf).amin(1)
+    best_left_T = logits_TE.masked_fill(chosen_TE, -math.inf).amax(1)
+    magnitude_T = (x_TD.double().abs() @ layer.router.weight.double().abs().t()).amax(1)
+    rounding_T = x_TD.shape[-1] * torch.finfo(torch.float32).eps * magnitude_T
+    return bool((worst_T >= best_left_T - rounding_T).all())
+
+
+def _weights(layer: MoE, logits_TE: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+    """The weights of the chosen experts by their definition, in float64."""
+    config = layer.config["router"]
+    p_TK = logits_TE.gather(1, index_TK).exp()
+    if config["weights"] == "one":
+        p_TK = torch.ones_like(p_TK)
+    elif config["weights"] == "softmax":
+        p_TK = p_TK / logits_TE.exp().sum(1, keepdim=True)
+    else:
+        p_TK = p_TK / p_TK.sum(1, keepdim=True)
+    weights_TK: torch.Tensor = p_TK * config["scale"]
+    return weights_TK
+
+
+def _reference(
+    layer: MoE, x_TD: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
+) -> torch.Tensor:
+    """Every expert on every token in the dtype of `x_TD`, of which the chosen ones are added up."""
+    config = layer.config
+    weight_TE = x_TD.new_zeros(len(x_TD), config["num_experts"]).scatter(1, index_TK, weights_TK)
+    pointwise = Pointwise.from_json(config["pointwise"])
+    total_TO = x_TD.new_zeros(len(x_TD), config["d_out"])
+    for expert in range(config["num_experts"]):
+        for start in range(0, config["width"], NEURONS):
+            y_TO = _neurons(layer, pointwise, expert, start, x_TD)
+            total_TO += weight_TE[:, expert, None] * y_TO
+    return total_TO + _for_every_token(layer, pointwise, x_TD)
+
+
+def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> torch.Tensor:
+    """The shared expert, the low-rank term and the bias, in the dtype of `x_TD`."""
+    state = layer.state_dict()
+    few = [name for name in state if not name.startswith(("experts.", "router."))]
+    tensors = {name: state[name].to(x_TD.dtype) for name in few}
+    total_TO: torch.Tensor = x_TD.new_zeros(len(x_TD), layer.config["d_out"])
+    if layer.shared_expert is not None:
+        up = f"shared_expert.{layer.shared_expert.up_name}"
+        z_TG = x_TD @ tensors[f"{up}.weight"].t() + tensors.get(f"{up}.bias", 0.0)
+        hidden = pointwise(*z_TG.chunk(pointwise.arity, dim=-1))
+        total_TO = total_TO + hidden @ tensors["shared_expert.down_proj.weight"].t()
+    if layer.low_rank is not None:
+        v_RD, u_OR = tensors["low_rank.0.weight"], tensors["low_rank.1.weight"]
+        total_TO = total_TO + x_TD @ v_RD.t() @ u_OR.t()
+    bias_O = tensors.get("output_bias", x_TD.new_zeros(()))
+    everything_TO: torch.Tensor = total_TO + bias_O
+    return everything_TO
+
+
+def _neurons(
+    layer: MoE, pointwise: Pointwise, expert: int, start: int, x_TD: torch.Tensor
+) -> torch.Tensor:
+    """What some neurons of one expert add: few at a time, as they are in a wider type."""
+    experts, width = layer.experts, layer.config["width"]
+    stop = min(start + NEURONS, width)
+    z = []
+    for i in range(pointwise.arity):
+        rows = slice(i * width + start, i * width + stop)
+        z_TI = x_TD @ experts.up_EGD[expert, rows].to(x_TD.dtype).t()
+        if experts.up_bias_EG is not None:
+            z_TI = z_TI + experts.up_bias_EG[expert, rows].to(x_TD.dtype)
+        z.append(z_TI)
+    return pointwise(*z) @ experts.down_proj[expert, :, start:stop].to(x_TD.dtype).t()

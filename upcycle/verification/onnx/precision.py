@@ -1,0 +1,107 @@
+"""Verify ONNX files as far as their numbers go: float32, a narrow type, rounded experts."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from upcycle.data.evaluation import Evaluation
+from upcycle.layers.moe import MoE
+from upcycle.onnx.inputs import draw_inputs
+from upcycle.pointwise import Pointwise
+from upcycle.recipe.onnx import Onnx
+from upcycle.targets.onnx.forms.choose import kernel_named
+from upcycle.targets.onnx.narrow import narrowed
+from upcycle.verification.checks import Check, check
+from upcycle.verification.metrics import ROUNDING
+from upcycle.verification.onnx.files import ONNX_CHECK, onnx_distance, verify_onnx
+from upcycle.verification.onnx.rounding import rounded_layers, verify_rounding
+from upcycle.verification.whole_model import compare_models
+
+_NOT_RUN = "ONNX Runtime on a CPU does not compute MoE layers in bfloat16, so the file was not run"
+
+
+def verify_precision(
+    directory: Path,
+    paths: Sequence[Path],
+    model: nn.Module,
+    evaluation: Evaluation,
+    options: Onnx,
+) -> tuple[dict[str, Any], list[Check]]:
+    """Tier T4 for what `write_onnx` made with `options`; facts for the report, and checks.
+
+    - In float32 the files are held against `model`, to rounding.
+    - Where the recipe accepts more, against `model` with the same rounded experts and the same form
+      of GELU, to rounding, unless ONNX Runtime rounds tokens, too; each rounded layer also against
+      what rounding may do to it. How far the files are from `model` itself is reported.
+    - In float16 they may be twice as far from `model` as `model` in float16 is, in torch.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot run a file, or it has other outputs than the model.
+    """
+    if options.half == "bfloat16":
+        return {"not_run": _NOT_RUN}, []
+    rows: list[dict[str, Any]] = []
+    checks: list[Check] = []
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    for path in paths if options.may_round else ():
+        of_path, more = verify_rounding(path, layers, [draw_inputs(ir.load(path))])
+        rows += of_path
+        checks += more
+    if not rows and options.half is None and options.gelu == "exact":
+        return {}, verify_onnx(directory, model, evaluation)
+    facts: dict[str, Any] = {"relative": onnx_distance(directory, model, evaluation)}
+    if rows:
+        facts["layers"] = rows
+    if options.half is None and any(row["bits"] == 8 and row["block"] != "row" for row in rows):
+        return facts, checks
+    with _as_written(layers, paths):
+        if options.half is None:
+            return facts, checks + verify_onnx(directory, model, evaluation)
+        found = onnx_distance(directory, model, evaluation)
+        narrow = narrowed(model, torch.float16)
+        noise = compare_models(model, narrow, evaluation, predictions=False)["relative"]
+    allowed = max(ROUNDING[torch.float16], 2 * noise)
+    return facts, [*checks, check(ONNX_CHECK, found, allowed)]
+
+
+def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:
+    """What the experts compute in those of `layers` that a node of ONNX Runtime runs in a file."""
+    nodes = [n for n in ir.load(path).graph.all_nodes() if n.domain == "com.microsoft"]
+    found = {}
+    for layer in layers:
+        prefix = f"{layer}/" if layer else ""  # as `lower` names what it makes
+        for node in nodes:
+            of_layer = str(node.outputs[0].name).startswith(prefix)
+            if of_layer and node.op_type in ("MoE", "QMoE"):
+                found[layer] = kernel_named(node.attributes["activation_type"].as_string())[1]
+    return found
+
+
+@contextmanager
+def _as_written(layers: Mapping[str, MoE], paths: Sequence[Path]) -> Iterator[None]:
+    """Within it the layers have the experts of the files, and the kernel's form of GELU."""
+    before = []
+    programs = {layer: layer.experts.act_fn.pointwise for layer in layers.values()}
+    try:
+        for path in paths:
+            for name, pointwise in kernels_of(path, layers).items():
+                layers[name].experts.act_fn.pointwise = pointwise
+            for rounded in rounded_layers(path):
+                experts = layers[rounded.layer].experts
+                for tensor, value in (
+                    (experts.up_EGD, rounded.up_EGD),
+                    (experts.down_proj, rounded.down_EDI),
+                ):
+                    before.append((tensor, tensor.detach().clone()))
+                    tensor.data.copy_(value)
+        yield
+    finally:
+        for layer, pointwise in programs.items():
+            layer.experts.act_fn.pointwise = pointwise
+        for tensor, value in reversed(before):
+            tensor.data.copy_(value)

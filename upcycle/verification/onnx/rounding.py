@@ -1,0 +1,292 @@
+"""What rounding the experts of an ONNX file did to each layer, and whether that is as expected.
+
+The choice of experts is left out of the comparison: each layer is given the tokens and the weights
+of experts that it has in the file, and computed again with the rounded and with the float weights.
+
+Shape suffixes: T tokens, D d_model, E experts, I expert width, G = arity * I.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from upcycle.layers.experts import Experts
+from upcycle.layers.moe import MoE
+from upcycle.onnx.inputs import Array
+from upcycle.onnx.run import run
+from upcycle.pointwise import Pointwise
+from upcycle.targets.onnx.forms.choose import kernel_named
+from upcycle.targets.onnx.forms.quantise import Quantised, dequantise
+from upcycle.targets.onnx.share_weights import TORCH_TYPES, tensor_of
+from upcycle.verification.checks import Check, check
+from upcycle.verification.metrics import ROUNDING
+
+STEPS = "rounded weights against float ones, in half steps of their scales"
+KERNEL = "rounded experts in ONNX Runtime against PyTorch"
+ROUNDED = "rounded experts against float ones, rms over what independent errors give"
+# One, and what 127 times a scale in float16, which is off by 2^-11, adds to it.
+_HALF_STEP = 1 + 2 * 127 * 2**-11
+_INDEPENDENT = 2.0  # how much more than independent errors of each weight are taken for a mistake
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """A node ``QMoE`` of a file.
+
+    Attributes:
+        layer: its layer's path.
+        x, weights, y: names of its tensors: tokens, the weight of each expert, and the output.
+        pointwise: what its kernel computes.
+        up_EGD, down_EDI: the matrices as they are decoded; gate rows first.
+        step: of each element of the two.
+        facts: for the report.
+        rounds_tokens: the kernel rounds its input to 8 bits in groups of so many, 0 if not.
+        dtype: in which it computes what it does not round.
+    """
+
+    layer: str
+    x: str
+    weights: str
+    y: str
+    pointwise: Pointwise
+    up_EGD: torch.Tensor
+    down_EDI: torch.Tensor
+    step: tuple[torch.Tensor, torch.Tensor]
+    facts: dict[str, Any]
+    rounds_tokens: int
+    dtype: torch.dtype
+
+
+def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
+    """The rounded layers of a file, one after the other."""
+    model = ir.load(path)
+    for node in model.graph.all_nodes():
+        if not _is_rounded(node):
+            continue
+        bits = node.attributes["expert_weight_bits"].as_int()
+        block = node.attributes.get_int("block_size", 0)
+        kernel, pointwise = kernel_named(node.attributes["activation_type"].as_string())
+        (up, up_step), (down, down_step) = (_decoded(node, i, bits, block) for i in (2, 5))
+        scale = node.inputs[3]
+        assert scale is not None
+        assert scale.dtype is not None
+        if kernel.gated:
+            up, up_step = (
+                t.reshape(len(t), -1, 2, t.shape[2]).transpose(1, 2).flatten(1, 2)
+                for t in (up, up_step)
+            )
+        names = [str(value.name) for value in (node.inputs[0], node.inputs[14]) if value]
+        yield RoundedLayer(
+            layer=_layer_of(node),
+            x=names[0],
+            weights=names[1],
+            y=str(node.outputs[0].name),
+            pointwise=pointwise,
+            up_EGD=up,
+            down_EDI=down,
+            step=(up_step, down_step),
+            facts={"bits": bits, "block": block or "row"},
+            rounds_tokens=block if bits == 8 else 0,
+            dtype=TORCH_TYPES[scale.dtype],
+        )
+
+
+def rounded_paths(path: Path) -> set[str]:
+    """The paths of the rounded layers of a file; no weight is read."""
+    nodes = ir.load(path).graph.all_nodes()
+    return {_layer_of(node) for node in nodes if _is_rounded(node)}
+
+
+def _is_rounded(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == ("com.microsoft", "QMoE")
+
+
+def _layer_of(node: ir.Node) -> str:
+    """`lower` names what it makes after the layer."""
+    return str(node.outputs[0].name).rpartition("/")[0]
+
+
+def verify_rounding(
+    path: Path, layers: Mapping[str, MoE], batches: list[Mapping[str, Array]]
+) -> tuple[list[dict[str, Any]], list[Check]]:
+    """What rounding did to each layer of a file, and three checks of it.
+
+    - No weight is further from its float one than half a step.
+    - ONNX Runtime computes the rounded layer as PyTorch does, up to the rounding of tokens to
+      8 bits that its int8 kernel does in blocks.
+    - The error of a layer is not more than twice what independent errors of that size, in each
+      weight, give to first order.
+
+    Args:
+        path: the file.
+        layers: the layers with the float weights, by path.
+        batches: inputs of the file.
+    """
+    rounded = list(rounded_layers(path))
+    names = [name for layer in rounded for name in (layer.x, layer.weights, layer.y)]
+    rows: list[dict[str, Any]] = []
+    seen = [run(path, feeds, names) for feeds in batches] if rounded else []
+    for layer in rounded:
+        x, weights, y = (
+            torch.cat([torch.from_numpy(arrays[name]).float() for arrays in seen])
+            for name in (layer.x, layer.weights, layer.y)
+        )
+        rows.append(_row(layer, layers[layer.layer], x, weights, y))
+    checks = []
+    for key, what, allowed in (
+        ("half_steps", STEPS, _HALF_STEP),
+        ("kernel_over_allowed", KERNEL, 1.0),
+        ("rounding_over_expected", ROUNDED, _INDEPENDENT),
+    ):
+        if rows:
+            worst = max(rows, key=lambda row: row[key])
+            checks.append(check(f"{what}, worst at {worst['path']}", worst[key], allowed))
+    return rows, checks
+
+
+@torch.no_grad()
+def _row(
+    rounded: RoundedLayer, layer: MoE, x_TD: torch.Tensor, weights_TE: torch.Tensor, y: torch.Tensor
+) -> dict[str, Any]:
+    experts, bias = layer.experts, layer.experts.up_bias_EG
+    up, down = experts.up_EGD.float(), experts.down_proj.float()
+    bias = None if bias is None else bias.float()
+    pointwise = experts.act_fn.pointwise
+    ours = run_experts(rounded.pointwise, rounded.up_EGD, bias, rounded.down_EDI, x_TD, weights_TE)
+    exact = run_experts(pointwise, up, bias, down, x_TD, weights_TE)
+    off = expected_error(
+        experts, rounded.up_EGD - up, rounded.down_EDI - down, x_TD, weights_TE,
+        tokens=rounded.rounds_tokens,
+    )  # fmt: skip
+    of_tokens = expected_error(
+        experts, torch.zeros_like(up), torch.zeros_like(down), x_TD, weights_TE,
+        tokens=rounded.rounds_tokens,
+    )  # fmt: skip
+    size = exact.square().mean().sqrt().item()
+    if rounded.rounds_tokens:
+        kernel = (y - ours).square().mean().sqrt().item() / (_INDEPENDENT * of_tokens or 1.0)
+    else:
+        allowed = ROUNDING[rounded.dtype] * ours.abs().max().item()
+        kernel = (y - ours).abs().max().item() / (allowed or 1.0)
+    error = (y - exact).square().mean().sqrt().item()
+    return {
+        "path": rounded.layer,
+        **rounded.facts,
+        "weights_rms": {
+            "up": _relative(rounded.up_EGD - up, up),
+            "down": _relative(rounded.down_EDI - down, down),
+        },
+        "output_rms": error / size if size else 0.0,
+        "half_steps": max(
+            _half_steps(rounded.up_EGD - up, rounded.step[0]),
+            _half_steps(rounded.down_EDI - down, rounded.step[1]),
+        ),
+        "kernel_over_allowed": kernel,
+        "rounding_over_expected": error / off if off else 0.0,
+    }
+
+
+def _half_steps(error: torch.Tensor, step: torch.Tensor) -> float:
+    """The largest error in halves of its step; zeros stay zeros."""
+    return float((2 * error.abs() / step.abs()).max())
+
+
+def _relative(error: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(error.norm() / reference.norm().clamp(min=1e-30))
+
+
+def run_experts(
+    pointwise: Pointwise,
+    up_EGD: torch.Tensor,
+    bias_EG: torch.Tensor | None,
+    down_EDI: torch.Tensor,
+    x_TD: torch.Tensor,
+    weights_TE: torch.Tensor,
+) -> torch.Tensor:
+    """The weighted sum of experts, [T, D]."""
+    out_TD = x_TD.new_zeros(len(x_TD), down_EDI.shape[1])
+    for expert, weight_T in enumerate(weights_TE.unbind(1)):
+        token = weight_T.nonzero()[:, 0]
+        z_tG = x_TD[token] @ up_EGD[expert].T
+        if bias_EG is not None:
+            z_tG = z_tG + bias_EG[expert]
+        hidden_tI = pointwise(*z_tG.chunk(pointwise.arity, dim=-1))
+        out_TD[token] += (hidden_tI @ down_EDI[expert].T) * weight_T[token, None]
+    return out_TD
+
+
+def expected_error(
+    experts: Experts,
+    up_error_EGD: torch.Tensor,
+    down_error_EDI: torch.Tensor,
+    x_TD: torch.Tensor,
+    weights_TE: torch.Tensor,
+    *,
+    tokens: int = 0,
+) -> float:
+    """The rms error of the output if each weight has its error with a random sign, to first order.
+
+    Variances go through the layer: of a sum they add up, and the activation multiplies them by the
+    squares of its derivatives. `tokens` adds what rounding the inputs of both matrices to 8 bits,
+    in groups of so many, does.
+    """
+    total_TD = torch.zeros(len(x_TD), down_error_EDI.shape[1])
+    bias_EG, pointwise = experts.up_bias_EG, experts.act_fn.pointwise
+    for expert, weight_T in enumerate(weights_TE.unbind(1)):
+        token = weight_T.nonzero()[:, 0]
+        x_tD = x_TD[token]
+        up_GD, down_DI = experts.up_EGD[expert].float(), experts.down_proj[expert].float()
+        z_tG = x_tD @ up_GD.T
+        z_tG = z_tG if bias_EG is None else z_tG + bias_EG[expert].float()
+        variance_tG = x_tD.square() @ up_error_EGD[expert].square().T
+        if tokens:
+            variance_tG += _rounding_variance(x_tD, tokens) @ up_GD.square().T
+        hidden_tI, variance_tI = _through(pointwise, z_tG, variance_tG)
+        variance_tD = variance_tI @ down_DI.square().T
+        variance_tD += hidden_tI.square() @ down_error_EDI[expert].square().T
+        if tokens:
+            variance_tD += _rounding_variance(hidden_tI, tokens) @ down_DI.square().T
+        total_TD[token] += variance_tD * weight_T[token, None].square()
+    return float(total_TD.mean().sqrt())
+
+
+def _through(
+    pointwise: Pointwise, z_tG: torch.Tensor, variance_tG: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden layer, and its variance for a small one of its arguments."""
+    with torch.enable_grad():
+        z = [part.detach().requires_grad_() for part in z_tG.chunk(pointwise.arity, dim=-1)]
+        hidden_tI = pointwise(*z)
+        slopes = torch.autograd.grad(hidden_tI.sum(), z)
+    variances = variance_tG.chunk(pointwise.arity, dim=-1)
+    parts = [slope.square() * part for slope, part in zip(slopes, variances, strict=True)]
+    return hidden_tI.detach(), torch.stack(parts).sum(0)
+
+
+def _rounding_variance(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Of rounding to 255 steps between plus and minus the largest number of each group."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
+    groups = padded.reshape(*x.shape[:-1], -1, group)
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    spread = step.expand(*step.shape[:-1], group).flatten(-2)[..., : x.shape[-1]]
+    variance: torch.Tensor = spread.square() / 12
+    return variance
+
+
+def _decoded(node: ir.Node, place: int, bits: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stack of matrices, and the step of each element."""
+    values = node.inputs[place], node.inputs[place + 1]
+    packed, scale = (None if value is None else tensor_of(value) for value in values)
+    assert packed is not None
+    assert scale is not None
+    columns = packed.shape[2] * 8 // bits
+    found = Quantised(packed, scale.float(), bits, block or None)
+    ones = torch.full_like(packed, 2 ** (bits - 1) + 1)
+    if bits == 4:
+        ones = torch.full_like(packed, 9 | 9 << 4)
+    step = dequantise(replace(found, packed=ones), columns)
+    return dequantise(found, columns), step

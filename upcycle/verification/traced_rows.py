@@ -1,0 +1,138 @@
+"""Tier T0: is each row of each expert the dense row that it was made from?
+
+Shape suffixes: E experts, I neurons of an expert, D d_model, O d_out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
+import torch
+
+from upcycle.ir.ffn import FFN
+from upcycle.ir.spec import MoESpec
+from upcycle.ir.weights import Provenance
+from upcycle.layers.moe import MoE
+
+ROWS = 1024  # in float64 at a time
+
+
+def untraced_rows(
+    spec: MoESpec,
+    layer: MoE,
+    origin: Provenance,
+    parameters: Mapping[str, torch.Tensor],
+    sources: Sequence[Mapping[str, torch.Tensor]] = (),
+) -> int:
+    """How many neurons of a layer are not their dense neuron, times one factor for each matrix.
+
+    Bit for bit where the factor is one, else up to the rounding of the product. Padding must be
+    zero. Neurons that were drawn anew are not looked at, nor are contractions that were fitted.
+    Memory: 1024 rows in float64.
+
+    Args:
+        spec: the plan of the layer.
+        layer: what the FFN became.
+        origin: the dense neuron of each of its neurons.
+        parameters: of the dense model, by name.
+        sources: of the models that experts were taken from, if not from the dense one.
+    """
+    routed = _routed_matrices(layer)
+    groups = [(_shared_matrices(layer), origin.shared_S[None], parameters)]
+    if sources:
+        for e, source in enumerate(spec.source_E):
+            one = slice(e, e + 1)
+            groups.append(([m[one] for m in routed], origin.expert_EI[one], sources[source]))
+    else:
+        groups.append((routed, origin.expert_EI, parameters))
+    wrong = 0
+    for made, neuron_EI, held in groups:
+        if not neuron_EI.numel():
+            continue
+        dense = list(_dense_matrices(spec.ffn, held))
+        wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
+        for i, (made_EID, dense_FD) in enumerate(zip(made, dense, strict=True)):
+            if i == len(dense) - 1 and spec.compensate.changes_down:
+                continue
+            here = neuron_EI.to(dense_FD.device)
+            wrong_EI |= _wrong(made_EID, dense_FD, here).to(wrong_EI.device)
+        wrong += int((wrong_EI & (neuron_EI >= -1)).sum())
+    return wrong
+
+
+def redrawn_rows(origin: Provenance) -> int:
+    """How many neurons of a layer the method changed, so that they cannot be traced."""
+    return int((origin.expert_EI == -2).sum())
+
+
+def lost_neurons(spec: MoESpec, origin: Provenance) -> int:
+    """How many neurons of the dense FFN are not exactly once in the layer."""
+    neuron_S = torch.cat([origin.expert_EI.flatten(), origin.shared_S])
+    times_F = torch.bincount(neuron_S[neuron_S >= 0], minlength=spec.ffn.d_ff)
+    return int((times_F != 1).sum())
+
+
+def _dense_matrices(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each matrix of the dense FFN with a row for each neuron, [F, D]; the contraction last."""
+    for projection in ffn.expansions:
+        stored = parameters[projection.weight].detach()
+        stored = (stored.t() if projection.transposed else stored).flatten(1)
+        yield stored[slice(*projection.rows)]
+    down = parameters[ffn.contraction.weight].detach()
+    columns_FO = down if ffn.contraction.transposed else down.flatten(1).t()
+    yield columns_FO[slice(*ffn.contraction.columns or (None,))]
+
+
+def _routed_matrices(layer: MoE) -> list[torch.Tensor]:
+    """The same matrices of the routed experts, [E, I, D]."""
+    experts = layer.experts
+    ups = torch.split(experts.up_EGD.detach(), experts.intermediate_dim, dim=1)
+    return [*ups, experts.down_proj.detach().transpose(1, 2)]
+
+
+def _shared_matrices(layer: MoE) -> list[torch.Tensor]:
+    """The same matrices of the shared expert, [1, S, D]."""
+    shared = layer.shared_expert
+    if shared is None:
+        return []
+    down_OS = shared.down_proj.weight.detach()
+    ups = torch.split(shared.up.weight.detach(), down_OS.shape[1])
+    return [matrix[None] for matrix in (*ups, down_OS.t())]
+
+
+def _wrong(made_EID: torch.Tensor, dense_FD: torch.Tensor, neuron_EI: torch.Tensor) -> torch.Tensor:
+    every_F = torch.arange(len(dense_FD), device=neuron_EI.device)
+    is_whole_E = [
+        torch.equal(neuron_I, every_F) and _same_bits(made_ID, dense_FD)
+        for made_ID, neuron_I in zip(made_EID, neuron_EI, strict=True)
+    ]
+    wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
+    if all(is_whole_E):
+        return wrong_EI
+    factor = _factor(made_EID[0], _expected(dense_FD, neuron_EI[0]))
+    eps = torch.finfo(made_EID.dtype).eps
+    allowed = 0.0 if factor == 1 else 2 * eps  # a factor rounds once on either side
+    for expert, start in product(range(len(made_EID)), range(0, made_EID.shape[1], ROWS)):
+        some = slice(start, start + ROWS)
+        made = made_EID[expert, some].double()
+        gap = (made - _expected(dense_FD, neuron_EI[expert, some]).double() * factor).abs()
+        wrong_EI[expert, some] = (~(gap <= allowed * made.abs())).any(-1)
+    return wrong_EI
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two matrices are the same bytes: for copies there is nothing to compute."""
+    if a.dtype != b.dtype or a.device != b.device:
+        return False
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.view(bits), b.view(bits))
+
+
+def _expected(dense_FD: torch.Tensor, neuron_I: torch.Tensor) -> torch.Tensor:
+    return dense_FD[neuron_I.clamp(min=0)].masked_fill((neuron_I < 0)[:, None], 0)
+
+
+def _factor(made_ID: torch.Tensor, expected_ID: torch.Tensor) -> float:
+    """What the largest dense number of the first expert was multiplied with."""
+    place = expected_ID.abs().argmax()
+    reference = expected_ID.flatten()[place].item()
+    return made_ID.flatten()[place].item() / reference if reference else 1.0
