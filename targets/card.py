@@ -29,7 +29,8 @@ def card(
         plan: what was converted.
         written: the checkpoint.
         targets: what was asked for.
-        report: as `upcycle.conversion.in_memory.convert` and `upcycle.conversion.emit.emit` fill it in.
+        report: as `upcycle.conversion.in_memory.convert` and `upcycle.conversion.emit.emit` fill it
+            in.
         is_pair: the ONNX files are an encoder and a decoder.
     """
     onnx = ["onnx_pair" if is_pair else "onnx"] if "onnx" in targets else []

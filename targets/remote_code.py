@@ -127,8 +127,8 @@ def new_name(dense: type) -> str:
 def new_model_type(dense_config: Any, dense: type) -> str:
     """A model type of its own: under the dense one the file would load with missing weights.
 
-    Those of transformers' own classes are known to `upcycle.auto_classes`; a dense class from elsewhere may
-    have the model type of one of them, and gets another.
+    Those of transformers' own classes are known to `upcycle.auto_classes`; a dense class from
+    elsewhere may have the model type of one of them, and gets another.
     """
     own = "" if _is_theirs(dense) and _is_theirs(dense_config) else "own_"
     return f"upcycle_{own}{dense_config.model_type}"

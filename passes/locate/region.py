@@ -4,11 +4,12 @@ import torch
 from torch import fx
 
 from upcycle.capture.recorder import Program, op_name
-from upcycle.ir.ffn import FFN, Kind, Placement, Projection
+from upcycle.ir.ffn import FFN, Placement, Projection
 from upcycle.passes.locate.hidden import Demand, NotPointwiseError, dropout_of
 from upcycle.passes.locate.linear import LinearMap
 from upcycle.passes.locate.operations import LINEAR
 from upcycle.pointwise import Pointwise
+from upcycle.recipe.schema import FFNKind
 
 _VIEWS = {"dropout", "view", "reshape", "contiguous", "clone"}
 
@@ -167,7 +168,7 @@ def _through_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def kind_of(d_model: int, d_ff: int, d_out: int) -> Kind:
+def kind_of(d_model: int, d_ff: int, d_out: int) -> FFNKind:
     """What an FFN-shaped region is for, by its widths.
 
     A hidden layer that is wider than its input makes an ``ffn``, whatever comes out. Without one, a

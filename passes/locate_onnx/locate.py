@@ -10,13 +10,13 @@ from torch import fx
 
 from upcycle.ir.ffn import FFN, Located, Miss
 from upcycle.onnx.shapes import axis_sizes, infer
+from upcycle.onnx.tensors import tensor_of
 from upcycle.passes.locate.demand import trace
 from upcycle.passes.locate.linear import linear_map
 from upcycle.passes.locate.locate import locate
 from upcycle.passes.locate.region import output_of
 from upcycle.passes.locate_onnx.operations import OPERATIONS
 from upcycle.passes.locate_onnx.program import OnnxProgram, read_program
-from upcycle.targets.onnx.share_weights import tensor_of
 
 SHARED = (
     "its linear maps also compute something else (a fused projection of attention and MLP): "

@@ -13,10 +13,10 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.passes.locate.linear import linear_map
 from upcycle.passes.locate_onnx.linear import LINEAR
 from upcycle.passes.locate_onnx.program import NoTorchCallError, Reader, Translation
-from upcycle.targets.onnx.share_weights import TORCH_TYPES
 
 MS = "com.microsoft"
 _SINGLE = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}  # of a number: the number

@@ -17,6 +17,7 @@ from torch import fx
 
 from upcycle.capture.recorder import Call, Program, op_name
 from upcycle.onnx.shapes import Inferred
+from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.passes.locate_onnx.names import (
     added_weights,
     opaque_call,
@@ -24,7 +25,6 @@ from upcycle.passes.locate_onnx.names import (
     subgraphs,
     torch_name,
 )
-from upcycle.targets.onnx.share_weights import TORCH_TYPES
 
 STANDARD = ("", "ai.onnx")
 

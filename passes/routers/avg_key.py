@@ -20,7 +20,8 @@ def avg_key(
     """Make each router row the mean of the expert's keys: the rows that the activation reads.
 
     The logit of an expert is then the mean pre-activation of its neurons (their biases not
-    counted). Padding is not counted either. It is what `upcycle.layers.moe.MoE.tie_router` recomputes.
+    counted). Padding is not counted either. It is what `upcycle.layers.moe.MoE.tie_router`
+    recomputes.
 
     Args:
         ffn: unused.

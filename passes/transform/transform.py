@@ -23,7 +23,8 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: Activations | None = None) -
     Args:
         ffn: the dense weights, in one float dtype, which the experts keep.
         spec: the decision, from `upcycle.passes.plan.plan.make_plan`.
-        data: what the FFN was given in calibration; needed if `upcycle.passes.plan.calibration_needs` says so.
+        data: what the FFN was given in calibration; needed if
+            `upcycle.passes.plan.calibration_needs` says so.
 
     Returns:
         Experts, a float32 router, and the output bias of the FFN, which the layer adds once.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from upcycle.onnx.node_names import name_nodes
+from upcycle.onnx.tensors import ONNX_TYPES
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.onnx.axes import Axes, default_axes, fixed_sizes, name_axes
@@ -20,7 +21,7 @@ from upcycle.targets.onnx.forms.lower import lower
 from upcycle.targets.onnx.narrow import narrowed, narrowed_inputs
 from upcycle.targets.onnx.opaque_experts import identifier, symbolic_layers, tensor_outputs
 from upcycle.targets.onnx.parts import Compute
-from upcycle.targets.onnx.share_weights import ONNX_TYPES, Store, share_weights, write_weights
+from upcycle.targets.onnx.share_weights import Store, share_weights, write_weights
 from upcycle.targets.onnx.trace import quiet, trace
 from upcycle.targets.onnx.widen import widen
 
@@ -47,7 +48,8 @@ def export_onnx(
     ``<path>.data``, with a warning in the log.
 
     Args:
-        model: any module, float32, with `upcycle.layers.moe.MoE` layers in it; it is left as it was.
+        model: any module, float32, with `upcycle.layers.moe.MoE` layers in it; it is left as it
+            was.
         example_inputs: arguments by name, or in order; every dynamic axis longer than 1.
         path: the file to write; files of `stored` are relative to its folder.
         stored: the tensors that are on disk.

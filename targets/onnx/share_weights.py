@@ -17,6 +17,7 @@ import torch
 
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.nodes import Nodes
+from upcycle.onnx.tensors import ONNX_TYPES, tensor_of
 from upcycle.targets.files.stored import Stored
 
 log = logging.getLogger(__name__)
@@ -24,18 +25,6 @@ log = logging.getLogger(__name__)
 INLINE_BYTES = 1024  # below this a tensor stays in the .onnx file
 INLINE_INDEX_BYTES = 65536  # the same for positions, masks and shapes, which no checkpoint holds
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-ONNX_TYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float64: ir.DataType.DOUBLE,
-    torch.int64: ir.DataType.INT64,
-    torch.int32: ir.DataType.INT32,
-    torch.bool: ir.DataType.BOOL,
-    torch.uint8: ir.DataType.UINT8,
-    torch.int8: ir.DataType.INT8,
-}
-TORCH_TYPES = {onnx: dtype for dtype, onnx in ONNX_TYPES.items()}
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -119,20 +108,6 @@ def _fingerprint_of(store: Store, match: Match) -> object:
         narrow = torch.frombuffer(bytearray(sample), dtype=dtype)
         dtype, sample = torch.float32, narrow.float().numpy().tobytes()
     return shape, dtype, sample
-
-
-def tensor_of(value: ir.Value) -> torch.Tensor | None:
-    """The numbers of an initializer, or None if its type has no torch equivalent."""
-    const = value.const_value
-    raw = getattr(const, "raw", None)
-    if isinstance(raw, torch.Tensor):
-        return raw.detach()
-    if const is None or const.dtype not in ONNX_TYPES.values():
-        return None
-    array = const.numpy()
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
 
 
 def share_weights(model: ir.Model, store: Store, path: Path, *, strict: bool) -> int:

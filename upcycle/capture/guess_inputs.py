@@ -20,6 +20,7 @@ from upcycle.capture.input_shapes import BATCH, LENGTH, unknown_arguments, value
 from upcycle.capture.recorder import Program, words_of
 from upcycle.capture.transformers_inputs import combinations
 from upcycle.errors import CaptureError, ValueNeededError
+from upcycle.util.module_facts import model_dtype
 
 # A model of transformers that refuses every combination is rarely served by its layers' widths.
 _LAYER_GUESSES = 4
@@ -99,7 +100,7 @@ def _guesses(model: nn.Module) -> Iterator[ExampleInputs]:
     if config is None or not hasattr(model, "main_input_name"):
         yield from _from_layers(model)
         return
-    yield from combinations(model, config, _float_dtype(model))
+    yield from combinations(model, config, model_dtype(model))
     try:
         dummy = getattr(model, "dummy_inputs", None)
     except (AttributeError, KeyError, TypeError, ValueError):  # a property that computes
@@ -126,7 +127,7 @@ def _completed(
     for words in told:
         more = {}
         for name in (n for n in arguments if n in words and n not in example):
-            value = next(values_of(name, config, _float_dtype(model), arguments), None)
+            value = next(values_of(name, config, model_dtype(model), arguments), None)
             if value is not None and not (name.endswith("_embeds") and "input_ids" in example):
                 more[name] = value
                 if re.search(r"\b(either|one of)\b", message, re.IGNORECASE):
@@ -144,7 +145,7 @@ def _from_layers(model: nn.Module) -> Iterator[tuple[torch.Tensor, ...]]:
         for p in parameters
     )
     count = max(required, 1)
-    dtype = _float_dtype(model)
+    dtype = model_dtype(model)
     for width, kind in _widths(model):
         if kind == "tokens":
             yield (torch.zeros(BATCH, LENGTH, dtype=torch.long),) * count
@@ -179,7 +180,3 @@ def _widths(model: nn.Module) -> Iterator[tuple[int, str]]:
         if parameter.dim() == 2:
             yield (parameter.shape[0], "features")
             yield (parameter.shape[1], "features")
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

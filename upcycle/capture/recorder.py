@@ -1,4 +1,4 @@
-"""Record torch calls as a graph: the data that `upcycle.capture.capture` returns, and what makes it."""
+"""Record torch calls as a graph: the data that `capture` returns, and what makes it."""
 
 import functools
 import linecache

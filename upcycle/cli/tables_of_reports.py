@@ -1,8 +1,8 @@
 """What was found, planned and verified, as tables for people and as plain data for programs.
 
-A conversion report is the dict that `upcycle.conversion.in_memory` makes: `checks` of `upcycle.verification.whole_model`,
-`layers` with the distance of each, `end_to_end` with that of each output and, for a language model,
-of its predictions.
+A conversion report is the dict that `upcycle.conversion.in_memory` makes: `checks` of
+`upcycle.verification.whole_model`, `layers` with the distance of each, `end_to_end` with that of
+each output and, for a language model, of its predictions.
 """
 
 from collections.abc import Iterator

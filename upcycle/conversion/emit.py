@@ -35,18 +35,14 @@ from upcycle.targets.onnx.parts import ENCODER
 from upcycle.targets.provenance_file import write_origins
 from upcycle.util.eval_mode import eval_mode
 from upcycle.util.json_text import json_text
+from upcycle.util.module_facts import model_dtype
 from upcycle.util.progress import Progress, step
 from upcycle.verification.checks import Check, check
 from upcycle.verification.metrics import ROUNDING
 from upcycle.verification.near_ties import NearTies, choices_of, following
 from upcycle.verification.onnx.files import ONNX_CHECK, ONNX_TIES, in_float32, write_onnx
 from upcycle.verification.onnx.precision import verify_precision
-from upcycle.verification.whole_model import (
-    compare_models,
-    model_dtype,
-    raise_if_failed,
-    same_greedy_text,
-)
+from upcycle.verification.whole_model import compare_models, raise_if_failed, same_greedy_text
 
 TARGETS = ("safetensors", "onnx")
 RELOADED, GREEDY = "files loaded again", "greedy text differs from the dense model's"
@@ -154,8 +150,8 @@ def _verify_reload(
 ) -> list[Check]:
     """Tier T3: the files give the model back, and an exact one writes the dense model's text.
 
-    If they do not, the model follows their choices, as `upcycle.verification.near_ties` describes; in a half
-    type it may then be twice as far from them as from itself in float32.
+    If they do not, the model follows their choices, as `upcycle.verification.near_ties` describes;
+    in a half type it may then be twice as far from them as from itself in float32.
     """
     skeleton = None if isinstance(model, PreTrainedModel) else copy.deepcopy(dense)
     loaded = load(directory, model=skeleton)

@@ -185,9 +185,9 @@ def convert(
         recipe: a shipped name, the path of a YAML file, or a `Recipe`.
         example_inputs: inputs that the model accepts; guessed if None.
         calibration: a text, several texts, batches of inputs, or what
-            `upcycle.data.calibration_files.read_calibration` returns: what methods are shown that look
-            at activations. A quarter is held out, to verify on; for a recipe that needs no data
-            all of it is. If None, the documentation of Python for a model with a tokenizer.
+            `upcycle.data.calibration_files.read_calibration` returns: what methods are shown that
+            look at activations. A quarter is held out, to verify on; for a recipe that needs no
+            data all of it is. If None, the documentation of Python for a model with a tokenizer.
         verify: measure the distance and raise if the recipe's promise is broken.
         overrides: ``key=value`` changes of the recipe, as ``--set`` takes them.
         recipe_name: how reports call the recipe; its name or that of its file if None.
@@ -259,7 +259,8 @@ def convert_layers(
         data: what to show to the methods; None if they need nothing.
         progress: called after each layer.
         sources: the models that experts are taken from; the rest of the result is their merge.
-        important: FFN path -> the importance of its neurons, as `upcycle.conversion.survey.survey` finds it.
+        important: FFN path -> the importance of its neurons, as `upcycle.conversion.survey.survey`
+            finds it.
         workers: make the layers if there is no data.
     """
     if sources.tensors:

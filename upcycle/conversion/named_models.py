@@ -16,7 +16,7 @@ from upcycle.conversion.streamed import check_streamable, convert_streamed, must
 from upcycle.conversion.workers import HERE, Workers, check_workers
 from upcycle.data.calibration import calibration_data, verification_inputs
 from upcycle.data.calibration_files import read_calibration
-from upcycle.data.evaluation import device_of, evaluation_for
+from upcycle.data.evaluation import evaluation_for
 from upcycle.errors import UsageError
 from upcycle.models.dense import DTYPES, Source
 from upcycle.models.expert_sources import check_sources
@@ -30,10 +30,11 @@ from upcycle.targets.destination import destination, onnx_destination
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE, check_disk
 from upcycle.targets.load import load
 from upcycle.targets.onnx.parts import FILES as ONNX_FILES
+from upcycle.util.module_facts import device_of, model_dtype
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.checks import END_TO_END, check
 from upcycle.verification.onnx.files import in_float32, verify_onnx
-from upcycle.verification.whole_model import budget, compare_models, model_dtype
+from upcycle.verification.whole_model import budget, compare_models
 
 if TYPE_CHECKING:
     from upcycle.models.onnx_file import OnnxSource

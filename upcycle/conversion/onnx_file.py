@@ -16,6 +16,7 @@ from upcycle.layers.moe import MoE
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import run
+from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.recipe.reader import dump_recipe
 from upcycle.recipe.schema import Recipe
@@ -24,7 +25,7 @@ from upcycle.targets.files.staging import staged
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import check_disk
 from upcycle.targets.onnx.insert import unique_keys
-from upcycle.targets.onnx.share_weights import TORCH_TYPES, Store
+from upcycle.targets.onnx.share_weights import Store
 from upcycle.targets.provenance_file import write_origins
 from upcycle.util.json_text import json_text
 from upcycle.util.progress import Progress, step

@@ -14,13 +14,14 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import MoEWeights, Provenance, read_ffn
 from upcycle.layers.moe import MoE
 from upcycle.models.onnx_file import OnnxSource
+from upcycle.onnx.tensors import ONNX_TYPES
 from upcycle.passes.calibrate.usage import usage
 from upcycle.passes.transform.transform import transform
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import TensorEntry, write_tensors
 from upcycle.targets.onnx.forms.lower import lower
 from upcycle.targets.onnx.insert import Place, insert_layer, unique_keys
-from upcycle.targets.onnx.share_weights import ONNX_TYPES, Store, stored_value
+from upcycle.targets.onnx.share_weights import Store, stored_value
 from upcycle.util.progress import Progress
 
 FILE, DATA, EXPERTS = "model.onnx", "model.onnx.data", "experts"

@@ -93,7 +93,8 @@ def convert_streamed(
     """Write the converted checkpoint of a Hugging Face directory, and return the report.
 
     Peak memory: one FFN, what it becomes, and the largest tensor; for a recipe that looks at
-    activations also those (see `upcycle.conversion.streamed_calibration`). It is calibrated anew by `resume`.
+    activations also those (see `upcycle.conversion.streamed_calibration`). It is calibrated anew by
+    `resume`.
 
     Args:
         source: a directory of safetensors files.

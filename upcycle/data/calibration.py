@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.calibration_files import HELD_OUT, Given
-from upcycle.data.evaluation import MIN_CHARACTERS, device_of, evaluation_for, in_dtype_of
+from upcycle.data.evaluation import MIN_CHARACTERS, evaluation_for, in_dtype_of
 from upcycle.data.images import pixels
 from upcycle.data.text import (
     SEQUENCE,
@@ -32,6 +32,7 @@ from upcycle.errors import UsageError
 from upcycle.models import samples
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.recipe.schema import Calibration, Recipe
+from upcycle.util.module_facts import device_of
 
 MOST_BATCHES = 16  # each has a thread and a residual stream
 LEAST_PLACES = 2048  # of tokens in one batch, if there are so many

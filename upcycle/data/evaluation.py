@@ -22,6 +22,7 @@ from upcycle.data.text import (
 )
 from upcycle.errors import UsageError
 from upcycle.models import samples
+from upcycle.util.module_facts import device_of, model_dtype
 
 MIN_CHARACTERS = 200
 SENTENCES, SENTENCE_TOKENS = 16, 64
@@ -164,11 +165,6 @@ def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tenso
     return comparable(tensors, inputs)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are; the CPU if it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def comparable(
     tensors: Mapping[str, torch.Tensor], inputs: ExampleInputs
 ) -> dict[str, torch.Tensor]:
@@ -192,7 +188,7 @@ def comparable(
 
 def in_dtype_of(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
     """Random floats in the dtype of the weights: a convolution takes no other."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = model_dtype(model)
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from upcycle.pointwise import Pointwise
+from upcycle.recipe.schema import FFNKind
 
-Kind = Literal["ffn", "bottleneck", "head"]
 Placement = Literal["module", "siblings", "inline"]
 
 
@@ -85,7 +85,7 @@ class FFN:
     """
 
     path: str
-    kind: Kind
+    kind: FFNKind
     placement: Placement
     expansions: tuple[Projection, ...]
     contraction: Projection

@@ -1,8 +1,8 @@
 """The router of an MoE layer: how tokens find their experts.
 
 A router is three things, which combine freely: *scores* for each token and expert (this class and
-its subclasses in `upcycle.layers.routers`), a *selection* of experts (`upcycle.layers.selection`), and a *rule*
-for the weights of the selected ones.
+its subclasses in `upcycle.layers.routers`), a *selection* of experts (`upcycle.layers.selection`),
+and a *rule* for the weights of the selected ones.
 
 Shape suffixes: T tokens, D d_model, E experts, K chosen experts at most.
 """

@@ -14,11 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from upcycle.data.evaluation import Evaluation
 from upcycle.errors import UsageError
 from upcycle.models.dense import Source, open_model
 from upcycle.models.module_tensors import by_module_name, lacking
-from upcycle.verification.whole_model import compare_models
 
 BASE = "base"
 # Fields of a configuration that do not change what a model computes in evaluation mode.
@@ -131,19 +129,6 @@ class Merged(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._held)
-
-
-def distances(
-    model: nn.Module, converted: nn.Module, sources: Sources, evaluation: Evaluation
-) -> dict[str, dict[str, float]]:
-    """How far the outputs of `converted` are from those of each source: its worst output."""
-    found = {}
-    for i, name in enumerate(sources.names):
-        dense = merged(model, sources, i).eval()
-        outputs = compare_models(dense, converted, evaluation, predictions=False)["outputs"]
-        worst = max(outputs.values(), key=lambda output: output["relative"])
-        found[f"source {i} ({Path(name).name})"] = worst
-    return found
 
 
 class _Like(Mapping[str, torch.Tensor]):

@@ -12,11 +12,11 @@ import onnx_ir as ir
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.spec import Plan
 from upcycle.onnx.open_file import open_graph
+from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.passes.locate_onnx.locate import OnnxLocated, locate_in_onnx
 from upcycle.passes.plan.costs import Costs, costs
 from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.schema import Recipe
-from upcycle.targets.onnx.share_weights import TORCH_TYPES
 
 
 @dataclass

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from upcycle.ir.ffn import Kind
 from upcycle.layers.router import WeightRule
 from upcycle.recipe.onnx import Onnx
 from upcycle.recipe.section import Section
+
+FFNKind = Literal["ffn", "bottleneck", "head"]
 
 
 class Layers(Section):
@@ -19,7 +20,7 @@ class Layers(Section):
 
     include: str | tuple[str, ...] = Field("*", description="glob patterns of FFN paths")
     exclude: tuple[str, ...] = Field((), description="glob patterns of FFN paths to leave dense")
-    kinds: tuple[Kind, ...] = Field(
+    kinds: tuple[FFNKind, ...] = Field(
         ("ffn",),
         min_length=1,
         description="kinds of FFN to convert: ffn (hidden wider than the input), bottleneck "

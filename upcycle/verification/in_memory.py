@@ -10,11 +10,13 @@ from upcycle.data.evaluation import Evaluation
 from upcycle.ir.spec import Plan
 from upcycle.ir.weights import Provenance
 from upcycle.models.dense import Source
-from upcycle.models.expert_sources import Sources, distances
+from upcycle.models.expert_sources import Sources
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.targets.checkpoint import planned_layers
+from upcycle.util.module_facts import model_dtype
 from upcycle.verification.checks import END_TO_END, check
-from upcycle.verification.whole_model import budget, compare_models, model_dtype, verify_layers
+from upcycle.verification.source_distances import source_distances
+from upcycle.verification.whole_model import budget, compare_models, verify_layers
 from upcycle.version import __version__
 
 
@@ -50,7 +52,7 @@ def verify_conversion(
     with torch.no_grad():
         report["end_to_end"] = compare_models(dense, converted, evaluation)
         if sources.names:
-            report["sources"] = distances(dense, converted, sources, evaluation)
+            report["sources"] = source_distances(dense, converted, sources, evaluation)
     allowed = budget(plan.recipe, model_dtype(dense))
     report["checks"].append(check(END_TO_END, report["end_to_end"]["relative"], allowed))
     worst = max(rows, key=lambda row: row["relative"])

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
-from upcycle.data.evaluation import NEW_TOKENS, Evaluation, device_of, evaluation_for, outputs_of
+from upcycle.data.evaluation import NEW_TOKENS, Evaluation, evaluation_for, outputs_of
 from upcycle.data.text import is_language_model
 from upcycle.errors import VerificationError
 from upcycle.ir.spec import MoESpec
@@ -27,14 +27,10 @@ from upcycle.ir.weights import Provenance
 from upcycle.layers.moe import MoE
 from upcycle.recipe.schema import Recipe
 from upcycle.util.eval_mode import eval_mode
+from upcycle.util.module_facts import device_of, model_dtype
 from upcycle.verification.checks import END_TO_END, Check
 from upcycle.verification.layers import layer_checks, layer_report, random_tokens
 from upcycle.verification.metrics import ROUNDING, LanguageModelDistance, distance
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """The float dtype of the weights."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def budget(recipe: Recipe, dtype: torch.dtype) -> float:

@@ -9,11 +9,12 @@ import torch
 
 from upcycle.layers.moe import MoE
 from upcycle.onnx.nodes import Nodes
+from upcycle.onnx.tensors import tensor_of
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.forms import functions as bodies
 from upcycle.targets.onnx.forms.choose import Fused, most_visited, total_weight
 from upcycle.targets.onnx.forms.quantise import quantise
-from upcycle.targets.onnx.share_weights import Store, tensor_of
+from upcycle.targets.onnx.share_weights import Store
 
 _FLOOR = 1e-30  # for Log: a weight of zero becomes a score that no choice prefers
 

@@ -88,7 +88,8 @@ def launch(
     gated: bool,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> torch.Tensor:
-    """Run the kernels; see `upcycle.kernels.triton.operation.fused_experts`. The weights may be strided.
+    """Run the kernels; see `upcycle.kernels.triton.operation.fused_experts`. The weights may be
+    strided.
 
     `tiles` of the two products, with equal `rows`, replace the choice by shape.
     """

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.capture.capture import ExampleInputs
-from upcycle.data.evaluation import Evaluation, comparable, device_of
+from upcycle.data.evaluation import Evaluation, comparable
 from upcycle.errors import UnsupportedError, VerificationError
 from upcycle.layers.moe import MoE
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
@@ -23,11 +23,11 @@ from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.opaque_experts import named_tensors
 from upcycle.targets.onnx.parts import Part, parts
 from upcycle.util.eval_mode import eval_mode
+from upcycle.util.module_facts import device_of, model_dtype
 from upcycle.verification.checks import Check, check
 from upcycle.verification.metrics import ROUNDING, distance
 from upcycle.verification.near_ties import Choices, following
 from upcycle.verification.onnx.choices import ChoiceNames, choices_in, inner_choices, names_by_file
-from upcycle.verification.whole_model import model_dtype
 
 ONNX_CHECK = "ONNX Runtime against PyTorch"
 ONNX_TIES = "near ties of experts, ONNX Runtime against PyTorch"
@@ -89,7 +89,8 @@ def _tokens(options: Onnx, part: Part) -> int | tuple[int, int] | None:
 def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> list[Check]:
     """Tier T4 for files in float32: `onnx_distance` against rounding.
 
-    If it is more, `model` follows the choices of the files, as `upcycle.verification.near_ties` describes.
+    If it is more, `model` follows the choices of the files, as `upcycle.verification.near_ties`
+    describes.
     """
     allowed = ROUNDING[torch.float32]
     found, ties = onnx_distance(directory, model, evaluation), None

@@ -18,10 +18,10 @@ from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import run
+from upcycle.onnx.tensors import TORCH_TYPES, tensor_of
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.forms.quantise import Quantised, dequantise
-from upcycle.targets.onnx.share_weights import TORCH_TYPES, tensor_of
 from upcycle.verification.checks import Check, check
 from upcycle.verification.metrics import ROUNDING
 
