@@ -4,7 +4,7 @@
 
 Keys: two kinds of rows, independent normal ones, which is the hardest case (there is nothing to
 find), and rows drawn around as many centres as there are groups, with unequal numbers of rows per
-centre. Activations: neurons of a gated FFN of normal weights, by the tokens of 2048 that they are
+centre. FFNInputs: neurons of a gated FFN of normal weights, by the tokens of 2048 that they are
 among the strongest for; the marks are timed apart. Peers: our clusters beside those of
 k-means-constrained and of scikit-learn's KMeans, whose groups have any size, where these are
 installed, on sizes that they finish. Peak RSS is that of the process, so each line runs in its own.
@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.activation_carve import carve
 from upcycle.passes.experts.balanced import balanced_clusters, objective
@@ -67,7 +67,7 @@ def measure_activations(neurons: int, d_model: int, groups: int, method: str) ->
 
     up_MFD, down_OF = draw(2, neurons, d_model), draw(d_model, neurons)
     ffn = FFNWeights(SWIGLU, up_MFD, None, down_OF, None)
-    data = Activations((torch.randn(TOKENS, d_model, generator=generator),))
+    data = FFNInputs((torch.randn(TOKENS, d_model, generator=generator),))
     sizes = [len(part) for part in torch.arange(neurons).tensor_split(groups)]
     start = time.perf_counter()
     markers = mark(ffn, data, MARKERS, unit=method == "activation_carve")

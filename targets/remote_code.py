@@ -37,7 +37,7 @@ import upcycle.layers.token_context
 import upcycle.pointwise
 from upcycle.ir.spec import Plan, router_kind
 from upcycle.layers.pretrained import FORMAT
-from upcycle.layers.routers import ROUTERS
+from upcycle.layers.routers import ROUTER_KINDS
 from upcycle.version import __version__
 
 FILE = "modeling_upcycle.py"
@@ -83,9 +83,9 @@ def modeling_text(
     Args:
         dense_config: class of the dense configuration.
         dense: Auto class -> dense class, as `heads` finds them.
-        router_kinds: keys of `ROUTERS`.
+        router_kinds: keys of `ROUTER_KINDS`.
     """
-    kinds = {kind: ROUTERS[kind] for kind in sorted(router_kinds)}
+    kinds = {kind: ROUTER_KINDS[kind] for kind in sorted(router_kinds)}
     homes = [m for m in map(inspect.getmodule, kinds.values()) if m and m not in _BEFORE]
     classes = sorted(set(dense.values()), key=lambda cls: cls.__name__)
     imports = {_import(cls) for cls in (dense_config, *classes)}
@@ -98,7 +98,7 @@ def modeling_text(
 
     table = ", ".join(f'"{kind}": {cls.__name__}' for kind, cls in kinds.items())
     bodies = [body(module) for module in dict.fromkeys([*_BEFORE, *homes])]
-    bodies += [f"ROUTERS = {{{table}}}", *map(body, _AFTER)]
+    bodies += [f"ROUTER_KINDS = {{{table}}}", *map(body, _AFTER)]
     names = {"config": new_name(dense_config), "dense_config": dense_config.__name__}
     kind = new_model_type(dense_config, classes[0])
     bodies.append(_CONFIG.format(**names, model_type=kind).strip())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from upcycle.ir.ffn import FFN, Located, Projection
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.layer_weights import load_weights
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
@@ -185,11 +185,11 @@ def convert(ffn: FFNWeights, recipe: Recipe) -> tuple[MoESpec, MoEWeights, MoE]:
     return spec, weights, run_layer(spec, weights)
 
 
-def seen(ffn: FFNWeights, count: int = 512, seed: int = 5) -> Activations:
+def seen(ffn: FFNWeights, count: int = 512, seed: int = 5) -> FFNInputs:
     """What `ffn` might be given in calibration: random tokens, of 7 ids and 2 domains."""
     _, d_ff, d_model = ffn.up_MFD.shape
     generator = torch.Generator().manual_seed(seed)
-    return Activations(
+    return FFNInputs(
         x=random_tokens(count, d_model, torch.float32, seed=seed).split(200),
         id_T=torch.randint(7, (count,), generator=generator),
         domain_T=torch.arange(count) % 2,

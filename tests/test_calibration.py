@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from upcycle.errors import CaptureError, UsageError
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, read_ffn
 from upcycle.layers.moe import MoE
@@ -62,16 +62,16 @@ def run(
     sequential: bool = False,
     example: Any = None,
     domains: Sequence[torch.Tensor] | None = None,
-    also: Callable[[MoESpec, MoE, Activations], None] = lambda *_: None,
-) -> tuple[dict[str, Activations], nn.Module]:
+    also: Callable[[MoESpec, MoE, FFNInputs], None] = lambda *_: None,
+) -> tuple[dict[str, FFNInputs], nn.Module]:
     """What each FFN was given, in the order of the visits, and the converted model."""
     recipe = load_recipe("factorllm", overrides)
     plan = make_plan(locate_in(model, example), recipe)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     converted, layers = with_empty_layers(model, plan.specs)
-    seen: dict[str, Activations] = {}
+    seen: dict[str, FFNInputs] = {}
 
-    def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, given: Activations) -> None:
+    def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, given: FFNInputs) -> None:
         assert spec.ffn.path not in seen
         seen[spec.ffn.path] = given
         fill(layer, transform(ffn, spec, given), torch.device("cpu"))
@@ -312,7 +312,7 @@ def test_one_layer_at_a_time_is_in_memory() -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     counts = []
 
-    def look(spec: MoESpec, layer: MoE, given: Activations) -> None:
+    def look(spec: MoESpec, layer: MoE, given: FFNInputs) -> None:
         gc.collect()
         counts.append(sum(ref() is not None for ref in alive))
         alive.extend(weakref.ref(x) for x in given.x)

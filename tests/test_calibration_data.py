@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import upcycle
 from upcycle.cli.main import main
 from upcycle.data.calibration import calibration_data, given_data, verification_inputs
-from upcycle.data.calibration_files import Given, read_calibration
+from upcycle.data.calibration_files import CalibrationInput, read_calibration
 from upcycle.errors import UsageError
 from upcycle.models import samples
 from upcycle.passes.calibrate.usage import usage
@@ -71,12 +71,12 @@ def test_source_code_that_is_held_out_is_not_calibrated_on() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        Given("", texts=(TEXT,)),
-        Given("", texts=("abcdefgh" * 4, "ijklmnop" * 4), domains=("a", "b")),
-        Given("", texts=tuple(f"text {i}" for i in range(9)), domains=tuple("abc" * 3)),
+        CalibrationInput("", texts=(TEXT,)),
+        CalibrationInput("", texts=("abcdefgh" * 4, "ijklmnop" * 4), domains=("a", "b")),
+        CalibrationInput("", texts=tuple(f"text {i}" for i in range(9)), domains=tuple("abc" * 3)),
     ],
 )
-def test_what_is_held_out_is_not_calibrated_on(given: Given) -> None:
+def test_what_is_held_out_is_not_calibrated_on(given: CalibrationInput) -> None:
     held, rest = given.parts()
     if len(given.texts) < 4:
         pairs = zip(held.texts, rest.texts, strict=True)
@@ -90,7 +90,7 @@ def test_what_is_held_out_is_not_calibrated_on(given: Given) -> None:
 
 def test_examples_are_held_out_too() -> None:
     tensors = {"pixel_values": torch.arange(9.0)[:, None]}
-    held, rest = Given("", tensors=tensors).parts()
+    held, rest = CalibrationInput("", tensors=tensors).parts()
     assert held.tensors is not None
     assert rest.tensors is not None
     assert held.tensors["pixel_values"].flatten().tolist() == [0, 4, 8]
@@ -99,7 +99,7 @@ def test_examples_are_held_out_too() -> None:
 
 def test_running_text_for_a_language_model(llama: Path) -> None:
     data = calibration_data(
-        small_models.build("llama"), ridge(), Given("x", texts=(TEXT,)), directory=llama
+        small_models.build("llama"), ridge(), CalibrationInput("x", texts=(TEXT,)), directory=llama
     )
     tokens = torch.cat([batch["input_ids"] for batch in data.batches])  # type: ignore[call-overload]
     assert tokens.shape == (16, 16)
@@ -112,7 +112,7 @@ def test_running_text_for_a_language_model(llama: Path) -> None:
 def test_sentences_for_another_model(tmp_path: Path) -> None:
     """They are padded, and the padding is masked."""
     bert = small_models.saved("bert", tmp_path / "bert", with_tokenizer=True)
-    given = Given("x", texts=("a b c d", "a", *["longer text " * 9] * 6))
+    given = CalibrationInput("x", texts=("a b c d", "a", *["longer text " * 9] * 6))
     data = calibration_data(small_models.build("bert"), ridge(), given, directory=bert)
     batch = data.batches[0]
     assert isinstance(batch, dict)
@@ -125,7 +125,7 @@ def test_sentences_for_another_model(tmp_path: Path) -> None:
 def test_a_decoder_is_given_text_of_another_length(tmp_path: Path) -> None:
     t5 = small_models.saved("t5", tmp_path / "t5", with_tokenizer=True)
     model = small_models.build("t5")
-    data = calibration_data(model, ridge(), Given("x", texts=(TEXT,)), directory=t5)
+    data = calibration_data(model, ridge(), CalibrationInput("x", texts=(TEXT,)), directory=t5)
     batch = data.batches[0]
     assert isinstance(batch, dict)
     ours, theirs = batch["decoder_input_ids"], batch["input_ids"]
@@ -166,7 +166,11 @@ def test_domains_are_found_where_they_are_wanted(llama: Path) -> None:
     texts = tuple(("abcdefgh" if i // 4 % 2 else "stuvwxyz") * 4 for i in range(24))
     recipe = ridge("router.method=assigned", "router.weights=one", "calibration.tokens=384")
     data = calibration_data(
-        small_models.build("llama"), recipe, Given("x", texts=texts), directory=llama, domains=2
+        small_models.build("llama"),
+        recipe,
+        CalibrationInput("x", texts=texts),
+        directory=llama,
+        domains=2,
     )
     assert data.domains is not None
     tokens = torch.cat([batch["input_ids"] for batch in data.batches])  # type: ignore[call-overload]
@@ -275,8 +279,8 @@ def test_all_experts_capture_everything() -> None:
 
 
 def test_data_in_python() -> None:
-    assert given_data("a") == Given("the given text", texts=("a",))
-    assert given_data(["a", "b"]) == Given("the given texts", texts=("a", "b"))
+    assert given_data("a") == CalibrationInput("the given text", texts=("a",))
+    assert given_data(["a", "b"]) == CalibrationInput("the given texts", texts=("a", "b"))
     for wrong in ([], [1], ["a", {}]):
         with pytest.raises(UsageError, match="give a text, several texts, or batches"):
             given_data(wrong)  # type: ignore[arg-type]
@@ -285,8 +289,8 @@ def test_data_in_python() -> None:
 def test_the_text_is_all_for_verification_where_nothing_is_calibrated() -> None:
     model = small_models.build("llama")
     recipe = load_recipe("sparse-upcycling")
-    assert verification_inputs(model, recipe, Given("", texts=(TEXT,)))[0] == TEXT
-    held, _ = verification_inputs(model, ridge(), Given("", texts=(TEXT,)))
+    assert verification_inputs(model, recipe, CalibrationInput("", texts=(TEXT,)))[0] == TEXT
+    held, _ = verification_inputs(model, ridge(), CalibrationInput("", texts=(TEXT,)))
     assert held == TEXT[: len(TEXT) // 4]
 
 

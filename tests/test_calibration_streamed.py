@@ -20,7 +20,7 @@ from upcycle.cli.main import main
 from upcycle.conversion.streamed import SPOOL
 from upcycle.conversion.streamed_calibration import Spool, calibrate_mapped
 from upcycle.data.calibration import calibration_data
-from upcycle.data.calibration_files import Given
+from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.onnx_calibration import onnx_calibration
 from upcycle.errors import UsageError
 from upcycle.ir.layer_weights import empty_layer, weights_of
@@ -225,7 +225,9 @@ def test_an_onnx_layer_is_shown_what_the_dense_file_gives(tmp_path: Path) -> Non
     tensors = {str(value.name): torch.from_numpy(x.astype(np.float32))}
     recipe = load_recipe("factorllm", [*RIDGE, *SHORT])
     plan = source.plan(recipe, "test")
-    seen = onnx_calibration(source, recipe, Given("x", tensors=tensors)).seen(plan.specs[0])
+    seen = onnx_calibration(source, recipe, CalibrationInput("x", tensors=tensors)).seen(
+        plan.specs[0]
+    )
     expected = tensors[str(value.name)][torch.arange(12) % 4 != 0].flatten(0, -2)
     torch.testing.assert_close(torch.cat(seen.x), expected, rtol=0, atol=0)
 
@@ -245,4 +247,6 @@ def test_what_an_onnx_file_does_not_read_is_refused(tmp_path: Path) -> None:
 def test_a_source_without_data_is_refused(tmp_path: Path) -> None:
     source = OnnxSource(onnx(tmp_path))
     with pytest.raises(UsageError, match="give a text, if its tokenizer is beside it, or tensors"):
-        onnx_calibration(source, load_recipe("factorllm"), Given("", images=(tmp_path,) * 4))
+        onnx_calibration(
+            source, load_recipe("factorllm"), CalibrationInput("", images=(tmp_path,) * 4)
+        )

@@ -15,7 +15,7 @@ from torch import nn
 from upcycle.conversion.in_memory import Conversion, convert
 from upcycle.errors import PlanError, UnsupportedError
 from upcycle.layers.moe import MoE
-from upcycle.layers.token_context import Given, domains
+from upcycle.layers.token_context import TokenContext, domains
 
 SPLIT: dict[str, object] = {"method": "contiguous", "count": 4}
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -166,7 +166,7 @@ def test_missing_ids_are_said_in_one_sentence() -> None:
     model = converted("llama").model
     with pytest.raises(RuntimeError, match="looks at input_ids, and they were not given"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
-    given = Given("token", None)
+    given = TokenContext("token", None)
     given.keep(torch.zeros(1, 5, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=r"has 4 tokens and input_ids of shape \[1, 5\]"):
         given.of_tokens(torch.zeros(4, 2))

@@ -10,7 +10,7 @@ import torch
 
 from upcycle.errors import PlanError, UsageError
 from upcycle.ir.ffn import Located
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
 from upcycle.layers.moe import all_experts
@@ -29,7 +29,7 @@ from upcycle.recipe.schema import Experts
 GROUPS = 4
 
 
-def planted(groups: int = GROUPS, each: int = 12) -> tuple[FFNWeights, Activations, torch.Tensor]:
+def planted(groups: int = GROUPS, each: int = 12) -> tuple[FFNWeights, FFNInputs, torch.Tensor]:
     """A ReLU FFN whose neurons fire for the tokens of one of `groups` directions, shuffled."""
     generator = torch.Generator().manual_seed(0)
     label_F = torch.randperm(groups * each, generator=generator) % groups
@@ -38,11 +38,11 @@ def planted(groups: int = GROUPS, each: int = 12) -> tuple[FFNWeights, Activatio
     ffn = dataclasses.replace(ffn, up_MFD=up_FD[None].double())
     x_TD = torch.eye(groups)[torch.arange(600) % groups] * 2 - 0.3
     x_TD = x_TD + 0.1 * torch.randn(x_TD.shape, generator=generator)
-    return ffn, Activations((x_TD[:333], x_TD[333:])), label_F
+    return ffn, FFNInputs((x_TD[:333], x_TD[333:])), label_F
 
 
 def made(
-    ffn: FFNWeights, experts: dict[str, Any], data: Activations | None = None, **router: Any
+    ffn: FFNWeights, experts: dict[str, Any], data: FFNInputs | None = None, **router: Any
 ) -> tuple[MoESpec, MoEWeights]:
     rule = {"method": "avg_key", "top_k": 1, "weights": "one", **router}
     (spec,) = make_plan(
@@ -61,7 +61,7 @@ def test_neurons_that_are_active_together_are_found(method: str) -> None:
     wanted = {frozenset((label_F == g).nonzero()[:, 0].tolist()) for g in range(GROUPS)}
     if method == "universal_specialised":  # whole texts of one kind
         x_TD = torch.cat(data.x)
-        data = Activations((x_TD[(torch.arange(600) % GROUPS).argsort(stable=True)],))
+        data = FFNInputs((x_TD[(torch.arange(600) % GROUPS).argsort(stable=True)],))
     _, weights = made(ffn, {"method": method, "count": GROUPS, "markers": 12}, data)
     assert groups_of(weights.experts) == wanted
     _, by_chance = made(ffn, {"method": "random", "count": GROUPS}, data)
@@ -182,10 +182,10 @@ def test_profiles_are_means_over_domains_or_blocks() -> None:
     by_domain = torch.stack([gate_TF[0::2].mean(0), gate_TF[1::2].mean(0)], dim=1)
     bound = 512 * 2**-24 * float(gate_TF.max())
     torch.testing.assert_close(profile(ffn, data), by_domain, rtol=0, atol=bound)
-    blocks = profile(ffn, Activations(data.x))
+    blocks = profile(ffn, FFNInputs(data.x))
     want = gate_TF.reshape(64, 8, -1).mean(1).t()
     torch.testing.assert_close(blocks, want, rtol=0, atol=bound)
-    assert profile(ffn, Activations((x_TD[:3],))).shape == (48, 3)
+    assert profile(ffn, FFNInputs((x_TD[:3],))).shape == (48, 3)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from numerics import make_recipe, random_ffn, site
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upcycle.ir.ffn import Located
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 from upcycle.layers.moe import MoE
 from upcycle.passes.plan.plan import make_plan
@@ -37,7 +37,7 @@ def test_what_methods_get_is_on_the_host() -> None:
         ffn = on_gpu(FFN).cpu()
         x_TD = torch.zeros(4, 16, device=GPU)
         ids_T = torch.zeros(4, dtype=torch.int64, device=GPU)
-        seen = Activations((x_TD,), ids_T, None, torch.zeros(2, 48, device=GPU)).cpu()
+        seen = FFNInputs((x_TD,), ids_T, None, torch.zeros(2, 48, device=GPU)).cpu()
     held = [ffn.up_MFD, ffn.up_bias_MF, ffn.down_OF, ffn.down_bias_O]
     held += [*seen.x, seen.id_T, seen.importance_NF]
     assert {str(tensor.device) for tensor in held} == {"cpu"}

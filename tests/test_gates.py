@@ -9,7 +9,7 @@ import torch
 from upcycle.ir.ffn import Located
 from upcycle.passes.experts.cluster import features_of
 from upcycle.passes.plan.plan import make_plan
-from upcycle.passes.routers import GATES
+from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.passes.transform.transform import transform
 
 SPLIT = {"method": "cluster", "count": 7}  # 48 neurons: widths 7 and 6, so there is padding
@@ -133,6 +133,6 @@ def test_building_does_not_touch_the_dense_weights_or_the_global_generator() -> 
 
 
 def test_every_gate_names_its_paper() -> None:
-    for name, gate in GATES.items():
+    for name, gate in ROUTER_METHODS.items():
         assert gate.name == name
         assert gate.source in (gate.build.__doc__ or "")

@@ -102,7 +102,7 @@ def test_the_written_model_is_the_dense_model(
 
 
 # What each router does by itself: k of 4 experts, and biases where it has them.
-ROUTERS: dict[str, dict[str, Any]] = {
+ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "renormalised": {"top_k": 2, "weights": "renormalised"},
     "scaled": {"top_k": 3, "weights": "renormalised", "scale": 1.7},
     "softmax": {"top_k": 2, "weights": "softmax"},
@@ -151,7 +151,7 @@ def test_distinct_experts_are_the_reference(
     name: str, target: str, router: str, shared: int, tmp_path: Path
 ) -> None:
     experts = {**SLICES, "shared": shared}
-    plan = plan_of(name, experts, ROUTERS[router], target)
+    plan = plan_of(name, experts, ROUTER_KINDS[router], target)
     moe = write(tmp_path, name, plan, target_of(name, plan), random=True)
     expected = logits(reference(name, plan), name)
     assert relative(logits(moe, name), expected) < BOUNDS.get(name, BOUND)
@@ -160,7 +160,7 @@ def test_distinct_experts_are_the_reference(
 
 def test_a_switch_sends_a_token_to_one_expert() -> None:
     """A split of which a token visits all experts is no Switch, though the weights would fit."""
-    plan = plan_of("t5", SLICES, ROUTERS["every"], "switch_transformers")
+    plan = plan_of("t5", SLICES, ROUTER_KINDS["every"], "switch_transformers")
     config = native_models.dense_model("t5").config
     target, reasons = choose(NATIVE, config, plan, only="switch_transformers")
     assert target is None

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 D, WIDTH, E = 16, 12, 5
 CLOSE = 1e-5  # of the largest output: what every form promises in float32
-ROUTERS: dict[str, dict[str, Any]] = {
+ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "linear": {},
     "mlp": {"kind": "mlp", "hidden": 7},
     "cosine": {"kind": "cosine", "hidden": 3},
@@ -123,12 +123,12 @@ def distances(path: Path, layers: list[MoE], x_TD: torch.Tensor) -> list[float]:
 # Every activation behind one router, and two kernels behind every other.
 KERNELS = ("relu", "silu", "gelu_tanh", "swiglu")
 CASES = [("linear", activation) for activation in ACTIVATIONS]
-CASES += [(r, KERNELS[(i + j) % 4]) for i, r in enumerate(list(ROUTERS)[1:]) for j in (0, 2)]
+CASES += [(r, KERNELS[(i + j) % 4]) for i, r in enumerate(list(ROUTER_KINDS)[1:]) for j in (0, 2)]
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def written(request, tmp_path_factory) -> tuple[str, list[MoE], Path]:
-    layers = [layer_of(ROUTERS[r], a, seed=i) for i, (r, a) in enumerate(CASES)]
+    layers = [layer_of(ROUTER_KINDS[r], a, seed=i) for i, (r, a) in enumerate(CASES)]
     path = export(layers, tmp_path_factory.mktemp(request.param), FORMS[request.param])
     return request.param, rounded(layers, path), path
 
@@ -154,7 +154,7 @@ def test_the_kernels_are_used_where_there_are_some(written) -> None:
 
 
 def test_a_gain_that_may_be_negative_has_no_kernel() -> None:
-    layer = layer_of(ROUTERS["gain"], "relu")
+    layer = layer_of(ROUTER_KINDS["gain"], "relu")
     for gain, fused in ((0.5, True), (-0.9, True), (-1.0, False), (-3.0, False)):
         layer.router.gain.data.fill_(0.5)
         layer.router.gain.data[2] = gain
@@ -177,7 +177,7 @@ def test_checker_and_reference_evaluator(written) -> None:
 def test_idle_experts_ties_and_tokens_that_visit_nobody(tmp_path: Path, form: str) -> None:
     one = layer_of({"bias": True}, "relu")
     ties = layer_of({"bias": True}, "relu", seed=1, shared=0, low_rank=0)
-    nobody = layer_of({"bias": True, **ROUTERS["null"]}, "relu", seed=2)
+    nobody = layer_of({"bias": True, **ROUTER_KINDS["null"]}, "relu", seed=2)
     with torch.no_grad():
         one.router.bias.copy_(torch.tensor([0.0, 0, 0, 0, 900]))  # all tokens on the last two
         ties.router.weight.zero_()

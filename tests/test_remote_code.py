@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from upcycle.cli.main import main
 from upcycle.conversion.in_memory import convert
 from upcycle.data.evaluation import evaluation_for, outputs_of
-from upcycle.layers.routers import ROUTERS
+from upcycle.layers.routers import ROUTER_KINDS
 from upcycle.targets.remote_code import auto_classes, modeling_text
 
 RECIPES = {
@@ -184,10 +184,10 @@ def clashes(text: str) -> list[str]:
 def test_no_two_files_that_become_one_share_a_name() -> None:
     """Two constants of one name, each right in its own file, would be one here: the later."""
     dense = {"AutoModel": BertModel, "AutoModelForMaskedLM": BertForMaskedLM}
-    text = modeling_text(BertConfig, dense, ROUTERS)
-    assert all(f"class {router.__name__}" in text for router in ROUTERS.values())
+    text = modeling_text(BertConfig, dense, ROUTER_KINDS)
+    assert all(f"class {router.__name__}" in text for router in ROUTER_KINDS.values())
     assert clashes(text) == []
-    for again in ("ROUTERS", "TableRouter", "BertModel", "F"):
+    for again in ("ROUTER_KINDS", "TableRouter", "BertModel", "F"):
         assert clashes(f"{text}\n{again} = 1\n") == [again]
     assert clashes(f"{text}\nA_NEW_NAME = 1\n") == []
 

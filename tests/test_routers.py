@@ -20,7 +20,7 @@ from upcycle.errors import PlanError, UnsupportedError
 from upcycle.ir.ffn import Located
 from upcycle.layers.moe import MoE
 from upcycle.passes.plan.plan import make_plan
-from upcycle.passes.routers import GATES
+from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.passes.routers.contributions import contributions, regress
 from upcycle.passes.routers.kmeans_lsq import clusters, fit
 from upcycle.passes.routers.mlp import captured_mass
@@ -52,7 +52,7 @@ def logits(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", GATES)
+@pytest.mark.parametrize("method", ROUTER_METHODS)
 def test_a_router_is_deterministic_and_leaves_the_global_generator_alone(method: str) -> None:
     state = torch.get_rng_state()
     first, again = made(method)[1].router, made(method)[1].router
@@ -64,14 +64,16 @@ def test_a_router_is_deterministic_and_leaves_the_global_generator_alone(method:
         assert not tensor.requires_grad
 
 
-@pytest.mark.parametrize("method", sorted(set(GATES) - {"noisy_topk"}))
+@pytest.mark.parametrize("method", sorted(set(ROUTER_METHODS) - {"noisy_topk"}))
 def test_training_mode_does_not_change_scores(method: str) -> None:
     layer = made(method)[2]
     before = logits(layer, tokens())
     assert torch.equal(logits(layer.train(), tokens()), before)
 
 
-@pytest.mark.parametrize("method", sorted(set(GATES) - {"hash", "assigned", "oracle", "zero"}))
+@pytest.mark.parametrize(
+    "method", sorted(set(ROUTER_METHODS) - {"hash", "assigned", "oracle", "zero"})
+)
 def test_renumbered_experts_give_the_same_output(method: str) -> None:
     """Rows of the router and experts together; a table is renumbered by its content, and where all
     scores are equal the numbers decide."""
@@ -102,9 +104,9 @@ PRESERVED = {  # weights -> is the layer the dense FFN, for copies and for split
 
 
 @pytest.mark.parametrize("weights", PRESERVED)
-@pytest.mark.parametrize("method", sorted(GATES))
+@pytest.mark.parametrize("method", sorted(ROUTER_METHODS))
 def test_function_preservation(method: str, weights: str) -> None:
-    gate = GATES[method]
+    gate = ROUTER_METHODS[method]
     if method == "oracle" and weights != "one":
         pytest.skip("refused: an oracle has no probabilities")
     ffn, x_TD = numerics.random_ffn("swiglu", dtype=F32), tokens()

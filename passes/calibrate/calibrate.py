@@ -17,14 +17,14 @@ from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import CaptureError, UsageError
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.layers.moe import MoE
 from upcycle.passes.calibrate.lockstep import Lockstep, Stop
 from upcycle.util.eval_mode import eval_mode
 
-Visit = Callable[[MoESpec, MoE, FFNWeights, Activations], None]
+Visit = Callable[[MoESpec, MoE, FFNWeights, FFNInputs], None]
 # Arguments with a token at each place, and the mask that says which of them are padding.
 _TEXTS = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
 
@@ -114,7 +114,7 @@ class _Place:
     calls: int = 0  # in one forward
     met: int = 0
     shape: tuple[int, ...] = ()  # of the tensor that its tokens come from, without D
-    seen: list[Activations] = field(default_factory=list)
+    seen: list[FFNInputs] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -191,14 +191,14 @@ class _Pass:
         return self._ffn[1]
 
 
-def joined(parts: Sequence[Activations]) -> Activations:
+def joined(parts: Sequence[FFNInputs]) -> FFNInputs:
     """What several batches gave to an FFN; ids and domains only if every batch has them."""
 
     def all_of(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
         known = [tensor for tensor in tensors if tensor is not None]
         return torch.cat(known) if len(known) == len(tensors) else None
 
-    return Activations(
+    return FFNInputs(
         tuple(x_TD for part in parts for x_TD in part.x),
         id_T=all_of([part.id_T for part in parts]),
         domain_T=all_of([part.domain_T for part in parts]),
@@ -207,7 +207,7 @@ def joined(parts: Sequence[Activations]) -> Activations:
 
 def tokens_of(
     batch: ExampleInputs, x_TD: torch.Tensor, shape: tuple[int, ...], domain_B: torch.Tensor | None
-) -> Activations:
+) -> FFNInputs:
     """The tokens of one batch that are no padding.
 
     Args:
@@ -230,7 +230,7 @@ def tokens_of(
         domain_T = None
         if domain_B is not None and len(x_TD) % len(domain_B) == 0:
             domain_T = domain_B.to(x_TD.device).repeat_interleave(len(x_TD) // len(domain_B))
-        return Activations((x_TD,), None, domain_T)
+        return FFNInputs((x_TD,), None, domain_T)
     of_BL, ids_BL, mask_BL = fitting[0]
     domain_BL = None if domain_B is None else domain_B[:, None].expand(of_BL.shape).to(of_BL.device)
     kept_T = None if mask_BL is None else _laid_out(mask_BL.bool(), shape)
@@ -241,7 +241,7 @@ def tokens_of(
     def maybe(values_BL: torch.Tensor | None) -> torch.Tensor | None:
         return None if values_BL is None else kept(_laid_out(values_BL, shape))
 
-    return Activations((kept(x_TD),), maybe(ids_BL), maybe(domain_BL))
+    return FFNInputs((kept(x_TD),), maybe(ids_BL), maybe(domain_BL))
 
 
 def _fits(of_BL: torch.Tensor, shape: tuple[int, ...]) -> bool:

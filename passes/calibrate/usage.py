@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
 from upcycle.passes.calibrate.visits import members, visits
 
 
 @torch.no_grad()
-def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations) -> dict[str, Any]:
+def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) -> dict[str, Any]:
     """The load of the experts on calibration tokens, as plain data.
 
     `captured_mass` is the part of ``sum_j |h_j| ||d_j||`` over all tokens and neurons that is in

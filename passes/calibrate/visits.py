@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.layer_weights import layer_around
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
-from upcycle.layers.token_context import Given
+from upcycle.layers.token_context import TokenContext
 
 
 class Visited(NamedTuple):
@@ -24,9 +24,7 @@ class Visited(NamedTuple):
 
 
 @torch.no_grad()
-def visits(
-    spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: Activations
-) -> Iterator[Visited]:
+def visits(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) -> Iterator[Visited]:
     """Route the tokens of `seen` by the router of `made`; 2048 at a time, float32.
 
     `spec` is the plan of a layer with exactly the tensors of `made`.
@@ -34,7 +32,7 @@ def visits(
     router = layer_around(spec.layer_config(), made).router
     by: str | None = getattr(router, "by", None)
     ids_T = {"token": seen.id_T, "domain": seen.domain_T}.get(by or "")
-    given = Given(by or "token", None)
+    given = TokenContext(by or "token", None)
     if by is not None:
         router.given = given  # type: ignore[assignment]  # no module
     done = 0

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
@@ -20,7 +20,7 @@ def activation_carve(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> Parts:
     """Group the neurons by which tokens they are among the strongest for.
 

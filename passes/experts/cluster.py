@@ -2,7 +2,7 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import balanced_clusters
@@ -30,7 +30,7 @@ def cluster(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> torch.Tensor:
     """Group the neurons by balanced k-means on their keys: the input rows, scaled to length one.
 

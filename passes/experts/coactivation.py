@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 from scipy import sparse
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
@@ -25,7 +25,7 @@ def coactivation(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> torch.Tensor:
     """Cut the graph of neurons that are active together into groups of nearly equal size.
 

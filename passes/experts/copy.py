@@ -2,7 +2,7 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
@@ -13,7 +13,7 @@ def copy(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> Parts:
     """Repeat the dense FFN as every expert.
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.copy import copy
@@ -18,7 +18,7 @@ def drop(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> Parts:
     """Redraw ``floor(ratio * F)`` neurons of every expert from N(m, s^2).
 

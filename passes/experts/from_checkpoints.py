@@ -5,7 +5,7 @@ from operator import attrgetter
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
@@ -16,7 +16,7 @@ def from_checkpoints(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> Parts:
     """Take the experts from the same FFN of several models, in their order, equally many of each.
 

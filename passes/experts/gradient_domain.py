@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
@@ -14,7 +14,7 @@ from upcycle.passes.experts.split import split
 from upcycle.passes.experts.useful import importance_of, ranks
 
 
-def domain_ranks(spec: MoESpec, data: Activations | None) -> torch.Tensor:
+def domain_ranks(spec: MoESpec, data: FFNInputs | None) -> torch.Tensor:
     """The rank of each neuron in each expert's domain, [E, F], as `ranks` gives them.
 
     Raises:
@@ -36,7 +36,7 @@ def gradient_domain(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> torch.Tensor:
     """Give each neuron to one domain such that the sum of its ranks there is as large as can be.
 

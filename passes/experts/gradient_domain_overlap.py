@@ -2,7 +2,7 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.gradient_domain import domain_ranks
@@ -15,7 +15,7 @@ def gradient_domain_overlap(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> torch.Tensor:
     """Give each expert the `width` most important neurons of its domain.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
@@ -79,7 +79,7 @@ def granular(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> Parts:
     """Cut each copy of the FFN into G contiguous slices, and scale them.
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 
 TINY = 1e-12
@@ -63,7 +63,7 @@ class Markers:
         return far_KF
 
 
-def mark(ffn: FFNWeights, data: Activations, count: int, *, unit: bool = True) -> Markers:
+def mark(ffn: FFNWeights, data: FFNInputs, count: int, *, unit: bool = True) -> Markers:
     """Mark the `count` neurons of largest ``|h|`` in each token; none whose ``h`` is zero.
 
     Args:
@@ -85,7 +85,7 @@ def mark(ffn: FFNWeights, data: Activations, count: int, *, unit: bool = True) -
     return Markers(tuple(packed), len(data))
 
 
-def _unit_hidden(ffn: FFNWeights, data: Activations) -> Iterator[torch.Tensor]:
+def _unit_hidden(ffn: FFNWeights, data: FFNInputs) -> Iterator[torch.Tensor]:
     """Activations [t, F] for tokens and rows of length one, float32."""
     ffn = ffn.to(torch.float32)
     length_MF = ffn.up_MFD.norm(dim=-1).clamp(min=TINY)

@@ -5,11 +5,11 @@ from typing import Literal, Protocol
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights
 
-Kind = Literal["copies", "altered", "slices", "residual", "split", "subsets"]
+MethodKind = Literal["copies", "altered", "slices", "residual", "split", "subsets"]
 Need = Literal["activations", "gradients"]
 
 
@@ -30,7 +30,7 @@ class BuildExperts(Protocol):
         spec: MoESpec,
         *,
         generator: torch.Generator,
-        data: Activations | None,
+        data: FFNInputs | None,
     ) -> Parts:
         """Build the experts of one layer.
 
@@ -58,7 +58,7 @@ class ExpertMethod:
     """
 
     name: str
-    kind: Kind
+    kind: MethodKind
     build: BuildExperts
     paper: str
     source: str

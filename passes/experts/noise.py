@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.copy import copy
@@ -17,7 +17,7 @@ def noise(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> Parts:
     """Add ``noise * mean|W| * N(0, 1)`` to every weight W of every expert, independently.
 

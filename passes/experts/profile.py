@@ -5,13 +5,13 @@ Shape suffixes: T tokens, D d_model, F neurons, G groups of tokens.
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 
 BLOCKS = 64  # of consecutive tokens, where the texts have no domains
 
 
-def profile(ffn: FFNWeights, data: Activations) -> torch.Tensor:
+def profile(ffn: FFNWeights, data: FFNInputs) -> torch.Tensor:
     """Mean of ``|a(gate x)|`` over the tokens of each group, [F, G] float32.
 
     The groups are the domains of the texts if there are several, else 64 blocks of consecutive
@@ -33,7 +33,7 @@ def profile(ffn: FFNWeights, data: Activations) -> torch.Tensor:
     return (total_GF / tokens_G1).t()
 
 
-def _groups(data: Activations) -> tuple[torch.Tensor, int]:
+def _groups(data: FFNInputs) -> tuple[torch.Tensor, int]:
     """The group of each token, [T] int64, and how many groups there are."""
     if data.domain_T is not None:
         domains = 1 + int(data.domain_T.max())

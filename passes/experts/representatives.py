@@ -2,13 +2,13 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.markers import mark
 
 
 def representatives(
-    ffn: FFNWeights, neuron_EI: torch.Tensor, data: Activations, *, markers: int
+    ffn: FFNWeights, neuron_EI: torch.Tensor, data: FFNInputs, *, markers: int
 ) -> torch.Tensor:
     """The member of each expert whose markers are nearest to the mean of the members'.
 

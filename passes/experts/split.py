@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, gather_experts
 from upcycle.passes.experts.method import BuildExperts, Parts
@@ -21,7 +21,7 @@ class GroupNeurons(Protocol):
         spec: MoESpec,
         *,
         generator: torch.Generator,
-        data: Activations | None,
+        data: FFNInputs | None,
     ) -> torch.Tensor:
         """Group the neurons of `ffn`, which lacks those of the shared expert."""
         ...
@@ -36,7 +36,7 @@ def split(group: GroupNeurons) -> BuildExperts:
         spec: MoESpec,
         *,
         generator: torch.Generator,
-        data: Activations | None,
+        data: FFNInputs | None,
     ) -> Parts:
         if not spec.shared:
             return Parts(gather_experts(ffn, group(ffn, spec, generator=generator, data=data)))
@@ -49,7 +49,7 @@ def split(group: GroupNeurons) -> BuildExperts:
 
 
 def shared_neurons(
-    ffn: FFNWeights, spec: MoESpec, data: Activations | None
+    ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `spec.shared` most useful neurons and the others, ascending, int64 [S] and [F - S]."""
     score_F = usefulness(ffn, spec.experts, data, width=spec.width)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.copy import copy
@@ -17,7 +17,7 @@ def svd(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> Parts:
     """Keep the `rank` largest singular directions of each matrix, and shake the other values.
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import ExpertMethod
@@ -21,7 +21,7 @@ def token_sets(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> torch.Tensor:
     """Group the tokens, and give each group the neurons that contribute most to its outputs.
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.markers import mark
 from upcycle.passes.experts.method import Need
@@ -24,7 +24,7 @@ NEEDS: Final[dict[str, Need]] = {
 
 
 def usefulness(
-    ffn: FFNWeights, experts: recipe.Experts, data: Activations | None, *, width: int
+    ffn: FFNWeights, experts: recipe.Experts, data: FFNInputs | None, *, width: int
 ) -> torch.Tensor:
     """A score of each neuron by ``experts.shared_by``, [F] float32; larger is more useful.
 
@@ -73,7 +73,7 @@ def usefulness(
     return is_top_NF.sum(0) + rank_NF.mean(0) / 2
 
 
-def importance_of(data: Activations | None) -> torch.Tensor:
+def importance_of(data: FFNInputs | None) -> torch.Tensor:
     """The importance of each neuron for each domain, [N, F], which the recipe's needs ask for."""
     assert data is not None, "`passes.needs` asks for it"
     assert data.importance_NF is not None, "`passes.needs` asks for gradients"

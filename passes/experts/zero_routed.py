@@ -2,7 +2,7 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
@@ -14,7 +14,7 @@ def zero_routed(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> Parts:
     """Keep the FFN for every token, and route experts whose contraction is zero beside it.
 

@@ -3,13 +3,13 @@
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import Need
 from upcycle.passes.experts.useful import NEEDS
-from upcycle.passes.routers import GATES
+from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.recipe.schema import Recipe
 
 
 def needs(recipe: Recipe) -> frozenset[Need]:
     """``activations``: what each FFN is given in calibration; ``gradients``: of a loss, too."""
-    wanted = EXPERTS[recipe.experts.method].needs | GATES[recipe.router.method].needs
+    wanted = EXPERTS[recipe.experts.method].needs | ROUTER_METHODS[recipe.router.method].needs
     if recipe.experts.adaptive and recipe.experts.width is not None:
         wanted |= {"gradients"}
     if recipe.compensate.any:

@@ -18,7 +18,7 @@ from upcycle.passes.experts.granular import placement_is_exact
 from upcycle.passes.experts.useful import NEEDS
 from upcycle.passes.plan.promise import promise_of
 from upcycle.passes.plan.router_problems import resolved, router_problems
-from upcycle.passes.routers import GATES
+from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.recipe import schema as recipe
 from upcycle.recipe.schema import Recipe
 
@@ -159,7 +159,7 @@ def _seed(seed: int, layer: int) -> int:
 def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
     """Everything that keeps one FFN from becoming the layer that the recipe asks for."""
     experts, router = recipe.experts, recipe.router
-    method, gate = EXPERTS[experts.method], GATES[router.method]
+    method, gate = EXPERTS[experts.method], ROUTER_METHODS[router.method]
     kind = method.kind
     if experts.shared and kind == "copies" and experts.shared != 1:
         return ["one copy can be permanent; set `experts.shared: 1`, or leave it out"]

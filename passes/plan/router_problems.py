@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from upcycle.ir.spec import router_kind
-from upcycle.passes.routers import GATES
+from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.recipe.schema import Router
 
 # Fields that only some methods or selections read, and which.
@@ -28,7 +28,7 @@ def resolved(router: Router) -> Router:
     """The same router with `bias` decided."""
     if router.bias is not None:
         return router
-    return router.model_copy(update={"bias": GATES[router.method].bias})
+    return router.model_copy(update={"bias": ROUTER_METHODS[router.method].bias})
 
 
 def router_problems(router: Router) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """How the router is made, one method per file.
 
-To add one: write its file, add it to `GATES` and its name to `upcycle.recipe.schema.Router`.
+To add one: write its file, add it to `ROUTER_METHODS` and its name to
+`upcycle.recipe.schema.Router`.
 """
 
 from typing import Final
@@ -9,7 +10,7 @@ from upcycle.passes.routers.avg_key import AVG_KEY
 from upcycle.passes.routers.centroid import CENTROID
 from upcycle.passes.routers.cosine import COSINE
 from upcycle.passes.routers.kmeans_lsq import KMEANS_LSQ
-from upcycle.passes.routers.method import GateMethod
+from upcycle.passes.routers.method import RouterMethod
 from upcycle.passes.routers.mlp import MLP
 from upcycle.passes.routers.noisy_topk import NOISY_TOPK
 from upcycle.passes.routers.normal import NORMAL
@@ -22,7 +23,7 @@ from upcycle.passes.routers.uniform import UNIFORM
 from upcycle.passes.routers.virtual_group import VIRTUAL_GROUP
 from upcycle.passes.routers.zero import ZERO
 
-GATES: Final[dict[str, GateMethod]] = {
+ROUTER_METHODS: Final[dict[str, RouterMethod]] = {
     "normal": NORMAL,
     "zero": ZERO,
     "uniform": UNIFORM,
@@ -41,4 +42,4 @@ GATES: Final[dict[str, GateMethod]] = {
     "oracle": ORACLE,
 }
 
-__all__ = ["GATES", "GateMethod"]
+__all__ = ["ROUTER_METHODS", "RouterMethod"]

@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import GateMethod, linear
+from upcycle.passes.routers.method import RouterMethod, linear
 
 
 def centroid(
@@ -15,7 +15,7 @@ def centroid(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Make each router row the mean of the expert's keys, each scaled to length one.
 
@@ -43,7 +43,7 @@ def centroid(
     return linear(key_EID.sum(1) / count_E1, spec)
 
 
-CENTROID = GateMethod(
+CENTROID = RouterMethod(
     name="centroid",
     build=centroid,
     kinds=frozenset({"split", "subsets"}),

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 def contributions(
-    ffn: FFNWeights, neuron_EI: torch.Tensor, data: Activations
+    ffn: FFNWeights, neuron_EI: torch.Tensor, data: FFNInputs
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens [t, D] with the size of what each expert adds to them [t, E], float32, in chunks.
 

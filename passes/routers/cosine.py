@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, GateMethod
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod
 
 
 def cosine(
@@ -15,7 +15,7 @@ def cosine(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Draw a projection with orthonormal rows, and a direction for each expert in its image.
 
@@ -46,7 +46,7 @@ def cosine(
     }
 
 
-COSINE = GateMethod(
+COSINE = RouterMethod(
     name="cosine",
     build=cosine,
     kinds=ALL_KINDS - {"slices"},

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.routers.contributions import regress
-from upcycle.passes.routers.method import GateMethod, linear
+from upcycle.passes.routers.method import RouterMethod, linear
 
 STEPS = 50  # of Lloyd's iteration, at most
 
@@ -23,7 +23,7 @@ def kmeans_lsq(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Cluster the tokens into E groups, give each an expert, and regress that on the token.
 
@@ -144,7 +144,7 @@ def _nearest_centre(
     return weight_ED, torch.where(size_E1[:, 0] > 0, bias_E, never)
 
 
-KMEANS_LSQ = GateMethod(
+KMEANS_LSQ = RouterMethod(
     name="kmeans_lsq",
     build=kmeans_lsq,
     kinds=frozenset({"split", "subsets", "altered"}),

@@ -6,12 +6,12 @@ from typing import Final, Protocol, get_args
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.method import Kind, Need, Parts
+from upcycle.passes.experts.method import MethodKind, Need, Parts
 
-ALL_KINDS: Final[frozenset[Kind]] = frozenset(get_args(Kind))
+ALL_KINDS: Final[frozenset[MethodKind]] = frozenset(get_args(MethodKind))
 
 
 class BuildRouter(Protocol):
@@ -24,7 +24,7 @@ class BuildRouter(Protocol):
         spec: MoESpec,
         *,
         generator: torch.Generator,
-        data: Activations | None,
+        data: FFNInputs | None,
     ) -> Mapping[str, torch.Tensor]:
         """Build the router of one layer: its tensors by their names in the runtime router.
 
@@ -35,7 +35,7 @@ class BuildRouter(Protocol):
 
 
 @dataclass(frozen=True)
-class GateMethod:
+class RouterMethod:
     """One way to make a router.
 
     Attributes:
@@ -51,7 +51,7 @@ class GateMethod:
 
     name: str
     build: BuildRouter
-    kinds: frozenset[Kind]
+    kinds: frozenset[MethodKind]
     otherwise: str
     paper: str
     source: str

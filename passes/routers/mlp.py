@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.routers.contributions import contributions
-from upcycle.passes.routers.method import GateMethod
+from upcycle.passes.routers.method import RouterMethod
 
 EPOCHS, BATCH, RATE = 30, 512, 1e-2
 HELD_OUT = 10  # one token in so many is not trained on, and decides which epoch is kept
@@ -28,7 +28,7 @@ def mlp(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Train ``W2 tanh(W1 x / |x|)`` to say which experts add most.
 
@@ -113,7 +113,7 @@ def _step(
     optimizer.step()
 
 
-MLP = GateMethod(
+MLP = RouterMethod(
     name="mlp",
     build=mlp,
     kinds=frozenset({"split", "subsets"}),

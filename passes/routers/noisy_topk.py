@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, GateMethod, linear
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, linear
 
 
 def noisy_topk(
@@ -15,7 +15,7 @@ def noisy_topk(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Draw the rows from N(0, std^2), and start the noise at the same size everywhere.
 
@@ -42,7 +42,7 @@ def noisy_topk(
     return {**made, "noise_weight": torch.zeros_like(made["weight"])}
 
 
-NOISY_TOPK = GateMethod(
+NOISY_TOPK = RouterMethod(
     name="noisy_topk",
     build=noisy_topk,
     kinds=ALL_KINDS - {"slices"},

@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, GateMethod, linear
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, linear
 
 
 def normal(
@@ -15,7 +15,7 @@ def normal(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Draw every row from N(0, std^2), independently.
 
@@ -40,7 +40,7 @@ def normal(
     return linear(weight_ED, spec)
 
 
-NORMAL = GateMethod(
+NORMAL = RouterMethod(
     name="normal",
     build=normal,
     kinds=ALL_KINDS,

@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import GateMethod
+from upcycle.passes.routers.method import RouterMethod
 
 
 def oracle(
@@ -15,7 +15,7 @@ def oracle(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Make nothing: the runtime router reads the experts of its layer.
 
@@ -34,7 +34,7 @@ def oracle(
     return {}
 
 
-ORACLE = GateMethod(
+ORACLE = RouterMethod(
     name="oracle",
     build=oracle,
     kinds=frozenset({"split", "subsets"}),

@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, GateMethod, linear
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, linear
 
 
 def random_fixed(
@@ -15,7 +15,7 @@ def random_fixed(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Draw rows and biases from N(0, std^2) once and for all.
 
@@ -42,7 +42,7 @@ def random_fixed(
     return linear(weight_ED, spec, bias_E)
 
 
-RANDOM_FIXED = GateMethod(
+RANDOM_FIXED = RouterMethod(
     name="random_fixed",
     build=random_fixed,
     kinds=ALL_KINDS,

@@ -2,12 +2,12 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.experts.representatives import representatives
-from upcycle.passes.routers.method import GateMethod
+from upcycle.passes.routers.method import RouterMethod
 
 
 def representative(
@@ -16,7 +16,7 @@ def representative(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Copy the rows of the neuron of each expert that is active most like all of them.
 
@@ -42,7 +42,7 @@ def representative(
     return {"weight": few.up_MFD.float(), **bias}
 
 
-REPRESENTATIVE = GateMethod(
+REPRESENTATIVE = RouterMethod(
     name="representative",
     build=representative,
     kinds=frozenset({"split", "subsets"}),

@@ -2,12 +2,12 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.routers.contributions import contributions, regress
-from upcycle.passes.routers.method import GateMethod, linear
+from upcycle.passes.routers.method import RouterMethod, linear
 
 
 def ridge(
@@ -16,7 +16,7 @@ def ridge(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Regress the size of each expert's contribution on the token.
 
@@ -45,7 +45,7 @@ def ridge(
     return linear(weight_ED, spec, bias_E)
 
 
-RIDGE = GateMethod(
+RIDGE = RouterMethod(
     name="ridge",
     build=ridge,
     kinds=frozenset({"split", "subsets"}),

@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, GateMethod
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod
 
 
 def hash_ids(
@@ -15,7 +15,7 @@ def hash_ids(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Draw K distinct experts for every row of a table, as evenly as rows can be.
 
@@ -48,7 +48,7 @@ def assigned(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Give row i of the table the experts i, i + 1, ..., i + K - 1, in a circle.
 
@@ -71,7 +71,7 @@ def assigned(
     return {"expert": (row_N1 + torch.arange(spec.top_k)) % spec.num_experts}
 
 
-HASH = GateMethod(
+HASH = RouterMethod(
     name="hash",
     build=hash_ids,
     kinds=ALL_KINDS - {"slices"},
@@ -80,7 +80,7 @@ HASH = GateMethod(
     paper='Roller et al., "Hash Layers", 2021',
     source="https://arxiv.org/abs/2106.04426",
 )
-ASSIGNED = GateMethod(
+ASSIGNED = RouterMethod(
     name="assigned",
     build=assigned,
     kinds=ALL_KINDS - {"slices"},

@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, GateMethod, linear
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, linear
 
 
 def uniform(
@@ -15,7 +15,7 @@ def uniform(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Draw every number from U(-a, a), independently; ``a = sqrt(3) std``.
 
@@ -39,7 +39,7 @@ def uniform(
     return linear(3**0.5 * spec.router.std * drawn_ED, spec)
 
 
-UNIFORM = GateMethod(
+UNIFORM = RouterMethod(
     name="uniform",
     build=uniform,
     kinds=ALL_KINDS,

@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import GateMethod, linear
+from upcycle.passes.routers.method import RouterMethod, linear
 
 
 def virtual_group(
@@ -15,7 +15,7 @@ def virtual_group(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Draw one row for each copy from N(0, std^2), and give it to all G slices of the copy.
 
@@ -44,7 +44,7 @@ def virtual_group(
     return linear(weight_ED, spec)
 
 
-VIRTUAL_GROUP = GateMethod(
+VIRTUAL_GROUP = RouterMethod(
     name="virtual_group",
     build=virtual_group,
     kinds=frozenset({"slices"}),

@@ -2,11 +2,11 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, GateMethod, linear
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, linear
 
 
 def zero(
@@ -15,7 +15,7 @@ def zero(
     spec: MoESpec,
     *,
     generator: torch.Generator,
-    data: Activations | None,
+    data: FFNInputs | None,
 ) -> dict[str, torch.Tensor]:
     """Make every row zero: all experts have the same score for every token.
 
@@ -38,7 +38,7 @@ def zero(
     return linear(torch.zeros(spec.num_experts, ffn.up_MFD.shape[-1]), spec)
 
 
-ZERO = GateMethod(
+ZERO = RouterMethod(
     name="zero",
     build=zero,
     kinds=ALL_KINDS,

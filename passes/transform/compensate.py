@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
 from upcycle.passes.calibrate.visits import members, visits
@@ -27,7 +27,7 @@ BLOCK, EVERY = 512, 6  # of each six blocks of tokens the last one is held out t
 FREE = 0.1  # the linear map and the offset are penalised less than the neurons, by this factor
 
 
-def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activations) -> MoEWeights:
+def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: FFNInputs) -> MoEWeights:
     """Fit what ``spec.compensate`` asks for; approximate.
 
     - ``refit``: D, towards the dense one. A neuron keeps one column however many experts hold it.
@@ -105,7 +105,7 @@ class _Tokens:
 class _Stream:
     """The calibration tokens as the fits read them, computed again on each pass."""
 
-    def __init__(self, made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: Activations) -> None:
+    def __init__(self, made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: FFNInputs) -> None:
         self.ffn = replace(ffn, down_bias_O=None)
         d_ff = ffn.down_OF.shape[1]
         self._member_EF = members(made.experts.neuron_EI, d_ff)

@@ -7,15 +7,15 @@ O d_out.
 import torch
 
 from upcycle.errors import UnsupportedError
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
 from upcycle.passes.experts import EXPERTS
-from upcycle.passes.routers import GATES
+from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.passes.transform.compensate import compensate
 
 
-def transform(ffn: FFNWeights, spec: MoESpec, data: Activations | None = None) -> MoEWeights:
+def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> MoEWeights:
     """Build experts and router for one dense FFN: a pure function of its arguments.
 
     What it promises is ``spec.promise``.
@@ -31,7 +31,7 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: Activations | None = None) -
         Memory: the experts, and what their method says.
     """
     make_experts = EXPERTS[spec.experts.method].build
-    make_router = GATES[spec.router.method].build
+    make_router = ROUTER_METHODS[spec.router.method].build
     parts = make_experts(ffn, spec, generator=spec.generator("experts"), data=data)
     router = dict(make_router(ffn, parts, spec, generator=spec.generator("router"), data=data))
     config = spec.router_config()

@@ -65,7 +65,7 @@ def _decoder_layers(config: PreTrainedConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Source:
+class DenseArchitecture:
     """One dense architecture, and how the MoE architecture computes all but its FFNs.
 
     Attributes:
@@ -104,7 +104,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Form:
+class RouterRule:
     """A rule for the weights of the chosen experts that the router can follow.
 
     Attributes:
@@ -140,7 +140,7 @@ class Stacks:
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedTensors:
     """Experts in two tensors, [E, 2I, D] and [E, D, I], under names with ``{layer}``.
 
     Attributes:
@@ -219,8 +219,8 @@ class NativeTarget:
 
     model_type: str
     architecture: str
-    sources: Mapping[str, Source]
-    forms: tuple[Form, ...] = ()
+    sources: Mapping[str, DenseArchitecture]
+    forms: tuple[RouterRule, ...] = ()
     num_experts: str = "num_experts"
     top_k: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
@@ -231,7 +231,7 @@ class NativeTarget:
     router_dtype: torch.dtype | None = None
     selection_bias: str | None = None
     selection_bias_shape: Literal["E", "1E"] = "E"
-    experts: Stacks | Fused = Stacks("{layer}.mlp.experts.{expert}.{matrix}.weight")
+    experts: Stacks | FusedTensors = Stacks("{layer}.mlp.experts.{expert}.{matrix}.weight")
     shared: Shared | None = None
     fewest: int = 1
     most_chosen: int | None = None

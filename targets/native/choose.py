@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from upcycle.ir.spec import Plan
-from upcycle.targets.native.architecture import NativeTarget, Source
-from upcycle.targets.native.fold_router import NEEDS, Fold, fold
+from upcycle.targets.native.architecture import DenseArchitecture, NativeTarget
+from upcycle.targets.native.fold_router import CONDITIONS, Fold, fold
 from upcycle.targets.native.layers import plan_reason, sparse_layers
 
 __all__ = ["NativeTarget", "build_config", "choose", "fit"]
@@ -70,7 +70,7 @@ def variants(
             )
         else:
             reasons.append(
-                f"{NEEDS[made[0].needs]}; ask for it with --architecture {target.model_type}"
+                f"{CONDITIONS[made[0].needs]}; ask for it with --architecture {target.model_type}"
             )
     found.sort(key=lambda pair: (pair[0].tempered, bool(pair[0].needs)))
     targets = [narrowed for _, narrowed in found]
@@ -207,7 +207,7 @@ def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None
     return reason or _unknown_field(source, config)
 
 
-def _unknown_field(source: Source, config: PreTrainedConfig) -> str | None:
+def _unknown_field(source: DenseArchitecture, config: PreTrainedConfig) -> str | None:
     """A field that a later transformers may have added, set to something: better refused."""
     known: Sequence[str] = (
         *source.common,
@@ -227,7 +227,7 @@ def _unknown_field(source: Source, config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _rope_reason(source: Source, config: PreTrainedConfig) -> str | None:
+def _rope_reason(source: DenseArchitecture, config: PreTrainedConfig) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if any(isinstance(value, dict) for value in rope.values()):
         return "its layers rotate positions in different ways (rope_parameters by layer type)"

@@ -9,7 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from upcycle.targets.native.architecture import COMMON_FIELDS, Form, NativeTarget, Shared, Source
+from upcycle.targets.native.architecture import (
+    COMMON_FIELDS,
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    Shared,
+)
 from upcycle.targets.native.attention import head_dim
 
 
@@ -27,7 +33,7 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-COHERE2 = Source(
+COHERE2 = DenseArchitecture(
     "Cohere2ForCausalLM",
     common=tuple(name for name in COMMON_FIELDS if name != "rms_norm_eps"),
     carried=("attention_bias", "layer_norm_eps", "layer_types", "logit_scale", "sliding_window"),
@@ -39,7 +45,7 @@ COHERE2_MOE = NativeTarget(
     architecture="Cohere2MoeForCausalLM",
     sources={"cohere2": COHERE2},
     forms=(
-        Form(
+        RouterRule(
             "softmax",
             renormalise=True,
             config={"expert_selection_fn": "softmax"},

@@ -9,7 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from upcycle.targets.native.architecture import Form, NativeTarget, Source, Stacks, all_sparse
+from upcycle.targets.native.architecture import (
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    Stacks,
+    all_sparse,
+)
 
 
 def _layers(config: PreTrainedConfig) -> list[str]:
@@ -33,7 +39,7 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-T5 = Source(
+T5 = DenseArchitecture(
     "T5ForConditionalGeneration",
     absent=("is_decoder",),
     fits=_fits,
@@ -58,7 +64,7 @@ SWITCH_TRANSFORMERS = NativeTarget(
     model_type="switch_transformers",
     architecture="SwitchTransformersForConditionalGeneration",
     sources={"t5": T5},
-    forms=(Form("softmax", renormalise=False, hot=True),),
+    forms=(RouterRule("softmax", renormalise=False, hot=True),),
     width="d_ff",
     dense=all_sparse,
     constants={
@@ -77,6 +83,6 @@ SWITCH_TRANSFORMERS = NativeTarget(
 NLLB_MOE = NativeTarget(
     model_type="nllb_moe",
     architecture="NllbMoeForConditionalGeneration",
-    sources={"m2m_100": Source("M2M100ForConditionalGeneration")},
+    sources={"m2m_100": DenseArchitecture("M2M100ForConditionalGeneration")},
     refused="transformers 5.23 runs only its first two experts, whichever the router chooses",
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from upcycle.targets.native.architecture import Form, NativeTarget, Shared, Source
+from upcycle.targets.native.architecture import DenseArchitecture, NativeTarget, RouterRule, Shared
 from upcycle.targets.native.attention import interleaved_rope
 
 
@@ -23,8 +23,10 @@ def _dense(sparse: Sequence[bool]) -> dict[str, Any] | str:
     return {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": 1}
 
 
-ERNIE4_5 = Source("Ernie4_5ForCausalLM", absent=("use_bias",), carried=("intermediate_size",))
-LLAMA = Source(
+ERNIE4_5 = DenseArchitecture(
+    "Ernie4_5ForCausalLM", absent=("use_bias",), carried=("intermediate_size",)
+)
+LLAMA = DenseArchitecture(
     "LlamaForCausalLM",
     absent=("attention_bias", "mlp_bias", "attention_dropout"),
     carried=("intermediate_size",),
@@ -36,7 +38,7 @@ ERNIE4_5_MOE = NativeTarget(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
     sources={"ernie4_5": ERNIE4_5, "llama": LLAMA},
-    forms=(Form("softmax", renormalise=True),),
+    forms=(RouterRule("softmax", renormalise=True),),
     num_experts="moe_num_experts",
     top_k="moe_k",
     dense=_dense,

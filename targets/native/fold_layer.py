@@ -12,7 +12,7 @@ import torch
 from upcycle.errors import UnsupportedError
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, MoEWeights
-from upcycle.targets.native.architecture import Fused, NativeTarget
+from upcycle.targets.native.architecture import FusedTensors, NativeTarget
 from upcycle.targets.native.fold_router import Fold, temper
 
 GATE_NOISE = 1e-8  # llama.cpp computes the gate as silu(x) / x, and a gate of zero is NaN
@@ -144,7 +144,7 @@ def gate_noise(shape: tuple[int, ...], dtype: torch.dtype, draw: torch.Generator
     return (noise.abs().clamp(min=least).copysign(noise)).to(dtype)
 
 
-def fuse(layout: Fused, weights: ExpertWeights) -> Mapping[str, torch.Tensor]:
+def fuse(layout: FusedTensors, weights: ExpertWeights) -> Mapping[str, torch.Tensor]:
     """The tensors of the experts under their names, with ``{layer}``."""
     up, down = weights.up_EGD, weights.down_EOI
     if layout.interleaved:
@@ -161,7 +161,9 @@ def fuse(layout: Fused, weights: ExpertWeights) -> Mapping[str, torch.Tensor]:
     return made
 
 
-def unfuse(layout: Fused, read: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def unfuse(
+    layout: FusedTensors, read: Callable[[str], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The fused expansions [E, 2I, D] and the contractions [E, D, I] out of `fuse`'s tensors."""
     up, down = read(layout.up), read(layout.down)
     if layout.transposed:

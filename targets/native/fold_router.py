@@ -9,7 +9,8 @@ recipe, ``p * fold.down`` are the weights of the recipe:
 - p renormalised, recipe ``one``, 1 < k < E: a router times a small power of two (`temper`) chooses
   the same experts and makes p almost 1/k. Not exact: `tempered`, and only on request.
 - p not renormalised: the same with E instead of k; for a sigmoid of zeros, a half, with 2.
-- p the softmax, recipe ``one`` or ``renormalised``, k = 1, logits in float32 (`Form.hot`): a router
+- p the softmax, recipe ``one`` or ``renormalised``, k = 1, logits in float32 (`RouterRule.hot`): a
+router
   times 2**60 makes p one, unless two experts tie to the last bit; only on request.
 - recipe ``renorm_detach``: as ``renormalised``; ``gain``: as ``one`` while all gains are zero. Both
   train otherwise, so only on request.
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 from upcycle.ir.spec import MoESpec
-from upcycle.targets.native.architecture import Form, NativeTarget
+from upcycle.targets.native.architecture import NativeTarget, RouterRule
 
 # What is left of the distance of two experts' router rows. The inputs of an FFN have about the size
 # one, so logits are then some 2**-10 apart, and weights as much; a softmax before the choice can
@@ -35,9 +36,9 @@ MOST_WEIGHT_ERROR = 0.02
 MOST_ELSEWHERE = 0.01  # share of the tokens whose experts differ because logits were too near
 
 
-Need = Literal["", "copies", "zeros", "distances", "gains", "forward"]
+Condition = Literal["", "copies", "zeros", "distances", "gains", "forward"]
 # What a fold may need -> why it is made only on request.
-NEEDS: dict[Need, str] = {
+CONDITIONS: dict[Condition, str] = {
     "copies": "it holds experts only while they are equal",
     "zeros": "it holds experts only while they are zero",
     "distances": "its router gives the best expert the weight one only while no two scores tie",
@@ -45,7 +46,7 @@ NEEDS: dict[Need, str] = {
     "forward": "it computes the same, but its router has another gradient",
 }
 # Rules that compute what another one does until, or unless, they are trained.
-SAME_FORWARD: dict[str, tuple[str, Need]] = {
+SAME_FORWARD: dict[str, tuple[str, Condition]] = {
     "renorm_detach": ("renormalised", "forward"),
     "gain": ("one", "gains"),
 }
@@ -59,7 +60,7 @@ class Fold:
         down: factor on the down projections of the routed experts.
         router: factor on the router, zero or a power of two; besides that of `temper`.
         config: fields of the config.
-        needs: a key of `NEEDS`, if it is right only under a condition.
+        needs: a key of `CONDITIONS`, if it is right only under a condition.
         tempered: the weights are those of the recipe within `MOST_WEIGHT_ERROR`.
         bias: factor from the bias of a tempered router to the selection bias; 0 if it is not
             written so.
@@ -68,7 +69,7 @@ class Fold:
     down: float = 1.0
     router: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
-    needs: Need = ""
+    needs: Condition = ""
     tempered: bool = False
     bias: float = 0.0
 
@@ -89,7 +90,7 @@ def temper(weight_ED: torch.Tensor) -> float:
     return 2.0 ** math.floor(math.log2(TEMPERED_DISTANCE / distance))
 
 
-def fold(target: NativeTarget, form: Form, spec: MoESpec) -> Fold | str:
+def fold(target: NativeTarget, form: RouterRule, spec: MoESpec) -> Fold | str:
     """The folding rule for a layer, or why there is none; see the module."""
     rule, needs = SAME_FORWARD.get(spec.router.weights, (spec.router.weights, ""))
     made = _weights(form, spec, rule) or _special(form, spec, rule)
@@ -107,7 +108,7 @@ def fold(target: NativeTarget, form: Form, spec: MoESpec) -> Fold | str:
     return replace(made, config=config)
 
 
-def _weights(form: Form, spec: MoESpec, rule: str) -> Fold | None:
+def _weights(form: RouterRule, spec: MoESpec, rule: str) -> Fold | None:
     """The rules that hold for any experts."""
     k, scale = spec.top_k, spec.scale
     every = k == spec.num_experts
@@ -133,7 +134,7 @@ def _weights(form: Form, spec: MoESpec, rule: str) -> Fold | None:
     return None
 
 
-def _special(form: Form, spec: MoESpec, rule: str) -> Fold | None:
+def _special(form: RouterRule, spec: MoESpec, rule: str) -> Fold | None:
     """The rules that hold for copies, and for experts of zeros."""
     if form.score == "sigmoid" and not form.renormalise:
         return None  # the other form of such a router holds them
@@ -148,7 +149,9 @@ def _special(form: Form, spec: MoESpec, rule: str) -> Fold | None:
     return Fold(spec.scale * spec.num_experts / spec.top_k, 0.0, needs="copies")
 
 
-def _selection_reason(target: NativeTarget, form: Form, spec: MoESpec, made: Fold) -> str | None:
+def _selection_reason(
+    target: NativeTarget, form: RouterRule, spec: MoESpec, made: Fold
+) -> str | None:
     """Why the experts would be chosen otherwise than the recipe says, or None."""
     router = spec.router_config()
     if router["kind"] != "linear":
@@ -188,7 +191,7 @@ def _not_linear(spec: MoESpec) -> str:
     return f"its router is linear, and that of the recipe is not ({spec.router.method})"
 
 
-def _name(form: Form) -> str:
+def _name(form: RouterRule) -> str:
     if form.score == "sigmoid":
         return "one"
     return "renormalised" if form.renormalise else "softmax"

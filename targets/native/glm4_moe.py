@@ -14,10 +14,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from upcycle.targets.native.architecture import (
-    Form,
+    DenseArchitecture,
     NativeTarget,
+    RouterRule,
     Shared,
-    Source,
     all_sparse,
     dense_prefix,
 )
@@ -37,28 +37,28 @@ def _attention(*, bias: bool = False, norm: bool = False) -> Any:
 
 WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 
-LLAMA = Source(
+LLAMA = DenseArchitecture(
     "LlamaForCausalLM",
     absent=("attention_bias", "mlp_bias"),
     carried=("intermediate_size",),
     ignored=("pretraining_tp",),
     fields=_attention(),
 )
-QWEN2 = Source(
+QWEN2 = DenseArchitecture(
     "Qwen2ForCausalLM",
     fits=no_windows,
     carried=("intermediate_size",),
     checked=WINDOWS,
     fields=_attention(bias=True),
 )
-SEED_OSS = Source(
+SEED_OSS = DenseArchitecture(
     "SeedOssForCausalLM",
     absent=("attention_out_bias", "mlp_bias"),
     carried=("intermediate_size", "attention_bias"),
     ignored=("pretraining_tp", "residual_dropout"),
     fields=lambda config: {"use_qk_norm": False},
 )
-QWEN3 = Source(
+QWEN3 = DenseArchitecture(
     "Qwen3ForCausalLM",
     absent=("attention_bias",),
     fits=no_windows,
@@ -76,13 +76,13 @@ QWEN3_WINDOWS = replace(
 )
 
 FORMS = (  # the first where all experts are visited: each weight is 2 * 0.5, without a division
-    Form(
+    RouterRule(
         "sigmoid",
         renormalise=False,
         config={"norm_topk_prob": False},
         factor="routed_scaling_factor",
     ),
-    Form(
+    RouterRule(
         "sigmoid",
         renormalise=True,
         config={"norm_topk_prob": True},

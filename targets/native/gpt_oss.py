@@ -10,7 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from upcycle.targets.native.architecture import Form, Fused, NativeTarget, Source, all_sparse
+from upcycle.targets.native.architecture import (
+    DenseArchitecture,
+    FusedTensors,
+    NativeTarget,
+    RouterRule,
+    all_sparse,
+)
 from upcycle.targets.native.attention import head_dim, no_sinks
 
 
@@ -22,7 +28,7 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-LLAMA = Source(
+LLAMA = DenseArchitecture(
     "LlamaForCausalLM",
     absent=("mlp_bias",),
     carried=("attention_bias",),
@@ -35,7 +41,7 @@ GPT_OSS = NativeTarget(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     sources={"llama": LLAMA},
-    forms=(Form("softmax", renormalise=True, by_logits=True),),
+    forms=(RouterRule("softmax", renormalise=True, by_logits=True),),
     num_experts="num_local_experts",
     width="intermediate_size",
     dense=all_sparse,
@@ -46,7 +52,7 @@ GPT_OSS = NativeTarget(
     },
     router="{layer}.mlp.router.weight",
     router_bias="{layer}.mlp.router.bias",
-    experts=Fused(
+    experts=FusedTensors(
         "{layer}.mlp.experts.gate_up_proj",
         "{layer}.mlp.experts.down_proj",
         transposed=True,

@@ -11,11 +11,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from upcycle.targets.native.architecture import (
-    Form,
-    Fused,
+    DenseArchitecture,
+    FusedTensors,
     NativeTarget,
+    RouterRule,
     Shared,
-    Source,
     all_sparse,
 )
 from upcycle.targets.native.attention import head_dim, one_more
@@ -35,15 +35,15 @@ def _factors(config: PreTrainedConfig, embedding: float = 1.0) -> dict[str, Any]
     }
 
 
-GRANITE = Source("GraniteForCausalLM", absent=("mlp_bias",), carried=FACTORS)
-LLAMA = Source(
+GRANITE = DenseArchitecture("GraniteForCausalLM", absent=("mlp_bias",), carried=FACTORS)
+LLAMA = DenseArchitecture(
     "LlamaForCausalLM",
     absent=("mlp_bias",),
     carried=("attention_bias",),
     ignored=("pretraining_tp",),
     fields=_factors,
 )
-GEMMA = Source(  # only transformers reads the activation of experts
+GEMMA = DenseArchitecture(  # only transformers reads the activation of experts
     "GemmaForCausalLM",
     absent=("use_bidirectional_attention",),
     carried=("attention_bias",),
@@ -51,7 +51,7 @@ GEMMA = Source(  # only transformers reads the activation of experts
     tensors=one_more,
     activation="gelu_pytorch_tanh",
 )
-GRANITE_SWA = Source(
+GRANITE_SWA = DenseArchitecture(
     "GraniteSWAForCausalLM",
     absent=("mlp_bias",),
     carried=(*FACTORS, "layer_rope_theta", "layer_types", "sliding_window"),
@@ -65,13 +65,13 @@ GRANITEMOE = NativeTarget(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
     sources={"granite": GRANITE, "llama": LLAMA, "gemma": GEMMA},
-    forms=(Form("softmax", renormalise=True, by_logits=True),),
+    forms=(RouterRule("softmax", renormalise=True, by_logits=True),),
     num_experts="num_local_experts",
     width="intermediate_size",
     dense=all_sparse,
     constants={"output_router_logits": False},
     router="{layer}.block_sparse_moe.router.layer.weight",
-    experts=Fused(
+    experts=FusedTensors(
         "{layer}.block_sparse_moe.input_linear.weight",
         "{layer}.block_sparse_moe.output_linear.weight",
     ),
@@ -88,7 +88,7 @@ GRANITEMOE_SWA = replace(
     architecture="GraniteMoeSWAForCausalLM",
     sources={"granite_swa": GRANITE_SWA},
     router="{layer}.block_sparse_moe.router.weight",
-    experts=Fused(
+    experts=FusedTensors(
         "{layer}.block_sparse_moe.experts.gate_up_proj",
         "{layer}.block_sparse_moe.experts.down_proj",
     ),

@@ -5,9 +5,15 @@ an expert. Norms of queries and keys come after RoPE, as in the dense model and 
 architecture. Read in transformers 5.23 (``models/hunyuan_v1_moe``).
 """
 
-from upcycle.targets.native.architecture import Form, NativeTarget, Shared, Source, all_sparse
+from upcycle.targets.native.architecture import (
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    Shared,
+    all_sparse,
+)
 
-HUNYUAN = Source(
+HUNYUAN = DenseArchitecture(
     "HunYuanDenseV1ForCausalLM",
     carried=("attention_bias", "eod_token_id"),
     ignored=("pretraining_tp",),
@@ -17,7 +23,7 @@ HUNYUAN_V1_MOE = NativeTarget(
     model_type="hunyuan_v1_moe",
     architecture="HunYuanMoEV1ForCausalLM",
     sources={"hunyuan_v1_dense": HUNYUAN},
-    forms=(Form("softmax", renormalise=True),),
+    forms=(RouterRule("softmax", renormalise=True),),
     top_k="moe_topk",
     width="intermediate_size",
     dense=all_sparse,

@@ -8,10 +8,10 @@ from transformers.activations import ACT2FN
 from upcycle.ir.ffn import FFN
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.pointwise import Pointwise
-from upcycle.targets.native.architecture import NativeTarget, Source
+from upcycle.targets.native.architecture import DenseArchitecture, NativeTarget
 
 
-def layer_of(ffn: FFN, source: Source) -> str | None:
+def layer_of(ffn: FFN, source: DenseArchitecture) -> str | None:
     """The layer whose FFN this is, from the names of its weights, or None."""
     pattern = re.compile(rf"(.+)\.{re.escape(source.mlp)}\.(\w+)\.weight")
     matches = [pattern.fullmatch(p.weight) for p in (*ffn.expansions, ffn.contraction)]
@@ -40,7 +40,7 @@ def computes(pointwise: Pointwise, activation: str, *, gated: bool) -> bool:
 
 
 def plan_reason(
-    target: NativeTarget, source: Source, layers: list[str], plan: Plan, *, itemsize: int
+    target: NativeTarget, source: DenseArchitecture, layers: list[str], plan: Plan, *, itemsize: int
 ) -> str | None:
     """Why a plan does not fit, apart from its router, or None.
 
@@ -79,13 +79,13 @@ def plan_reason(
     return dense if isinstance(dense, str) else None
 
 
-def sparse_layers(source: Source, layers: list[str], plan: Plan) -> list[bool]:
+def sparse_layers(source: DenseArchitecture, layers: list[str], plan: Plan) -> list[bool]:
     """For each layer of the dense model, whether the plan converts its FFN."""
     sparse = {layer_of(spec.ffn, source) for spec in plan.specs}
     return [layer in sparse for layer in layers]
 
 
-def _ffn_reason(ffn: FFN, source: Source) -> str | None:
+def _ffn_reason(ffn: FFN, source: DenseArchitecture) -> str | None:
     biases = [p.bias for p in (*ffn.expansions, ffn.contraction) if p.bias]
     if biases:
         return f"its experts have no biases, and the FFN has {biases[0]}"

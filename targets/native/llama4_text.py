@@ -12,11 +12,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from upcycle.targets.native.architecture import (
-    Form,
-    Fused,
+    DenseArchitecture,
+    FusedTensors,
     NativeTarget,
+    RouterRule,
     Shared,
-    Source,
     TensorRule,
 )
 from upcycle.targets.native.attention import head_dim, interleaved_rope, no_windows, renamed
@@ -40,7 +40,7 @@ def _sparse(sparse: Sequence[bool]) -> dict[str, Any] | str:
     return {"moe_layers": [i for i, is_sparse in enumerate(sparse) if is_sparse]}
 
 
-SMOLLM3 = Source(
+SMOLLM3 = DenseArchitecture(
     "SmolLM3ForCausalLM",
     absent=("mlp_bias",),
     fits=no_windows,
@@ -54,7 +54,7 @@ LLAMA4_TEXT = NativeTarget(
     model_type="llama4_text",
     architecture="Llama4ForCausalLM",
     sources={"smollm3": SMOLLM3},
-    forms=(Form("input", renormalise=False),),
+    forms=(RouterRule("input", renormalise=False),),
     num_experts="num_local_experts",
     width="intermediate_size",
     dense=_sparse,
@@ -65,7 +65,7 @@ LLAMA4_TEXT = NativeTarget(
     },
     grouped=False,
     router="{layer}.feed_forward.router.weight",
-    experts=Fused(
+    experts=FusedTensors(
         "{layer}.feed_forward.experts.gate_up_proj",
         "{layer}.feed_forward.experts.down_proj",
         transposed=True,

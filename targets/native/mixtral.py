@@ -4,14 +4,20 @@ Router: softmax, top-k, weights divided by their sum. Attention: no biases, one 
 all layers or none. Read in transformers 5.23 (``models/mixtral``).
 """
 
-from upcycle.targets.native.architecture import Form, NativeTarget, Source, Stacks, all_sparse
+from upcycle.targets.native.architecture import (
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    Stacks,
+    all_sparse,
+)
 from upcycle.targets.native.attention import split_qkv
 
-LLAMA = Source(
+LLAMA = DenseArchitecture(
     "LlamaForCausalLM", absent=("attention_bias", "mlp_bias"), ignored=("pretraining_tp",)
 )
-MISTRAL = Source("MistralForCausalLM", carried=("sliding_window",))
-PHI3 = Source(
+MISTRAL = DenseArchitecture("MistralForCausalLM", carried=("sliding_window",))
+PHI3 = DenseArchitecture(
     "Phi3ForCausalLM",
     absent=("resid_pdrop", "embd_pdrop"),
     carried=("sliding_window", "original_max_position_embeddings"),
@@ -23,7 +29,7 @@ MIXTRAL = NativeTarget(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     sources={"llama": LLAMA, "mistral": MISTRAL, "phi3": PHI3},
-    forms=(Form("softmax", renormalise=True),),
+    forms=(RouterRule("softmax", renormalise=True),),
     num_experts="num_local_experts",
     width="intermediate_size",
     dense=all_sparse,

@@ -5,17 +5,22 @@ queries and keys over their full width. FlexOlmo has its norms after attention a
 OLMoE has them before. Read in transformers 5.23 (``models/flex_olmo``, ``models/olmoe``).
 """
 
-from upcycle.targets.native.architecture import Form, NativeTarget, Source, all_sparse
+from upcycle.targets.native.architecture import (
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    all_sparse,
+)
 
-OLMO2 = Source("Olmo2ForCausalLM", carried=("attention_bias",))
+OLMO2 = DenseArchitecture("Olmo2ForCausalLM", carried=("attention_bias",))
 
 FLEX_OLMO = NativeTarget(
     model_type="flex_olmo",
     architecture="FlexOlmoForCausalLM",
     sources={"olmo2": OLMO2},
     forms=(
-        Form("softmax", renormalise=True, config={"norm_topk_prob": True}),
-        Form("softmax", renormalise=False, config={"norm_topk_prob": False}),
+        RouterRule("softmax", renormalise=True, config={"norm_topk_prob": True}),
+        RouterRule("softmax", renormalise=False, config={"norm_topk_prob": False}),
     ),
     width="intermediate_size",
     dense=all_sparse,

@@ -11,7 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from upcycle.targets.native.architecture import Form, NativeTarget, Shared, Source, dense_list
+from upcycle.targets.native.architecture import (
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    Shared,
+    dense_list,
+)
 from upcycle.targets.native.attention import zero_biases
 
 INERT = 32  # neurons of a shared expert that adds nothing: a multiple that quantised types want
@@ -30,13 +36,13 @@ def _no_windows(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-QWEN2 = Source(
+QWEN2 = DenseArchitecture(
     "Qwen2ForCausalLM",
     carried=("intermediate_size", "layer_types", "max_window_layers"),
     checked=("sliding_window", "use_sliding_window"),
     fields=_windows,
 )
-SEED_OSS = Source(
+SEED_OSS = DenseArchitecture(
     "SeedOssForCausalLM",
     absent=("attention_out_bias", "mlp_bias"),
     fits=lambda config: None if config.attention_bias else "attention_bias is false",
@@ -45,7 +51,7 @@ SEED_OSS = Source(
     ignored=("pretraining_tp", "residual_dropout"),
     fields=_no_windows,
 )
-LLAMA = Source(
+LLAMA = DenseArchitecture(
     "LlamaForCausalLM",
     absent=("attention_bias", "mlp_bias"),
     carried=("intermediate_size",),
@@ -59,8 +65,8 @@ QWEN2_MOE = NativeTarget(
     architecture="Qwen2MoeForCausalLM",
     sources={"qwen2": QWEN2, "seed_oss": SEED_OSS, "llama": LLAMA},
     forms=(
-        Form("softmax", renormalise=True, config={"norm_topk_prob": True}),
-        Form("softmax", renormalise=False, config={"norm_topk_prob": False}),
+        RouterRule("softmax", renormalise=True, config={"norm_topk_prob": True}),
+        RouterRule("softmax", renormalise=False, config={"norm_topk_prob": False}),
     ),
     dense=dense_list("mlp_only_layers"),
     constants={"decoder_sparse_step": 1, "output_router_logits": False, "qkv_bias": True},

@@ -4,10 +4,16 @@ Router: softmax, top-k, weights divided by their sum. A shared expert, times the
 Every layer is sparse. Read in transformers 5.23 (``models/qwen3_5_moe``).
 """
 
-from upcycle.targets.native.architecture import Form, NativeTarget, Shared, Source, all_sparse
+from upcycle.targets.native.architecture import (
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    Shared,
+    all_sparse,
+)
 from upcycle.targets.native.qwen2_moe import INERT
 
-QWEN3_5 = Source(
+QWEN3_5 = DenseArchitecture(
     "Qwen3_5ForCausalLM",
     carried=(
         "attention_bias",
@@ -25,7 +31,7 @@ QWEN3_5_MOE = NativeTarget(
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
     sources={"qwen3_5_text": QWEN3_5},
-    forms=(Form("softmax", renormalise=True),),
+    forms=(RouterRule("softmax", renormalise=True),),
     dense=all_sparse,
     constants={"output_router_logits": False},
     shared=Shared(

@@ -9,7 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from upcycle.targets.native.architecture import Form, NativeTarget, Source, dense_list
+from upcycle.targets.native.architecture import (
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    dense_list,
+)
 from upcycle.targets.native.attention import one_window
 
 
@@ -19,7 +24,7 @@ def _window(config: PreTrainedConfig) -> dict[str, Any]:
     return {"use_sliding_window": sliding, "sliding_window": window}
 
 
-QWEN3 = Source(
+QWEN3 = DenseArchitecture(
     "Qwen3ForCausalLM",
     fits=one_window,
     carried=("attention_bias", "intermediate_size"),
@@ -32,8 +37,8 @@ QWEN3_MOE = NativeTarget(
     architecture="Qwen3MoeForCausalLM",
     sources={"qwen3": QWEN3},
     forms=(
-        Form("softmax", renormalise=True, config={"norm_topk_prob": True}),
-        Form("softmax", renormalise=False, config={"norm_topk_prob": False}),
+        RouterRule("softmax", renormalise=True, config={"norm_topk_prob": True}),
+        RouterRule("softmax", renormalise=False, config={"norm_topk_prob": False}),
     ),
     dense=dense_list("mlp_only_layers"),
     constants={"decoder_sparse_step": 1, "output_router_logits": False},

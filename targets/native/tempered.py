@@ -13,7 +13,7 @@ from torch import nn
 
 from upcycle.ir.spec import MoESpec
 from upcycle.layers.moe import MoE
-from upcycle.targets.native.architecture import Form, NativeTarget
+from upcycle.targets.native.architecture import NativeTarget, RouterRule
 from upcycle.targets.native.fold_router import Fold, fold, temper
 
 
@@ -81,7 +81,7 @@ def is_tempered(target: NativeTarget | None, specs: Sequence[MoESpec]) -> bool:
     return isinstance(made, Fold) and made.tempered
 
 
-def _hook(seen: Tempering, form: Form, made: Fold, spec: MoESpec, *, every: bool) -> Any:
+def _hook(seen: Tempering, form: RouterRule, made: Fold, spec: MoESpec, *, every: bool) -> Any:
     factor = made.down * (made.config[form.factor] if form.factor else 1.0)
 
     def as_written(router: Any, args: Any, output: tuple[torch.Tensor, ...]) -> Any:

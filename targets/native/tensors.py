@@ -14,7 +14,7 @@ from upcycle.errors import UsageError
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import ExpertWeights, MoEWeights
 from upcycle.targets.files.tensor_file import TensorEntry
-from upcycle.targets.native.architecture import Fused, NativeTarget, TensorRule
+from upcycle.targets.native.architecture import FusedTensors, NativeTarget, TensorRule
 from upcycle.targets.native.fold_layer import folded, fuse, gate_noise, unfolded, unfuse
 from upcycle.targets.native.fold_router import Fold, fold
 from upcycle.targets.native.layers import layer_of
@@ -150,12 +150,12 @@ def _moe_entries(
             return experts.down_EOI[expert].to(dtype)
         return experts.up_EGD[expert, role * width : (role + 1) * width].to(dtype)
 
-    def fused(layout: Fused, name: str) -> torch.Tensor:
+    def fused(layout: FusedTensors, name: str) -> torch.Tensor:
         return fuse(layout, weights(spec).experts)[name].to(dtype).contiguous()
 
     arity = len(spec.ffn.expansions)
     layout = target.experts
-    if isinstance(layout, Fused):
+    if isinstance(layout, FusedTensors):
         with torch.device("meta"):
             empty = ExpertWeights(
                 torch.empty(count, arity * width, d_model),
@@ -216,7 +216,7 @@ def _shared_entries(
 def _stacks(target: NativeTarget, layer: str) -> list[str]:
     """Names of gate, up and down of all experts as stacks [E, ...]."""
     layout = target.experts
-    assert not isinstance(layout, Fused)
+    assert not isinstance(layout, FusedTensors)
     return [
         layout.name.format(layer=layer, expert="{expert}", matrix=word)
         .replace("{expert}.", "")
@@ -241,7 +241,7 @@ def read_native(
     def held(name: str) -> torch.Tensor:
         return read(name.format(layer=layer))
 
-    if isinstance(target.experts, Fused):
+    if isinstance(target.experts, FusedTensors):
         up_EGD, down_EDI = unfuse(target.experts, held)
     else:
         *ups, down_EDI = (read(name) for name in _stacks(target, layer))

@@ -24,7 +24,7 @@ from upcycle.errors import UpcycleError, VerificationError
 DIFFERENT = VerificationError.exit_code
 
 
-class Program(click.Group):
+class CommandGroup(click.Group):
     """The group of commands."""
 
     def main(

@@ -16,14 +16,14 @@ from upcycle.cli.commands import (
     samples,
     verify,
 )
-from upcycle.cli.group import Program
+from upcycle.cli.group import CommandGroup
 from upcycle.version import __version__
 
 # Python ends with a collection, which takes a second if transformers is there, and saves nothing.
 atexit.register(gc.freeze)
 
 
-@click.group("upcycle", cls=Program)
+@click.group("upcycle", cls=CommandGroup)
 @click.version_option(__version__, message="upcycle %(version)s")
 @options.log
 def main() -> None:

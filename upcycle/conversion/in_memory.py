@@ -22,7 +22,7 @@ from upcycle.data.calibration import (
 )
 from upcycle.data.evaluation import Evaluation, evaluation_for
 from upcycle.ir.ffn import Located
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, MoEWeights, Provenance, read_ffn
 from upcycle.layers.moe import MoE
@@ -269,7 +269,7 @@ def convert_layers(
     provenance: dict[str, Provenance] = {}
     rows: list[dict[str, Any]] = []
 
-    def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, seen: Activations) -> None:
+    def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, seen: FFNInputs) -> None:
         device, ffn, seen = ffn.down_OF.device, ffn.cpu(), seen.cpu()  # as the generators are
         if important:
             seen = replace(seen, importance_NF=important[spec.ffn.path])

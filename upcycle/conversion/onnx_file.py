@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from upcycle.conversion.onnx_rewrite import FILE, write_converted
-from upcycle.data.calibration_files import Given
+from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.onnx_calibration import onnx_calibration, verification_feeds
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.spec import Plan, router_kind
@@ -51,7 +51,7 @@ def convert_onnx(
     recipe_name: str,
     out: Path,
     targets: Sequence[str],
-    calibration: Given | None = None,
+    calibration: CalibrationInput | None = None,
     max_shard_size: int,
     overwrite: bool,
     verify: bool,

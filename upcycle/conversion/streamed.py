@@ -20,7 +20,7 @@ from torch import nn
 from upcycle.conversion.streamed_calibration import Spool, as_stored, calibrate_mapped
 from upcycle.conversion.workers import HERE, Workers, layer_maker, local_jobs, single_threads
 from upcycle.data.calibration import calibration_data
-from upcycle.data.calibration_files import Given
+from upcycle.data.calibration_files import CalibrationInput
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.layer_weights import layer_around
 from upcycle.ir.partial_projection import read_kept
@@ -82,7 +82,7 @@ def convert_streamed(
     skeleton: nn.Module,
     out: Path,
     *,
-    calibration: Given | None = None,
+    calibration: CalibrationInput | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     resume: bool = False,

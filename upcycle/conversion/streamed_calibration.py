@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from upcycle.data.calibration import CalibrationData
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.layer_weights import empty_layer, layer_tensors, weights_of
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, MoEWeights, Provenance, read_ffn
@@ -71,7 +71,7 @@ def calibrate_mapped(
     rows: list[dict[str, Any]] = []
     filled: list[MoE] = []
 
-    def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, seen: Activations) -> None:
+    def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, seen: FFNInputs) -> None:
         while filled:  # all batches have passed it
             filled.pop().to("meta")
         made = transform(ffn, spec, seen)

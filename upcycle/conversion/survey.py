@@ -8,7 +8,7 @@ from torch import nn
 
 from upcycle.conversion.objectives import objective_for
 from upcycle.data.calibration import CalibrationData
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, read_ffn
 from upcycle.layers.moe import MoE
@@ -57,7 +57,7 @@ def survey(
     elif plan.recipe.experts.adaptive:
         scores: dict[str, torch.Tensor] = {}
 
-        def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, seen: Activations) -> None:
+        def visit(spec: MoESpec, layer: MoE, ffn: FFNWeights, seen: FFNInputs) -> None:
             path = spec.ffn.path
             seen = replace(seen, importance_NF=important.get(path))
             scores[path] = usefulness(ffn, spec.experts, seen, width=spec.width)

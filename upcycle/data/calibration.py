@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from upcycle.capture.capture import ExampleInputs
-from upcycle.data.calibration_files import HELD_OUT, Given
+from upcycle.data.calibration_files import HELD_OUT, CalibrationInput
 from upcycle.data.evaluation import MIN_CHARACTERS, evaluation_for, in_dtype_of
 from upcycle.data.images import pixels
 from upcycle.data.text import (
@@ -38,7 +38,7 @@ MOST_BATCHES = 16  # each has a thread and a residual stream
 LEAST_PLACES = 2048  # of tokens in one batch, if there are so many
 PER_IMAGE = 256  # tokens that an image counts as
 
-Data = str | Given | Iterable[str] | Iterable[ExampleInputs]
+Data = str | CalibrationInput | Iterable[str] | Iterable[ExampleInputs]
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,21 @@ class CalibrationData:
         return made.hexdigest()
 
 
-def given_data(data: Data | None) -> Given | None:
+def given_data(data: Data | None) -> CalibrationInput | None:
     """What a caller in Python gives: a text, several, batches of inputs, or what a file held.
 
     Raises:
         UsageError: it is empty, or something else.
     """
-    if data is None or isinstance(data, Given):
+    if data is None or isinstance(data, CalibrationInput):
         return data
     if isinstance(data, str):
-        return Given("the given text", texts=(data,))
+        return CalibrationInput("the given text", texts=(data,))
     items: list[Any] = list(data)
     if items and all(isinstance(item, str) for item in items):
-        return Given("the given texts", texts=tuple(items))
+        return CalibrationInput("the given texts", texts=tuple(items))
     if items and all(isinstance(item, Mapping | tuple) for item in items):
-        return Given("the given batches", batches=tuple(items))
+        return CalibrationInput("the given batches", batches=tuple(items))
     raise UsageError(
         "calibration: give a text, several texts, or batches, each a dict or a tuple of tensors"
     )
@@ -104,7 +104,7 @@ def needs_domains(recipe: Recipe) -> bool:
 def calibration_data(
     model: nn.Module,
     recipe: Recipe,
-    given: Given | None = None,
+    given: CalibrationInput | None = None,
     *,
     directory: Path | None = None,
     example: ExampleInputs | None = None,
@@ -160,7 +160,11 @@ def calibration_data(
 
 
 def verification_inputs(
-    model: nn.Module, recipe: Recipe, given: Given | None, *, directory: Path | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    given: CalibrationInput | None,
+    *,
+    directory: Path | None = None,
 ) -> tuple[str | None, ExampleInputs | None]:
     """A text or inputs to verify on, of what the user gave: all if nothing is calibrated.
 
@@ -191,15 +195,15 @@ def _check_reads_text(model: nn.Module) -> None:
         raise UsageError(f"--calibration: a text, and the model reads {kind}; give that")
 
 
-def _default(model: nn.Module) -> Given:
+def _default(model: nn.Module) -> CalibrationInput:
     if is_language_model(model):
         what = "the documentation and the source code of Python"
-        return Given(what, texts=(samples.mixed_calibration_text(),))
-    return Given("the documentation of Python", texts=(samples.calibration_text(),))
+        return CalibrationInput(what, texts=(samples.mixed_calibration_text(),))
+    return CalibrationInput("the documentation of Python", texts=(samples.calibration_text(),))
 
 
 def _sequences(
-    model: nn.Module, tokenizer: Any, given: Given, wanted: Calibration
+    model: nn.Module, tokenizer: Any, given: CalibrationInput, wanted: Calibration
 ) -> tuple[list[list[int]], torch.Tensor | None]:
     """Tokens in sequences, as many of each kind of text."""
     is_running = is_language_model(model)
@@ -233,7 +237,7 @@ def _padded(tokenizer: Any, ids: list[list[int]]) -> dict[str, Any]:
 
 
 def _images(
-    model: nn.Module, given: Given, wanted: Calibration, directory: Path | None
+    model: nn.Module, given: CalibrationInput, wanted: Calibration, directory: Path | None
 ) -> Mapping[str, torch.Tensor]:
     kind = getattr(model, "main_input_name", None)
     if kind != "pixel_values":
@@ -260,7 +264,7 @@ def _check_arguments(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 def _examples(
-    model: nn.Module, given: Given, wanted: Calibration, directory: Path | None
+    model: nn.Module, given: CalibrationInput, wanted: Calibration, directory: Path | None
 ) -> list[dict[str, Any]]:
     """Images or tensors in batches."""
     tensors = given.tensors or _images(model, given, wanted, directory)

@@ -23,7 +23,7 @@ HELD_OUT = 4  # one part in so many is what verification reads, where calibratio
 
 
 @dataclass(frozen=True)
-class Given:
+class CalibrationInput:
     """Calibration data; one of `texts`, `images`, `tensors` and `batches` is not empty.
 
     Attributes:
@@ -42,7 +42,7 @@ class Given:
     tensors: Mapping[str, torch.Tensor] | None = None
     batches: tuple[Any, ...] = ()
 
-    def parts(self) -> tuple["Given", "Given"]:
+    def parts(self) -> tuple["CalibrationInput", "CalibrationInput"]:
         """What verification may read, and what calibration may: they have nothing in common.
 
         A quarter is held out: every fourth text, image, example or batch; of fewer than four texts
@@ -69,7 +69,7 @@ class Given:
             replace(self, texts=_rest(self.texts), domains=_rest(self.domains)),
         )
 
-    def _of_tensors(self, rows: torch.Tensor) -> "Given":
+    def _of_tensors(self, rows: torch.Tensor) -> "CalibrationInput":
         assert self.tensors is not None
         return replace(self, tensors={name: t[rows] for name, t in self.tensors.items()})
 
@@ -85,7 +85,7 @@ def _rest(items: Any) -> Any:
     return items[chosen] if isinstance(items, torch.Tensor) else tuple(items[i] for i in chosen)
 
 
-def read_calibration(paths: Sequence[str], *, field: str = "text") -> Given:
+def read_calibration(paths: Sequence[str], *, field: str = "text") -> CalibrationInput:
     """What ``--calibration PATH`` names; several paths are several domains of text.
 
     Args:
@@ -106,21 +106,21 @@ def read_calibration(paths: Sequence[str], *, field: str = "text") -> Given:
             f"--calibration {wrong}: several sources are several kinds of text, and this one is no "
             "text; give one"
         )
-    return Given(
+    return CalibrationInput(
         what="; ".join(g.what for g in given),
         texts=tuple(text for g in given for text in g.texts),
         domains=tuple(str(i) for i, g in enumerate(given) for _ in g.texts),
     )
 
 
-def _read(path: Path, field: str) -> Given:
+def _read(path: Path, field: str) -> CalibrationInput:
     where = f"--calibration {path}"
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _of_records(_data_set(path, field, where), field, f"data set {path.name}", where)
         images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
         if images:
-            return Given(f"{len(images)} images of {path.name}", images=tuple(images))
+            return CalibrationInput(f"{len(images)} images of {path.name}", images=tuple(images))
         raise UsageError(
             f"{where}: the directory has neither images nor a data set that `datasets` saved"
         )
@@ -128,16 +128,16 @@ def _read(path: Path, field: str) -> Given:
         raise UsageError(f"{where}: there is no such text file or directory")
     suffix = path.suffix.lower()
     if suffix in IMAGES:
-        return Given("1 image", images=(path,))
+        return CalibrationInput("1 image", images=(path,))
     if suffix in TENSORS:
-        return Given(f"the tensors of {path.name}", tensors=_tensors(path, where))
+        return CalibrationInput(f"the tensors of {path.name}", tensors=_tensors(path, where))
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: not a text file in UTF-8") from error
     if suffix in RECORDS:
         return _of_records(_lines(text, where), field, f"the texts of {path.name}", where)
-    return Given("the given text", texts=(text,))
+    return CalibrationInput("the given text", texts=(text,))
 
 
 def _lines(text: str, where: str) -> Iterator[Mapping[str, Any]]:
@@ -153,7 +153,9 @@ def _lines(text: str, where: str) -> Iterator[Mapping[str, Any]]:
         yield record
 
 
-def _of_records(records: Iterator[Mapping[str, Any]], field: str, what: str, where: str) -> Given:
+def _of_records(
+    records: Iterator[Mapping[str, Any]], field: str, what: str, where: str
+) -> CalibrationInput:
     texts, domains = [], []
     for number, record in enumerate(records, start=1):
         text = record.get(field)
@@ -169,7 +171,7 @@ def _of_records(records: Iterator[Mapping[str, Any]], field: str, what: str, whe
     if len(known) > 1:
         lacking = domains.index(None) + 1
         raise UsageError(f"{where}: record {lacking} has no `domain`, and others have one")
-    return Given(what, tuple(texts), tuple(d for d in domains if d is not None))
+    return CalibrationInput(what, tuple(texts), tuple(d for d in domains if d is not None))
 
 
 def _data_set(path: Path, column: str, where: str) -> Iterator[Mapping[str, Any]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from upcycle.data.calibration_files import Given
+from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.text import SEQUENCE, sequences, tokenizer_in
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.ir.ffn_inputs import Activations
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.models import samples
 from upcycle.models.onnx_file import OnnxSource
@@ -41,7 +41,7 @@ class OnnxCalibration:
         """For the report."""
         return {"data": self.what, "batches": len(self.batches), "sequential": False}
 
-    def seen(self, spec: MoESpec) -> Activations:
+    def seen(self, spec: MoESpec) -> FFNInputs:
         """What one FFN is given; the file is run up to it. Memory: the inputs of this FFN.
 
         Raises:
@@ -66,7 +66,9 @@ class OnnxCalibration:
         return joined(parts)
 
 
-def onnx_calibration(source: OnnxSource, recipe: Recipe, given: Given | None) -> OnnxCalibration:
+def onnx_calibration(
+    source: OnnxSource, recipe: Recipe, given: CalibrationInput | None
+) -> OnnxCalibration:
     """Inputs for the file, from what verification does not read.
 
     Args:
@@ -89,7 +91,7 @@ def onnx_calibration(source: OnnxSource, recipe: Recipe, given: Given | None) ->
         seeds = range(recipe.seed + 1000, recipe.seed + 1000 + BATCHES)
         return make([draw_inputs(source.model, seed=seed) for seed in seeds], RANDOM)
     if given is None:
-        given = Given("the documentation of Python", texts=(samples.calibration_text(),))
+        given = CalibrationInput("the documentation of Python", texts=(samples.calibration_text(),))
     else:
         given = given.parts()[1]
     if given.tensors is not None:
@@ -120,7 +122,7 @@ def onnx_calibration(source: OnnxSource, recipe: Recipe, given: Given | None) ->
     return make(_batches(source, {name: everything[name] for name in names}), given.what)
 
 
-def verification_feeds(source: OnnxSource, given: Given | None) -> Feeds | None:
+def verification_feeds(source: OnnxSource, given: CalibrationInput | None) -> Feeds | None:
     """The first of the tensors that the user gave and calibration does not see, or None."""
     if given is None or given.tensors is None:
         return None

@@ -18,7 +18,7 @@ KEPT = 2**27
 
 
 @dataclass(frozen=True)
-class Activations:
+class FFNInputs:
     """The inputs of one FFN, without padding, in the dtype of the model.
 
     Attributes:
@@ -60,15 +60,15 @@ class Activations:
         for x_TD in self.chunks():
             yield ffn.hidden(x_TD)
 
-    def cpu(self) -> "Activations":
+    def cpu(self) -> "FFNInputs":
         """The same in the memory of the host; this one, if it is there."""
         values = (*self.x, self.id_T, self.domain_T, self.importance_NF)
         if all(tensor is None or tensor.device.type == "cpu" for tensor in values):
             return self
         id_T, domain_T, importance_NF = (None if t is None else t.cpu() for t in values[-3:])
-        return Activations(tuple(x_TD.cpu() for x_TD in self.x), id_T, domain_T, importance_NF)
+        return FFNInputs(tuple(x_TD.cpu() for x_TD in self.x), id_T, domain_T, importance_NF)
 
-    def of_neurons(self, neuron_F: torch.Tensor) -> "Activations":
+    def of_neurons(self, neuron_F: torch.Tensor) -> "FFNInputs":
         """The same for an FFN that has only some of the neurons."""
         if self.importance_NF is None:
             return self

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from upcycle.kernels.activation_names import of_module
-from upcycle.kernels.torch_cpu import ExpertWeights, run_compiled, run_routed, visit
+from upcycle.kernels.torch_cpu import KernelWeights, run_compiled, run_routed, visit
 from upcycle.kernels.torch_operation import run_as_one_node
 
 
@@ -82,7 +82,7 @@ def route_and_visit(experts: Any, x_TD: torch.Tensor, router: Any) -> torch.Tens
     return run_routed(up_EGD, bias_EG, down_EOI, of_module(experts), x_TD, router)
 
 
-def weights_of(experts: Any) -> ExpertWeights:
+def weights_of(experts: Any) -> KernelWeights:
     """The parameters of a module with the experts interface of transformers."""
     gated, biased = experts.has_gate, experts.has_bias
     up_EGD = experts.gate_up_proj if gated else experts.up_proj
@@ -95,7 +95,7 @@ def weights_of(experts: Any) -> ExpertWeights:
     activate = experts._apply_gate if gated else experts.act_fn
     norm = experts.post_expert_norm if experts.has_post_expert_norm else None
     name = of_module(experts)
-    return ExpertWeights(up_EGD, up_bias_EG, down_EOI, down_bias_EO, activate, name, norm)
+    return KernelWeights(up_EGD, up_bias_EG, down_EOI, down_bias_EO, activate, name, norm)
 
 
 ALL_EXPERTS_FUNCTIONS.register("upcycle", run_experts)

@@ -29,7 +29,7 @@ CALL, ONE_CALL = 50_000.0, 8_000.0  # nanoseconds of the calls for a chunk, and 
 MOVE = 1.0  # nanoseconds for each number of a row that is gathered or summed
 
 
-class ExpertWeights(NamedTuple):
+class KernelWeights(NamedTuple):
     """The experts of a layer, as the kernels read them."""
 
     up_EGD: torch.Tensor
@@ -50,7 +50,7 @@ class Visits(NamedTuple):
 
 
 def visit(
-    w: ExpertWeights, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    w: KernelWeights, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     """What the chosen experts of each token add, weighted, in the way that seems cheapest.
 
@@ -83,14 +83,14 @@ def _visits(index_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) 
     return Visits(pair_S, expert_S, numpy.bincount(expert_S, minlength=num_experts))
 
 
-def one_by_one(w: ExpertWeights, top_k: int) -> bool:
+def one_by_one(w: KernelWeights, top_k: int) -> bool:
     """Whether `one_token` is the cheapest for one token: it has no time to ask numpy."""
     num_experts, d_out, width = w.down_EOI.shape
     size = w.up_EGD.shape[1] * w.up_EGD.shape[2] + d_out * width
     return top_k * (ONE_CALL + size * ONE) <= CALL + num_experts * size * BESIDE[0]
 
 
-def choose(w: ExpertWeights, load_E: Any, tokens: int) -> tuple[str, int]:
+def choose(w: KernelWeights, load_E: Any, tokens: int) -> tuple[str, int]:
     """The cheapest kernel by the table of costs, and for `in_chunks` the experts of a chunk."""
     num_experts, d_out, width = w.down_EOI.shape
     size, row = w.up_EGD[0].numel() + d_out * width, MOVE * (w.up_EGD.shape[2] + d_out)
@@ -108,7 +108,7 @@ def choose(w: ExpertWeights, load_E: Any, tokens: int) -> tuple[str, int]:
 
 
 def one_token(
-    w: ExpertWeights, x_1D: torch.Tensor, index_1K: torch.Tensor, weights_1K: torch.Tensor
+    w: KernelWeights, x_1D: torch.Tensor, index_1K: torch.Tensor, weights_1K: torch.Tensor
 ) -> torch.Tensor:
     """Expert after expert: their weights are read where they are, and once."""
     x_D = x_1D[0].to(w.up_EGD.dtype)
@@ -133,7 +133,7 @@ def one_token(
 
 
 def in_chunks(
-    w: ExpertWeights, x_TD: torch.Tensor, visits: Visits, weights_TK: torch.Tensor, chunk: int
+    w: KernelWeights, x_TD: torch.Tensor, visits: Visits, weights_TK: torch.Tensor, chunk: int
 ) -> torch.Tensor:
     """`chunk` experts at a time, side by side in one product, each with as many rows as the most
     visited one of them has tokens."""
@@ -178,7 +178,7 @@ def _rows(load_E: Any, chunk: int) -> tuple[Any, list[tuple[int, int]]]:
     return rows_E.cumsum() - rows_E, visited
 
 
-def _expert(w: ExpertWeights, expert: int, x_CD: torch.Tensor) -> torch.Tensor:
+def _expert(w: KernelWeights, expert: int, x_CD: torch.Tensor) -> torch.Tensor:
     bias_G = None if w.up_bias_EG is None else w.up_bias_EG[expert]
     bias_O = None if w.down_bias_EO is None else w.down_bias_EO[expert]
     hidden_CI = w.activate(F.linear(x_CD, w.up_EGD[expert], bias_G))
@@ -186,7 +186,7 @@ def _expert(w: ExpertWeights, expert: int, x_CD: torch.Tensor) -> torch.Tensor:
     return y_CO if w.norm is None else w.norm(y_CO)
 
 
-def _chunk(w: ExpertWeights, first: int, count: int, x_RD: torch.Tensor) -> torch.Tensor:
+def _chunk(w: KernelWeights, first: int, count: int, x_RD: torch.Tensor) -> torch.Tensor:
     chosen = slice(first, first + count)
     x_NCD = x_RD.view(count, -1, x_RD.shape[1])
     z_NCG = x_NCD @ w.up_EGD[chosen].mT
@@ -200,7 +200,7 @@ def _chunk(w: ExpertWeights, first: int, count: int, x_RD: torch.Tensor) -> torc
 
 
 def dense(
-    w: ExpertWeights, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    w: KernelWeights, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     """All experts as one FFN whose hidden numbers are weighted."""
     num_experts, d_out, width = w.down_EOI.shape

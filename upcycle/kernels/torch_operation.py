@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from upcycle.kernels.activation_names import of_pointwise
-from upcycle.kernels.torch_cpu import ExpertWeights, visit
+from upcycle.kernels.torch_cpu import KernelWeights, visit
 from upcycle.pointwise import Pointwise
 
 
@@ -52,7 +52,7 @@ def moe(
     Returns:
         [T, O], in the dtype of `x_TD`.
     """
-    weights = ExpertWeights(up_EGD, up_bias_EG, down_EOI, None, *activation(program), None)
+    weights = KernelWeights(up_EGD, up_bias_EG, down_EOI, None, *activation(program), None)
     return visit(weights, x_TD, index_TK, weights_TK)
 
 

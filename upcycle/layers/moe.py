@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from upcycle.kernels import route_and_visit
 from upcycle.layers.experts import Experts, SharedExpert, are_untouched
 from upcycle.layers.router import Router
-from upcycle.layers.routers import ROUTERS
+from upcycle.layers.routers import ROUTER_KINDS
 from upcycle.pointwise import Pointwise
 
 # Multiplications of a router that take no longer than torch's calls.
@@ -41,7 +41,7 @@ class MoE(nn.Module):
         pointwise = Pointwise.from_json(config["pointwise"])
         num_experts, d_model, d_out = config["num_experts"], config["d_model"], config["d_out"]
         bias, dropout = config["up_bias"], config["hidden_dropout"]
-        self.router = ROUTERS[config["router"]["kind"]](config["router"])
+        self.router = ROUTER_KINDS[config["router"]["kind"]](config["router"])
         self.experts = Experts(
             num_experts,
             d_model,

@@ -1,8 +1,8 @@
 """What a router may need besides the tokens: their ids, their types, or the domain of a text.
 
-A `Given` hooks the nearest module above a layer that is called with them, so it works where a part
-of a model is called by itself, as ``generate`` calls an encoder, and with a cache, where the ids
-are those of the new tokens.
+A `TokenContext` hooks the nearest module above a layer that is called with them, so it works where
+a part of a model is called by itself, as ``generate`` calls an encoder, and with a cache, where the
+ids are those of the new tokens.
 """
 
 import inspect
@@ -26,7 +26,7 @@ class _Kept(threading.local):
         return _Kept, ()
 
 
-class Given:
+class TokenContext:
     """A forward pre-hook that keeps one argument of a module for the layers below.
 
     Token types and domains that are not given count as 0, as BERT counts types; token ids have to
@@ -113,7 +113,7 @@ def tell_routers(model: nn.Module, routers: Mapping[str, nn.Module]) -> None:
         model: has the layers in place.
         routers: path of a layer -> its router.
     """
-    known: dict[tuple[str, str], Given] = {}
+    known: dict[tuple[str, str], TokenContext] = {}
     for path, router in routers.items():
         by = getattr(router, "by", None)
         if by is None:
@@ -123,7 +123,7 @@ def tell_routers(model: nn.Module, routers: Mapping[str, nn.Module]) -> None:
             raise RuntimeError(f"{path}: no module above it is called with {ARGUMENTS[by]}")
         above, position = found
         if (above, by) not in known:
-            given = known[above, by] = Given(by, position)
+            given = known[above, by] = TokenContext(by, position)
             model.get_submodule(above).register_forward_pre_hook(given, with_kwargs=True)
         router.given = known[above, by]  # type: ignore[assignment]  # no module
 

@@ -18,7 +18,7 @@ Form = Literal["fused", "unrolled", "dense", "quantised"]
 
 
 @dataclass(frozen=True)
-class Fused:
+class Kernel:
     """The fused node: its `activation_type`, and whether the rows of gate and up alternate."""
 
     activation: str
@@ -40,7 +40,7 @@ class Choice:
 
     form: Form
     pointwise: Pointwise
-    kernel: Fused | None = None
+    kernel: Kernel | None = None
     longer: Form | None = None
     limit: int = 0
 
@@ -54,18 +54,18 @@ _GELU_TANH = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),), "gelu_t
 _GELU_ERF = Pointwise(1, (("gelu", ("z0",), {}),))
 # The kernel's "gelu" is the tanh form: 3e-4 from the erf form.
 KERNELS = (
-    (Fused("relu"), Pointwise(1, (("relu", ("z0",), {}),))),
-    (Fused("silu"), Pointwise(1, (("silu", ("z0",), {}),))),
-    (Fused("gelu"), _GELU_TANH),
-    (Fused("identity"), Pointwise(1, (("mul", ("z0", 1.0), {}),))),
+    (Kernel("relu"), Pointwise(1, (("relu", ("z0",), {}),))),
+    (Kernel("silu"), Pointwise(1, (("silu", ("z0",), {}),))),
+    (Kernel("gelu"), _GELU_TANH),
+    (Kernel("identity"), Pointwise(1, (("mul", ("z0", 1.0), {}),))),
     (
-        Fused("swiglu", gated=True),
+        Kernel("swiglu", gated=True),
         Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {}))),
     ),
 )
 
 
-def kernel_named(activation: str) -> tuple[Fused, Pointwise]:
+def kernel_named(activation: str) -> tuple[Kernel, Pointwise]:
     """The one of `KERNELS` whose nodes have this `activation_type`."""
     return next(pair for pair in KERNELS if pair[0].activation == activation)
 
@@ -111,7 +111,7 @@ def _fits_quantised(layer: MoE, bits: int) -> bool:
     return bits == 8 or (experts.hidden_dim % 2 == 0 and experts.intermediate_dim % 2 == 0)
 
 
-def _fastest(layer: MoE, kernel: Fused | None, options: Onnx, *, may_round: bool) -> Choice:
+def _fastest(layer: MoE, kernel: Kernel | None, options: Onnx, *, may_round: bool) -> Choice:
     """The fastest exact form, or one for short and one for long calls; one form where the layer
     may be rounded, as a token is to get the same whatever the length of the call."""
     experts, own = layer.experts, layer.experts.act_fn.pointwise
@@ -148,7 +148,7 @@ def _fastest(layer: MoE, kernel: Fused | None, options: Onnx, *, may_round: bool
     return Choice(form, own, longer=longer, limit=limit)
 
 
-def fused_form(layer: MoE, *, gelu: str = "exact") -> Fused | None:
+def fused_form(layer: MoE, *, gelu: str = "exact") -> Kernel | None:
     """The fused node that computes `layer`, or None if there is none.
 
     Args:
@@ -165,7 +165,7 @@ def fused_form(layer: MoE, *, gelu: str = "exact") -> Fused | None:
         if same_function(pointwise, program):
             return form
     if gelu == "tanh" and same_function(pointwise, _GELU_ERF):
-        return Fused("gelu")
+        return Kernel("gelu")
     return None
 
 

@@ -12,7 +12,7 @@ from upcycle.onnx.nodes import Nodes
 from upcycle.onnx.tensors import tensor_of
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.forms import functions as bodies
-from upcycle.targets.onnx.forms.choose import Fused, most_visited, total_weight
+from upcycle.targets.onnx.forms.choose import Kernel, most_visited, total_weight
 from upcycle.targets.onnx.forms.quantise import quantise
 from upcycle.targets.onnx.share_weights import Store
 
@@ -20,7 +20,7 @@ _FLOOR = 1e-30  # for Log: a weight of zero becomes a score that no choice prefe
 
 
 def fused(
-    n: Nodes, node: ir.Node, layer: MoE, kernel: Fused, store: Store, *, biased: bool
+    n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, store: Store, *, biased: bool
 ) -> ir.Value:
     """``MoE(x, Log(weights)) * sum of weights``, which is exact for any weights >= 0."""
     x_TD, weights_TE, _, down_EDI, *bias = node.inputs
@@ -53,7 +53,7 @@ def fused(
     return n("Mul", y_TD, sum_T1, name="scale")
 
 
-def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Fused, options: Onnx) -> ir.Value:
+def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) -> ir.Value:
     """``QMoE``: the weights that the router found choose the experts, and weigh them as they are.
 
     The rounded matrices and their scales become initializers, named after the ones that they are
@@ -95,7 +95,7 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Fused, options: Onnx) -
     )
 
 
-def _attributes(layer: MoE, kernel: Fused) -> dict[str, int | float | str]:
+def _attributes(layer: MoE, kernel: Kernel) -> dict[str, int | float | str]:
     """All attributes of the function, also those with their defaults: evaluators want them."""
     return {
         "k": most_visited(layer),
@@ -106,7 +106,7 @@ def _attributes(layer: MoE, kernel: Fused) -> dict[str, int | float | str]:
     }
 
 
-def _alternating(n: Nodes, bias_EG: ir.Value | None, layer: MoE, kernel: Fused) -> ir.Value | None:
+def _alternating(n: Nodes, bias_EG: ir.Value | None, layer: MoE, kernel: Kernel) -> ir.Value | None:
     """The bias of the expansion in the order of its rows: gate 0, up 0, gate 1, up 1, ..."""
     if bias_EG is None or not kernel.gated:
         return bias_EG

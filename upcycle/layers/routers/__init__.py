@@ -10,7 +10,7 @@ from upcycle.layers.routers.noisy import NoisyRouter
 from upcycle.layers.routers.oracle import OracleRouter
 from upcycle.layers.routers.table import TableRouter
 
-ROUTERS: Final[dict[str, type[Router]]] = {
+ROUTER_KINDS: Final[dict[str, type[Router]]] = {
     "linear": Router,
     "mlp": MLPRouter,
     "neurons": NeuronsRouter,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from upcycle.layers.router import Router
-from upcycle.layers.token_context import Given
+from upcycle.layers.token_context import TokenContext
 
 REFUSED = -1e4  # a logit whose softmax is zero beside one of 0, and that a loss can still read
 
@@ -19,7 +19,7 @@ class TableRouter(Router):
     """
 
     expert: torch.Tensor
-    given: Given | None = None  # set by `upcycle.layers.token_context.tell_routers`
+    given: TokenContext | None = None  # set by `upcycle.layers.token_context.tell_routers`
 
     def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
         """`expert` [entries, K] int64."""
@@ -39,5 +39,5 @@ class TableRouter(Router):
     def stand_in(self, count: int) -> None:
         """Let the next `count` tokens have the ids 0, 1, 2, ...: for a layer outside its model."""
         if self.given is None:
-            self.given = Given(self.by, None)
+            self.given = TokenContext(self.by, None)
         self.given.keep(torch.arange(count, device=self.expert.device))
