@@ -27,7 +27,6 @@ import torch
 from transformers.utils import logging
 
 import upcycle
-from upcycle.conversion.emit import GREEDY, RELOADED
 from upcycle.models.dense import open_model
 from upcycle.models.sample_store import find
 from upcycle.models.samples import SAMPLES
@@ -35,6 +34,7 @@ from upcycle.passes.experts import EXPERTS
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.recipe.shipped import recipe_names
 from upcycle.targets.companions import copy_companions
+from upcycle.verification.checks import GREEDY, RELOADED
 
 NOISE = 0.01  # standard deviation, over that of the tensor
 
@@ -93,9 +93,9 @@ def run(recipe: str, model: str, copies: int, tokens: int | None, scratch: Path)
             "promise": report["promise"],
             "form": report["checkpoint"]["architecture"],
             "relative": report["end_to_end"]["relative"],
-            "reloaded": checks[RELOADED]["error"],
-            "allowed": checks[RELOADED]["allowed"],
-            "same_text": None if GREEDY not in checks else checks[GREEDY]["error"] == 0,
+            "reloaded": checks[RELOADED.words]["error"],
+            "allowed": checks[RELOADED.words]["allowed"],
+            "same_text": None if GREEDY.words not in checks else checks[GREEDY.words]["error"] == 0,
         }
 
 

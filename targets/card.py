@@ -1,10 +1,11 @@
 """The model card of a conversion, out of its plan and report."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from upcycle.ir.measured import Distance
+from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import Plan
-from upcycle.passes.calibrate.usage import calibration_rows
 from upcycle.recipe.reader import dump_recipe
 from upcycle.targets import model_card
 from upcycle.targets.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ def card(
     plan: Plan,
     written: Checkpoint,
     targets: Sequence[str],
-    report: Mapping[str, Any],
+    report: Report,
     *,
     is_pair: bool = False,
 ) -> str:
@@ -29,8 +30,7 @@ def card(
         plan: what was converted.
         written: the checkpoint.
         targets: what was asked for.
-        report: as `upcycle.conversion.in_memory.convert` and `upcycle.conversion.emit.emit` fill it
-            in.
+        report: of the conversion.
         is_pair: the ONNX files are an encoder and a decoder.
     """
     onnx = ["onnx_pair" if is_pair else "onnx"] if "onnx" in targets else []
@@ -51,7 +51,7 @@ def card(
     )
 
 
-def onnx_card(name: str, plan: Plan, report: Mapping[str, Any]) -> str:
+def onnx_card(name: str, plan: Plan, report: Report) -> str:
     """README.md of a converted ONNX file; arguments as for `card`."""
     return model_card.model_card(
         name=name,
@@ -62,51 +62,51 @@ def onnx_card(name: str, plan: Plan, report: Mapping[str, Any]) -> str:
     )
 
 
-def _common(plan: Plan, report: Mapping[str, Any]) -> dict[str, Any]:
+def _common(plan: Plan, report: Report) -> dict[str, Any]:
     return {
-        "base_model": report["model"],
+        "base_model": report.model,
         "promise": plan.promise,
         "recipe_name": plan.recipe_name,
         "recipe_text": dump_recipe(plan.recipe),
         "numbers": dict(_numbers(plan, report)),
-        "checks": [model_card.Check(c["what"], c["error"], c["allowed"]) for c in report["checks"]],
+        "checks": report.checks,
     }
 
 
-def _numbers(plan: Plan, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _numbers(plan: Plan, report: Report) -> Iterator[tuple[str, str]]:
     first = plan.specs[0]
     yield "converted FFNs", f"{len(plan.specs)} of {len(plan.located.ffns)}"
     yield "experts per layer", f"{first.num_experts} of {first.width} neurons"
     yield "experts that a token visits", f"{first.top_k}"
-    if costs := report.get("costs"):
-        yield "parameters", f"{costs['parameters_after']:,} (dense {costs['parameters_before']:,})"
-        yield "parameters that a token meets", f"{costs['active_parameters']:,}"
-    if calibration := report.get("calibration"):
-        yield "calibrated on", calibration["data"]
-        for path, tokens, load, dead, entropy, mass in calibration_rows(calibration)[:MAX_LAYERS]:
+    if costs := report.costs:
+        yield "parameters", f"{costs.parameters_after:,} (dense {costs.parameters_before:,})"
+        yield "parameters that a token meets", f"{costs.active_parameters:,}"
+    if calibration := report.calibration:
+        yield "calibrated on", calibration.data
+        for usage in calibration.layers[:MAX_LAYERS]:
+            path, tokens, load, dead, entropy, mass = usage.cells()
             text = f"{load} of {tokens} tokens per expert, {dead} experts without any"
             yield f"load of `{path}`", f"{text}, entropy {entropy}, captured mass {mass}"
-    for output, found in report.get("tempered", {}).get("outputs", {}).items():
-        text = f"relative error {found['relative']:.2e}, cosine {_cosines(found)}"
+    for output, found in report.tempered.outputs.items() if report.tempered else ():
+        text = f"relative error {found.relative:.2e}, cosine {_cosines(found)}"
         yield f"{output}: these files and the model before its routers were tempered", text
-    end = report.get("end_to_end")
-    if end is None:
-        return
-    yield "compared on", end["inputs"]
-    for output, found in end["outputs"].items():
-        yield f"{output}: relative error", f"{found['relative']:.2e}"
-        yield f"{output}: cosine, smallest and mean", _cosines(found)
-    for key, value in end.get("language_model", {}).items():
-        yield key.replace("_", " "), f"{value:.6g}"
-    for row in report["layers"][:MAX_LAYERS]:
-        text = f"relative error {row['relative']:.2e}, cosine {_cosines(row)}"
-        yield f"layer `{row['path']}`", text
-    if len(report["layers"]) > MAX_LAYERS:
-        yield f"{len(report['layers']) - MAX_LAYERS} more layers", "in report.json"
+    if end := report.end_to_end:
+        yield "compared on", end.inputs
+        for output, found in end.outputs.items():
+            yield f"{output}: relative error", f"{found.relative:.2e}"
+            yield f"{output}: cosine, smallest and mean", _cosines(found)
+        for key, value in plain(end.language_model).items() if end.language_model else ():
+            yield key.replace("_", " "), f"{value:.6g}"
+    layers = report.layers or ()
+    for row in layers[:MAX_LAYERS]:
+        text = f"relative error {row.relative:.2e}, cosine {_cosines(row)}"
+        yield f"layer `{row.path}`", text
+    if len(layers) > MAX_LAYERS:
+        yield f"{len(layers) - MAX_LAYERS} more layers", "in report.json"
 
 
-def _cosines(found: Mapping[str, float]) -> str:
-    return f"{found['min_cosine']:.6f}, {found['mean_cosine']:.6f}"
+def _cosines(found: Distance) -> str:
+    return f"{found.min_cosine:.6f}, {found.mean_cosine:.6f}"
 
 
 def _notes(plan: Plan, targets: Sequence[str]) -> Iterator[str]:
@@ -119,15 +119,15 @@ def _notes(plan: Plan, targets: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _tempered(report: Mapping[str, Any]) -> Iterator[str]:
+def _tempered(report: Report) -> Iterator[str]:
     yield (
         "The routers in these files are tempered: multiplied by a small power of two, so that the "
         "experts of a token have nearly the weight that the recipe gives them. Multiply them back "
         "before training."
     )
-    if found := report.get("tempered"):
+    if found := report.tempered:
         yield (
-            f"On the evaluation text {found['elsewhere']} of {found['tokens']} choices fell on "
+            f"On the evaluation text {found.elsewhere} of {found.tokens} choices fell on "
             "other experts because their scores had come too near. The output of such a token may "
             "be another; the tables show by how much."
         )

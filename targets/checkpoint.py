@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.ir.layer_weights import layer_tensors, weights_of
+from upcycle.ir.report import CheckpointFacts
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import MoEWeights
 from upcycle.layers.moe import MoE
@@ -54,14 +55,10 @@ class Checkpoint:
     runtimes: Mapping[str, Support] = field(default_factory=dict)
     target: NativeTarget | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for ``report.json``."""
-        return {
-            "form": self.form,
-            "architecture": self.architecture,
-            "not_native_because": self.reasons,
-            "runtimes": {name: support.to_json() for name, support in self.runtimes.items()},
-        }
+    def facts(self) -> CheckpointFacts:
+        """For ``report.json``."""
+        runtimes = {name: support.to_json() for name, support in self.runtimes.items()}
+        return CheckpointFacts(self.form, self.architecture, self.reasons, runtimes)
 
 
 @dataclass(frozen=True)

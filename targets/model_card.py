@@ -5,22 +5,8 @@ Plain data in, Markdown out; the same data gives the same text.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the verification table: what was compared, what was found, what was allowed."""
-
-    what: str
-    error: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within what was allowed; NaN is not."""
-        return self.error <= self.allowed
-
+from upcycle.ir.measured import Check
 
 # How to load each kind of output; {auto_class} is a class of transformers.
 LOADING: dict[str, tuple[str, str]] = {

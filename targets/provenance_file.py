@@ -7,9 +7,12 @@ are written as runs, in their order: ``0-383 500 zero*2 new*3`` are the dense ne
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from upcycle.errors import UsageError
 from upcycle.ir.spec import Plan
@@ -95,3 +98,35 @@ def read_origins(directory: Path) -> list[dict[str, Any]] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not what upcycle writes; convert the model again") from error
     return layers
+
+
+def _provenance_of(layer: Mapping[str, Any]) -> Provenance:
+    """The dense neurons behind one layer of the file."""
+    expert_EI = torch.tensor([neurons_of(row) for row in layer["experts"]], dtype=torch.int64)
+    return Provenance(expert_EI, torch.tensor(neurons_of(layer["shared"]), dtype=torch.int64))
+
+
+def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
+    """The plan with the widths that the layers in `directory` have, and their provenance.
+
+    A recipe may adapt widths to its data. What an older version wrote without provenance is taken
+    to be as planned.
+
+    Raises:
+        UsageError: the layers are those of another model.
+    """
+    layers = read_origins(directory)
+    if layers is None:
+        return plan, {}
+    recorded = {layer["path"]: layer for layer in layers}
+    if [spec.ffn.path for spec in plan.specs] != list(recorded):
+        raise UsageError(
+            f"{directory}: it has the layers {', '.join(recorded)}, which are not those of the "
+            "dense model; name the model that it was made from"
+        )
+    specs = []
+    for spec in plan.specs:
+        config = recorded[spec.ffn.path]["layer"]
+        specs.append(replace(spec, width=config["width"], shared=config["shared"]))
+    provenance = {path: _provenance_of(layer) for path, layer in recorded.items()}
+    return replace(plan, specs=tuple(specs)), provenance

@@ -36,7 +36,7 @@ def test_a_recipe_object_a_name_and_a_path_do_the_same(tmp_path: Path) -> None:
     names = [conversion.plan.recipe_name for conversion in made]
     assert names[:2] == ["custom", "sparse-upcycling"]
     assert all(name.endswith("mine.yaml") for name in names[2:])
-    assert all(check["passed"] for check in made[0].report["checks"])
+    assert all(check.passed for check in made[0].report.checks)
 
 
 def test_locate_then_convert() -> None:
@@ -61,11 +61,11 @@ def test_verify_measures_and_leaves_the_modes() -> None:
     dense = zoo.model("mlps").train()
     converted = upcycle.convert(dense, Recipe.model_validate(COPIES), INPUTS).model
     report = upcycle.verify(dense, converted, (torch.randn(4, zoo.D),))
-    assert report["relative"] < 1e-5
+    assert report.relative < 1e-5
     assert dense.training
     with torch.no_grad():
         next(m for m in converted.modules() if isinstance(m, upcycle.MoE)).experts.down_proj.zero_()
-    assert upcycle.verify(dense, converted, (torch.randn(4, zoo.D),))["relative"] > 1e-2
+    assert upcycle.verify(dense, converted, (torch.randn(4, zoo.D),)).relative > 1e-2
     with pytest.raises(upcycle.VerificationError, match="does not return output"):
         upcycle.verify(dense, zoo.mlp(zoo.D, 8, 3), (torch.randn(4, zoo.D),))
 

@@ -272,9 +272,9 @@ def test_all_experts_capture_everything() -> None:
         ridge("router.top_k=all"),
         calibration=[{"input_ids": torch.arange(20).reshape(2, 10)}] * 4,
     )
-    for row in result.report["calibration"]["layers"]:
-        assert row["captured_mass"] == pytest.approx(1, abs=1e-6)
-        assert row["load_entropy"] == pytest.approx(1)
+    for row in result.report.calibration.layers:
+        assert row.captured_mass == pytest.approx(1, abs=1e-6)
+        assert row.load_entropy == pytest.approx(1)
     assert usage.__doc__ is not None
 
 

@@ -17,19 +17,19 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from upcycle.cli.main import main
-from upcycle.conversion.streamed import SPOOL
-from upcycle.conversion.streamed_calibration import Spool, calibrate_mapped
+from upcycle.conversion.make import making
+from upcycle.conversion.open import open_dense
+from upcycle.conversion.options import Options
+from upcycle.conversion.pipeline import SCRATCH
 from upcycle.data.calibration import calibration_data
 from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.onnx_calibration import onnx_calibration
 from upcycle.errors import UsageError
 from upcycle.ir.layer_weights import empty_layer, weights_of
-from upcycle.ir.spec import Plan
-from upcycle.models.dense import open_model
+from upcycle.models.dense import Source, open_model
 from upcycle.models.onnx_file import OnnxSource
-from upcycle.passes.locate.locate import locate_in
-from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.reader import load_recipe
+from upcycle.util.progress import silent
 
 RIDGE = ["router.method=ridge", "verify.max_relative_error=9", "experts.count=4", "router.top_k=2"]
 SHORT = ["calibration.tokens=512", "calibration.length=16"]
@@ -92,7 +92,7 @@ def test_the_bytes_are_those_of_a_conversion_in_memory(
     assert len(pieces) > 1
     found = [report(tmp_path / out)["calibration"] for out in ("whole", "pieces")]
     assert found[0] == found[1]
-    assert not (tmp_path / "pieces" / SPOOL).exists()
+    assert not (tmp_path / "pieces" / SCRATCH).exists()
 
 
 def test_sequential_and_parallel_differ(llama: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_kill_and_resume_give_the_same_bytes(llama: Path, tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (tmp_path / "out.partial" / SPOOL).is_dir()
+    assert (tmp_path / "out.partial" / SCRATCH).is_dir()
     convert(llama, out, "--resume")
     convert(llama, tmp_path / "whole", "--stream")
     assert weights(out) == weights(tmp_path / "whole")
@@ -140,14 +140,6 @@ def test_other_data_is_another_conversion(llama: Path) -> None:
     assert digest() != digest("calibration.tokens=256")
 
 
-def mapped(llama: Path, tmp_path: Path) -> tuple[torch.nn.Module, Plan, Spool]:
-    source = open_model(str(llama))
-    assert not isinstance(source, OnnxSource)
-    model = source.load(mapped=True)
-    plan = make_plan(locate_in(source.skeleton()), load_recipe("factorllm", [*RIDGE, *SHORT]))
-    return model, plan, Spool(tmp_path / "spool", plan.specs)
-
-
 def test_weights_stay_in_the_file(llama: Path) -> None:
     """Every parameter is a view of the memory map, so its pages can be dropped."""
     source = open_model(str(llama))
@@ -163,35 +155,66 @@ def test_weights_stay_in_the_file(llama: Path) -> None:
     assert all(any(start <= at < stop for start, stop in maps) for at in addresses)
 
 
-def test_one_converted_layer_is_in_memory(llama: Path, tmp_path: Path) -> None:
+def test_one_converted_layer_is_in_memory(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In sequential mode the layers before and after the current one hold no numbers."""
-    model, plan, spool = mapped(llama, tmp_path)
-    data = calibration_data(model, plan.recipe, directory=llama)
+    loaded: list[Any] = []
+    load = Source.load
+
+    def note(source: Source, *, mapped: bool = False) -> torch.nn.Module:
+        loaded.append(load(source, mapped=mapped))
+        return loaded[-1]
+
     held = []
 
     def look(stage: str, done: int, total: int) -> None:
-        held.append([not layer.experts.down_proj.is_meta for layer in moes(model)])
+        if stage == "converting":
+            held.append([not layer.experts.down_proj.is_meta for layer in moes(loaded[-1])])
 
-    calibrate_mapped(model, plan, data, spool, look)
-    assert held == [[True, False], [False, True]]
-    for spec in plan.specs:
-        layer = empty_layer(spec.layer_config())
-        stored = load_file(next((tmp_path / "spool").glob(f"{plan.specs.index(spec)}.*")))
-        layer.load_state_dict(stored, assign=True)
-        made = weights_of(layer)
-        assert torch.equal(made.experts.up_EGD, spool.get(spec).experts.up_EGD)
+    monkeypatch.setattr(Source, "load", note)
+    recipe = load_recipe("factorllm", [*RIDGE, *SHORT])
+    options = Options(stream=True)
+    dense = open_dense(open_model(str(llama)), recipe, "test", tmp_path / "out", options, silent)
+    scratch = tmp_path / "spool"
+    with making(dense, scratch, options.workers, look) as made:
+        assert held == [[False, False], [True, False]]  # as the layer is made, before it is filled
+        for i, spec in enumerate(made.plan.specs):
+            layer = empty_layer(spec.layer_config())
+            layer.load_state_dict(load_file(scratch / f"{i}.safetensors"), assign=True)
+            up_EGD = weights_of(layer).experts.up_EGD
+            assert torch.equal(up_EGD, made.layer(spec).experts.up_EGD)
 
 
 def moes(model: torch.nn.Module) -> list[Any]:
     return [m for m in model.modules() if type(m).__name__ in ("MoE", "TappedMoE")]
 
 
-def test_gradients_are_refused(llama: Path, tmp_path: Path) -> None:
-    sets = ["experts.shared=1", "experts.shared_by=importance", "router.top_k=1"]
-    result = CliRunner().invoke(main, arguments(llama, tmp_path / "out", "--stream", sets=sets))
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["experts.shared=1", "experts.shared_by=importance"],
+        ["experts.shared=1", "experts.shared_by=importance", "experts.adaptive=true"],
+        ["experts.shared=1", "experts.shared_by=activations", "experts.adaptive=true"],
+    ],
+    ids=["gradients", "gradients adaptive", "adaptive"],
+)
+def test_what_looks_at_the_whole_model_gives_the_same_bytes(
+    llama: Path, tmp_path: Path, sets: list[str]
+) -> None:
+    sets = [*sets, "router.top_k=1"]
+    for out, how in (("whole", "--no-stream"), ("pieces", "--stream")):
+        convert(llama, tmp_path / out, how, sets=sets)
+    assert weights(tmp_path / "pieces") == weights(tmp_path / "whole")
+
+
+def test_an_onnx_file_has_no_gradients(tmp_path: Path) -> None:
+    sets = ("experts.shared=1", "experts.shared_by=importance", "router.top_k=1")
+    overrides = [part for key in sets for part in ("--set", key)]
+    result = onnx_convert(onnx(tmp_path), tmp_path / "out", *overrides)
     assert result.exit_code == 2
     assert "look at gradients" in result.stderr
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def onnx(tmp_path: Path) -> Path:

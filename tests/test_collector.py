@@ -14,7 +14,7 @@ full = []
 gc.callbacks.append(lambda phase, about: full.append(phase) if about["generation"] == 2 else None)
 # Registered first, so called last: no full collection until then, and little left for one after.
 atexit.register(lambda: print(len(full), gc.get_freeze_count() > 10**5, len(gc.get_objects())))
-from upcycle.cli import main
+from upcycle.cli.main import main
 main(["verify", "{missing}", "."])
 """
 

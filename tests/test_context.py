@@ -12,7 +12,7 @@ import small_models
 import torch
 from torch import nn
 
-from upcycle.conversion.in_memory import Conversion, convert
+from upcycle.conversion.api import Conversion, convert
 from upcycle.errors import PlanError, UnsupportedError
 from upcycle.layers.moe import MoE
 from upcycle.layers.token_context import TokenContext, domains
@@ -159,7 +159,7 @@ def test_written_files_are_verified(target: tuple[str, ...], tmp_path: Path) -> 
     """Loaded through the Auto class, and run in ONNX Runtime: `save` compares both."""
     done = converted("bert", method="assigned", by="type", entries=2)
     done.save(tmp_path / "out", targets=target)
-    assert len(done.report["checks"]) == len(target)
+    assert len(done.report.checks) == len(target)
 
 
 def test_missing_ids_are_said_in_one_sentence() -> None:

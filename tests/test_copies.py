@@ -1,6 +1,7 @@
 """Copies that are changed on purpose, and experts that add nothing yet."""
 
 import math
+from dataclasses import replace
 
 import numerics
 import pytest
@@ -9,10 +10,9 @@ import torch
 
 import upcycle
 from upcycle.errors import PlanError
+from upcycle.ir.report import Report
 from upcycle.ir.weights import ExpertWeights, FFNWeights
 from upcycle.passes.experts.matrices import matrices
-from upcycle.targets.checkpoint import planned_layers
-from upcycle.verification.whole_model import verify_layers
 
 ROUTER: dict[str, object] = {
     "method": "normal",
@@ -239,23 +239,21 @@ def test_the_report_says_which_rows_were_changed_on_purpose(method: str, changed
         {"method": method, "count": 4}, ROUTER, verify={"max_relative_error": 9.0}
     )
     done = upcycle.convert(small_models.build("llama"), recipe)
-    for row in done.report["layers"]:
-        assert row["untraced_rows"] == 0
+    for row in done.report.layers:
+        assert row.untraced_rows == 0
         assert row.get("redrawn_rows", 0) == changed * 4 * 64
-    said = done.report["checks"][0]["what"]
+    said = done.report.checks[0].what
     assert ("drawn anew" in said) == (changed > 0)
     if changed < 1:  # the others are still held against the dense ones
         layer = next(m for m in done.model.modules() if isinstance(m, upcycle.MoE))
         kept = done.provenance["model.layers.0.mlp"].expert_EI[1].argmax()
         with torch.no_grad():
             layer.experts.up_EGD[1, kept] += 1
-        rows, _ = verified_again(done)
-        assert rows[0]["untraced_rows"] == 1
+        assert verified_again(done).layers[0].untraced_rows == 1
 
 
-def verified_again(done: upcycle.Conversion) -> tuple[list[dict[str, object]], object]:
-    layers = list(planned_layers(done.model, done.plan))
-    return verify_layers(done.dense, done.model, layers, done.provenance, done.evaluation)
+def verified_again(done: upcycle.Conversion) -> Report:
+    return done.opened.verify_module(replace(done.measured, checks=()), done.made)
 
 
 def test_top_one_softmax_shrinks_the_output_as_documented() -> None:

@@ -25,11 +25,11 @@ def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path)
     sources = [small_models.build("llama", seed) for seed in range(SOURCES.get(name, 0))]
     done = upcycle.convert(model, name, sources=sources)
     assert done.plan.promise == ("exact" if name in EXACT else "approximate")
-    relative = done.report["end_to_end"]["relative"]
+    relative = done.report.end_to_end.relative
     assert relative < 1e-5 if name in EXACT else relative > 1e-3
     done.save(tmp_path / name, targets=["safetensors", "onnx"])  # tiers T3 and T4
-    assert all(check["passed"] for check in done.report["checks"])
-    assert done.report["checkpoint"]["form"] == "native", done.report["checkpoint"]
+    assert all(check.passed for check in done.report.checks)
+    assert done.report.checkpoint.form == "native", done.report.checkpoint
     loaded = upcycle.load(tmp_path / name)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
     tokens = torch.arange(24).reshape(2, 12)
@@ -46,7 +46,7 @@ def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path)
 def test_a_recipe_converts_a_real_encoder(name: str) -> None:
     source = open_model("sample:bert-tiny")
     done = upcycle.convert(source.load(), name, source=source)
-    assert all(check["passed"] for check in done.report["checks"])
+    assert all(check.passed for check in done.report.checks)
 
 
 @pytest.mark.parametrize("name", ["drop-upcycling", "noise-upcycling", "residual-moe"])

@@ -9,7 +9,7 @@ import small_models
 import torch
 from torch import nn
 
-from upcycle.conversion.in_memory import convert, locate
+from upcycle.conversion.api import convert, locate
 from upcycle.conversion.objectives import next_token, objective_for, projection
 from upcycle.errors import UsageError
 from upcycle.ir.weights import read_ffn

@@ -15,7 +15,7 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-from upcycle.heap import give_back
+from upcycle.util.memory import give_back
 give_back()
 blocks = [b"x" * 2**16 for _ in range(1024)]
 del blocks[::2], blocks[::2]

@@ -196,7 +196,7 @@ def test_compilation_and_export_see_one_node() -> None:
     torch.compiler.reset()
     compiled = torch.compile(experts, backend=backend, fullgraph=True)
     assert torch.equal(compiled(*given), experts(*given))
-    assert seen == ["upcycle.layers.moe"]
+    assert seen == ["upcycle.moe"]
     tokens = {
         "hidden_states": {0: torch.export.Dim.AUTO},
         "top_k_index": {0: torch.export.Dim.AUTO},

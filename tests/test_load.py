@@ -14,7 +14,7 @@ from torch import nn
 
 import upcycle
 from upcycle.cli.main import main
-from upcycle.conversion.in_memory import Conversion, convert
+from upcycle.conversion.api import Conversion, convert
 from upcycle.errors import UsageError
 from upcycle.layers.moe import MoE
 from upcycle.targets.checkpoint import planned_layers
@@ -41,7 +41,7 @@ def trained(done: Conversion) -> nn.Module:
 
 def assert_same_function(loaded: nn.Module, model: nn.Module, bound: float = 1e-5) -> None:
     with torch.no_grad():
-        assert upcycle.verify(model, loaded)["relative"] <= bound
+        assert upcycle.verify(model, loaded).relative <= bound
 
 
 @pytest.mark.parametrize(("name", "recipe", "cls"), FORMS)
@@ -53,7 +53,7 @@ def test_a_trained_model_keeps_its_values(name: str, recipe: str, cls: str, tmp_
     assert type(loaded).__name__ == cls
     assert not loaded.training
     assert_same_function(loaded, model)
-    assert upcycle.verify(done.dense, loaded)["relative"] > 1e-3, "the dense model came back"
+    assert upcycle.verify(done.dense, loaded).relative > 1e-3, "the dense model came back"
     if cls.startswith("Upcycle"):
         state = loaded.state_dict()
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
@@ -176,9 +176,9 @@ def test_loading_is_silent_and_leaves_the_settings_of_transformers(
 def test_a_conversion_can_be_saved_twice(tmp_path: Path) -> None:
     done = convert(small_models.build("bert"), "split-all")
     done.save(tmp_path / "a")
-    first = list(done.report["checks"])
+    first = list(done.report.checks)
     done.save(tmp_path / "b")
-    assert [c["what"] for c in done.report["checks"]] == [c["what"] for c in first]
+    assert [c.what for c in done.report.checks] == [c.what for c in first]
 
 
 def test_rows_that_grouped_mm_refuses(tmp_path: Path) -> None:
@@ -189,5 +189,5 @@ def test_rows_that_grouped_mm_refuses(tmp_path: Path) -> None:
     done.save(tmp_path / "moe")
     loaded = upcycle.load(tmp_path / "moe")
     assert type(loaded).__name__ == "UpcycleLlamaForCausalLM"
-    assert "multiples of 4" in done.report["checkpoint"]["not_native_because"]["mixtral"]
+    assert "multiples of 4" in done.report.checkpoint.not_native_because["mixtral"]
     assert_same_function(loaded, dense)

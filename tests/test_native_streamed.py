@@ -56,7 +56,7 @@ def test_one_wrong_expert_in_the_files_is_found(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison of tempered files is to rounding, whatever tempering itself changes."""
-    import upcycle.conversion.emit
+    import upcycle.verification.files
 
     def damaged(directory: Path, **options: object) -> object:
         path = directory / "model.safetensors"
@@ -65,8 +65,8 @@ def test_one_wrong_expert_in_the_files_is_found(
         save_file(tensors, path, metadata={"format": "pt"})
         return load(directory, **options)
 
-    load = upcycle.conversion.emit.load
-    monkeypatch.setattr(upcycle.conversion.emit, "load", damaged)
+    load = upcycle.verification.files.load
+    monkeypatch.setattr(upcycle.verification.files, "load", damaged)
     options = [part for change in SPLIT for part in ("--set", change)]
     result = convert(llama, tmp_path / "out", "--architecture", "mixtral", *options)
     assert result.exit_code == 3

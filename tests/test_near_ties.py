@@ -9,13 +9,13 @@ import torch
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 import upcycle
-from upcycle.conversion.emit import RELOADED, TIES
 from upcycle.data.evaluation import Evaluation
 from upcycle.layers.moe import MoE
 from upcycle.layers.selection import select as chosen_by
 from upcycle.recipe.schema import Recipe
+from upcycle.verification.checks import ONNX, ONNX_TIES, RELOADED, TIES
 from upcycle.verification.near_ties import choices_of, following
-from upcycle.verification.onnx.files import ONNX_CHECK, ONNX_TIES, verify_onnx
+from upcycle.verification.onnx.files import verify_onnx
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,16 +50,16 @@ def tie(layers: list[MoE]) -> None:
 
 def checks(done: Any, directory: Path, *targets: str) -> dict[str, Any]:
     done.save(directory, targets=targets)
-    return {check["what"]: check for check in done.report["checks"]}
+    return {check.what: check for check in done.report.checks}
 
 
 def test_onnx_files_may_decide_near_ties_otherwise(tmp_path: Path) -> None:
     done, layers = converted(recipe())
     tie(layers)
     found = checks(done, tmp_path / "out", "safetensors", "onnx")
-    assert found[ONNX_CHECK]["passed"]
-    assert 0 < found[ONNX_TIES]["elsewhere"] < found[ONNX_TIES]["tokens"]
-    assert 0 < found[ONNX_TIES]["error"] <= NEAR
+    assert found[ONNX.words].passed
+    assert 0 < found[ONNX_TIES.words].elsewhere < found[ONNX_TIES.words].tokens
+    assert 0 < found[ONNX_TIES.words].error <= NEAR
 
 
 def test_another_router_is_no_near_tie(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_another_router_is_no_near_tie(tmp_path: Path) -> None:
     checks(done, tmp_path / "out", "safetensors", "onnx")
     evaluation = Evaluation([{"input_ids": torch.arange(40)[None]}])
     layers[1].router.weight.data.mul_(-1)
-    found = {c["what"]: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
-    assert not found[ONNX_TIES]["passed"]
-    assert found[ONNX_TIES]["error"] > 1e-2
+    found = {c.what: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
+    assert not found[ONNX_TIES.words].passed
+    assert found[ONNX_TIES.words].error > 1e-2
 
 
 def test_other_weights_of_the_same_experts_are_no_near_tie(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_other_weights_of_the_same_experts_are_no_near_tie(tmp_path: Path) -> No
     checks(done, tmp_path / "out", "safetensors", "onnx")
     evaluation = Evaluation([{"input_ids": torch.arange(40)[None]}])
     layers[1].experts.down_proj.data.mul_(1.01)
-    found = {c["what"]: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
-    assert found[ONNX_TIES]["passed"]
-    assert not found[ONNX_CHECK]["passed"]
+    found = {c.what: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
+    assert found[ONNX_TIES.words].passed
+    assert not found[ONNX.words].passed
 
 
 def test_native_files_in_bfloat16_decide_near_ties_otherwise(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_native_files_in_bfloat16_decide_near_ties_otherwise(tmp_path: Path) -> 
         rows = layer.router.weight.data
         rows[1::2] = rows[::2] * (1 + 2**-7)  # a few bits of bfloat16
     found = checks(done, tmp_path / "out", "safetensors")
-    assert done.report["checks"]
-    assert found[RELOADED]["passed"]
-    assert 0 < found[TIES]["elsewhere"] < found[TIES]["tokens"]
+    assert done.report.checks
+    assert found[RELOADED.words].passed
+    assert 0 < found[TIES.words].elsewhere < found[TIES.words].tokens
 
 
 def test_choices_are_seen_beside_shared_experts() -> None:

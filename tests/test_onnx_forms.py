@@ -251,7 +251,7 @@ def test_rounding_is_what_independent_errors_give(tmp_path: Path, bits: int, blo
     path = export(layers, tmp_path, options)
     named = {f"layers.{i}": layer for i, layer in enumerate(layers)}
     rows, checks = verify_rounding(path, named, [{"x": sample(200).numpy()}])
-    assert all(found["passed"] for found in checks), checks
+    assert all(found.passed for found in checks), checks
     assert [row["path"] for row in rows] == list(named)
     for row in rows:
         assert row["rounding_over_expected"] > 0.5  # so a tenth of the errors would be noticed, too
@@ -269,7 +269,7 @@ def test_a_wrong_scale_is_noticed(tmp_path: Path) -> None:
     onnx.save(model, path)
     feeds = [{"x": sample(50).numpy()}]
     _, checks = verify_rounding(path, {"layers.0": layers[0]}, feeds)
-    assert [found["passed"] for found in checks] == [False, True, True]
+    assert [found.passed for found in checks] == [False, True, True]
 
 
 def test_experts_by_hand() -> None:

@@ -310,18 +310,18 @@ def test_vision_and_audio(make, inputs, axes, tmp_path: Path) -> None:
     assert {v.name: v.shape for v in session(tmp_path / MODEL).get_inputs()} == axes
     evaluation = Evaluation([inputs(batch, size) for batch, size in ((1, 2), (3, 6), (2, 4))])
     (found,) = verify_onnx(tmp_path, model, evaluation)
-    assert found["error"] <= TOLERANCE
+    assert found.error <= TOLERANCE
 
 
 def test_verification_sees_a_file_of_another_model(tmp_path: Path) -> None:
     model = written(gpt2, {"input_ids": tokens(1, 4)}, tmp_path)
     evaluation = Evaluation([{"input_ids": tokens(2, 6)}])
     (found,) = verify_onnx(tmp_path, model, evaluation)
-    assert found["error"] <= TOLERANCE
+    assert found.error <= TOLERANCE
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[:, 32:64] *= 2  # other keys
     (found,) = verify_onnx(tmp_path, model, evaluation)
-    assert found["error"] > 1e-3
+    assert found.error > 1e-3
 
 
 def test_a_cache_that_a_graph_cannot_hand_on_is_refused() -> None:

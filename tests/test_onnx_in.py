@@ -19,9 +19,12 @@ from onnx import helper
 
 from upcycle.cli.main import main
 from upcycle.cli.preview import inspect_model, plan_model
-from upcycle.conversion.named_models import convert_model, verify_paths
+from upcycle.conversion.options import Options
+from upcycle.conversion.pipeline import convert_model
+from upcycle.conversion.verify_directory import verify_directory
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.ffn import Located
+from upcycle.ir.report import Report
 from upcycle.models.dense import open_model
 from upcycle.recipe.reader import load_recipe
 
@@ -39,11 +42,15 @@ TOLERANCE = 1e-5
 HALF = 5e-3  # the same in float16, where each stored number is off by 2.4e-4
 
 
-def convert(path: Path, out: Path, recipe: str, *changes: str, **options: Any) -> dict[str, Any]:
+def convert(path: Path, out: Path, recipe: str, *changes: str, **options: Any) -> Report:
     loaded = load_recipe(recipe, list(changes))
     targets = options.pop("targets", ("safetensors", "onnx"))
     return convert_model(
-        open_model(str(path)), loaded, recipe_name=recipe, out=out, targets=targets, **options
+        open_model(str(path)),
+        loaded,
+        recipe_name=recipe,
+        out=out,
+        options=Options(targets=targets, **options),
     )
 
 
@@ -87,7 +94,7 @@ def test_every_spelling_is_found_and_converted_exactly(form: str, tmp_path: Path
     assert {(ffn.d_model, ffn.d_ff, ffn.d_out) for ffn in found.ffns} == {(16, 32, 16)}
     for recipe, changes in EXACT.items():
         report = convert(path, tmp_path / recipe, recipe, *changes)
-        assert all(check["passed"] for check in report["checks"])
+        assert all(check.passed for check in report.checks)
         assert relative(path, tmp_path / recipe / "model.onnx") <= TOLERANCE
 
 
@@ -108,10 +115,10 @@ def test_fewer_experts_differ_and_are_reported(form: str, tmp_path: Path) -> Non
     report = convert(path, tmp_path / "out", "emoe", "experts.count=4", *changes)
     error = relative(path, tmp_path / "out" / "model.onnx")
     assert error > 1e-2
-    assert report["end_to_end"]["relative"] > 1e-2
-    assert all("all_experts_relative" in row for row in report["layers"])
-    again = verify_paths(open_model(str(path)), tmp_path / "out")
-    assert again["end_to_end"] == report["end_to_end"]
+    assert report.end_to_end.relative > 1e-2
+    assert all(row.all_experts_relative is not None for row in report.layers)
+    again = verify_directory(open_model(str(path)), tmp_path / "out")
+    assert again.end_to_end == report.end_to_end
 
 
 @pytest.mark.parametrize("form", ["relu", "swiglu-split", "convolution", "gemm-erf"])

@@ -1,19 +1,20 @@
 """ONNX in, ONNX out: routers of every kind, shared experts and compensation; forms and rounding."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_files
 import pytest
 
-from upcycle.conversion.named_models import convert_model
+from upcycle.conversion.options import Options
+from upcycle.conversion.pipeline import convert_model
 from upcycle.errors import UnsupportedError, UsageError
+from upcycle.ir.report import Report
 from upcycle.models.dense import open_model
 from upcycle.onnx.run import run
 from upcycle.recipe.reader import load_recipe
-from upcycle.verification.onnx.layers import NODES
+from upcycle.verification.checks import NODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,16 +37,16 @@ RECIPES = {  # shipped recipe -> what makes it fit 32 neurons
 }
 
 
-def convert(path: Path, out: Path, recipe: str, *changes: str) -> dict[str, Any]:
+def convert(path: Path, out: Path, recipe: str, *changes: str) -> Report:
     loaded = load_recipe(recipe, [*SMALL, *changes])
     targets = ("safetensors", "onnx")
     return convert_model(
-        open_model(str(path)), loaded, recipe_name=recipe, out=out, targets=targets
+        open_model(str(path)), loaded, recipe_name=recipe, out=out, options=Options(targets=targets)
     )
 
 
-def found(report: dict[str, Any], what: str) -> float:
-    (error,) = [c["error"] for c in report["checks"] if c["what"].startswith(what)]
+def found(report: Report, what: str) -> float:
+    (error,) = [c.error for c in report.checks if c.what.startswith(what)]
     return float(error)
 
 
@@ -54,16 +55,16 @@ def test_every_layer_is_what_torch_has(recipe: str, tmp_path: Path) -> None:
     """The check of the conversion compares the nodes with the layer; it has to have looked."""
     path = onnx_files.by_hand(tmp_path / "dense.onnx", "swiglu")
     report = convert(path, tmp_path / "out", recipe, *RECIPES[recipe])
-    assert all(check["passed"] for check in report["checks"])
-    assert found(report, NODES) <= 1e-5
-    assert all("nodes_relative" in row for row in report["layers"])
+    assert all(check.passed for check in report.checks)
+    assert found(report, NODES.words) <= 1e-5
+    assert all(row.nodes_relative is not None for row in report.layers)
     onnx.checker.check_model(tmp_path / "out" / "model.onnx", full_check=True)
 
 
 def test_a_convolution_with_shared_experts(tmp_path: Path) -> None:
     path = onnx_files.by_hand(tmp_path / "dense.onnx", "convolution")
     report = convert(path, tmp_path / "out", "cmoe", *RECIPES["cmoe"])
-    assert found(report, NODES) <= 1e-5
+    assert found(report, NODES.words) <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["oracle", "hash"])
@@ -81,8 +82,8 @@ def test_rounded_experts_of_a_file(bits: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("onnx.form=quantised", f"onnx.quantise={bits}", "onnx.block=row")
     report = convert(path, out, "split-all", "experts.count=2", *options)
-    assert all(check["passed"] for check in report["checks"])
-    assert len(report["rounding"]["layers"]) == 2
+    assert all(check.passed for check in report.checks)
+    assert len(report.rounding.layers) == 2
     nodes = onnx.load(out / "model.onnx", load_external_data=False).graph.node
     assert sum(node.op_type == "QMoE" for node in nodes) == 2
     names = {file.name for file in out.iterdir()}

@@ -262,7 +262,7 @@ def test_weights_that_a_native_file_holds_scaled_are_not_written_again(
     done = upcycle.convert(small_models.build("llama"), recipe, overrides=["experts.count=4"])
     before = {key: tensor.clone() for key, tensor in done.model.state_dict().items()}
     done.save(tmp_path / "moe", targets=["safetensors", "onnx"])
-    assert done.report["checkpoint"]["architecture"] == architecture
+    assert done.report.checkpoint.architecture == architecture
     assert (tmp_path / "moe" / "model.onnx").is_file()
     assert not (tmp_path / "moe" / "model.onnx.data").exists()
     assert all(torch.equal(before[key], value) for key, value in done.model.state_dict().items())

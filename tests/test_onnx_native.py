@@ -54,7 +54,7 @@ def written(case: str, folder: Path) -> tuple[torch.nn.Module, OnnxFiles]:
     architecture = case.split()[0]
     targets = ["safetensors", "onnx"]
     done.save(folder, targets=targets, architecture=architecture, verify=False)
-    assert done.report["checkpoint"]["architecture"] == architecture
+    assert done.report.checkpoint.architecture == architecture
     return done.model, OnnxFiles(folder)
 
 

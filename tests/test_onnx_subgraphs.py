@@ -105,7 +105,7 @@ def test_ffns_inside_are_converted_in_place(name: str, recipe: str, tmp_path: Pa
     path = make(tmp_path / "dense.onnx")
     assert len(located(path).ffns) == count
     report = convert(path, tmp_path / "out", recipe, "experts.count=4")
-    assert len(report["layers"]) == count
+    assert len(report.layers) == count
     made = tmp_path / "out" / "model.onnx"
     for sign in (1, -1):  # both branches
         x = sign * np.abs(np.random.default_rng(3).standard_normal((2, 5, D))).astype(np.float32)
@@ -123,7 +123,7 @@ def test_fewer_experts_inside_differ(tmp_path: Path) -> None:
     changes = "router.top_k=1", "layers.every=1", "layers.skip_first=0", "experts.count=4"
     changes += ("verify.max_relative_error=2",)
     report = convert(path, tmp_path / "out", "emoe", *changes)
-    assert report["end_to_end"]["relative"] > 1e-2
+    assert report.end_to_end.relative > 1e-2
 
 
 def test_a_body_that_reads_what_nothing_makes_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from upcycle.cli.main import main
-from upcycle.conversion.in_memory import convert
+from upcycle.conversion.api import convert
 from upcycle.data.evaluation import evaluation_for, outputs_of
 from upcycle.layers.routers import ROUTER_KINDS
 from upcycle.targets.remote_code import auto_classes, modeling_text

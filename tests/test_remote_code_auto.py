@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from upcycle import auto_classes as auto
 from upcycle.cli.main import main
-from upcycle.conversion.in_memory import convert
+from upcycle.conversion.api import convert
 from upcycle.errors import UsageError
 from upcycle.targets.load import load
 from upcycle.util.quiet_transformers import quiet

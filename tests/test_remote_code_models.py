@@ -14,7 +14,7 @@ import torch
 from remote_case import without_upcycle
 from safetensors.torch import save_file
 
-from upcycle.conversion.in_memory import convert
+from upcycle.conversion.api import convert
 from upcycle.data.evaluation import evaluation_for
 from upcycle.targets.remote_code import auto_classes
 

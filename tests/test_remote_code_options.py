@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
-from upcycle.conversion.in_memory import convert
+from upcycle.conversion.api import convert
 from upcycle.layers.experts import Experts
 from upcycle.util.quiet_transformers import quiet
 

@@ -15,7 +15,7 @@ import torch
 from test_remote_code import without_upcycle
 from torch import nn
 
-from upcycle.conversion.in_memory import convert
+from upcycle.conversion.api import convert
 from upcycle.errors import PlanError, UnsupportedError
 from upcycle.ir.ffn import Located
 from upcycle.layers.moe import MoE

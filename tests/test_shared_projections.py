@@ -91,7 +91,7 @@ def test_what_stays_is_stored_once_and_is_what_it_was() -> None:
     padding = (5 * -(-H // 5) - H) * (3 * D + 2)
     numbers = sum(tensor.numel() for tensor in dense.values())
     assert sum(tensor.numel() for tensor in state.values()) == numbers + router + padding
-    assert done.report["costs"]["parameters_after"] == numbers + router + padding
+    assert done.report.costs.parameters_after == numbers + router + padding
     assert isinstance(done.model.get_submodule("0.into"), PartialTap)
     assert isinstance(done.model.get_submodule("0.out"), TappedMoE)
 

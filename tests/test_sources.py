@@ -16,8 +16,6 @@ from torch import nn
 import upcycle
 from upcycle.cli.main import main
 from upcycle.recipe.schema import Recipe
-from upcycle.targets.checkpoint import planned_layers
-from upcycle.verification.whole_model import verify_layers
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -65,9 +63,9 @@ def test_equal_sources_are_the_dense_model(name: str) -> None:
     model = small_models.build(name)
     others = [small_models.build(name), small_models.build(name)]
     done = upcycle.convert(model, recipe(3), sources=[model, *others])
-    assert done.report["end_to_end"]["relative"] < 1e-6
+    assert done.report.end_to_end.relative < 1e-6
     different = upcycle.convert(model, recipe(3), sources=[model, *family(3, name)[1:]])
-    assert different.report["end_to_end"]["relative"] > 1e-2
+    assert different.report.end_to_end.relative > 1e-2
 
 
 @pytest.mark.parametrize("merge", ["mean", "first", 2])
@@ -158,16 +156,13 @@ def test_a_source_may_give_several_experts() -> None:
 def test_rows_are_traced_to_their_source() -> None:
     models = family(2)
     done = upcycle.convert(models[0], recipe(2), sources=models)
-    assert all(row["untraced_rows"] == 0 for row in done.report["layers"])
+    assert all(row.untraced_rows == 0 for row in done.report.layers)
     experts = layers_of(done.model)[0].experts
     with torch.no_grad():
         experts.down_proj[1, 0, 7] += 1
-    layers = list(planned_layers(done.model, done.plan))
-    rows, _ = verify_layers(
-        done.dense, done.model, layers, done.provenance, done.evaluation, done.sources.tensors
-    )
-    assert [row["untraced_rows"] for row in rows] == [1, 0]
-    assert set(done.report["sources"]) == {"source 0 (base)", "source 1 (LlamaForCausalLM)"}
+    again = done.opened.verify_module(done.measured, done.made)
+    assert [row.untraced_rows for row in again.layers or ()] == [1, 0]
+    assert set(done.report.sources or ()) == {"source 0 (base)", "source 1 (LlamaForCausalLM)"}
 
 
 def invoke(*arguments: str) -> Any:

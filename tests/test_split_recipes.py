@@ -27,9 +27,9 @@ def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path)
     text = samples.default_text()[:60_000]
     done = upcycle.convert(source.load(), name, calibration=text, source=source, overrides=SMALL)
     assert done.plan.promise == PROMISES[name]
-    assert done.report["end_to_end"]["relative"] > 1e-3
+    assert done.report.end_to_end.relative > 1e-3
     done.save(tmp_path / name, targets=["safetensors", "onnx"])  # tiers T3 and T4
-    assert all(check["passed"] for check in done.report["checks"])
+    assert all(check.passed for check in done.report.checks)
     loaded = upcycle.load(tmp_path / name)
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / name, trust_remote_code=True

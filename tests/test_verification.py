@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from upcycle.cli import tables_of_reports as report
 from upcycle.cli.main import main
-from upcycle.conversion.in_memory import Conversion, convert
+from upcycle.conversion.api import Conversion, convert
 from upcycle.errors import VerificationError
+from upcycle.ir.report import Report
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.layers.router import Router
@@ -28,10 +30,9 @@ from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.util.eval_mode import eval_mode
 from upcycle.util.json_text import json_text
-from upcycle.verification.checks import check
+from upcycle.verification.checks import RELOADED, check, raise_if_failed
 from upcycle.verification.distinct_experts import distinct_experts_error
 from upcycle.verification.metrics import ROUNDING
-from upcycle.verification.whole_model import raise_if_failed, verify_layers
 
 
 def converted(name: str, recipe: str, *overrides: str) -> Conversion:
@@ -40,9 +41,12 @@ def converted(name: str, recipe: str, *overrides: str) -> Conversion:
 
 def layer_checks(done: Conversion) -> dict[str, bool]:
     """The layer checks of a conversion as it is now: the first word of each, and if it passed."""
-    layers = list(planned_layers(done.model, done.plan))
-    _, checks = verify_layers(done.dense, done.model, layers, done.provenance, done.evaluation)
-    return {c["what"].partition(",")[0]: c["passed"] for c in checks}
+    checks = verified_again(done).checks[:-1]  # without the end to end one
+    return {c.what.partition(",")[0]: c.passed for c in checks}
+
+
+def verified_again(done: Conversion) -> Report:
+    return done.opened.verify_module(replace(done.measured, checks=()), done.made)
 
 
 def layers_of(done: Conversion) -> list[MoE]:
@@ -59,7 +63,7 @@ ALL = "layer with all experts (K = N)"
 def test_a_right_conversion_passes(name: str, recipe: str) -> None:
     done = converted(name, recipe)
     assert all(layer_checks(done).values())
-    assert all(row["untraced_rows"] == 0 for row in done.report["layers"])
+    assert all(row.untraced_rows == 0 for row in done.report.layers)
 
 
 @pytest.mark.parametrize("matrix", ["up", "down"])
@@ -71,11 +75,10 @@ def test_t0_counts_a_changed_row(matrix: str) -> None:
             layer.experts.up_EGD[2, 3, 5] *= 1 + 1e-5
         else:
             layer.experts.down_proj[2, 5, 3] *= 1 + 1e-5
-    layers = list(planned_layers(done.model, done.plan))
-    rows, checks = verify_layers(done.dense, done.model, layers, done.provenance, done.evaluation)
-    assert [row["untraced_rows"] for row in rows] == [0, 1]
-    assert checks[0]["error"] == 1
-    assert not checks[0]["passed"]
+    again = verified_again(done)
+    assert [row.untraced_rows for row in again.layers or ()] == [0, 1]
+    assert again.checks[0].error == 1
+    assert not again.checks[0].passed
 
 
 def test_t0_sees_a_row_that_is_no_number() -> None:
@@ -194,7 +197,7 @@ def test_t3_sees_a_file_that_is_not_the_model(
         damage(directory)
         return load(directory, model)
 
-    monkeypatch.setattr("upcycle.conversion.emit.load", load_damaged)
+    monkeypatch.setattr("upcycle.verification.files.load", load_damaged)
     with pytest.raises(VerificationError, match="files loaded again"):
         done.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -211,7 +214,7 @@ def test_t4_sees_a_graph_that_is_not_the_model(
             other.cls.predictions.bias.add_(0.5)
         return export_onnx(other, *args, **options)
 
-    monkeypatch.setattr("upcycle.verification.onnx.files.export_onnx", export_other)
+    monkeypatch.setattr("upcycle.targets.onnx.write.export_onnx", export_other)
     with pytest.raises(VerificationError, match="ONNX Runtime against PyTorch"):
         done.save(tmp_path / "out", targets=["safetensors", "onnx"])
     assert list(tmp_path.iterdir()) == []
@@ -219,11 +222,13 @@ def test_t4_sees_a_graph_that_is_not_the_model(
 
 def test_a_check_with_an_error_that_is_no_number_fails() -> None:
     for error in (math.nan, math.inf):
-        found = check("x", error, 1.0)
-        assert not found["passed"]
+        found = check(RELOADED, error, 1.0)
+        assert not found.passed
+        report = Report("0", "model", "recipe", {}, "exact", "float32", "2", checks=(found,))
         with pytest.raises(VerificationError):
-            raise_if_failed({"checks": [found]})
-    assert json.loads(json_text({"checks": [check("x", math.inf, 1.0)]}))
+            raise_if_failed(report)
+    again = Report.from_json(json.loads(json_text(report.to_json())), "it")
+    assert again.checks[0].error == math.inf  # which JSON does not have
 
 
 def test_outputs_that_are_no_numbers_fail() -> None:
@@ -231,9 +236,9 @@ def test_outputs_that_are_no_numbers_fail() -> None:
     other: Any = copy.deepcopy(dense)
     with torch.no_grad():
         other.cls.predictions.bias[3] = math.nan
-    assert upcycle.verify(dense, dense)["relative"] == 0
-    assert upcycle.verify(dense, other)["relative"] == math.inf
-    assert upcycle.verify(other, other)["relative"] == math.inf
+    assert upcycle.verify(dense, dense).relative == 0
+    assert upcycle.verify(dense, other).relative == math.inf
+    assert upcycle.verify(other, other).relative == math.inf
 
 
 def test_verify_leaves_the_modes_as_they_are() -> None:
@@ -270,7 +275,7 @@ def test_a_conversion_leaves_the_mode_of_the_dense_model() -> None:
 
 
 def test_the_report_says_where_the_largest_error_is() -> None:
-    found = converted("llama", "moefication").report
+    found = converted("llama", "moefication").report.to_json()
     worst = max(found["layers"], key=lambda row: row["relative"])
     expected = {"layer": worst["path"], "relative": worst["relative"]}
     assert found["largest_error_at"] == expected
@@ -289,16 +294,23 @@ def test_the_verify_command(tmp_path: Path) -> None:
     passed = run("verify", dense, out, "--json")
     assert passed.exit_code == 0, passed.stderr
     found = json.loads(passed.stdout)
-    assert [c["passed"] for c in found["checks"]] == [True, True]
+    assert [c["what"].partition(",")[0] for c in found["checks"]] == [
+        ROWS,
+        LAYER,
+        DISTINCT,
+        "end to end",
+        "ONNX Runtime against PyTorch",
+    ]
+    assert all(c["passed"] for c in found["checks"])
     assert found["end_to_end"]["language_model"]["top1_agreement"] > 0.99
-    assert "2 checks: all passed" in run("verify", dense, out).stdout
+    assert "5 checks: all passed" in run("verify", dense, out).stdout
 
     small_models.build("llama", seed=1).save_pretrained(tmp_path / "other")
     small_models.tokenizer().save_pretrained(tmp_path / "other")
     failed = run("verify", tmp_path / "other", out)
     assert failed.exit_code == 3
     assert "FAILED" in failed.stdout
-    assert "error: verification failed: end to end" in failed.stderr
+    assert f"error: verification failed: {ROWS}: error 128, allowed 0" in failed.stderr
 
     broken = Path(shutil.copytree(out, tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-9])
@@ -314,7 +326,7 @@ def test_verify_loads_the_dense_model_as_the_conversion_did(tmp_path: Path) -> N
     assert run("convert", dense, "--recipe", "split-all", "--out", out, *options).exit_code == 0
     checked = run("verify", dense, out, "--json")
     assert checked.exit_code == 0
-    assert json.loads(checked.stdout)["checks"][0]["allowed"] == ROUNDING[torch.bfloat16]
+    assert json.loads(checked.stdout)["checks"][-1]["allowed"] == ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("count", [2, 40])

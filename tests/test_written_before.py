@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import upcycle
 import upcycle.compiled
 import upcycle.kernels.compiled
-from upcycle.conversion.named_models import read_report
+from upcycle.targets.description import read_report
 from upcycle.verification.metrics import ROUNDING
 
 WRITTEN = Path(__file__).parent / "written_before"
@@ -68,8 +68,8 @@ def test_its_own_file_runs_without_upcycle() -> None:
 )
 def test_its_report_is_read(form: str, recipe: str) -> None:
     report = read_report(WRITTEN / form)
-    assert report["recipe"] == recipe
-    assert all(check["passed"] for check in report["checks"])
+    assert report.recipe == recipe
+    assert all(check.passed for check in report.checks)
 
 
 def test_the_kernels_are_where_its_own_file_looks_for_them() -> None:

@@ -12,7 +12,7 @@ from upcycle.auto_classes import register as _register
 from upcycle.version import __version__
 
 if _TYPE_CHECKING:
-    from upcycle.conversion.in_memory import Conversion, convert, locate
+    from upcycle.conversion.api import Conversion, convert, locate
     from upcycle.errors import (
         CaptureError,
         PlanError,
@@ -61,7 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "conversion.in_memory": ("Conversion", "convert", "locate"),
+    "conversion.api": ("Conversion", "convert", "locate"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "ir.ffn": ("FFN", "Located", "Miss"),
     "targets.load": ("load",),

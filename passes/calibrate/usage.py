@@ -4,20 +4,19 @@ Shape suffixes: T tokens, D d_model, E experts, K chosen experts, F neurons of t
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from upcycle.ir.ffn_inputs import FFNInputs
+from upcycle.ir.measured import Usage
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
 from upcycle.passes.calibrate.visits import members, visits
 
 
 @torch.no_grad()
-def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) -> dict[str, Any]:
-    """The load of the experts on calibration tokens, as plain data.
+def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) -> Usage:
+    """The load of the experts on calibration tokens.
 
     `captured_mass` is the part of ``sum_j |h_j| ||d_j||`` over all tokens and neurons that is in
     experts which the token visits, or in the shared one: 1 if nothing is left out. `load_entropy`
@@ -44,15 +43,15 @@ def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) -> 
         there_TF = (visited_TE @ member_EF + shared_F).clamp(max=1)
         captured += (mass_TF * there_TF).sum(dtype=torch.float64).item()
         total += mass_TF.sum(dtype=torch.float64).item()
-    return {
-        "path": spec.ffn.path,
-        "tokens": len(seen),
-        "tokens_per_expert": load_E.tolist(),
-        "dead_experts": int((load_E == 0).sum()),
-        "load_entropy": _entropy(load_E),
-        "captured_mass": captured / total if total else 1.0,
-        **({"compensation": dict(made.figures)} if made.figures else {}),
-    }
+    return Usage(
+        path=spec.ffn.path,
+        tokens=len(seen),
+        tokens_per_expert=tuple(load_E.tolist()),
+        dead_experts=int((load_E == 0).sum()),
+        load_entropy=_entropy(load_E),
+        captured_mass=captured / total if total else 1.0,
+        compensation=dict(made.figures) or None,
+    )
 
 
 def _entropy(load_E: torch.Tensor) -> float:
@@ -60,18 +59,3 @@ def _entropy(load_E: torch.Tensor) -> float:
         return 1.0
     part_E = load_E.double() / load_E.sum()
     return float(torch.special.entr(part_E).sum()) / math.log(len(load_E))
-
-
-def calibration_rows(calibration: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The layers for a table: path, tokens, load from to, dead experts, entropy, captured mass."""
-    return [
-        (
-            row["path"],
-            str(row["tokens"]),
-            f"{min(row['tokens_per_expert'])} to {max(row['tokens_per_expert'])}",
-            str(row["dead_experts"]),
-            f"{row['load_entropy']:.3f}",
-            f"{row['captured_mass']:.3f}",
-        )
-        for row in calibration["layers"]
-    ]

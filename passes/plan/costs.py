@@ -1,46 +1,17 @@
 """What a plan costs, before a weight is read: parameters, FLOPs, bytes."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from upcycle.ir.ffn import FFN
 from upcycle.ir.layer_weights import empty_layer
+from upcycle.ir.measured import Costs
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.recipe.schema import Compensate
 
 ROUTED = ("experts.up_proj", "experts.gate_up_proj", "experts.down_proj")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """The size of a model before and after.
-
-    Attributes:
-        parameters_before, parameters_after: of the whole model.
-        active_parameters: of those, the ones that a token meets.
-        flops_before, flops_after: per token, in the linear maps of the converted FFNs and in their
-            routers; a multiply-add is two.
-        compensation_parameters, compensation_flops: of those after, what `compensate` added.
-        bytes_before, bytes_on_disk: of the dense and of the converted weights.
-        peak_bytes: the dense model and the converted layers side by side.
-    """
-
-    parameters_before: int
-    parameters_after: int
-    active_parameters: int
-    flops_before: int
-    flops_after: int
-    compensation_parameters: int
-    compensation_flops: int
-    bytes_before: int
-    bytes_on_disk: int
-    peak_bytes: int
-
-    def to_json(self) -> dict[str, int]:
-        """Plain data for ``upcycle plan --json``."""
-        return asdict(self)
 
 
 def costs(plan: Plan, total_parameters: int, itemsize: int) -> Costs:

@@ -1,6 +1,8 @@
 """Read one MoE layer back from a written checkpoint, by offsets, without loading the rest."""
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,13 @@ import torch
 from upcycle.ir.layer_weights import empty_layer, weights_of
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import MoEWeights
-from upcycle.targets.checkpoint import Checkpoint
+from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.targets.files.stored import Stored
+from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.tensors import read_native
+
+Read = Callable[[str], torch.Tensor]
+_EXPERT = re.compile(r"(.*\.experts\.)(expert_)?(\d+)\.(.*)")
 
 
 def read_stored(directory: Path, stored: Stored) -> torch.Tensor:
@@ -24,20 +30,42 @@ def read_stored(directory: Path, stored: Stored) -> torch.Tensor:
     return torch.from_numpy(data).view(stored.dtype).reshape(stored.shape)
 
 
-def read_layer(directory: Path, written: Checkpoint, spec: MoESpec) -> MoEWeights:
+def read_by_name(*sources: Path) -> Read:
+    """The tensors of checkpoints by name, and the stacks of their experts' matrices.
+
+    A stack is named after its tensors, without the number of the expert, as in
+    `upcycle.targets.native`.
+
+    Args:
+        sources: directories, or safetensors files.
+    """
+    home = {name: held for held in map(read_tensors, sources) for name in held}
+    stacks: dict[str, dict[int, str]] = {}
+    for name in home:
+        if found := _EXPERT.fullmatch(name):
+            before, word, number, after = found.groups()
+            stack = f"{before}{'all.' if word else ''}{after}"
+            stacks.setdefault(stack, {})[int(number)] = name
+
+    def read(name: str) -> torch.Tensor:
+        if name in home:
+            return home[name][name]
+        parts = [part for _, part in sorted(stacks[name].items())]
+        return torch.stack([home[part][part] for part in parts])
+
+    return read
+
+
+def read_layer(target: NativeTarget | None, spec: MoESpec, read: Read) -> MoEWeights:
     """The weights of one layer as they are on disk; without their provenance.
 
     Args:
-        directory: where the checkpoint was written.
-        written: what `write_checkpoint` returned.
+        target: the native architecture of the checkpoint, if it is one.
         spec: the layer.
+        read: a tensor, or a stack of them, by its name in the files.
     """
-
-    def read(name: str) -> torch.Tensor:
-        return read_stored(directory, written.stored[name])
-
-    if written.target is not None:
-        return read_native(written.target, spec, read)
+    if target is not None:
+        return read_native(target, spec, read)
     site = spec.site()
     path = site["path"] if site["placement"] == "module" else site["contraction"]
     layer = empty_layer(spec.layer_config())

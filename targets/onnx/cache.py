@@ -9,6 +9,7 @@ Shape suffixes: B batch, H heads of keys and values, P past, S new tokens, W wid
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def filled(shape: CacheShape, past: Mapping[str, Tensor]) -> DynamicCache:
     """The cache that holds `past`, whose names are those of `shape`, as a model reads it."""
     cache = DynamicCache()
     for i in range(shape.count):
-        layer = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
         if i in shape.heads:  # as `update` would do, which concatenates with an empty tensor first
             layer.keys, layer.values = (
                 past[f"{PAST}.{i}{shape.part}.{what}"] for what in ("key", "value")

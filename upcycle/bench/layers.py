@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D d_model, O d_out, K chosen experts.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,25 +31,6 @@ class Pair:
     dense: Layer
     converted: Layer
     visited: Callable[[torch.Tensor], int]
-
-
-def as_made(specs: Sequence[MoESpec], dense: nn.Module, model: nn.Module) -> tuple[MoESpec, ...]:
-    """The specs with the widths that the layers of `model` really have: a recipe may adapt them.
-
-    Raises:
-        AttributeError: `model` was not made from `dense`.
-    """
-    shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if shapes.get(name, parameter.shape) != parameter.shape:
-            raise AttributeError(f"{name} is {list(parameter.shape)} and not {list(shapes[name])}")
-    return tuple(_as_made(spec, converted_layer(model, spec)) for spec in specs)
-
-
-def _as_made(spec: MoESpec, layer: nn.Module) -> MoESpec:
-    if not isinstance(layer, MoE):
-        return spec
-    return replace(spec, width=layer.config["width"], shared=layer.config["shared"])
 
 
 def place_of(spec: MoESpec) -> str:

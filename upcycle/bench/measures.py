@@ -15,7 +15,8 @@ from upcycle.bench.timing import MOST, compared, interleaved
 from upcycle.bench.whole import PROMPT, text_of
 from upcycle.data.evaluation import Evaluation
 from upcycle.data.text import longest
-from upcycle.passes.plan.costs import Costs
+from upcycle.ir.measured import Costs
+from upcycle.ir.report import Report
 
 STEPS = 20  # tokens to write, at least
 Tick = Callable[[], None]
@@ -112,7 +113,7 @@ def six(
     subject: Subject,
     last: Mapping[str, Any],
     size: Costs,
-    report: Mapping[str, Any],
+    report: Report,
     tick: Tick,
 ) -> dict[str, dict[str, float | None]]:
     """EfficientLLM's metrics of each model, which then runs by itself.
@@ -131,21 +132,23 @@ def six(
     if calls is None:
         calls, tokens, _ = _reading(subject, last["tokens"] or 1)
         most = MOST
-    language = (report.get("end_to_end") or {}).get("language_model") or {}
-    nll = [language.get(f"{name}_perplexity") for name in ("dense", "converted")]
+    measured = report.end_to_end.language_model if report.end_to_end else None
     found = {}
     for name, call in calls.items():
         with readings() as meters:
             alone = {name: call}
             times = interleaved(alone, seconds=subject.seconds, least=1, most=most)[name]
         of = {"dense": size.bytes_before, "converted": size.bytes_on_disk}[name]
-        kept = {"dense": nll[0], "converted": nll[1]}[name]
+        quality = None
+        if measured is not None:
+            kept = {"dense": measured.dense_perplexity, "converted": measured.converted_perplexity}
+            quality = 1 / measured.dense_perplexity, 1 / kept[name]
         found[name] = six_metrics(
             meters,
             times,
             None if tokens is None else tokens * len(times),
             sizes=(size.bytes_before, of),
-            quality=(1 / nll[0], 1 / kept) if nll[0] and kept else None,
+            quality=quality,
         )
         tick()
     return found

@@ -20,10 +20,9 @@ from upcycle.capture.capture import ExampleInputs
 from upcycle.data.evaluation import Evaluation
 from upcycle.onnx.run import described, session
 from upcycle.recipe.onnx import Onnx
-from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.parts import MODEL
-from upcycle.verification.onnx.files import in_float32, write_onnx
+from upcycle.targets.onnx.write import in_float32, write_onnx
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -41,8 +40,7 @@ def write_dense(directory: Path, model: nn.Module, evaluation: Evaluation, optio
     level = log.level
     log.setLevel(logging.ERROR)  # it would warn that the weights lie in no checkpoint
     try:
-        nothing = Checkpoint("module", "", stored={})
-        write_onnx(directory, in_float32(model), evaluation, nothing, options)
+        write_onnx(directory, in_float32(model), evaluation.batches[0], {}, options)
     finally:
         log.setLevel(level)
     return directory / MODEL

@@ -9,24 +9,21 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.bench.engines import check_file, onnx_engine, torch_engine
 from upcycle.bench.floor import floor_of
-from upcycle.bench.layers import as_made
 from upcycle.bench.machine import measure
 from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six, writing_row
-from upcycle.conversion.named_models import read_report
 from upcycle.data.evaluation import evaluation_for
-from upcycle.errors import UsageError
-from upcycle.ir.spec import Plan
 from upcycle.models.dense import DTYPES, Source
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.schema import Recipe
+from upcycle.targets.description import read_report
 from upcycle.targets.load import load
+from upcycle.targets.provenance_file import as_made
 from upcycle.util.progress import Progress, silent
 
 
@@ -74,18 +71,20 @@ def bench(
     report = read_report(converted)
     if wanted.engine == "onnx":
         check_file(converted)
-    recipe = Recipe.model_validate_json(json.dumps(report["resolved_recipe"]))
-    dense = replace(dense, dtype=DTYPES[report["dtype"]])  # as it was loaded for the conversion
+    recipe = Recipe.model_validate_json(json.dumps(report.resolved_recipe))
+    dense = replace(dense, dtype=DTYPES[report.dtype])  # as it was loaded for the conversion
     with ExitStack() as stack:
         stack.enter_context(_threads(wanted.threads))
         reference = dense.load()
         located = locate_in(reference, dense.example)
-        plan = make_plan(located, recipe, recipe_name=report["recipe"])
-        made, plan = _made(converted, dense, reference, plan)
+        plan = make_plan(located, recipe, recipe_name=report.recipe)
+        plan, _ = as_made(plan, converted)
+        own = None if isinstance(reference, PreTrainedModel) else dense.load()
+        made = load(converted, model=own)
         evaluation = evaluation_for(reference, directory=dense.directory, example=dense.example)
         specs = [plan.specs[i] for i in _middle(len(plan.specs), wanted.layers)]
         onnx = recipe.onnx if wanted.engine == "onnx" else None
-        kind = DTYPES[report["dtype"]] if onnx is None else torch.float32
+        kind = DTYPES[report.dtype] if onnx is None else torch.float32
         machine = measure(kind)
         floor = floor_of(machine, reference, plan.specs, itemsize=kind.itemsize, options=onnx)
         if onnx is None:
@@ -106,8 +105,8 @@ def bench(
         metrics = six(subject, reading[-1], size, report, tick)
         progress("measuring", total, total)
         return {
-            "model": report["model"],
-            "recipe": report["recipe"],
+            "model": report.model,
+            "recipe": report.recipe,
             "engine": wanted.engine,
             "machine": asdict(machine),
             "costs": size.to_json(),
@@ -117,26 +116,6 @@ def bench(
             "writing": writing,
             "six": metrics,
         }
-
-
-def _made(
-    directory: Path, dense: Source, reference: nn.Module, plan: Plan
-) -> tuple[nn.Module, Plan]:
-    """The converted model, and the plan with its layers as they really are.
-
-    Raises:
-        UsageError: its layers are not where those of the dense model are.
-    """
-    own = None if isinstance(reference, PreTrainedModel) else dense.load()
-    made = load(directory, model=own)
-    try:
-        plan = replace(plan, specs=as_made(plan.specs, reference, made))
-    except AttributeError as error:
-        raise UsageError(
-            f"{directory}: it was not made from {dense.label} ({error}); name its dense model with "
-            "--against"
-        ) from error
-    return made, plan
 
 
 def _middle(count: int, wanted: int) -> list[int]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UsageError
+from upcycle.targets.description import REPORT, read_report
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, neurons_of, read_origins
-
-REPORT = "report.json"
 
 
 def is_converted(directory: Path) -> bool:
@@ -30,21 +29,19 @@ def inspect_converted(directory: Path) -> dict[str, Any]:
     Raises:
         UsageError: upcycle did not write the directory, or its files are damaged.
     """
-    report = _json(directory / REPORT)
-    if not is_converted(directory):
-        raise UsageError(f"{directory}: no {REPORT} of upcycle, so this is not an output of it")
-    checkpoint = report.get("checkpoint") or {"form": "onnx", "architecture": None}
+    report = read_report(directory)
+    written = report.checkpoint
     layers = read_origins(directory)
     return {
         "directory": str(directory),
-        "model": report.get("model"),
-        "upcycle": report.get("upcycle"),
-        "recipe": report.get("recipe"),
-        "promise": report.get("promise"),
-        "dtype": report.get("dtype"),
-        "form": checkpoint["form"],
-        "architecture": checkpoint["architecture"],
-        "runtimes": checkpoint.get("runtimes", {}),
+        "model": report.model,
+        "upcycle": report.upcycle,
+        "recipe": report.recipe,
+        "promise": report.promise,
+        "dtype": report.dtype,
+        "form": written.form if written else "onnx",
+        "architecture": written.architecture if written else None,
+        "runtimes": written.runtimes if written else {},
         "onnx": sorted(path.name for path in directory.glob("*.onnx")),
         "layers": None if layers is None else [_layer(directory, layer) for layer in layers],
     }

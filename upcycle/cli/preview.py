@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from upcycle.ir.ffn import Located
+from upcycle.ir.measured import Costs
 from upcycle.ir.spec import Plan
 from upcycle.models.dense import Source
 from upcycle.passes.locate.locate import locate_in
-from upcycle.passes.plan.costs import Costs, costs, model_size
+from upcycle.passes.plan.costs import costs, model_size
 from upcycle.passes.plan.model_problems import check_model
 from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.schema import Recipe
@@ -42,7 +43,7 @@ def plan_model(
     """
     if not isinstance(source, Source):
         plan = source.plan(recipe, recipe_name).requiring(runtimes, architecture)
-        return plan, source.costs(plan), onnx_destination(plan)
+        return plan, costs(plan, *source.size), onnx_destination(plan)
     skeleton = source.skeleton()
     plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
     plan = plan.requiring(runtimes, architecture)

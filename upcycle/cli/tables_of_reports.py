@@ -1,11 +1,6 @@
-"""What was found, planned and verified, as tables for people and as plain data for programs.
+"""What was found, planned and verified, as tables for people and as plain data for programs."""
 
-A conversion report is the dict that `upcycle.conversion.in_memory` makes: `checks` of
-`upcycle.verification.whole_model`, `layers` with the distance of each, `end_to_end` with that of
-each output and, for a language model, of its predictions.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -13,9 +8,9 @@ from rich.table import Table
 
 from upcycle.cli.tables import add_rows, count, new_table, short, size
 from upcycle.ir.ffn import FFN, Located
+from upcycle.ir.measured import Check, Costs, Distance
+from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import MoESpec, Plan
-from upcycle.passes.calibrate.usage import calibration_rows
-from upcycle.passes.plan.costs import Costs
 from upcycle.targets.destination import Destination, grouped
 
 MAX_LAYERS = 12  # in the table of a verification: the worst ones
@@ -102,73 +97,70 @@ def costs_table(costs: Costs) -> Table:
     return table
 
 
-def verification_report(report: dict[str, Any]) -> list[RenderableType]:
+def verification_report(report: Report) -> list[RenderableType]:
     """The checks of a verification, each with its error and what was allowed."""
-    checks = report["checks"]
     table = new_table("check", "error", "allowed", "")
-    for check in checks:
-        verdict = "ok" if check["passed"] else "FAILED"
-        table.add_row(check["what"], f"{check['error']:.2e}", f"{check['allowed']:.2e}", verdict)
-    parts: list[RenderableType] = [table, *_near_ties(checks)]
+    for check in report.checks:
+        verdict = "ok" if check.passed else "FAILED"
+        table.add_row(check.what, f"{check.error:.2e}", f"{check.allowed:.2e}", verdict)
+    parts: list[RenderableType] = [table, *_near_ties(report.checks)]
     if rows := [*_distances(report)]:
         distances = new_table(
             "compared with the dense model", "relative error", "cosine min", "mean"
         )
         add_rows(distances, rows)
         parts += ["", distances]
-        if (hidden := len(report.get("layers", ())) - MAX_LAYERS) > 0:
+        if (hidden := len(report.layers or ()) - MAX_LAYERS) > 0:
             parts.append(f"{count(range(hidden), 'layer')} with smaller errors in report.json")
-    if language := report.get("end_to_end", {}).get("language_model"):
+    if report.end_to_end and report.end_to_end.language_model:
         metrics = new_table("language model", "")
-        for name, value in language.items():
+        for name, value in plain(report.end_to_end.language_model).items():
             metrics.add_row(name.replace("_", " "), f"{value:.6g}")
         parts += ["", metrics]
-    failed = sum(not check["passed"] for check in checks)
+    failed = sum(not check.passed for check in report.checks)
     verdict = f"{failed} failed" if failed else "all passed"
-    return [*parts, f"{count(checks, 'check')}: {verdict}"]
+    return [*parts, f"{count(report.checks, 'check')}: {verdict}"]
 
 
-def _near_ties(checks: list[dict[str, Any]]) -> Iterator[str]:
+def _near_ties(checks: Sequence[Check]) -> Iterator[str]:
     for check in checks:
-        if "elsewhere" in check:
+        if check.elsewhere is not None:
             yield (
-                f"{check['what']}: {check['elsewhere']} of {check['tokens']} choices of experts "
+                f"{check.what}: {check.elsewhere} of {check.tokens} choices of experts "
                 "fell otherwise; outputs were compared with the same choices"
             )
 
 
-def _distances(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    layers = report.get("layers", [])
+def _distances(report: Report) -> Iterator[tuple[str, ...]]:
+    layers = list(report.layers or ())
     if len(layers) > MAX_LAYERS:
-        layers = sorted(layers, key=lambda row: -row["relative"])[:MAX_LAYERS]
-    named = [(row["path"], row) for row in layers]
-    named += [*report.get("end_to_end", {}).get("outputs", {}).items()]
-    named += [*report.get("sources", {}).items()]
+        layers = sorted(layers, key=lambda row: -row.relative)[:MAX_LAYERS]
+    named: list[tuple[str, Distance]] = [(row.path, row) for row in layers]
+    named += [*report.end_to_end.outputs.items()] if report.end_to_end else []
+    named += [*(report.sources or {}).items()]
     for name, found in named:
-        cosines = (f"{found[key]:.6f}" for key in ("min_cosine", "mean_cosine"))
-        yield (name, f"{found['relative']:.2e}", *cosines)
+        cosines = (f"{cosine:.6f}" for cosine in (found.min_cosine, found.mean_cosine))
+        yield (name, f"{found.relative:.2e}", *cosines)
 
 
-def conversion_report(
-    report: dict[str, Any], out: str, sizes: dict[str, int]
-) -> list[RenderableType]:
+def conversion_report(report: Report, out: str, sizes: dict[str, int]) -> list[RenderableType]:
     """What a conversion wrote to `out` (bytes by file name), and how it was verified."""
     files = new_table("file", "size")
     for name, number in sizes.items():
         files.add_row(name, size(number))
-    verified = verification_report(report) if report["checks"] else ["not verified"]
+    verified = verification_report(report) if report.checks else ["not verified"]
     return [*_calibrated(report), *verified, "", files, f"written to {out}"]
 
 
-def _calibrated(report: dict[str, Any]) -> list[RenderableType]:
+def _calibrated(report: Report) -> list[RenderableType]:
     """What the methods were shown, and how its tokens use the experts."""
-    if "calibration" not in report:
+    if report.calibration is None:
         return []
     table = new_table(
         "calibrated", "tokens", "per expert", "dead experts", "entropy", "captured mass"
     )
-    add_rows(table, calibration_rows(report["calibration"]))
-    return [table, f"on {report['calibration']['data']}", ""]
+    add_rows(table, [usage.cells() for usage in report.calibration.layers])
+    return [table, f"on {report.calibration.data}", ""]
 
 
 def _misses(located: Located) -> Table:

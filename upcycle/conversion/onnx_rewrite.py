@@ -1,28 +1,23 @@
-"""Write the converted file: one FFN at a time is read, turned into experts and dropped."""
+"""Write a converted ONNX file; one layer is in memory at a time."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from upcycle.data.onnx_calibration import OnnxCalibration
 from upcycle.ir.layer_weights import empty_layer
 from upcycle.ir.spec import MoESpec, Plan
-from upcycle.ir.weights import MoEWeights, Provenance, read_ffn
+from upcycle.ir.weights import MoEWeights
 from upcycle.layers.moe import MoE
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.tensors import ONNX_TYPES
-from upcycle.passes.calibrate.usage import usage
-from upcycle.passes.transform.transform import transform
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import TensorEntry, write_tensors
 from upcycle.targets.onnx.forms.lower import lower
 from upcycle.targets.onnx.insert import Place, insert_layer, unique_keys
 from upcycle.targets.onnx.share_weights import Store, stored_value
-from upcycle.util.progress import Progress
 
 FILE, DATA, EXPERTS = "model.onnx", "model.onnx.data", "experts"
 INLINE_BYTES = 1 << 30  # of weights that were inside the file; a file of 2 GB cannot be written
@@ -33,11 +28,10 @@ def write_converted(
     plan: Plan,
     directory: Path,
     *,
+    made: Callable[[MoESpec], MoEWeights],
     beside: Path,
     max_shard_size: int,
-    progress: Progress,
-    calibration: OnnxCalibration | None = None,
-) -> tuple[dict[str, Stored], dict[str, Provenance], list[dict[str, Any]]]:
+) -> dict[str, Stored]:
     """Write ``model.onnx``; the graph of `source` is used up.
 
     Weights that were in external files, and are still used, go to ``model.onnx.data``.
@@ -46,33 +40,17 @@ def write_converted(
         source: the dense file.
         plan: what its FFNs become.
         directory: for the file.
+        made: gives the weights of a layer; called once for each, in the order of the plan.
         beside: for ``experts.safetensors``; if it is not `directory`, then what the file reads of
             it goes to ``model.onnx.data``, too.
         max_shard_size: bytes of one safetensors file.
-        progress: called after each layer.
-        calibration: what the methods are shown.
 
     Returns:
-        Where each tensor of the experts is in `beside`; for each FFN the dense neurons behind its
-        layer; and what `usage` says of each, if there is calibration data.
+        Where each tensor of the experts is in `beside`.
     """
     model, found = source.model, source.found
-    origins: dict[str, Provenance] = {}
-    rows: list[dict[str, Any]] = []
-
-    @lru_cache(maxsize=1)
-    def made(index: int) -> MoEWeights:
-        spec = plan.specs[index]
-        ffn = read_ffn(spec.ffn, found.weights)
-        seen = None if calibration is None else calibration.seen(spec)
-        weights = transform(ffn, spec, seen)
-        if seen is not None:
-            rows.append(usage(spec, ffn, weights, seen))
-        origins[spec.ffn.path] = weights.provenance
-        progress("converting", index + 1, len(plan.specs))
-        return weights
-
-    entries = [e for i, spec in enumerate(plan.specs) for e in _entries(spec, i, made)]
+    layer_of = lru_cache(maxsize=1)(lambda index: made(plan.specs[index]))
+    entries = [e for i, spec in enumerate(plan.specs) for e in _entries(spec, i, layer_of)]
     stored = write_tensors(beside, entries, max_shard_size=max_shard_size, stem=EXPERTS)
     keys = unique_keys({spec.ffn.path: len(found.regions[spec.ffn.path]) for spec in plan.specs})
     layers: dict[str, MoE] = {}
@@ -93,7 +71,7 @@ def write_converted(
     common.RemoveUnusedNodesPass()(model)
     _keep_beside(model, directory)
     ir.save(model, directory / FILE)
-    return stored, origins, rows
+    return stored
 
 
 def _entries(spec: MoESpec, index: int, made: Callable[[int], MoEWeights]) -> Iterator[TensorEntry]:

@@ -6,7 +6,6 @@ matrix product may depend on how many share it: the same bytes come out of every
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
 from upcycle.passes.plan.costs import layer_parameters
 from upcycle.passes.transform.transform import transform
+from upcycle.util.memory import free_memory
 
 KINDS = ("threads", "ray")
 
@@ -111,10 +111,9 @@ def jobs_in_memory(specs: Sequence[MoESpec], cores: int) -> int:
 
     The largest layer counts, with its dense weights and what it becomes, both in float32.
     """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     spec = max(specs, key=lambda spec: spec.ffn.num_parameters)
     needed = 4 * (spec.ffn.num_parameters + layer_parameters(spec, spec.num_experts))
-    return max(1, min(cores, len(specs), free // 2 // needed))
+    return max(1, min(cores, len(specs), free_memory() // 2 // needed))
 
 
 def local_jobs(workers: Workers, specs: Sequence[MoESpec]) -> int:

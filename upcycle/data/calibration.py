@@ -29,6 +29,7 @@ from upcycle.data.text import (
 )
 from upcycle.data.text_domains import text_domains
 from upcycle.errors import UsageError
+from upcycle.ir.measured import Calibrated, Usage
 from upcycle.models import samples
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.recipe.schema import Calibration, Recipe
@@ -55,12 +56,12 @@ class CalibrationData:
     what: str
     domains: Sequence[torch.Tensor] | None = None
 
-    def describe(self, *, sequential: bool) -> dict[str, Any]:
-        """For the report."""
-        found = {"data": self.what, "batches": len(self.batches), "sequential": sequential}
+    def describe(self, layers: Sequence[Usage], *, sequential: bool) -> Calibrated:
+        """For the report, with what its tokens make of the layers."""
+        domains = None
         if self.domains is not None:
-            found["domains"] = int(torch.cat(list(self.domains)).bincount().count_nonzero())
-        return found
+            domains = int(torch.cat(list(self.domains)).bincount().count_nonzero())
+        return Calibrated(self.what, len(self.batches), sequential, domains, tuple(layers))
 
     @property
     def digest(self) -> str:

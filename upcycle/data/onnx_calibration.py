@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.text import SEQUENCE, sequences, tokenizer_in
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.ffn_inputs import FFNInputs
+from upcycle.ir.measured import Calibrated, Usage
 from upcycle.ir.spec import MoESpec
 from upcycle.models import samples
 from upcycle.models.onnx_file import OnnxSource
@@ -37,9 +37,9 @@ class OnnxCalibration:
     batches: Sequence[Feeds]
     what: str
 
-    def describe(self) -> dict[str, Any]:
-        """For the report."""
-        return {"data": self.what, "batches": len(self.batches), "sequential": False}
+    def describe(self, layers: Sequence[Usage], *, sequential: bool) -> Calibrated:
+        """For the report, with what its tokens make of the layers."""
+        return Calibrated(self.what, len(self.batches), sequential=False, layers=tuple(layers))
 
     def seen(self, spec: MoESpec) -> FFNInputs:
         """What one FFN is given; the file is run up to it. Memory: the inputs of this FFN.

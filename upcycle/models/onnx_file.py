@@ -14,7 +14,6 @@ from upcycle.ir.spec import Plan
 from upcycle.onnx.open_file import open_graph
 from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.passes.locate_onnx.locate import OnnxLocated, locate_in_onnx
-from upcycle.passes.plan.costs import Costs, costs
 from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.schema import Recipe
 
@@ -70,12 +69,13 @@ class OnnxSource:
                 )
         return plan
 
-    def costs(self, plan: Plan) -> Costs:
-        """The size before and after."""
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """How many parameters it has, and the bytes of one; of the dense graph, so asked early."""
         sizes = [_floats(v.const_value) for v in self.model.graph.initializers.values()]
         sizes += [_floats(_constant(node)) for node in self.model.graph.all_nodes()]
         items = [item for _, item in sizes if item]
-        return costs(plan, sum(count for count, _ in sizes), max(items, default=4))
+        return sum(count for count, _ in sizes), max(items, default=4)
 
 
 def open_onnx(model: str, inputs: Any, options: Mapping[str, object]) -> OnnxSource:

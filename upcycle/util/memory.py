@@ -1,4 +1,4 @@
-"""Give memory that was freed back to the system.
+"""How much memory is free, and giving back to the system what was freed.
 
 Once a tensor of up to 32 MB is freed, glibc takes later ones of that size from its heap, and keeps
 what lies free between them: 15 MB for each layer of 35 million weights, over all layers.
@@ -7,6 +7,26 @@ what lies free between them: 15 MB for each layer of 35 million weights, over al
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")  # in a container, the limits of the container
+
+
+def free_memory() -> int:
+    """Bytes that may still be allocated: in the machine, or in the container if that is less.
+
+    Pages of the file cache count as free, because the kernel drops them when memory is asked for.
+    """
+    free: int = psutil.virtual_memory().available  # of the machine, also inside a container
+    try:
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):  # the limit is "max", or there is none
+        return free
+    return min(free, max(0, limit - used + cached))
 
 
 def give_back() -> None:

@@ -1,59 +1,83 @@
-"""The report of a conversion in memory: what was done, and tiers T0 to T2 of its verification."""
+"""Tiers T0 to T2 of a converted module beside its dense one."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from upcycle.data.evaluation import Evaluation
-from upcycle.ir.spec import Plan
+from upcycle.data.evaluation import Evaluation, outputs_of
+from upcycle.ir.report import Report
+from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import Provenance
-from upcycle.models.dense import Source
-from upcycle.models.expert_sources import Sources
-from upcycle.passes.plan.costs import costs, model_size
+from upcycle.layers.moe import MoE
+from upcycle.models.expert_sources import NO_SOURCES, Sources
 from upcycle.targets.checkpoint import planned_layers
+from upcycle.util.eval_mode import eval_mode
 from upcycle.util.module_facts import model_dtype
-from upcycle.verification.checks import END_TO_END, check
+from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
 from upcycle.verification.source_distances import source_distances
-from upcycle.verification.whole_model import budget, compare_models, verify_layers
-from upcycle.version import __version__
+from upcycle.verification.whole_model import compare_models, end_to_end
 
 
-def header(plan: Plan, model: nn.Module, source: Source | None) -> dict[str, Any]:
-    """The report before anything is measured."""
-    return {
-        "upcycle": __version__,
-        "model": source.label if source else type(model).__qualname__,
-        "recipe": plan.recipe_name,
-        "resolved_recipe": plan.recipe.model_dump(mode="json"),
-        "promise": plan.promise,
-        "dtype": str(model_dtype(model)).removeprefix("torch."),
-        "torch": torch.__version__,
-        "costs": costs(plan, *model_size(model)).to_json(),
-        "checks": [],
-    }
-
-
-def verify_conversion(
-    report: dict[str, Any],
+def verify_module(
+    report: Report,
     plan: Plan,
     dense: nn.Module,
     converted: nn.Module,
     provenance: Mapping[str, Provenance],
     evaluation: Evaluation,
-    sources: Sources,
-) -> None:
-    """Measure tiers T0 to T2 into `report`; both models are in evaluation mode."""
-    layers = list(planned_layers(converted, plan))
-    rows, checks = verify_layers(dense, converted, layers, provenance, evaluation, sources.tensors)
-    report["layers"] = rows
-    report["checks"] += checks
-    with torch.no_grad():
-        report["end_to_end"] = compare_models(dense, converted, evaluation)
-        if sources.names:
-            report["sources"] = source_distances(dense, converted, sources, evaluation)
-    allowed = budget(plan.recipe, model_dtype(dense))
-    report["checks"].append(check(END_TO_END, report["end_to_end"]["relative"], allowed))
-    worst = max(rows, key=lambda row: row["relative"])
-    report["largest_error_at"] = {"layer": worst["path"], "relative": worst["relative"]}
+    sources: Sources = NO_SOURCES,
+) -> Report:
+    """Compare layer by layer, on the tokens that each gets in the model, and as a whole.
+
+    Args:
+        report: of the conversion.
+        plan: what was converted.
+        dense, converted: both models; they are run in eval mode and left in their own.
+        provenance: FFN path -> the dense neurons behind its layer.
+        evaluation: the inputs.
+        sources: the models that experts were taken from, if there are several.
+
+    Returns:
+        The report with what was measured, and the checks of it.
+    """
+    layers = {spec.ffn.path: layer for spec, layer in planned_layers(converted, plan)}
+    parameters = dict(dense.named_parameters(remove_duplicate=False))
+    dtype = model_dtype(dense)
+    with eval_mode(dense, converted), torch.no_grad():
+        with _router_inputs(list(layers.values())) as seen:
+            outputs_of(converted, evaluation.batches[0])
+
+        def case(spec: MoESpec) -> LayerCase:
+            layer = layers[spec.ffn.path]
+            return LayerCase(layer, seen.get(layer))
+
+        rows = verify_layers(plan.specs, case, Origins(parameters, provenance, sources.tensors))
+        found = compare_models(dense, converted, evaluation)
+        apart = source_distances(dense, converted, sources, evaluation)
+    checks = (*layer_checks(rows, dtype), end_to_end(found, plan.recipe, dtype))
+    return replace(
+        report,
+        layers=rows,
+        end_to_end=found,
+        sources=apart or None,
+        checks=(*report.checks, *checks),
+    )
+
+
+@contextmanager
+def _router_inputs(layers: list[MoE]) -> Iterator[dict[MoE, torch.Tensor]]:
+    """The tokens [T, D] that each layer was last given."""
+    seen: dict[MoE, torch.Tensor] = {}
+
+    def remember(layer: MoE) -> Callable[..., None]:
+        return lambda _, args: seen.__setitem__(layer, args[0].detach())
+
+    handles = [layer.router.register_forward_pre_hook(remember(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from upcycle.ir.measured import Distance, LanguageModel
+
 # The largest relative error that counts as rounding, for the dtype of the computation. A residual
 # stack of L layers with sums of n products errs by about sqrt(L * n) eps; 84 eps in float32 and
 # float64 and 2.5 eps in the half types (whose products are summed in float32) cover L * n up to
@@ -16,28 +18,6 @@ ROUNDING = {
     torch.bfloat16: 2e-2,
     torch.float16: 5e-3,
 }
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Between a result and its reference.
-
-    Attributes:
-        max_abs: largest absolute difference.
-        relative: `max_abs` over the largest absolute reference value.
-        rms: norm of the difference over the norm of the reference.
-        cosine: of the two tensors as vectors along the last axis: the smallest, and the mean.
-    """
-
-    max_abs: float
-    relative: float
-    rms: float
-    min_cosine: float
-    mean_cosine: float
-
-    def to_json(self) -> dict[str, float]:
-        """As plain data."""
-        return dict(vars(self))
 
 
 def distance(actual: torch.Tensor, reference: torch.Tensor) -> Distance:
@@ -89,13 +69,13 @@ class LanguageModelDistance:
         self.dense_nll -= dense.gather(-1, target).sum().item()
         self.converted_nll -= converted.gather(-1, target).sum().item()
 
-    def to_json(self) -> dict[str, float]:
-        """KL in nats per token, top-1 agreement, and both perplexities (at most e^700)."""
+    def result(self) -> LanguageModel:
+        """What `update` has seen; perplexities are at most e^700."""
         n = max(self.tokens, 1)
-        return {
-            "tokens": self.tokens,
-            "kl": self.kl_sum / n,
-            "top1_agreement": self.agreed / n,
-            "dense_perplexity": math.exp(min(self.dense_nll / n, 700)),
-            "converted_perplexity": math.exp(min(self.converted_nll / n, 700)),
-        }
+        return LanguageModel(
+            tokens=self.tokens,
+            kl=self.kl_sum / n,
+            top1_agreement=self.agreed / n,
+            dense_perplexity=math.exp(min(self.dense_nll / n, 700)),
+            converted_perplexity=math.exp(min(self.converted_nll / n, 700)),
+        )

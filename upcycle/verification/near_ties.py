@@ -10,15 +10,16 @@ Shape suffixes: T tokens, E experts (scores: null experts last), K chosen expert
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from upcycle.ir.measured import Check
 from upcycle.layers.moe import MoE
 from upcycle.layers.selection import Selected
-from upcycle.verification.checks import Check, check
+from upcycle.verification.checks import CheckKind, check
 
 # What another run chose: for each layer, and each time that it runs, a mask [T, E].
 Choices = Mapping[MoE, list[torch.Tensor]]
@@ -40,10 +41,10 @@ class NearTies:
     elsewhere: int = 0
     apart: float = 0.0
 
-    def check(self, what: str, allowed: float) -> Check:
+    def check(self, kind: CheckKind, allowed: float) -> Check:
         """`apart` against `allowed`, with the counts."""
-        counts = {"tokens": self.tokens, "elsewhere": self.elsewhere}
-        return check(what, self.apart, allowed) | counts
+        found = check(kind, self.apart, allowed)
+        return replace(found, tokens=self.tokens, elsewhere=self.elsewhere)
 
 
 @contextmanager

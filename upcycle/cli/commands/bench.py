@@ -82,11 +82,11 @@ def bench(
     with collector_paused():
         from upcycle.bench import run
         from upcycle.cli import tables_of_bench as show
-        from upcycle.conversion.named_models import read_report
         from upcycle.errors import UsageError
         from upcycle.models.dense import Source, open_model
+        from upcycle.targets.description import read_report
 
-    name = against or read_report(converted)["model"]
+    name = against or read_report(converted).model
     if against is None and ":" not in name:  # the report has no paths of a machine
         raise UsageError(
             f"{converted}: it was made from {name}, and does not say where that is; name the dense "

@@ -105,8 +105,9 @@ def convert(
     """Convert MODEL, verify the result and write it."""
     with collector_paused():
         from upcycle.cli import tables_of_reports as report
-        from upcycle.conversion import named_models as driver
-        from upcycle.conversion import workers as executors
+        from upcycle.conversion.options import Options
+        from upcycle.conversion.pipeline import convert_model
+        from upcycle.conversion.workers import Workers
         from upcycle.models.dense import open_model
         from upcycle.recipe import reader as recipe_file
 
@@ -124,15 +125,15 @@ def convert(
         device=device,
     )
     with console.progress() as progress:
-        done = driver.convert_model(
+        done = convert_model(
             source,
             loaded,
             recipe_name=Path(recipe).name,
             out=out,
-            targets=list(dict.fromkeys(targets)),
-            workers=executors.Workers(executor, jobs),
+            options=Options(
+                targets=tuple(dict.fromkeys(targets)), workers=Workers(executor, jobs), **others
+            ),
             progress=progress,
-            **others,
         )
     files = sorted(path for path in out.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(out)): path.stat().st_size for path in files}

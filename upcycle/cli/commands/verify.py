@@ -22,14 +22,14 @@ def verify(
     """Compare CONVERTED with the DENSE model that it was made from."""
     with collector_paused():
         from upcycle.cli import tables_of_reports as report
-        from upcycle.conversion import named_models as driver
+        from upcycle.conversion.verify_directory import verify_directory
         from upcycle.models.dense import open_model
-        from upcycle.verification.whole_model import raise_if_failed
+        from upcycle.verification.checks import raise_if_failed
 
     source = open_model(dense, inputs=inputs, trust_remote_code=trust_remote_code)
-    checked = driver.verify_paths(source, converted)
+    checked = verify_directory(source, converted)
     if as_json:
-        console.print_json(checked)
+        console.print_json(checked.to_json())
     else:
         console.print_result(*report.verification_report(checked))
     raise_if_failed(checked)

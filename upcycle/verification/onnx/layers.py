@@ -6,32 +6,28 @@
 - T4: onnx's checker, with inferred shapes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from upcycle.errors import UsageError, VerificationError
-from upcycle.ir.layer_weights import empty_layer
-from upcycle.ir.spec import MoESpec, Plan
+from upcycle.ir.measured import Check, Distance, LayerDistance, ModelDistance
+from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import Provenance
 from upcycle.layers.moe import MoE
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.inputs import Array, describe, draw_inputs, given_inputs
 from upcycle.onnx.open_file import check_graph
 from upcycle.onnx.run import run
-from upcycle.recipe.schema import Recipe
-from upcycle.targets.files.stored import Stored
 from upcycle.targets.onnx.insert import unique_keys
-from upcycle.targets.onnx.share_weights import Store
 from upcycle.util.progress import Progress
-from upcycle.verification.checks import END_TO_END, Check, check
-from upcycle.verification.layers import layer_checks, layer_report, random_tokens
+from upcycle.verification.checks import CHECKER, NODES, check, worst_at
+from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
 from upcycle.verification.metrics import ROUNDING, distance
 from upcycle.verification.onnx.rounding import rounded_paths
 
-NODES, CHECKER = "nodes of a layer against the layer", "complaints of the ONNX checker"
 # A token that another expert is chosen for when it is moved by this part of its largest number may
 # be routed either way by two correct computations.
 _TIE = 1e-5
@@ -54,9 +50,9 @@ def feeds_for(source: OnnxSource, seed: int) -> dict[str, Array]:
 
 def compare_outputs(
     dense: Mapping[str, Array], converted: Mapping[str, Array], feeds: Mapping[str, Array]
-) -> dict[str, Any]:
+) -> ModelDistance:
     """Tier T2: the distance of every float output, and the worst of them."""
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, Distance] = {}
     for name, reference in dense.items():
         if name not in converted or converted[name].shape != reference.shape:
             raise VerificationError(
@@ -64,71 +60,61 @@ def compare_outputs(
             )
         if reference.dtype.kind == "f" and reference.size:
             ours, theirs = torch.from_numpy(converted[name]), torch.from_numpy(reference)
-            outputs[name] = distance(ours, theirs).to_json()
+            outputs[name] = distance(ours, theirs)
     if not outputs:
         raise VerificationError("the file returns no float tensor that could be compared")
-    worst = max(found["relative"] for found in outputs.values())
-    return {"inputs": describe(feeds), "outputs": outputs, "relative": worst}
-
-
-def end_to_end(recipe: Recipe, relative: float, dtype: torch.dtype) -> Check:
-    """Tier T2 against what the recipe allows, which is never less than rounding."""
-    return check(END_TO_END, relative, max(recipe.verify.max_relative_error, ROUNDING[dtype]))
+    worst = max(found.relative for found in outputs.values())
+    return ModelDistance(describe(feeds), outputs, worst)
 
 
 def verify_onnx_layers(
     source: OnnxSource,
-    plan: Plan,
+    specs: Sequence[MoESpec],
     path: Path,
     *,
-    beside: Path,
-    stored: Mapping[str, Stored],
-    origins: Mapping[str, Provenance],
+    layer_of: Callable[[MoESpec], MoE],
+    provenance: Mapping[str, Provenance],
     feeds: Mapping[str, Array],
     progress: Progress,
-) -> tuple[list[dict[str, Any]], list[Check]]:
+) -> tuple[tuple[LayerDistance, ...], list[Check]]:
     """Tiers T0, T1 and T4; one layer is in memory at a time.
 
     Args:
         source: the dense file, for its weights.
-        plan: what was converted.
+        specs: the planned layers.
         path: the converted file.
-        beside: the folder of `stored`.
-        stored: where the tensors of its experts are, before any were rounded.
-        origins: FFN path -> the dense neurons behind its layer.
+        layer_of: a layer in torch, with the weights that were written, before any were rounded.
+        provenance: FFN path -> the dense neurons behind its layer.
         feeds: inputs of the file.
         progress: called after each layer.
     """
-    places = {spec.ffn.path: source.found.regions[spec.ffn.path] for spec in plan.specs}
+    places = {spec.ffn.path: source.found.regions[spec.ffn.path] for spec in specs}
     regions = {  # one for each layer; what is inside a branch shows in the outputs alone
         path: region for path, found in places.items() for region in found if not region.inside
     }
     names = [name for region in regions.values() for name in (region.x_name, region.output_name)]
     seen = run(path, feeds, names)
-    store = Store(beside, {})
     keys = unique_keys({path: len(found) for path, found in places.items()})
     rounded = rounded_paths(path)
-    rows = []
-    for i, spec in enumerate(plan.specs, start=1):
-        layer = stored_layer(spec, stored, store)
-        region = regions.get(spec.ffn.path)
-        x_TD = _tokens(seen[region.x_name], spec) if region else torch.empty(0, spec.ffn.d_model)
-        given = {} if len(x_TD) else {"inputs": "random tokens"}
-        nodes: dict[str, float] = {}
+
+    def case(spec: MoESpec) -> LayerCase:
+        layer, region = layer_of(spec), regions.get(spec.ffn.path)
+        if region is None:
+            return LayerCase(layer)
+        x_TD = _tokens(seen[region.x_name], spec)
         if not len(x_TD):
-            x_TD = random_tokens(spec, layer)
-        elif region and not rounded & set(keys[spec.ffn.path]):  # those have checks of their own
-            y_TO = _tokens(seen[region.output_name], spec)
-            nodes["nodes_relative"] = _nodes_error(layer, x_TD, y_TO)
-        row = layer_report(spec, layer, x_TD, source.found.weights, origins[spec.ffn.path])
-        rows.append(row | given | nodes)
-        progress("verifying", i, len(plan.specs))
+            return LayerCase(layer)
+        if rounded & set(keys[spec.ffn.path]):  # those have checks of their own
+            return LayerCase(layer, x_TD)
+        error = _nodes_error(layer, x_TD, _tokens(seen[region.output_name], spec))
+        return LayerCase(layer, x_TD, {"nodes_relative": error})
+
+    origins = Origins(source.found.weights, provenance)
+    rows = verify_layers(specs, case, origins, progress=progress)
     checks = list(layer_checks(rows, torch.float32))
-    measured = [row for row in rows if "nodes_relative" in row]
-    if measured:
-        worst = max(measured, key=lambda row: row["nodes_relative"])
-        what = f"{NODES}, worst at {worst['path']}"
-        checks.append(check(what, worst["nodes_relative"], ROUNDING[_dtype(seen, regions)]))
+    nodes = {row.path: row.nodes_relative for row in rows if row.nodes_relative is not None}
+    if nodes:
+        checks.append(worst_at(NODES, nodes, ROUNDING[_dtype(seen, regions)]))
     if not check_graph(source.path):  # else the checker has something against the dense file, too
         checks.append(check(CHECKER, float(bool(check_graph(path))), 0))
     return rows, checks
@@ -143,15 +129,6 @@ def _tokens(array: Array, spec: MoESpec) -> torch.Tensor:
     """Activations as tokens [T, D] in float32."""
     tensor = torch.from_numpy(array).float().movedim(spec.ffn.axis, -1)
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def stored_layer(spec: MoESpec, stored: Mapping[str, Stored], store: Store) -> MoE:
-    """The layer in torch, with the weights that were written; they stay in their file."""
-    layer = empty_layer(spec.layer_config())
-    names = layer.state_dict()
-    weights = {name: store.read(stored[f"{spec.ffn.path}.{name}"]) for name in names}
-    layer.load_state_dict(weights, assign=True)
-    return layer
 
 
 @torch.no_grad()

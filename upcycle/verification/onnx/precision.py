@@ -3,22 +3,23 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from upcycle.data.evaluation import Evaluation
+from upcycle.ir.measured import Check, OnnxFacts, Rounded
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import draw_inputs
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.narrow import narrowed
-from upcycle.verification.checks import Check, check
+from upcycle.targets.onnx.parts import FILES
+from upcycle.verification.checks import ONNX, check
 from upcycle.verification.metrics import ROUNDING
-from upcycle.verification.onnx.files import ONNX_CHECK, onnx_distance, verify_onnx
+from upcycle.verification.onnx.files import onnx_distance, verify_onnx
 from upcycle.verification.onnx.rounding import rounded_layers, verify_rounding
 from upcycle.verification.whole_model import compare_models
 
@@ -26,12 +27,8 @@ _NOT_RUN = "ONNX Runtime on a CPU does not compute MoE layers in bfloat16, so th
 
 
 def verify_precision(
-    directory: Path,
-    paths: Sequence[Path],
-    model: nn.Module,
-    evaluation: Evaluation,
-    options: Onnx,
-) -> tuple[dict[str, Any], list[Check]]:
+    directory: Path, model: nn.Module, evaluation: Evaluation, options: Onnx
+) -> tuple[OnnxFacts | None, list[Check]]:
     """Tier T4 for what `write_onnx` made with `options`; facts for the report, and checks.
 
     - In float32 the files are held against `model`, to rounding.
@@ -44,8 +41,9 @@ def verify_precision(
         VerificationError: ONNX Runtime cannot run a file, or it has other outputs than the model.
     """
     if options.half == "bfloat16":
-        return {"not_run": _NOT_RUN}, []
-    rows: list[dict[str, Any]] = []
+        return OnnxFacts(not_run=_NOT_RUN), []
+    paths = [directory / name for name in FILES if (directory / name).is_file()]
+    rows: list[Rounded] = []
     checks: list[Check] = []
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     for path in paths if options.may_round else ():
@@ -53,20 +51,18 @@ def verify_precision(
         rows += of_path
         checks += more
     if not rows and options.half is None and options.gelu == "exact":
-        return {}, verify_onnx(directory, model, evaluation)
-    facts: dict[str, Any] = {"relative": onnx_distance(directory, model, evaluation)}
-    if rows:
-        facts["layers"] = rows
-    if options.half is None and any(row["bits"] == 8 and row["block"] != "row" for row in rows):
+        return None, verify_onnx(directory, model, evaluation)
+    facts = OnnxFacts(onnx_distance(directory, model, evaluation), tuple(rows) or None)
+    if options.half is None and any(row.bits == 8 and row.block != "row" for row in rows):
         return facts, checks
     with _as_written(layers, paths):
         if options.half is None:
             return facts, checks + verify_onnx(directory, model, evaluation)
         found = onnx_distance(directory, model, evaluation)
         narrow = narrowed(model, torch.float16)
-        noise = compare_models(model, narrow, evaluation, predictions=False)["relative"]
+        noise = compare_models(model, narrow, evaluation, predictions=False).relative
     allowed = max(ROUNDING[torch.float16], 2 * noise)
-    return facts, [*checks, check(ONNX_CHECK, found, allowed)]
+    return facts, [*checks, check(ONNX, found, allowed)]
 
 
 def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:

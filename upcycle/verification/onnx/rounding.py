@@ -9,11 +9,11 @@ Shape suffixes: T tokens, D d_model, E experts, I expert width, G = arity * I.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from upcycle.ir.measured import Check, Rounded
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
@@ -22,12 +22,14 @@ from upcycle.onnx.tensors import TORCH_TYPES, tensor_of
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.forms.quantise import Quantised, dequantise
-from upcycle.verification.checks import Check, check
+from upcycle.verification.checks import (
+    ROUNDED_KERNEL,
+    ROUNDED_LAYER,
+    ROUNDED_WEIGHTS,
+    worst_at,
+)
 from upcycle.verification.metrics import ROUNDING
 
-STEPS = "rounded weights against float ones, in half steps of their scales"
-KERNEL = "rounded experts in ONNX Runtime against PyTorch"
-ROUNDED = "rounded experts against float ones, rms over what independent errors give"
 # One, and what 127 times a scale in float16, which is off by 2^-11, adds to it.
 _HALF_STEP = 1 + 2 * 127 * 2**-11
 _INDEPENDENT = 2.0  # how much more than independent errors of each weight are taken for a mistake
@@ -43,8 +45,8 @@ class RoundedLayer:
         pointwise: what its kernel computes.
         up_EGD, down_EDI: the matrices as they are decoded; gate rows first.
         step: of each element of the two.
-        facts: for the report.
-        rounds_tokens: the kernel rounds its input to 8 bits in groups of so many, 0 if not.
+        bits, block: of its weights: how many, and inputs that share a scale, or ``row``.
+        rounds_tokens: the group size in which the kernel rounds its input to 8 bits; 0 if not.
         dtype: in which it computes what it does not round.
     """
 
@@ -56,7 +58,8 @@ class RoundedLayer:
     up_EGD: torch.Tensor
     down_EDI: torch.Tensor
     step: tuple[torch.Tensor, torch.Tensor]
-    facts: dict[str, Any]
+    bits: int
+    block: int | str
     rounds_tokens: int
     dtype: torch.dtype
 
@@ -89,7 +92,8 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
             up_EGD=up,
             down_EDI=down,
             step=(up_step, down_step),
-            facts={"bits": bits, "block": block or "row"},
+            bits=bits,
+            block=block or "row",
             rounds_tokens=block if bits == 8 else 0,
             dtype=TORCH_TYPES[scale.dtype],
         )
@@ -112,7 +116,7 @@ def _layer_of(node: ir.Node) -> str:
 
 def verify_rounding(
     path: Path, layers: Mapping[str, MoE], batches: list[Mapping[str, Array]]
-) -> tuple[list[dict[str, Any]], list[Check]]:
+) -> tuple[list[Rounded], list[Check]]:
     """What rounding did to each layer of a file, and three checks of it.
 
     - No weight is further from its float one than half a step.
@@ -128,7 +132,7 @@ def verify_rounding(
     """
     rounded = list(rounded_layers(path))
     names = [name for layer in rounded for name in (layer.x, layer.weights, layer.y)]
-    rows: list[dict[str, Any]] = []
+    rows: list[Rounded] = []
     seen = [run(path, feeds, names) for feeds in batches] if rounded else []
     for layer in rounded:
         x, weights, y = (
@@ -136,22 +140,22 @@ def verify_rounding(
             for name in (layer.x, layer.weights, layer.y)
         )
         rows.append(_row(layer, layers[layer.layer], x, weights, y))
-    checks = []
-    for key, what, allowed in (
-        ("half_steps", STEPS, _HALF_STEP),
-        ("kernel_over_allowed", KERNEL, 1.0),
-        ("rounding_over_expected", ROUNDED, _INDEPENDENT),
-    ):
-        if rows:
-            worst = max(rows, key=lambda row: row[key])
-            checks.append(check(f"{what}, worst at {worst['path']}", worst[key], allowed))
+    if not rows:
+        return [], []
+    checks = [
+        worst_at(ROUNDED_WEIGHTS, {row.path: row.half_steps for row in rows}, _HALF_STEP),
+        worst_at(ROUNDED_KERNEL, {row.path: row.kernel_over_allowed for row in rows}, 1.0),
+        worst_at(
+            ROUNDED_LAYER, {row.path: row.rounding_over_expected for row in rows}, _INDEPENDENT
+        ),
+    ]
     return rows, checks
 
 
 @torch.no_grad()
 def _row(
     rounded: RoundedLayer, layer: MoE, x_TD: torch.Tensor, weights_TE: torch.Tensor, y: torch.Tensor
-) -> dict[str, Any]:
+) -> Rounded:
     experts, bias = layer.experts, layer.experts.up_bias_EG
     up, down = experts.up_EGD.float(), experts.down_proj.float()
     bias = None if bias is None else bias.float()
@@ -173,21 +177,22 @@ def _row(
         allowed = ROUNDING[rounded.dtype] * ours.abs().max().item()
         kernel = (y - ours).abs().max().item() / (allowed or 1.0)
     error = (y - exact).square().mean().sqrt().item()
-    return {
-        "path": rounded.layer,
-        **rounded.facts,
-        "weights_rms": {
+    return Rounded(
+        path=rounded.layer,
+        bits=rounded.bits,
+        block=rounded.block,
+        weights_rms={
             "up": _relative(rounded.up_EGD - up, up),
             "down": _relative(rounded.down_EDI - down, down),
         },
-        "output_rms": error / size if size else 0.0,
-        "half_steps": max(
+        output_rms=error / size if size else 0.0,
+        half_steps=max(
             _half_steps(rounded.up_EGD - up, rounded.step[0]),
             _half_steps(rounded.down_EDI - down, rounded.step[1]),
         ),
-        "kernel_over_allowed": kernel,
-        "rounding_over_expected": error / off if off else 0.0,
-    }
+        kernel_over_allowed=kernel,
+        rounding_over_expected=error / off if off else 0.0,
+    )
 
 
 def _half_steps(error: torch.Tensor, step: torch.Tensor) -> float:

@@ -1,0 +1,49 @@
+"""The files that describe a converted directory: recipe, report, provenance and model card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from upcycle.errors import UsageError
+from upcycle.ir.report import Report
+from upcycle.ir.spec import Plan
+from upcycle.ir.weights import Provenance
+from upcycle.recipe.reader import dump_recipe
+from upcycle.targets.provenance_file import write_origins
+from upcycle.util.json_text import json_text
+
+REPORT = "report.json"
+
+
+def describe(
+    directory: Path, plan: Plan, provenance: Mapping[str, Provenance], report: Report, card: str
+) -> None:
+    """Write ``recipe.yaml``, ``report.json``, ``provenance.json`` and ``README.md``.
+
+    Args:
+        directory: of the converted model.
+        plan: what was converted.
+        provenance: FFN path -> the dense neurons behind its layer.
+        report: of the conversion.
+        card: the text of README.md.
+    """
+    (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
+    (directory / REPORT).write_text(json_text(report.to_json()), encoding="utf-8")
+    write_origins(directory, plan, provenance)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_report(directory: Path) -> Report:
+    """The report of a converted model.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    path = directory / REPORT
+    if not path.is_file():
+        raise UsageError(f"{directory}: no report.json, so this is not an output of upcycle")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}; convert the model again") from error
+    return Report.from_json(data, str(path))

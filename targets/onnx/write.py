@@ -1,0 +1,128 @@
+"""Write the ONNX files of a converted model, beside its checkpoint."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from upcycle.capture.capture import ExampleInputs
+from upcycle.errors import UnsupportedError
+from upcycle.layers.moe import MoE
+from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
+from upcycle.targets.files.stored import Stored
+from upcycle.targets.onnx.cache import PAST
+from upcycle.targets.onnx.export import export_onnx
+from upcycle.targets.onnx.parts import Part, parts
+from upcycle.util.eval_mode import eval_mode
+from upcycle.util.module_facts import device_of, model_dtype
+
+
+def write_onnx(
+    directory: Path,
+    model: nn.Module,
+    example: ExampleInputs,
+    stored: Mapping[str, Stored],
+    options: Onnx = ONNX_DEFAULTS,
+) -> list[Path]:
+    """Write the ONNX files, which read the weights of the checkpoint where they are the same.
+
+    A model that generates text gets files with a cache; see `upcycle.targets.onnx.parts`.
+
+    Args:
+        directory: of the checkpoint.
+        model: as `in_float32` returns it.
+        example: inputs that it accepts.
+        stored: the tensors of the checkpoint.
+        options: of the recipe.
+
+    Returns:
+        The files.
+
+    Raises:
+        UnsupportedError: torch cannot export the model.
+    """
+    given = float_tensors(model, example)
+    try:
+        with without_cache(model), eval_mode(model):
+            return [
+                export_onnx(
+                    model,
+                    part.example,
+                    path=directory / part.file,
+                    stored=stored,
+                    dynamic=part.axes,
+                    compute=part.compute,
+                    options=options.model_copy(update={"tokens": _tokens(options, part)}),
+                )
+                for part in parts(model, given, cache=options.cache)
+            ]
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"--target onnx: {error}; --target safetensors alone writes the checkpoint"
+        ) from error
+
+
+def _tokens(options: Onnx, part: Part) -> int | tuple[int, int] | None:
+    """Of typical calls: with a cache a text is read, and another written token by token."""
+    names = part.example if isinstance(part.example, Mapping) else ()
+    has_cache = any(name.startswith(f"{PAST}.") for name in names)
+    return options.tokens or ((1, 256) if has_cache else None)
+
+
+def in_float32(model: nn.Module, *, rounded_routers: bool = False) -> nn.Module:
+    """The model in the type and on the device that ONNX Runtime has everywhere; a copy if needed.
+
+    Args:
+        model: any converted model.
+        rounded_routers: the checkpoint holds the routers in the dtype of the other weights.
+
+    Raises:
+        UnsupportedError: its weights are float64.
+    """
+    dtype = model_dtype(model)
+    if dtype == torch.float32 and device_of(model).type == "cpu":
+        return model
+    if dtype == torch.float64:
+        raise UnsupportedError("--target onnx computes in float32; convert with --dtype float32")
+    model = copy.deepcopy(model)
+    if rounded_routers:
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.router.to(dtype)
+    return model.to(device="cpu", dtype=torch.float32)
+
+
+def float_tensors(model: nn.Module, example: ExampleInputs) -> Any:
+    """The tensors among the inputs, floats in float32: an ONNX graph has no other kind.
+
+    A model of transformers gets them by name.
+    """
+    if isinstance(model, PreTrainedModel) and not isinstance(example, Mapping):
+        example = inspect.signature(model.forward).bind(*example).arguments
+
+    def single(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    if isinstance(example, Mapping):
+        return {k: single(v) for k, v in example.items() if isinstance(v, torch.Tensor)}
+    return tuple(single(v) for v in example)
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """A graph from token ids to outputs, without the key-value cache of generation."""
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        if use_cache is not None:
+            config.use_cache = False
+        yield
+    finally:
+        if use_cache is not None:
+            config.use_cache = use_cache

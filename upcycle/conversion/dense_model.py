@@ -1,0 +1,80 @@
+"""What the pipeline asks of a dense model, whatever it is: a module, a checkpoint, an ONNX file."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+
+from upcycle.conversion.make import Layers, Made
+from upcycle.ir.report import CheckpointFacts, Report
+from upcycle.ir.spec import Plan
+from upcycle.passes.plan.costs import costs
+from upcycle.util.progress import Progress
+from upcycle.version import __version__
+
+Written = TypeVar("Written")  # what a kind of model knows of its files
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What reports say of a dense model.
+
+    Attributes:
+        label: its name.
+        dtype: of its weights.
+        size: how many parameters it has, and the bytes of one.
+        streamed: how it is converted, if it is never whole in memory.
+    """
+
+    label: str
+    dtype: torch.dtype
+    size: tuple[int, int]
+    streamed: str | None = None
+
+
+class DenseModel(Layers, Protocol[Written]):
+    """A dense model that was captured and planned; all that can be refused has been."""
+
+    @property
+    def facts(self) -> Facts:
+        """For reports."""
+        ...
+
+    def output(self, out: Path) -> AbstractContextManager[Path]:
+        """A directory that becomes `out` when the block ends well."""
+        ...
+
+    def write(self, directory: Path, scratch: Path, made: Made, progress: Progress) -> Written:
+        """Write the converted model, and nothing that describes it."""
+        ...
+
+    def checkpoint(self, written: Written) -> CheckpointFacts | None:
+        """What the weights were written as, if they were."""
+        ...
+
+    def verify(
+        self, report: Report, directory: Path, made: Made, written: Written, progress: Progress
+    ) -> Report:
+        """The report with what was measured of `directory`, and the checks of it."""
+        ...
+
+    def card(self, name: str, directory: Path, report: Report, made: Made, written: Written) -> str:
+        """README.md of the directory."""
+        ...
+
+
+def header(plan: Plan, facts: Facts) -> Report:
+    """The report before anything is measured."""
+    return Report(
+        upcycle=__version__,
+        model=facts.label,
+        recipe=plan.recipe_name,
+        resolved_recipe=plan.recipe.model_dump(mode="json"),
+        promise=plan.promise,
+        dtype=str(facts.dtype).removeprefix("torch."),
+        torch=torch.__version__,
+        costs=costs(plan, *facts.size),
+        streamed=facts.streamed,
+    )

@@ -1,0 +1,74 @@
+"""Open an ONNX file for the pipeline, and refuse what cannot be done to one."""
+
+from pathlib import Path
+
+from upcycle.conversion.onnx_file import NO_GRADIENTS, OnnxFile
+from upcycle.conversion.options import Options
+from upcycle.data.calibration_files import CalibrationInput
+from upcycle.data.onnx_calibration import onnx_calibration, verification_feeds
+from upcycle.errors import UnsupportedError, UsageError
+from upcycle.ir.spec import Plan, router_kind
+from upcycle.models.onnx_file import OnnxSource
+from upcycle.passes.plan.calibration_needs import needs
+from upcycle.passes.plan.costs import costs
+from upcycle.recipe.schema import Recipe
+from upcycle.targets.destination import onnx_destination
+from upcycle.targets.files.tensor_file import check_disk
+from upcycle.verification.onnx.layers import feeds_for
+
+
+def open_onnx_file(
+    source: OnnxSource,
+    recipe: Recipe,
+    recipe_name: str,
+    out: Path,
+    given: CalibrationInput | None,
+    options: Options,
+) -> OnnxFile:
+    """The file with its plan; arguments as for `upcycle.conversion.open.open_dense`.
+
+    Raises:
+        UsageError: the file is broken, or another target than ONNX is asked for.
+        UnsupportedError: no FFN can be converted, or ONNX Runtime cannot run the file.
+        PlanError: the recipe does not fit.
+    """
+    if options.stream or options.resume:
+        raise UsageError("--stream: it does not apply to an ONNX file; leave it out")
+    if "gradients" in needs(recipe):
+        raise UsageError(NO_GRADIENTS)
+    if recipe.experts.sources:
+        raise UsageError(
+            "an ONNX file is read by itself, and the recipe takes experts from other models; "
+            "convert the model directory that it came from"
+        )
+    if "onnx" not in options.targets:
+        raise UsageError("--target safetensors: an ONNX file becomes an ONNX file; leave it out")
+    plan = source.plan(recipe, recipe_name).requiring(options.runtimes, options.architecture)
+    onnx_destination(plan)
+    _check_routers(plan)
+    if recipe.onnx.dtype not in ("auto", "float32"):
+        raise UsageError(
+            f"onnx.dtype: {recipe.onnx.dtype}: an ONNX file keeps its type, and its layers compute "
+            "in float32; leave it out, or convert the model that the file was exported from"
+        )
+    check_disk(out, costs(plan, *source.size).bytes_on_disk)
+    feeds = verification_feeds(source, given)
+    feeds = feeds_for(source, recipe.seed) if feeds is None else feeds
+    shown = onnx_calibration(source, recipe, given) if needs(recipe) else None
+    return OnnxFile(source, plan, feeds, shown, options)
+
+
+def _check_routers(plan: Plan) -> None:
+    """Refuse routers that read what a foreign graph does not have, or that no one wants in one."""
+    for spec in plan.specs:
+        kind = router_kind(spec.router)
+        if kind == "oracle":
+            raise UnsupportedError(
+                f"{spec.ffn.path}: an oracle runs every expert to choose some, which is for "
+                "comparing other routers with; use another router"
+            )
+        if kind == "table":
+            raise UnsupportedError(
+                f"{spec.ffn.path}: its router reads {spec.router.by} ids, and an ONNX file does "
+                "not say which of its inputs they are; convert the model that it was exported from"
+            )

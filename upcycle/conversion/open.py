@@ -1,0 +1,195 @@
+"""Open a named model: capture, locate, plan, and refuse all that can be refused."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from upcycle.capture.capture import ExampleInputs
+from upcycle.conversion.dense_model import DenseModel
+from upcycle.conversion.in_memory import InMemory
+from upcycle.conversion.mapped import Mapped
+from upcycle.conversion.options import DEFAULTS, Options
+from upcycle.data.calibration import CalibrationData, calibration_data, verification_inputs
+from upcycle.data.calibration_files import CalibrationInput, read_calibration
+from upcycle.data.evaluation import evaluation_for
+from upcycle.errors import UnsupportedError, UsageError
+from upcycle.ir.measured import Costs
+from upcycle.ir.spec import Plan
+from upcycle.models.dense import Source
+from upcycle.models.expert_sources import Merged, Sources, check_sources, open_sources
+from upcycle.models.module_tensors import by_module_name
+from upcycle.models.onnx_file import OnnxSource
+from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.plan.calibration_needs import needs
+from upcycle.passes.plan.costs import costs, model_size
+from upcycle.passes.plan.model_problems import check_model
+from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.schema import Recipe
+from upcycle.targets.destination import destination
+from upcycle.targets.files.tensor_file import check_disk
+from upcycle.util.memory import free_memory
+from upcycle.util.progress import Progress, step
+
+
+def open_dense(
+    source: Source | OnnxSource,
+    recipe: Recipe,
+    recipe_name: str,
+    out: Path,
+    options: Options,
+    progress: Progress,
+) -> DenseModel[Any]:
+    """The dense model with its plan; no weight is read before everything was refused that can be.
+
+    Args:
+        source: as the user named it.
+        recipe, recipe_name: what to do to it, and how reports call that.
+        out: where the result goes; the disk there must be large enough.
+        options: how to convert and to write it.
+        progress: called as each step begins and ends.
+    """
+    given = None
+    if options.calibration:
+        given = read_calibration(options.calibration, field=options.text_field)
+    if not isinstance(source, Source):
+        from upcycle.conversion.onnx_open import open_onnx_file  # onnx only where it is needed
+
+        with step(progress, "capturing"):
+            return open_onnx_file(source, recipe, recipe_name, out, given, options)
+    with step(progress, "capturing"):
+        skeleton = source.skeleton()
+        located = locate_in(skeleton, source.example)
+        plan = make_plan(located, recipe, recipe_name=recipe_name)
+        plan = plan.requiring(options.runtimes, options.architecture)
+    check_model(skeleton, plan)
+    destination(skeleton, plan)
+    if given is not None:  # the model may read something else, or there is no tokenizer for it
+        _check_data(skeleton, plan, source, given)
+    check_sources(recipe.experts.sources, skeleton, source)
+    total, itemsize = model_size(skeleton)
+    itemsize = itemsize if source.dtype is None else source.dtype.itemsize
+    estimate = costs(plan, total, itemsize)
+    check_disk(out, estimate.bytes_on_disk)
+    if _is_streamed(source, estimate, options):
+        return _mapped(source, plan, skeleton, given, options)
+    del skeleton
+    with step(progress, "loading"):
+        model = source.load()
+    return in_memory(model, plan, given, source=source, options=options)
+
+
+def in_memory(
+    model: nn.Module,
+    plan: Plan,
+    given: CalibrationInput | None,
+    *,
+    source: Source | None = None,
+    example: ExampleInputs | None = None,
+    sources: Sources | None = None,
+    options: Options = DEFAULTS,
+) -> InMemory:
+    """The same for a module that is in memory.
+
+    Args:
+        model: with its weights.
+        plan: what its FFNs become.
+        given: data of the user, for calibration and verification.
+        source: where it comes from.
+        example: inputs that the user gave; those of `source` if None.
+        sources: the models that experts are taken from; opened by their names if None.
+        options: how to convert and to write it.
+    """
+    directory = source.directory if source else None
+    if example is None and source is not None:
+        example = source.example
+    text, held = verification_inputs(model, plan.recipe, given, directory=directory)
+    if sources is None:
+        sources = open_sources(plan.recipe.experts.sources, model, source)
+    return InMemory(
+        model,
+        plan,
+        data=_data(model, plan, given, directory, example),
+        source=source,
+        sources=sources,
+        example=held if example is None else example,
+        text=text,
+        options=options,
+    )
+
+
+def _data(
+    model: nn.Module,
+    plan: Plan,
+    given: CalibrationInput | None,
+    directory: Path | None,
+    example: ExampleInputs | None,
+) -> CalibrationData | None:
+    """What is shown to the model; None if the recipe needs nothing."""
+    if not needs(plan.recipe):
+        return None
+    count = plan.specs[0].num_experts
+    return calibration_data(
+        model, plan.recipe, given, directory=directory, example=example, domains=count
+    )
+
+
+def _check_data(skeleton: nn.Module, plan: Plan, source: Source, given: CalibrationInput) -> None:
+    text, example = verification_inputs(skeleton, plan.recipe, given, directory=source.directory)
+    evaluation_for(skeleton, directory=source.directory, example=example, text=text)
+    _data(skeleton, plan, given, source.directory, None)
+
+
+def _is_streamed(source: Source, estimate: Costs, options: Options) -> bool:
+    if options.stream is not None or options.resume:
+        return options.stream or options.resume
+    return source.directory is not None and must_stream(estimate)
+
+
+def must_stream(costs: Costs) -> bool:
+    """Whether the dense and the converted model together would fill most of the free memory."""
+    return costs.peak_bytes > 0.8 * free_memory()
+
+
+def _mapped(
+    source: Source,
+    plan: Plan,
+    skeleton: nn.Module,
+    given: CalibrationInput | None,
+    options: Options,
+) -> Mapped:
+    """The model as a memory-mapped checkpoint.
+
+    Raises:
+        UsageError: it is no directory of safetensors files, or something needs all of it.
+        UnsupportedError: the checkpoint names its tensors otherwise than the model does.
+    """
+    directory, experts = source.directory, plan.recipe.experts
+    if directory is None or source.dtype is not None or source.device != "cpu":
+        raise UsageError(
+            "a model that is converted piece by piece is a directory of safetensors files in its "
+            "own dtype, on the CPU; leave --dtype and --device out, or pass --no-stream"
+        )
+    if tuple(options.targets) != ("safetensors",):
+        raise UsageError(
+            "a model that is converted piece by piece is never whole in memory, and ONNX export "
+            "needs that; pass --target safetensors"
+        )
+    if experts.sources and needs(plan.recipe):
+        raise UsageError(
+            "a model that is converted piece by piece cannot be calibrated on the merge of several "
+            "models, which would be whole in memory; take a router that needs no data, or pass "
+            "--no-stream"
+        )
+    tensors = by_module_name(directory, skeleton)
+    if isinstance(tensors, str):
+        raise UnsupportedError(
+            f"{directory}: the checkpoint has no tensor {tensors}, so it cannot be converted "
+            "piece by piece; convert it in memory (without --stream)"
+        )
+    sources = open_sources(experts.sources, skeleton, source, held=tensors)
+    if sources.names:
+        tensors = Merged(tensors, sources, experts.merge)
+    mapped = source.load(mapped=True) if needs(plan.recipe) else skeleton
+    data = _data(mapped, plan, given, directory, source.example)
+    return Mapped(source, skeleton, tensors, plan, data, sources, options)

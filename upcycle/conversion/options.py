@@ -1,0 +1,89 @@
+"""How a conversion is run and written; what the result is, the recipe says."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle.conversion.workers import HERE, Workers, check_workers
+from upcycle.errors import UsageError
+from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE
+
+TARGETS = ("safetensors", "onnx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The ways of a conversion.
+
+    Attributes:
+        targets: of ``safetensors``, ``onnx``; an ONNX file reads the safetensors beside it.
+        runtimes: software that has to run the result.
+        architecture: the MoE architecture of transformers to write; by default what fits.
+        calibration: files with data for recipes that need some.
+        text_field: of a record of them, with the text.
+        max_shard_size: bytes of one weight file.
+        overwrite: replace the output if it exists.
+        verify: compare with the dense model.
+        stream: convert piece by piece; None does so if memory is too small.
+        resume: go on with a streamed run that was interrupted.
+        workers: what makes the layers.
+    """
+
+    targets: Sequence[str] = ("safetensors",)
+    runtimes: Sequence[str] = ()
+    architecture: str | None = None
+    calibration: Sequence[str] = ()
+    text_field: str = "text"
+    max_shard_size: int = MAX_SHARD_SIZE
+    overwrite: bool = False
+    verify: bool = True
+    stream: bool | None = None
+    resume: bool = False
+    workers: Workers = HERE
+
+
+DEFAULTS = Options()
+
+
+def check_options(options: Options) -> None:
+    """Refuse what does not go together, or not on this machine.
+
+    Raises:
+        UsageError: it says which, and what to do.
+    """
+    check_targets(options.targets, verify=options.verify)
+    check_workers(options.workers)
+    if "onnxruntime" in options.runtimes and "onnx" not in options.targets:
+        raise UsageError("--runtime onnxruntime: it runs the file of --target onnx; add that")
+
+
+def check_targets(targets: Sequence[str], *, verify: bool = False) -> None:
+    """Raises UsageError for an unknown target, or one that cannot be verified on this machine."""
+    for target in targets:
+        if target not in TARGETS:
+            raise UsageError(f"--target {target}: unknown; choose from {', '.join(TARGETS)}")
+    if verify and "onnx" in targets and importlib.util.find_spec("onnxruntime") is None:
+        raise UsageError(
+            "--target onnx is verified with ONNX Runtime, which is not installed: pip install "
+            "'upcycle[cpu]' (or 'upcycle[gpu]', not both), or pass --no-verify"
+        )
+
+
+def check_output(out: Path, dense: Path | None, *, overwrite: bool) -> None:
+    """Refuse now what `upcycle.targets.files.staging` would refuse after the work.
+
+    Args:
+        out: the directory to write.
+        dense: that of the dense model, if it has one.
+        overwrite: whether `out` may be there.
+    """
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise UsageError(f"{out}: it exists already; choose another --out or pass --overwrite")
+    if not out.is_dir() or out.is_symlink():
+        raise UsageError(f"{out}: it is not a directory; choose another --out")
+    if dense is not None and dense.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"{out}: it contains the dense model; choose another --out")

@@ -1,0 +1,86 @@
+"""The pipeline: open, capture, locate, plan, make, write, verify, describe."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from upcycle.conversion.dense_model import DenseModel, header
+from upcycle.conversion.make import Made, making
+from upcycle.conversion.open import open_dense
+from upcycle.conversion.options import DEFAULTS, Options, check_options, check_output
+from upcycle.ir.report import Report
+from upcycle.models.dense import Source
+from upcycle.models.onnx_file import OnnxSource
+from upcycle.recipe.schema import Recipe
+from upcycle.targets.description import describe
+from upcycle.util.progress import Progress, silent
+from upcycle.verification.checks import raise_if_failed
+
+SCRATCH = "upcycle-layers"  # in a directory that is being written
+
+
+Verify = Callable[[Report, Path, Made, Any, Progress], Report]
+
+
+def convert_model(
+    source: Source | OnnxSource,
+    recipe: Recipe,
+    *,
+    recipe_name: str,
+    out: Path,
+    options: Options = DEFAULTS,
+    progress: Progress = silent,
+) -> Report:
+    """Convert a named model into the directory `out`; its report is also written there.
+
+    Everything that can be refused is refused before the weights are read, and a failure leaves
+    nothing behind.
+
+    Raises:
+        UpcycleError: `upcycle.errors` says which.
+    """
+    check_options(options)
+    check_output(out, source.directory, overwrite=options.overwrite)
+    dense = open_dense(source, recipe, recipe_name, out, options, progress)
+    with dense.output(out) as directory:
+        scratch = directory / SCRATCH
+        with making(dense, scratch, options.workers, progress) as made:
+            written = dense.write(directory, scratch, made, progress)
+        report = replace(header(made.plan, dense.facts), calibration=made.calibration)
+        verify, name = dense.verify if options.verify else None, out.absolute().name
+        return finish(dense, made, written, report, directory, name, verify, progress)
+
+
+def finish(
+    dense: DenseModel[Any],
+    made: Made,
+    written: Any,
+    report: Report,
+    directory: Path,
+    name: str,
+    verify: Verify | None,
+    progress: Progress,
+) -> Report:
+    """Verify what was written into `directory` and describe it there; the finished report.
+
+    Args:
+        dense, made, written: the model, its layers, and what `dense.write` returned.
+        report: what is known so far.
+        directory: of the files.
+        name: of the result, for its card.
+        verify: measures the files; None leaves that out.
+        progress: called as each step begins and ends.
+
+    Raises:
+        VerificationError: a check did not pass.
+    """
+    report = replace(report, checkpoint=dense.checkpoint(written))
+    if verify is not None:
+        report = verify(report, directory, made, written, progress)
+        raise_if_failed(report)
+    shutil.rmtree(directory / SCRATCH, ignore_errors=True)
+    card = dense.card(name, directory, report, made, written)
+    describe(directory, made.plan, made.provenance, report, card)
+    return report

@@ -1,0 +1,123 @@
+"""Compare a converted directory with its dense model, from the files alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from upcycle.conversion.make import Made
+from upcycle.conversion.onnx_file import OnnxFile
+from upcycle.conversion.onnx_rewrite import EXPERTS, FILE
+from upcycle.conversion.options import DEFAULTS
+from upcycle.data.evaluation import evaluation_for
+from upcycle.errors import UsageError
+from upcycle.ir.report import Report
+from upcycle.models.dense import DTYPES, Source
+from upcycle.models.expert_sources import open_sources
+from upcycle.models.onnx_file import OnnxSource
+from upcycle.onnx.run import run
+from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.schema import Recipe
+from upcycle.targets.description import read_report
+from upcycle.targets.destination import destination
+from upcycle.targets.files.read_back import read_by_name, read_layer
+from upcycle.targets.load import load
+from upcycle.targets.onnx.parts import FILES as ONNX_FILES
+from upcycle.targets.onnx.write import in_float32
+from upcycle.targets.provenance_file import as_made
+from upcycle.util.module_facts import device_of, model_dtype
+from upcycle.util.named_callable import one_line
+from upcycle.util.progress import silent
+from upcycle.verification.layers import Origins, layer_checks, verify_layers
+from upcycle.verification.onnx.files import verify_onnx
+from upcycle.verification.onnx.layers import compare_outputs, feeds_for
+from upcycle.verification.onnx.rounding import rounded_paths
+from upcycle.verification.stored_layers import stored_layers
+from upcycle.verification.whole_model import compare_models, end_to_end
+
+
+def verify_directory(source: Source | OnnxSource, directory: Path) -> Report:
+    """The checks of a conversion again: tiers T0 to T2, and T4 where there are ONNX files.
+
+    Layers are compared on random tokens. T3 compares files with the model that was written, which
+    is gone.
+
+    Args:
+        source: the dense model.
+        directory: of the converted one.
+
+    Returns:
+        The report of the conversion with what was measured now.
+
+    Raises:
+        UsageError: the directory is no output of upcycle, or was made from another model.
+        VerificationError: both models have other outputs.
+    """
+    report = replace(
+        read_report(directory),
+        checks=(),
+        layers=None,
+        end_to_end=None,
+        sources=None,
+        tempered=None,
+        onnx=None,
+        rounding=None,
+    )
+    recipe = Recipe.model_validate_json(json.dumps(report.resolved_recipe))
+    if not isinstance(source, Source):
+        return _verify_onnx(source, directory, report, recipe)
+    if source.dtype is None:  # as it was loaded for the conversion
+        source = replace(source, dtype=DTYPES[report.dtype])
+    dense = source.load()
+    own = None if isinstance(dense, PreTrainedModel) else source.load()
+    converted = load(directory, model=own).to(device_of(dense))
+    report = _verify_layers(report, directory, recipe, source, dense)
+    evaluation = evaluation_for(dense, directory=source.directory, example=source.example)
+    found = compare_models(dense, converted, evaluation)
+    checks = [*report.checks, end_to_end(found, recipe, model_dtype(dense))]
+    if any((directory / name).is_file() for name in ONNX_FILES):
+        checks += verify_onnx(directory, in_float32(converted), evaluation)
+    return replace(report, end_to_end=found, checks=tuple(checks))
+
+
+def _verify_layers(
+    report: Report, directory: Path, recipe: Recipe, source: Source, dense: nn.Module
+) -> Report:
+    """Tiers T0 and T1 on the layers as they are in the files."""
+    plan = make_plan(locate_in(dense, source.example), recipe, recipe_name=report.recipe)
+    plan, provenance = as_made(plan, directory)
+    facts, target = report.checkpoint, None
+    if facts is not None and facts.form == "native":
+        target = destination(dense, plan.requiring((), facts.architecture)).target
+    origins = Origins(
+        dict(dense.named_parameters(remove_duplicate=False)),
+        provenance,
+        open_sources(recipe.experts.sources, dense, source).tensors,
+    )
+    try:
+        rows = verify_layers(plan.specs, stored_layers(target, read_by_name(directory)), origins)
+    except (KeyError, RuntimeError) as error:  # a tensor that is not there, or has another shape
+        raise UsageError(
+            f"{directory}: its layers are not those of its report ({one_line(error)}); convert the "
+            "model again"
+        ) from error
+    return replace(report, layers=rows, checks=tuple(layer_checks(rows, model_dtype(dense))))
+
+
+def _verify_onnx(source: OnnxSource, directory: Path, report: Report, recipe: Recipe) -> Report:
+    """The same for a file; where it has rounded experts only the outputs are left to compare."""
+    path = directory / FILE
+    if not path.is_file():
+        raise UsageError(f"{directory}: it has no {FILE} to compare with {source.path.name}")
+    feeds = feeds_for(source, recipe.seed)
+    plan, provenance = as_made(source.plan(recipe, report.recipe), directory)
+    dense = OnnxFile(source, plan, feeds, None, DEFAULTS)
+    if not rounded_paths(path):
+        read = read_by_name(*sorted(directory.glob(f"{EXPERTS}*.safetensors")))
+        made = Made(plan, lambda spec: read_layer(None, spec, read), provenance)
+        return dense.verify(report, directory, made, read, silent)
+    found = compare_outputs(run(source.path, feeds), run(path, feeds), feeds)
+    return replace(report, end_to_end=found, checks=(end_to_end(found, recipe, dense.dtype),))

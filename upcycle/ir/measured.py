@@ -1,0 +1,206 @@
+"""What can be measured of a conversion, as plain data: the parts of a report."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+# JSON has no infinite numbers: there they are null.
+Number = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of a verification.
+
+    Attributes:
+        what: what was compared, and where it is worst.
+        error: what was measured.
+        allowed: the largest error that passes.
+        passed: whether it did.
+        tokens, elsewhere: of a check of near ties: how many choices of experts were looked at, and
+            how many of them fell otherwise.
+    """
+
+    what: str
+    error: Number
+    allowed: Number
+    passed: bool
+    tokens: int | None = None
+    elsewhere: int | None = None
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between a result and its reference.
+
+    Attributes:
+        max_abs: largest absolute difference.
+        relative: `max_abs` over the largest absolute reference value.
+        rms: norm of the difference over the norm of the reference.
+        min_cosine, mean_cosine: of the two tensors as vectors along the last axis.
+    """
+
+    max_abs: Number
+    relative: Number
+    rms: Number
+    min_cosine: Number
+    mean_cosine: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDistance(Distance):
+    """Of one converted layer from its dense FFN, and what else was measured of it.
+
+    Attributes:
+        path: of the FFN.
+        promise: of its method.
+        tokens_per_expert: visits on the tokens that were compared.
+        distinct_experts_relative: with other weights in every expert, against a plain loop.
+        all_experts_relative: with all experts at weight one, for a split.
+        untraced_rows: neurons that are not their dense neuron.
+        redrawn_rows: neurons that were drawn anew.
+        lost_neurons: dense neurons that are not exactly once in a split layer.
+        inputs: what the layer was shown, if not what it gets in the model.
+        nodes_relative: of the nodes of an ONNX file from the layer in torch.
+    """
+
+    path: str
+    promise: str
+    tokens_per_expert: tuple[int, ...]
+    distinct_experts_relative: Number
+    all_experts_relative: Number | None = None
+    untraced_rows: int | None = None
+    redrawn_rows: int | None = None
+    lost_neurons: int | None = None
+    inputs: str | None = None
+    nodes_relative: Number | None = None
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Of next-token predictions: KL divergence in nats per token, and both perplexities."""
+
+    tokens: int
+    kl: Number
+    top1_agreement: float
+    dense_perplexity: float
+    converted_perplexity: float
+
+
+@dataclass(frozen=True)
+class ModelDistance:
+    """Of a whole model from another one.
+
+    Attributes:
+        inputs: what both were shown.
+        outputs: of each output of the model.
+        relative: the largest of their relative errors.
+        language_model: of its predictions, if it makes some.
+    """
+
+    inputs: str
+    outputs: dict[str, Distance]
+    relative: Number
+    language_model: LanguageModel | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the tokens of the calibration make of a layer; see `upcycle.passes.calibrate.usage`."""
+
+    path: str
+    tokens: int
+    tokens_per_expert: tuple[int, ...]
+    dead_experts: int
+    load_entropy: float
+    captured_mass: float
+    compensation: dict[str, float] | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """For a table: path, tokens, load, dead experts, entropy, captured mass."""
+        load = f"{min(self.tokens_per_expert)} to {max(self.tokens_per_expert)}"
+        figures = (f"{self.load_entropy:.3f}", f"{self.captured_mass:.3f}")
+        return (self.path, str(self.tokens), load, str(self.dead_experts), *figures)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What the methods were shown: where it is from, in how many batches, of how many domains."""
+
+    data: str
+    batches: int
+    sequential: bool
+    domains: int | None = None
+    layers: tuple[Usage, ...] = ()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The size of a model before and after.
+
+    Attributes:
+        parameters_before, parameters_after: of the whole model.
+        active_parameters: of those, the ones that a token meets.
+        flops_before, flops_after: per token, in the linear maps of the converted FFNs and in their
+            routers; a multiply-add is two.
+        compensation_parameters, compensation_flops: of those after, what `compensate` added.
+        bytes_before, bytes_on_disk: of the dense and of the converted weights.
+        peak_bytes: the dense model and the converted layers side by side.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    active_parameters: int
+    flops_before: int
+    flops_after: int
+    compensation_parameters: int
+    compensation_flops: int
+    bytes_before: int
+    bytes_on_disk: int
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, int]:
+        """Plain data for ``upcycle plan --json``."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """What tempering the routers of a native file changed: choices of experts, and the outputs."""
+
+    tokens: int
+    elsewhere: int
+    outputs: dict[str, Distance]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What rounding the experts of an ONNX file did to one layer.
+
+    Attributes:
+        weights_rms: error of each stack of matrices over its size.
+        output_rms: error of the output over its size.
+        half_steps: largest error of a weight in halves of its step.
+        kernel_over_allowed: ONNX Runtime against torch, over what is allowed.
+        rounding_over_expected: error of the output over what independent errors give.
+    """
+
+    path: str
+    bits: int
+    block: int | str
+    weights_rms: dict[str, float]
+    output_rms: float
+    half_steps: Number
+    kernel_over_allowed: Number
+    rounding_over_expected: Number
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """Of files that are not float32: their distance from the model, or why they were not run."""
+
+    relative: Number | None = None
+    layers: tuple[Rounded, ...] | None = None
+    not_run: str | None = None

@@ -1,0 +1,120 @@
+"""What a conversion did and what was measured of it: the data of ``report.json``.
+
+In JSON a field that is None is left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from upcycle.errors import UsageError
+from upcycle.ir.measured import (
+    Calibrated,
+    Check,
+    Costs,
+    Distance,
+    LayerDistance,
+    ModelDistance,
+    OnnxFacts,
+    Tempered,
+)
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What the weights were written as, why as nothing nearer, and which software runs them."""
+
+    form: str
+    architecture: str
+    not_native_because: dict[str, str]
+    runtimes: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A conversion: what was done, and what was measured.
+
+    Attributes:
+        upcycle, torch: versions.
+        model: the dense model, as the user named it.
+        recipe: its name; `resolved_recipe` is all of it.
+        promise: of the plan.
+        dtype: of the dense weights.
+        checks: the verification; empty if it was not run.
+        costs: before and after.
+        streamed: how the model was converted, if it was never whole in memory.
+        calibration: what the methods were shown.
+        checkpoint: form and architecture of the files, and which software runs them.
+        layers, end_to_end: what verification measured.
+        sources: the distance from each of the models that experts were taken from.
+        tempered, onnx, rounding: of files that are not exactly the model.
+    """
+
+    upcycle: str
+    model: str
+    recipe: str
+    resolved_recipe: dict[str, Any]
+    promise: str
+    dtype: str
+    torch: str
+    costs: Costs | None = None
+    checks: tuple[Check, ...] = ()
+    streamed: str | None = None
+    calibration: Calibrated | None = None
+    checkpoint: CheckpointFacts | None = None
+    layers: tuple[LayerDistance, ...] | None = None
+    end_to_end: ModelDistance | None = None
+    sources: dict[str, Distance] | None = None
+    tempered: Tempered | None = None
+    onnx: OnnxFacts | None = None
+    rounding: OnnxFacts | None = None
+
+    @property
+    def worst_layer(self) -> LayerDistance | None:
+        """The layer that is furthest from its dense FFN."""
+        return max(self.layers, key=lambda row: row.relative) if self.layers else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``report.json``."""
+        data: dict[str, Any] = plain(self)
+        if self.worst_layer is not None:
+            worst = self.worst_layer
+            data["largest_error_at"] = {"layer": worst.path, "relative": worst.relative}
+        return data
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> "Report":
+        """The report that `to_json` wrote, also by an earlier version.
+
+        Raises:
+            UsageError: it is none, or a field has another type; the message begins with `where`.
+        """
+        try:
+            return _ADAPTER.validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "it"
+            raise UsageError(
+                f"{where}: not a report of upcycle, {field}: {first['msg'].lower()}; convert the "
+                "model again"
+            ) from error
+
+
+_ADAPTER = TypeAdapter(Report)
+
+
+def report_schema() -> dict[str, Any]:
+    """The JSON Schema of ``report.json``."""
+    return _ADAPTER.json_schema()
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, without the fields that are None, and tuples as lists."""
+    if is_dataclass(value):
+        named = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {name: plain(held) for name, held in named.items() if held is not None}
+    if isinstance(value, Mapping):
+        return {key: plain(held) for key, held in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,133 @@
+"""Tier T3 of verification: written files, loaded as a user would load them, against the model."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from upcycle.data.evaluation import Evaluation, outputs_of
+from upcycle.ir.measured import Check, Tempered
+from upcycle.ir.report import Report
+from upcycle.ir.spec import Plan
+from upcycle.targets.checkpoint import Checkpoint, planned_layers
+from upcycle.targets.load import load
+from upcycle.targets.native.choose import NativeTarget
+from upcycle.targets.native.fold_router import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
+from upcycle.targets.native.tempered import every_expert, is_tempered, tempered
+from upcycle.util.eval_mode import eval_mode
+from upcycle.util.module_facts import model_dtype
+from upcycle.verification.checks import ELSEWHERE, GREEDY, RELOADED, TEMPERED, TIES, check
+from upcycle.verification.metrics import ROUNDING
+from upcycle.verification.near_ties import NearTies, choices_of, following
+from upcycle.verification.whole_model import compare_models, same_greedy_text
+
+
+def verify_files(
+    report: Report,
+    directory: Path,
+    plan: Plan,
+    written: Checkpoint,
+    dense: nn.Module,
+    model: nn.Module,
+    evaluation: Evaluation,
+) -> Report:
+    """Load `directory` and compare; returns the report with the checks of it.
+
+    Args:
+        report: of the conversion.
+        directory: with the checkpoint.
+        plan: what was converted.
+        written: what `directory` was written as.
+        dense, model: the dense model and the converted one, which was written.
+        evaluation: the inputs.
+    """
+    allowed = ROUNDING[model_dtype(model)]
+    if written.form == "native":  # whose routers compute in float32, in transformers
+        allowed = max(allowed, ROUNDING[torch.float32])
+    target, change = written.target, report.tempered
+    with eval_mode(dense, model):
+        if target is not None and is_tempered(target, plan.specs):
+            checks, change = _tempered(directory, model, evaluation, plan, target, allowed)
+        else:
+            checks = _reloaded(directory, model, dense, evaluation, plan, allowed)
+    return replace(report, checks=(*report.checks, *checks), tempered=change)
+
+
+def _reloaded(
+    directory: Path,
+    model: nn.Module,
+    dense: nn.Module,
+    evaluation: Evaluation,
+    plan: Plan,
+    allowed: float,
+) -> list[Check]:
+    """Tier T3: the files give the model back, and an exact one writes the dense model's text.
+
+    If they do not, the model follows their choices, as `upcycle.verification.near_ties` describes;
+    in a half type it may then be twice as far from them as from itself in float32.
+    """
+    skeleton = None if isinstance(model, PreTrainedModel) else copy.deepcopy(dense)
+    loaded = load(directory, model=skeleton)
+    found = compare_models(model, loaded, evaluation, predictions=False).relative
+    checks = [check(RELOADED, found, allowed)]
+    if found > allowed and (followed := _followed(model, loaded, evaluation, plan)):
+        (found, ties), most, near = followed, allowed, allowed
+        if model_dtype(model).itemsize == 2:
+            noise = _followed(copy.deepcopy(model).float(), model, evaluation, plan)
+            assert noise is not None
+            off = (noise[0], noise[1].apart)
+            most, near = (min(max(allowed, 2 * error), 1.0) for error in off)
+        checks = [check(RELOADED, found, most), ties.check(TIES, near)]
+    if plan.promise == "exact" and allowed <= ROUNDING[torch.float32]:
+        same = same_greedy_text(dense, loaded, evaluation)
+        if same is not None:
+            checks.append(check(GREEDY, float(not same), 0))
+    return checks
+
+
+def _followed(
+    model: nn.Module, other: nn.Module, evaluation: Evaluation, plan: Plan
+) -> tuple[float, NearTies] | None:
+    """The distance of `model`, which follows the choices of `other`, and what that shows of them.
+
+    None if the choices of `other` cannot be seen.
+    """
+    with choices_of(other, [layer for _, layer in planned_layers(model, plan)]) as choices:
+        if choices is None:
+            return None
+        with following(choices) as ties:
+            found = compare_models(model, other, evaluation, predictions=False)
+    return found.relative, ties
+
+
+def _tempered(
+    directory: Path,
+    model: nn.Module,
+    evaluation: Evaluation,
+    plan: Plan,
+    target: NativeTarget,
+    allowed: float,
+) -> tuple[list[Check], Tempered]:
+    """Tier T3 for files with tempered routers, which are almost those of the model.
+
+    They are compared with the model as it is with such routers, all experts visited, so that no
+    near tie is decided in two ways; and what tempering changes is measured by itself: in each
+    layer, and (second result, on which nothing is bounded) in what the files compute.
+    """
+    loaded, layers = load(directory), list(planned_layers(model, plan))
+    whole = compare_models(model, loaded, evaluation, predictions=False).outputs
+    with tempered(layers, target) as seen:
+        for batch in evaluation.batches:
+            outputs_of(model, batch)
+    count = plan.specs[0].num_experts
+    with tempered(layers, target, every=True), every_expert(loaded, count):
+        found = compare_models(model, loaded, evaluation, predictions=False)
+    checks = [
+        check(RELOADED, found.relative, allowed),
+        check(TEMPERED, seen.weight_error, MOST_WEIGHT_ERROR),
+        check(ELSEWHERE, seen.elsewhere_share, MOST_ELSEWHERE),
+    ]
+    return checks, Tempered(seen.tokens, seen.elsewhere, whole)
