@@ -57,7 +57,7 @@ def read_by_name(*sources: Path) -> Read:
 
 
 def read_layer(target: NativeTarget | None, spec: MoESpec, read: Read) -> MoEWeights:
-    """The weights of one layer as they are on disk; without their provenance.
+    """The weights of one layer as they are in a checkpoint; without their provenance.
 
     Args:
         target: the native architecture of the checkpoint, if it is one.
@@ -67,7 +67,13 @@ def read_layer(target: NativeTarget | None, spec: MoESpec, read: Read) -> MoEWei
     if target is not None:
         return read_native(target, spec, read)
     site = spec.site()
-    path = site["path"] if site["placement"] == "module" else site["contraction"]
+    return read_at(
+        site["path"] if site["placement"] == "module" else site["contraction"], spec, read
+    )
+
+
+def read_at(path: str, spec: MoESpec, read: Read) -> MoEWeights:
+    """The same for a layer whose tensors have their names in `MoE`, after `path`."""
     layer = empty_layer(spec.layer_config())
     held = {name: read(f"{path}.{name}") for name in layer.state_dict()}
     layer.load_state_dict(held, assign=True)

@@ -30,7 +30,7 @@ from upcycle.ir.layer_weights import layer_tensors
 from upcycle.ir.partial_projection import read_kept
 from upcycle.ir.report import CheckpointFacts, Report
 from upcycle.ir.spec import MoESpec, Plan
-from upcycle.ir.weights import FFNWeights, read_ffn
+from upcycle.ir.weights import FFNWeights, MoEWeights, read_ffn
 from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install
 from upcycle.models.dense import Source
@@ -44,12 +44,11 @@ from upcycle.targets.card import card
 from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.manifest import Manifest
-from upcycle.targets.files.read_back import read_stored
+from upcycle.targets.files.read_back import read_layer, read_stored
 from upcycle.targets.files.staging import publish
 from upcycle.util.memory import give_back
 from upcycle.util.progress import Progress
-from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
-from upcycle.verification.stored_layers import stored_layers
+from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers
 from upcycle.version import __version__
 
 
@@ -195,7 +194,7 @@ class Mapped:
         def tensor(name: str) -> torch.Tensor:
             return read_kept(kept[name], self.tensors) if name in kept else self.tensors[name]
 
-        def layer(spec: MoESpec) -> Any:
+        def layer(spec: MoESpec) -> MoEWeights:
             give_back()  # the layer before has been written
             return made.layer(spec)
 
@@ -234,15 +233,13 @@ class Mapped:
         def read(name: str) -> torch.Tensor:
             return read_stored(directory, written.stored[name])
 
-        stored = stored_layers(written.target, read)
-
-        def case(spec: MoESpec) -> LayerCase:
+        def weights(spec: MoESpec) -> MoEWeights:
             give_back()  # the layer before has been compared
-            return stored(spec)
+            return read_layer(written.target, spec, read)
 
         origins = Origins(self.tensors, made.provenance, self.sources.tensors)
         with single_threads(local_jobs(self.options.workers, specs)) as pool:
-            rows = verify_layers(specs, case, origins, each=pool.map, progress=progress)
+            rows = verify_layers(specs, stored(weights), origins, each=pool.map, progress=progress)
         checks = (*report.checks, *layer_checks(rows, self.dtype))
         return replace(report, layers=rows, checks=checks)
 

@@ -23,13 +23,13 @@ from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.run import run
 from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.targets.card import onnx_card
-from upcycle.targets.files.read_back import Read, read_stored
+from upcycle.targets.files.read_back import Read, read_at, read_stored
 from upcycle.targets.files.staging import staged
 from upcycle.targets.onnx.insert import unique_keys
 from upcycle.util.progress import Progress
+from upcycle.verification.layers import stored
 from upcycle.verification.onnx.layers import compare_outputs, verify_onnx_layers
 from upcycle.verification.onnx.rounding import verify_rounding
-from upcycle.verification.stored_layers import stored_layers
 from upcycle.verification.whole_model import end_to_end
 
 
@@ -93,7 +93,7 @@ class OnnxFile:
         """
         folder = scratch / "float" if made.plan.recipe.onnx.may_round else directory
         folder.mkdir(parents=True, exist_ok=True)
-        stored = write_converted(
+        places = write_converted(
             self.source,
             made.plan,
             directory,
@@ -101,7 +101,7 @@ class OnnxFile:
             beside=folder,
             max_shard_size=self.options.max_shard_size,
         )
-        return lambda name: read_stored(folder, stored[name])
+        return lambda name: read_stored(folder, places[name])
 
     def checkpoint(self, written: Read) -> None:
         """There is none."""
@@ -117,13 +117,13 @@ class OnnxFile:
         """Tiers T0 to T2, and the checker of onnx."""
         path, specs = directory / FILE, made.plan.specs
 
-        layers = stored_layers(None, written)
+        case = stored(lambda spec: read_at(spec.ffn.path, spec, written))
 
         rows, checks = verify_onnx_layers(
             self.source,
             specs,
             path,
-            layer_of=lambda spec: layers(spec).layer,
+            layer_of=lambda spec: case(spec).layer,
             provenance=made.provenance,
             feeds=self.feeds,
             progress=progress,
@@ -135,7 +135,7 @@ class OnnxFile:
         if made.plan.recipe.onnx.may_round:
             regions = self.source.found.regions
             keys = unique_keys({path: len(places) for path, places in regions.items()})
-            floats = {key: layers(spec).layer for spec in specs for key in keys[spec.ffn.path]}
+            floats = {key: case(spec).layer for spec in specs for key in keys[spec.ffn.path]}
             rounded, more = verify_rounding(path, floats, [self.feeds])
             rounding = OnnxFacts(layers=tuple(rounded)) if rounded else None
         if rounding:  # then the outputs are off by more than the recipe says: it is only told

@@ -23,7 +23,7 @@ from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.description import read_report
 from upcycle.targets.destination import destination
-from upcycle.targets.files.read_back import read_by_name, read_layer
+from upcycle.targets.files.read_back import read_at, read_by_name, read_layer
 from upcycle.targets.load import load
 from upcycle.targets.onnx.parts import FILES as ONNX_FILES
 from upcycle.targets.onnx.write import in_float32
@@ -31,11 +31,10 @@ from upcycle.targets.provenance_file import as_made
 from upcycle.util.module_facts import device_of, model_dtype
 from upcycle.util.named_callable import one_line
 from upcycle.util.progress import silent
-from upcycle.verification.layers import Origins, layer_checks, verify_layers
+from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers
 from upcycle.verification.onnx.files import verify_onnx
 from upcycle.verification.onnx.layers import compare_outputs, feeds_for
 from upcycle.verification.onnx.rounding import rounded_paths
-from upcycle.verification.stored_layers import stored_layers
 from upcycle.verification.whole_model import compare_models, end_to_end
 
 
@@ -97,8 +96,10 @@ def _verify_layers(
         provenance,
         open_sources(recipe.experts.sources, dense, source).tensors,
     )
+    read = read_by_name(directory)
     try:
-        rows = verify_layers(plan.specs, stored_layers(target, read_by_name(directory)), origins)
+        case = stored(lambda spec: read_layer(target, spec, read))
+        rows = verify_layers(plan.specs, case, origins)
     except (KeyError, RuntimeError) as error:  # a tensor that is not there, or has another shape
         raise UsageError(
             f"{directory}: its layers are not those of its report ({one_line(error)}); convert the "
@@ -117,7 +118,7 @@ def _verify_onnx(source: OnnxSource, directory: Path, report: Report, recipe: Re
     dense = OnnxFile(source, plan, feeds, None, DEFAULTS)
     if not rounded_paths(path):
         read = read_by_name(*sorted(directory.glob(f"{EXPERTS}*.safetensors")))
-        made = Made(plan, lambda spec: read_layer(None, spec, read), provenance)
+        made = Made(plan, lambda spec: read_at(spec.ffn.path, spec, read), provenance)
         return dense.verify(report, directory, made, read, silent)
     found = compare_outputs(run(source.path, feeds), run(path, feeds), feeds)
     return replace(report, end_to_end=found, checks=(end_to_end(found, recipe, dense.dtype),))

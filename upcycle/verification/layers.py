@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from upcycle.ir.layer_weights import layer_around
 from upcycle.ir.measured import Check, LayerDistance
 from upcycle.ir.report import plain
 from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import Provenance, read_ffn
+from upcycle.ir.weights import MoEWeights, Provenance, read_ffn
 from upcycle.layers.moe import MoE, all_experts
 from upcycle.passes.experts import EXPERTS
 from upcycle.util.progress import Progress, silent
@@ -114,6 +115,11 @@ def _row(spec: MoESpec, case: LayerCase, origins: Origins) -> LayerDistance:
         distinct_experts_relative=distinct_experts_error(layer, x_TD),
         **found,
     )
+
+
+def stored(weights_of: Callable[[MoESpec], MoEWeights]) -> Callable[[MoESpec], LayerCase]:
+    """The `case_of` of layers that lie in files, of which `weights_of` reads one."""
+    return lambda spec: LayerCase(layer_around(spec.layer_config(), weights_of(spec)))
 
 
 def random_tokens(spec: MoESpec, layer: MoE) -> torch.Tensor:
