@@ -35,7 +35,7 @@ import upcycle.layers.selection
 import upcycle.layers.tap
 import upcycle.layers.token_context
 import upcycle.pointwise
-from upcycle.ir.spec import Plan, router_kind
+from upcycle.ir.spec import Plan
 from upcycle.layers.pretrained import FORMAT
 from upcycle.layers.routers import ROUTER_KINDS
 from upcycle.version import __version__
@@ -71,7 +71,7 @@ class {model}(UpcycledModel, {dense}):
 
 def modeling_file(model: PreTrainedModel, plan: Plan) -> str:
     """Source text of the modeling file; the same class and kinds of routers give the same text."""
-    kinds = {router_kind(spec.router) for spec in plan.specs}
+    kinds = {spec.router_kind for spec in plan.specs}
     return modeling_text(type(model.config), heads(type(model.config), type(model)), kinds)
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import ExpertWeights, MoEWeights, read_ffn
@@ -19,6 +20,7 @@ from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.transform import transform
 from upcycle.targets.files.tensor_file import read_tensors, write_tensors
 from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries
+from upcycle.targets.native.choose import variants
 
 COPIES = {"method": "copy", "count": 4}
 SLICES = {"method": "contiguous", "count": 4}
@@ -33,6 +35,14 @@ def plan_of(name: str, experts: dict[str, Any], router: dict[str, Any], target: 
     recipe = numerics.make_recipe(experts, defaults | router)
     plan = make_plan(native_models.located(name), recipe, recipe_name="test")
     return replace(plan, architecture=target)
+
+
+def refusal(
+    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, asked: bool = False
+) -> str | None:
+    """Why `target` does not hold the converted model exactly, or None if it does in some way."""
+    found = variants(target, config, plan, asked=asked)
+    return found if isinstance(found, str) else None
 
 
 def converted(spec: MoESpec, name: str) -> MoEWeights:

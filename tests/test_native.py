@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_case import refusal
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,7 +33,7 @@ from upcycle.pointwise import Pointwise
 from upcycle.recipe import schema as recipe
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import read_tensors, write_tensors
-from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries, fit
+from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries
 from upcycle.targets.native.layers import is_swiglu, layer_of
 
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
@@ -212,7 +213,7 @@ def write(
     tensors = read_tensors(directory / "dense")
     config = AutoConfig.from_pretrained(directory / "dense")
     target = NATIVE[TARGET_OF[config.model_type]]
-    assert fit(target, config, plan) is None
+    assert refusal(target, config, plan) is None
     moe_weights = moe_weights or (lambda spec: copies(spec, tensors))
     out = directory / "moe"
     out.mkdir()
@@ -449,21 +450,21 @@ PLAN_REFUSALS: dict[str, tuple[str, Plan, str]] = {
 @pytest.mark.parametrize("case", CONFIG_REFUSALS)
 def test_a_config_that_does_not_fit_is_refused_with_the_reason(case: str) -> None:
     target, config, reason = CONFIG_REFUSALS[case]
-    assert reason in str(fit(NATIVE[target], config, plan_of()))
+    assert reason in str(refusal(NATIVE[target], config, plan_of()))
 
 
 @pytest.mark.parametrize("case", PLAN_REFUSALS)
 def test_a_plan_that_does_not_fit_is_refused_with_the_reason(case: str) -> None:
     target, plan, reason = PLAN_REFUSALS[case]
     config = CONFIGS["qwen3" if target == "qwen3_moe" else "llama"]()
-    assert reason in str(fit(NATIVE[target], config, plan))
+    assert reason in str(refusal(NATIVE[target], config, plan))
 
 
 def test_an_unknown_config_field_is_refused() -> None:
     source = replace(NATIVE["mixtral"].sources["llama"], ignored=())
     target = replace(NATIVE["mixtral"], sources={"llama": source})
-    assert fit(target, llama(), plan_of()) is None
-    assert "pretraining_tp" in str(fit(target, llama(pretraining_tp=2), plan_of()))
+    assert refusal(target, llama(), plan_of()) is None
+    assert "pretraining_tp" in str(refusal(target, llama(pretraining_tp=2), plan_of()))
 
 
 def test_choose_gives_the_first_that_fits_and_the_reasons_of_the_others() -> None:

@@ -11,14 +11,24 @@ import numerics
 import pytest
 import torch
 import transformers
-from native_case import COPIES, SLICES, distinct, logits, plan_of, reference, target_of, write
+from native_case import (
+    COPIES,
+    SLICES,
+    distinct,
+    logits,
+    plan_of,
+    reference,
+    refusal,
+    target_of,
+    write,
+)
 from native_case import relative as relative_error
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeTopkRouter
 
 from upcycle import convert, load
 from upcycle.errors import UnsupportedError
 from upcycle.ir.spec import Plan
-from upcycle.targets.native import NATIVE, NativeTarget, fit
+from upcycle.targets.native import NATIVE, NativeTarget
 from upcycle.targets.native.fold_layer import folded
 from upcycle.targets.native.fold_router import HOT, Fold, fold
 
@@ -53,7 +63,7 @@ def test_a_hot_router_gives_the_best_expert_everything() -> None:
 def test_it_is_written_on_request_alone() -> None:
     plan, _, _ = switch()
     config = native_models.dense_model("t5").config
-    reason = fit(NATIVE["switch_transformers"], config, plan)
+    reason = refusal(NATIVE["switch_transformers"], config, plan)
     assert "only while no two scores tie; ask for it with --architecture" in str(reason)
 
 
@@ -96,7 +106,7 @@ def test_gains_that_were_trained_are_refused(tmp_path: Path) -> None:
     router = {"top_k": "all", "weights": "gain"}
     plan = plan_of("llama", SLICES, router, "mixtral")
     config = native_models.dense_model("llama").config
-    assert "it has no gains" in str(fit(NATIVE["mixtral"], config, plan))
+    assert "it has no gains" in str(refusal(NATIVE["mixtral"], config, plan))
     done = saved("llama", "mixtral", router, tmp_path / "out")
     layer = done.model.model.layers[1].mlp
     with torch.no_grad():
@@ -110,7 +120,7 @@ def test_a_detached_sum_is_held_on_request(tmp_path: Path) -> None:
     moe = write(tmp_path, "llama", plan, target_of("llama", plan), random=True)
     assert relative_error(logits(moe, "llama"), logits(reference("llama", plan), "llama")) < 1e-5
     config = native_models.dense_model("llama").config
-    assert "another gradient" in str(fit(NATIVE["mixtral"], config, plan))
+    assert "another gradient" in str(refusal(NATIVE["mixtral"], config, plan))
 
 
 def glm_weights(count: int, **fields: Any) -> torch.Tensor:

@@ -21,6 +21,7 @@ from native_case import (
     logits,
     plan_of,
     reference,
+    refusal,
     relative,
     target_of,
     write,
@@ -32,7 +33,7 @@ from upcycle.errors import UnsupportedError
 from upcycle.ir.spec import Plan
 from upcycle.passes.plan.plan import make_plan
 from upcycle.targets.files.tensor_file import read_tensors, write_tensors
-from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries, fit
+from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries
 from upcycle.targets.native.fold_layer import folded, gate_noise, unfolded
 from upcycle.targets.native.fold_router import MOST_WEIGHT_ERROR, Fold, fold, temper
 
@@ -183,7 +184,7 @@ REFUSALS: dict[str, tuple[str, Any, str]] = {
 def test_what_an_architecture_cannot_hold_is_refused(case: str) -> None:
     target, config, reason = REFUSALS[case]
     copies = plan(COPIES, {"top_k": 2, "weights": "renormalised"})
-    assert reason in str(fit(NATIVE[target], config, copies, asked=True))
+    assert reason in str(refusal(NATIVE[target], config, copies, asked=True))
 
 
 PLANS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -214,7 +215,7 @@ def test_a_plan_that_no_form_holds_is_refused_with_the_reason(case: str) -> None
     target, experts, router, reason = PLANS[case]
     name = HELD.get(target, "llama")
     assert reason in str(
-        fit(NATIVE[target], config_of(name), plan(experts, router, name), asked=True)
+        refusal(NATIVE[target], config_of(name), plan(experts, router, name), asked=True)
     )
 
 
@@ -224,12 +225,12 @@ def test_layers_may_stay_dense_where_the_config_can_say_so() -> None:
         return replace(whole, specs=tuple(whole.specs[i] for i in layers))
 
     last, first, middle, ends = some(1, 2), some(0, 1), some(1), some(0, 2)
-    assert fit(NATIVE["glm4_moe"], config_of(), last) is None
-    assert "layer 2 dense" in str(fit(NATIVE["glm4_moe"], config_of(), first))
-    assert fit(NATIVE["ernie4_5_moe"], config_of(), middle) is None
-    assert "layer 1 dense" in str(fit(NATIVE["ernie4_5_moe"], config_of(), ends))
-    assert fit(NATIVE["qwen2_moe"], config_of(), ends) is None
-    assert "leaves these dense: 1" in str(fit(NATIVE["granitemoe"], config_of(), ends))
+    assert refusal(NATIVE["glm4_moe"], config_of(), last) is None
+    assert "layer 2 dense" in str(refusal(NATIVE["glm4_moe"], config_of(), first))
+    assert refusal(NATIVE["ernie4_5_moe"], config_of(), middle) is None
+    assert "layer 1 dense" in str(refusal(NATIVE["ernie4_5_moe"], config_of(), ends))
+    assert refusal(NATIVE["qwen2_moe"], config_of(), ends) is None
+    assert "leaves these dense: 1" in str(refusal(NATIVE["granitemoe"], config_of(), ends))
 
 
 def test_a_unit_norm_of_queries_and_keys_is_no_identity(tmp_path: Path) -> None:

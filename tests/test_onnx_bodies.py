@@ -16,9 +16,9 @@ from test_onnx_programs import OPTIONS, PLAIN, POSITIVE
 from torch import Tensor
 
 from upcycle.pointwise import Pointwise
+from upcycle.recipe.onnx import Form
 from upcycle.targets.onnx.forms import functions as bodies
 from upcycle.targets.onnx.forms.activation import OPERATIONS
-from upcycle.targets.onnx.forms.choose import Form
 from upcycle.verification.onnx.rounding import run_experts
 
 T, D, WIDTH = 9, 6, 5

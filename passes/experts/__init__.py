@@ -1,6 +1,7 @@
 """How experts are made from a dense FFN, one method per file.
 
-To add one: write its file, add it to `EXPERTS` and its name to `upcycle.recipe.schema.Experts`.
+To add one: write its file, add it to `EXPERTS`, and its name to `ExpertMethodName` in
+`upcycle.recipe.schema`.
 """
 
 from typing import Final
@@ -26,24 +27,13 @@ from upcycle.passes.experts.universal_specialised import UNIVERSAL_SPECIALISED
 from upcycle.passes.experts.zero_routed import ZERO_ROUTED
 
 EXPERTS: Final[dict[str, ExpertMethod]] = {
-    "copy": COPY,
-    "noise": NOISE,
-    "drop": DROP,
-    "svd": SVD,
-    "granular": GRANULAR,
-    "zero_routed": ZERO_ROUTED,
-    "from_checkpoints": FROM_CHECKPOINTS,
-    "contiguous": CONTIGUOUS,
-    "random": RANDOM,
-    "cluster": CLUSTER,
-    "coactivation": COACTIVATION,
-    "activation_carve": ACTIVATION_CARVE,
-    "importance": IMPORTANCE,
-    "importance_overlap": IMPORTANCE_OVERLAP,
-    "gradient_domain": GRADIENT_DOMAIN,
-    "gradient_domain_overlap": GRADIENT_DOMAIN_OVERLAP,
-    "universal_specialised": UNIVERSAL_SPECIALISED,
-    "token_sets": TOKEN_SETS,
+    method.name: method
+    for method in (
+        *(COPY, NOISE, DROP, SVD, GRANULAR, ZERO_ROUTED, FROM_CHECKPOINTS),
+        *(CONTIGUOUS, RANDOM, CLUSTER, COACTIVATION, ACTIVATION_CARVE),
+        *(IMPORTANCE, IMPORTANCE_OVERLAP, GRADIENT_DOMAIN, GRADIENT_DOMAIN_OVERLAP),
+        *(UNIVERSAL_SPECIALISED, TOKEN_SETS),
+    )
 }
 
 __all__ = ["EXPERTS", "ExpertMethod"]

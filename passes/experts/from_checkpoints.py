@@ -1,14 +1,16 @@
 """Every expert is the FFN of another model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 import torch
 
+from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.recipe.schema import Recipe
 
 
 def from_checkpoints(
@@ -53,10 +55,26 @@ def from_checkpoints(
     return Parts(experts)
 
 
+def _refuse(ffn: FFN, recipe: Recipe) -> Iterator[str]:
+    experts, count = recipe.experts, len(recipe.experts.sources)
+    if not count:
+        yield "there are no models to take experts from; set `experts.sources: [base, ...]`"
+        return
+    if experts.count % count:
+        yield (
+            f"{count} sources cannot give {experts.count} experts, the same number each; "
+            f"set `experts.count` to {count}"
+        )
+    if isinstance(experts.merge, int) and not 0 <= experts.merge < count:
+        yield f"there is no source {experts.merge}; set `experts.merge` to a number below {count}"
+
+
 FROM_CHECKPOINTS = ExpertMethod(
     name="from_checkpoints",
     kind="altered",
     build=from_checkpoints,
     paper='Sukhbaatar et al., "Branch-Train-MiX", 2024',
     source="https://arxiv.org/abs/2403.07816",
+    has_sources=True,
+    refuse=_refuse,
 )

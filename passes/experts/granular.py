@@ -5,10 +5,12 @@ With a virtual-group router the G slices of a copy get the same logit, so the T 
 experts are t whole copies. Their outputs are multiplied by the factor S.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
+from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, gather_experts
@@ -113,10 +115,35 @@ def granular(
     return Parts(experts)
 
 
+def _refuse(ffn: FFN, made: recipe.Recipe) -> Iterator[str]:
+    """Slices that are not equal, tokens without whole copies, a factor with no exact place."""
+    slices, top_k = made.experts.granularity, made.router.top_k
+    if ffn.d_ff % slices:
+        divisors = [n for n in range(1, ffn.d_ff + 1) if ffn.d_ff % n == 0]
+        below = max(n for n in divisors if n < slices)
+        above = min((n for n in divisors if n > slices), default=below)
+        choice = f"{below}" if above == below else f"{below} or {above}"
+        yield (
+            f"{ffn.d_ff} neurons cannot be cut into {slices} equal slices; "
+            f"set `experts.granularity` to {choice}"
+        )
+    if top_k != "all" and top_k % slices:
+        yield (
+            f"a token that visits {top_k} experts gets no whole number of copies, "
+            f"which have {slices} slices each; set `router.top_k` to a multiple of {slices}"
+        )
+    if made.experts.scale == "up_down" and not placement_is_exact("up_down", ffn.pointwise):
+        yield (
+            f"`experts.scale: up_down` changes what {ffn.pointwise.name} computes, since no "
+            "expansion enters it linearly; set `experts.scale: down`"
+        )
+
+
 GRANULAR = ExpertMethod(
     name="granular",
     kind="slices",
     build=granular,
     paper='He et al., "Upcycling Large Language Models into Mixture of Experts", 2024',
     source="https://arxiv.org/abs/2410.07524",
+    refuse=_refuse,
 )

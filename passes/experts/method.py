@@ -1,13 +1,16 @@
 """What an expert method is: a function from a dense FFN to experts, and where it was published."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 
+from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights
+from upcycle.recipe.schema import ExpertMethodName, Recipe
 
 MethodKind = Literal["copies", "altered", "slices", "residual", "split", "subsets"]
 Need = Literal["activations", "gradients"]
@@ -40,6 +43,10 @@ class BuildExperts(Protocol):
         ...
 
 
+def _nothing(ffn: FFN, recipe: Recipe) -> Iterable[str]:
+    return ()
+
+
 @dataclass(frozen=True)
 class ExpertMethod:
     """One way to make experts.
@@ -55,11 +62,21 @@ class ExpertMethod:
         paper: where it was published.
         source: address of the paper.
         needs: what it has to be shown: ``activations``, ``gradients``.
+        has_sources: it takes the experts from ``experts.sources``.
+        refuse: why it cannot make of one FFN what a recipe asks for, a sentence for each reason;
+            `upcycle.passes.experts.kinds` knows what no method of a kind can do.
     """
 
-    name: str
+    name: ExpertMethodName
     kind: MethodKind
     build: BuildExperts
     paper: str
     source: str
     needs: frozenset[Need] = frozenset()
+    has_sources: bool = False
+    refuse: Callable[[FFN, Recipe], Iterable[str]] = _nothing
+
+    @property
+    def deals_neurons(self) -> bool:
+        """Whether its experts, shared ones too, are sets of neurons of one FFN."""
+        return self.kind in ("split", "subsets")

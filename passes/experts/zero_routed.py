@@ -1,12 +1,16 @@
 """The FFN stays as the shared expert, and the routed experts add nothing yet."""
 
+from collections.abc import Iterator
+
 import torch
 
+from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, gather_experts
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.passes.experts.partition import deal
+from upcycle.recipe.schema import Recipe
 
 
 def zero_routed(
@@ -44,10 +48,20 @@ def zero_routed(
     return Parts(experts, gather_experts(ffn, neuron_F[None]))
 
 
+def _refuse(ffn: FFN, recipe: Recipe) -> Iterator[str]:
+    slices = recipe.experts.granularity
+    if slices > ffn.d_ff:
+        yield (
+            f"{ffn.d_ff} neurons cannot be cut into {slices} slices; "
+            f"set `experts.granularity` to {ffn.d_ff} or less"
+        )
+
+
 ZERO_ROUTED = ExpertMethod(
     name="zero_routed",
     kind="residual",
     build=zero_routed,
     paper='Rajbhandari et al., "DeepSpeed-MoE", 2022',
     source="https://arxiv.org/abs/2201.05596",
+    refuse=_refuse,
 )

@@ -1,7 +1,7 @@
 """How the router is made, one method per file.
 
-To add one: write its file, add it to `ROUTER_METHODS` and its name to
-`upcycle.recipe.schema.Router`.
+To add one: write its file, add it to `ROUTER_METHODS`, and its name to `RouterMethodName` in
+`upcycle.recipe.schema`.
 """
 
 from typing import Final
@@ -24,22 +24,11 @@ from upcycle.passes.routers.virtual_group import VIRTUAL_GROUP
 from upcycle.passes.routers.zero import ZERO
 
 ROUTER_METHODS: Final[dict[str, RouterMethod]] = {
-    "normal": NORMAL,
-    "zero": ZERO,
-    "uniform": UNIFORM,
-    "virtual_group": VIRTUAL_GROUP,
-    "avg_key": AVG_KEY,
-    "centroid": CENTROID,
-    "ridge": RIDGE,
-    "mlp": MLP,
-    "representative": REPRESENTATIVE,
-    "kmeans_lsq": KMEANS_LSQ,
-    "random_fixed": RANDOM_FIXED,
-    "hash": HASH,
-    "assigned": ASSIGNED,
-    "noisy_topk": NOISY_TOPK,
-    "cosine": COSINE,
-    "oracle": ORACLE,
+    method.name: method
+    for method in (
+        *(NORMAL, ZERO, UNIFORM, VIRTUAL_GROUP, AVG_KEY, CENTROID, RIDGE, MLP, REPRESENTATIVE),
+        *(KMEANS_LSQ, NOISY_TOPK, RANDOM_FIXED, HASH, ASSIGNED, COSINE, ORACLE),
+    )
 }
 
 __all__ = ["ROUTER_METHODS", "RouterMethod"]

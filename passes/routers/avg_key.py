@@ -7,6 +7,7 @@ from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.routers.method import RouterMethod, linear
+from upcycle.recipe.schema import Router
 
 
 def avg_key(
@@ -43,6 +44,12 @@ def avg_key(
     return linear(key_EID.sum(1) / count_E1, spec)
 
 
+def _no_tied_nulls(router: Router) -> str | None:
+    if not router.tied or router.select != "null":
+        return None
+    return "a tied router has no rows for null experts; leave `router.tied` out"
+
+
 AVG_KEY = RouterMethod(
     name="avg_key",
     build=avg_key,
@@ -51,4 +58,6 @@ AVG_KEY = RouterMethod(
     "use `router.method: normal` or `virtual_group`, or an expert method that splits",
     paper='Qiu et al., "EMoE", 2023',
     source="https://arxiv.org/abs/2310.10908",
+    reads=frozenset({"tied"}),
+    limits=(_no_tied_nulls,),
 )

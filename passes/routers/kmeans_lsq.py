@@ -154,4 +154,5 @@ KMEANS_LSQ = RouterMethod(
     source="https://arxiv.org/abs/2502.05335",
     needs=frozenset({"activations"}),
     bias=True,
+    reads=frozenset({"ridge"}),
 )

@@ -1,17 +1,40 @@
-"""What a gate method is: a function from a dense FFN and its experts to the tensors of a router."""
+"""What a router method is: a function from a dense FFN and its experts to the tensors of a router."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol, get_args
+from typing import Any, Final, Protocol, get_args
 
 import torch
 
+from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import MethodKind, Need, Parts
+from upcycle.recipe.schema import Router, RouterMethodName
 
 ALL_KINDS: Final[frozenset[MethodKind]] = frozenset(get_args(MethodKind))
+
+Limit = Callable[[Router], str | None]  # why a method cannot do what the `router` section says
+
+
+def no_nulls(router: Router) -> str | None:
+    """The limit of routers that have no rows for experts that do nothing."""
+    if router.select != "null":
+        return None
+    return f"`method: {router.method}` scores no null experts; use a linear router"
+
+
+def no_bias(router: Router) -> str | None:
+    """The limit of routers without a bias."""
+    if not router.bias:
+        return None
+    return f"a router of `method: {router.method}` has no bias; leave `router.bias` out"
+
+
+def no_facts(router: Router, ffn: FFN, num_experts: int) -> Mapping[str, Any]:
+    """Most kinds of routers are configured by what all of them read."""
+    return {}
 
 
 class BuildRouter(Protocol):
@@ -47,9 +70,14 @@ class RouterMethod:
         source: address of the paper.
         needs: what it has to be shown: ``activations``, ``gradients``.
         bias: it makes a bias that is not zero, which is on unless the recipe says otherwise.
+        makes: the kind of the runtime router, a key of `upcycle.layers.routers.ROUTER_KINDS`.
+        facts: router section, FFN and number of experts -> what the configuration of that router
+            has besides what all kinds have.
+        reads: fields of the router section that are of no use with most methods.
+        limits: what it cannot do, whatever the FFN is.
     """
 
-    name: str
+    name: RouterMethodName
     build: BuildRouter
     kinds: frozenset[MethodKind]
     otherwise: str
@@ -57,6 +85,10 @@ class RouterMethod:
     source: str
     needs: frozenset[Need] = frozenset()
     bias: bool = False
+    makes: str = "linear"
+    facts: Callable[[Router, FFN, int], Mapping[str, Any]] = no_facts
+    reads: frozenset[str] = frozenset()
+    limits: tuple[Limit, ...] = ()
 
 
 def linear(

@@ -5,16 +5,19 @@ Shape suffixes: T tokens, D d_model, E experts, H hidden width of the router.
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.routers.contributions import contributions
-from upcycle.passes.routers.method import RouterMethod
+from upcycle.passes.routers.method import RouterMethod, no_nulls
+from upcycle.recipe.schema import Router
 
 EPOCHS, BATCH, RATE = 30, 512, 1e-2
 HELD_OUT = 10  # one token in so many is not trained on, and decides which epoch is kept
@@ -33,7 +36,7 @@ def mlp(
     """Train ``W2 tanh(W1 x / |x|)`` to say which experts add most.
 
     The target of an expert is its share of the largest contribution that was seen (see
-    `passes.gates.contributions`), and the loss the cross entropy of its sigmoid. The start is the
+    `passes.routers.contributions`), and the loss the cross entropy of its sigmoid. The start is the
     mean of the keys of each expert, of length one, and the identity (drawn from N(0, 1 / H) where
     `router.hidden` is not E). Of all epochs, the start among them, the one is kept whose `top_k`
     choices capture most of the contribution on held-out tokens; the log says how much.
@@ -113,6 +116,10 @@ def _step(
     optimizer.step()
 
 
+def _facts(router: Router, ffn: FFN, num_experts: int) -> dict[str, Any]:
+    return {"hidden": router.hidden or num_experts}
+
+
 MLP = RouterMethod(
     name="mlp",
     build=mlp,
@@ -122,4 +129,8 @@ MLP = RouterMethod(
     paper='Zhang et al., "MoEfication", 2021',
     source="https://arxiv.org/abs/2110.01786",
     needs=frozenset({"activations"}),
+    makes="mlp",
+    facts=_facts,
+    reads=frozenset({"hidden"}),
+    limits=(no_nulls,),
 )

@@ -50,4 +50,6 @@ NOISY_TOPK = RouterMethod(
     "`router.method: virtual_group`",
     paper='Shazeer et al., "Outrageously Large Neural Networks", 2017',
     source="https://arxiv.org/abs/1701.06538",
+    makes="noisy",
+    reads=frozenset({"std"}),
 )

@@ -47,4 +47,5 @@ NORMAL = RouterMethod(
     otherwise="works with every expert method",
     paper='Komatsuzaki et al., "Sparse Upcycling", 2022',
     source="https://arxiv.org/abs/2212.05055",
+    reads=frozenset({"std"}),
 )

@@ -6,7 +6,8 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import RouterMethod
+from upcycle.passes.routers.method import RouterMethod, no_bias, no_nulls
+from upcycle.recipe.schema import Router
 
 
 def oracle(
@@ -34,6 +35,12 @@ def oracle(
     return {}
 
 
+def _no_probabilities(router: Router) -> str | None:
+    if (router.select, router.weights) == ("top_k", "one"):
+        return None
+    return "`method: oracle` ranks what experts add; set `select: top_k` and `weights: one`"
+
+
 ORACLE = RouterMethod(
     name="oracle",
     build=oracle,
@@ -42,4 +49,6 @@ ORACLE = RouterMethod(
     "use an expert method that splits",
     paper='Zhang et al., "MoEfication", 2021',
     source="https://arxiv.org/abs/2110.01786",
+    makes="oracle",
+    limits=(no_nulls, no_bias, _no_probabilities),
 )

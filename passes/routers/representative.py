@@ -1,13 +1,17 @@
 """An expert is scored by the activation of one of its neurons."""
 
+from typing import Any
+
 import torch
 
+from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.experts.representatives import representatives
-from upcycle.passes.routers.method import RouterMethod
+from upcycle.passes.routers.method import RouterMethod, no_bias, no_nulls
+from upcycle.recipe.schema import Router
 
 
 def representative(
@@ -42,6 +46,11 @@ def representative(
     return {"weight": few.up_MFD.float(), **bias}
 
 
+def _facts(router: Router, ffn: FFN, num_experts: int) -> dict[str, Any]:
+    has_bias = any(p.bias for p in ffn.expansions)
+    return {"pointwise": ffn.pointwise.to_json(), "up_bias": has_bias}
+
+
 REPRESENTATIVE = RouterMethod(
     name="representative",
     build=representative,
@@ -51,4 +60,7 @@ REPRESENTATIVE = RouterMethod(
     paper='Pei et al., "CMoE", 2025',
     source="https://arxiv.org/abs/2502.04416",
     needs=frozenset({"activations"}),
+    makes="neurons",
+    facts=_facts,
+    limits=(no_nulls, no_bias),
 )

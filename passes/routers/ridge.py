@@ -20,7 +20,7 @@ def ridge(
 ) -> dict[str, torch.Tensor]:
     """Regress the size of each expert's contribution on the token.
 
-    The size is that of `passes.gates.contributions`. With X the tokens and T the sizes, centred,
+    The size is that of `passes.routers.contributions`. With X the tokens and T the sizes, centred,
     the rows are the solution of ``(X'X + lambda I) W = X'T``; lambda is ``router.ridge`` times the
     mean of the diagonal. The means go into the bias, which is therefore on unless the recipe says
     otherwise.
@@ -55,4 +55,5 @@ RIDGE = RouterMethod(
     source="https://arxiv.org/abs/2110.01786",
     needs=frozenset({"activations"}),
     bias=True,
+    reads=frozenset({"ridge"}),
 )

@@ -1,12 +1,16 @@
 """Routers that look up the experts of a token: by a hash of its id, or as assigned."""
 
+from typing import Any
+
 import torch
 
+from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, RouterMethod
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, no_bias, no_nulls
+from upcycle.recipe.schema import Router
 
 
 def hash_ids(
@@ -71,6 +75,19 @@ def assigned(
     return {"expert": (row_N1 + torch.arange(spec.top_k)) % spec.num_experts}
 
 
+def _facts(router: Router, ffn: FFN, num_experts: int) -> dict[str, Any]:
+    return {"entries": router.entries, "by": router.by}
+
+
+def _no_scores(router: Router) -> str | None:
+    if router.select == "top_k" and not router.balance:
+        return None
+    return (
+        f"`method: {router.method}` gives every token its `top_k` experts; leave "
+        "`router.select` and `router.balance` out"
+    )
+
+
 HASH = RouterMethod(
     name="hash",
     build=hash_ids,
@@ -79,6 +96,10 @@ HASH = RouterMethod(
     "`experts.method: copy`",
     paper='Roller et al., "Hash Layers", 2021',
     source="https://arxiv.org/abs/2106.04426",
+    makes="table",
+    facts=_facts,
+    reads=frozenset({"by", "entries"}),
+    limits=(no_nulls, no_bias, _no_scores),
 )
 ASSIGNED = RouterMethod(
     name="assigned",
@@ -87,4 +108,8 @@ ASSIGNED = RouterMethod(
     otherwise="assigns experts and not copies; use `experts.method: copy`",
     paper='Gururangan et al., "DEMix Layers", 2021',
     source="https://arxiv.org/abs/2108.05036",
+    makes="table",
+    facts=_facts,
+    reads=frozenset({"by", "entries"}),
+    limits=(no_nulls, no_bias, _no_scores),
 )

@@ -46,4 +46,5 @@ UNIFORM = RouterMethod(
     otherwise="works with every expert method",
     paper='Zeng et al., "AdaMoE", 2024',
     source="https://arxiv.org/abs/2406.13233",
+    reads=frozenset({"std"}),
 )

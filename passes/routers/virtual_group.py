@@ -51,4 +51,5 @@ VIRTUAL_GROUP = RouterMethod(
     otherwise="gives the slices of a copy one row, so it needs `experts.method: granular`",
     paper='He et al., "Upcycling Large Language Models into Mixture of Experts", 2024',
     source="https://arxiv.org/abs/2410.07524",
+    reads=frozenset({"std"}),
 )

@@ -1,6 +1,6 @@
 """What fits which MoE architecture, and the config that is written.
 
-`fit` says whether a dense model and a plan can be written in it without changing a single output,
+`variants` says how a dense model and a plan can be written in it without changing a single output,
 and `build_config` writes the config; `targets.native.tensors` lists what is on disk.
 """
 
@@ -17,34 +17,27 @@ from upcycle.targets.native.architecture import DenseArchitecture, NativeTarget
 from upcycle.targets.native.fold_router import CONDITIONS, Fold, fold
 from upcycle.targets.native.layers import plan_reason, sparse_layers
 
-__all__ = ["NativeTarget", "build_config", "choose", "fit"]
+__all__ = ["NativeTarget", "build_config", "choose", "variants"]
 
 # Config fields that `build_config` writes in its own way.
 WRITTEN_FIELDS = ("hidden_act", "intermediate_size", "rope_parameters")
 
 
-def fit(
-    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, asked: bool = False
-) -> str | None:
-    """None if `target` holds the converted model exactly, else the reason, without a full stop.
+def variants(
+    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, asked: bool
+) -> list[NativeTarget] | str:
+    """The ways in which `target` holds the converted model exactly, or why there is none.
 
     Args:
         target: the architecture.
         config: the dense model's config, as ``AutoConfig`` reads it.
         plan: what is converted, and to what.
         asked: the user asked for it, so that what holds only now (copies), or only almost (a
-            tempered router), will do; see `targets.native.routers`.
-    """
-    found = variants(target, config, plan, asked=asked)
-    return found if isinstance(found, str) else None
+            tempered router), will do; see `targets.native.fold_router`.
 
-
-def variants(
-    target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, asked: bool
-) -> list[NativeTarget] | str:
-    """The ways in which `target` holds the converted model, the best first, or why there is none.
-
-    Each is the target with a single form and a single source.
+    Returns:
+        The target with a single form and a single source, once for each way, the best first; or the
+        reason, without a full stop.
     """
     reason = _config_reason(target, config)
     if reason is not None:
@@ -103,7 +96,7 @@ def choose(
     """The first target that fits, or None; and the reason of each one before it, by name.
 
     The target has a single form and a single source. One that fits a plan not quite or not for
-    ever (see `fit`) is taken if the plan requires runtimes, or with `only`.
+    ever (see `variants`) is taken if the plan requires runtimes, or with `only`.
 
     Args:
         targets: architectures by name, in the order in which they are tried.
@@ -136,7 +129,7 @@ def choose(
 def build_config(
     target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """The content of ``config.json``; call it only where `fit` returned None.
+    """The content of ``config.json``; call it only with one of `variants`.
 
     `dtype` is that of the weights, where the config may not say it (a model cast in memory).
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,9 @@ from upcycle.ir.ffn import FFN, Located
 from upcycle.recipe import schema as recipe
 
 Promise = Literal["exact", "exact when K = N", "approximate"]
+
+# Fields of the recipe's router that are arguments of a rule of `upcycle.layers.selection`.
+SELECT_ARGUMENTS = {"top_p": ("mass",), "entropy": ("mass", "above", "q"), "null": ("nulls",)}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class MoESpec:
         scale: factor on the expert weights at run time.
         promise: what the algebra of the method says about equality with the dense FFN.
         seed: seed of this layer's random draws; differs from layer to layer.
+        router_kind: of the runtime router, a key of `upcycle.layers.routers.ROUTER_KINDS`.
+        router_facts: what only that kind, or only the method, adds to its configuration.
     """
 
     ffn: FFN
@@ -40,6 +45,8 @@ class MoESpec:
     scale: float
     promise: Promise
     seed: int
+    router_kind: str = "linear"
+    router_facts: dict[str, Any] = field(default_factory=dict)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A fresh generator for one purpose, so that adding a draw does not shift another."""
@@ -72,40 +79,21 @@ class MoESpec:
     def router_config(self) -> dict[str, Any]:
         """The configuration of the runtime router, as `upcycle.layers.router.Router` takes it."""
         router = self.router
-        more: dict[str, dict[str, Any]] = {
-            "top_p": {"mass": router.mass},
-            "entropy": {"mass": router.mass, "above": router.above, "q": router.q},
-            "null": {"nulls": router.nulls},
-        }
+        arguments = {n: getattr(router, n) for n in SELECT_ARGUMENTS.get(router.select, ())}
         return {
-            "kind": router_kind(router),
+            "kind": self.router_kind,
             "num_experts": self.num_experts,
             "d_model": self.ffn.d_model,
-            "select": {"rule": router.select, "k": self.top_k, **more.get(router.select, {})},
+            "select": {"rule": router.select, "k": self.top_k, **arguments},
             "weights": router.weights,
             "scale": self.scale,
             "bias": router.bias,
             "tied": router.tied,
-            "frozen": router.method == "random_fixed",
+            "frozen": False,
             "balance": router.balance,
             "nulls": router.nulls if router.select == "null" else 0,
-            **self._of_kind(),
+            **self.router_facts,
         }
-
-    def _of_kind(self) -> dict[str, Any]:
-        """What only some kinds of routers read."""
-        router, kind = self.router, router_kind(self.router)
-        if kind == "mlp":
-            return {"hidden": router.hidden or self.num_experts}
-        if kind == "cosine":
-            return {"hidden": router.hidden or max(self.num_experts // 2, 1)}
-        if kind == "table":
-            return {"entries": router.entries, "by": router.by}
-        if kind == "neurons":
-            ffn = self.ffn
-            has_bias = any(p.bias for p in ffn.expansions)
-            return {"pointwise": ffn.pointwise.to_json(), "up_bias": has_bias}
-        return {}
 
     def layer_config(self) -> dict[str, Any]:
         """The configuration of the runtime layer, as `upcycle.layers.moe.MoE` takes it."""
@@ -153,13 +141,10 @@ class MoESpec:
         }
 
 
-_KINDS = {"mlp": "mlp", "representative": "neurons", "hash": "table", "assigned": "table"}
-_KINDS |= {"noisy_topk": "noisy", "cosine": "cosine", "oracle": "oracle"}
-
-
 def router_kind(router: recipe.Router) -> str:
-    """The runtime router that a method of the recipe makes; most are linear."""
-    return _KINDS.get(router.method, "linear")
+    """The kinds that no ONNX file can have; `MoESpec.router_kind` is the kind of any router."""
+    refused = {"hash": "table", "assigned": "table", "oracle": "oracle"}
+    return refused.get(router.method, "linear")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 
 from upcycle.recipe.section import Section
 
+Form = Literal["fused", "unrolled", "dense", "quantised"]
 Tokens = Annotated[int, Field(ge=1)]
 
 
@@ -17,7 +18,7 @@ class Onnx(Section):
         description="where it will run, which decides what is `auto`: cpu (the fastest exact form "
         "of each layer), cuda (fused, float16), portable (standard operations alone)",
     )
-    form: Literal["auto", "fused", "unrolled", "dense", "quantised"] = Field(
+    form: Literal["auto", Form] = Field(
         "auto",
         description="fused: one node of ONNX Runtime for a layer; unrolled: standard operations "
         "for each expert; dense: all experts as one FFN, weighted; quantised: the fused node with "

@@ -14,6 +14,46 @@ from upcycle.recipe.section import Section
 
 FFNKind = Literal["ffn", "bottleneck", "head"]
 
+# What a recipe may name. `upcycle.passes` has the methods, and `tests/test_registries.py` compares.
+ExpertMethodName = Literal[
+    "copy",
+    "noise",
+    "drop",
+    "svd",
+    "granular",
+    "zero_routed",
+    "from_checkpoints",
+    "contiguous",
+    "random",
+    "cluster",
+    "coactivation",
+    "importance",
+    "importance_overlap",
+    "gradient_domain",
+    "gradient_domain_overlap",
+    "activation_carve",
+    "universal_specialised",
+    "token_sets",
+]
+RouterMethodName = Literal[
+    "normal",
+    "zero",
+    "uniform",
+    "virtual_group",
+    "avg_key",
+    "centroid",
+    "ridge",
+    "mlp",
+    "representative",
+    "kmeans_lsq",
+    "random_fixed",
+    "hash",
+    "assigned",
+    "noisy_topk",
+    "cosine",
+    "oracle",
+]
+
 
 class Layers(Section):
     """Which of the located FFNs are converted, counted in the order in which they run."""
@@ -41,26 +81,9 @@ class Layers(Section):
 class Experts(Section):
     """How experts are made from a dense FFN."""
 
-    method: Literal[
-        "copy",
-        "noise",
-        "drop",
-        "svd",
-        "granular",
-        "zero_routed",
-        "from_checkpoints",
-        "contiguous",
-        "random",
-        "cluster",
-        "coactivation",
-        "importance",
-        "importance_overlap",
-        "gradient_domain",
-        "gradient_domain_overlap",
-        "activation_carve",
-        "universal_specialised",
-        "token_sets",
-    ] = Field(description="whole FFNs, slices of copies, or parts of one FFN; see the methods")
+    method: ExpertMethodName = Field(
+        description="whole FFNs, slices of copies, or parts of one FFN; see the methods"
+    )
     count: int = Field(
         ge=1, description="experts, shared ones included; for granular, copies of the FFN"
     )
@@ -129,24 +152,9 @@ class Experts(Section):
 class Router(Section):
     """How tokens find their experts."""
 
-    method: Literal[
-        "normal",
-        "zero",
-        "uniform",
-        "virtual_group",
-        "avg_key",
-        "centroid",
-        "ridge",
-        "mlp",
-        "representative",
-        "kmeans_lsq",
-        "random_fixed",
-        "hash",
-        "assigned",
-        "noisy_topk",
-        "cosine",
-        "oracle",
-    ] = Field(description="how the scores of the experts are made; see the methods")
+    method: RouterMethodName = Field(
+        description="how the scores of the experts are made; see the methods"
+    )
     top_k: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         description="experts that a token visits, besides the shared one"
     )

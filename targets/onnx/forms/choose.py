@@ -5,16 +5,13 @@ recognised by its values and not by its name, so that one spelled out in many st
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
-from upcycle.recipe.onnx import Onnx
+from upcycle.recipe.onnx import Form, Onnx
 from upcycle.targets.onnx.forms.cost_model import Work, seconds
-
-Form = Literal["fused", "unrolled", "dense", "quantised"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def choose(layer: MoE, options: Onnx) -> Choice:
         asked = "quantised" if may_round else "fused"
     if (asked == "fused" and kernel is None) or (asked == "quantised" and not may_round):
         asked = "unrolled"
-    if asked in ("unrolled", "dense"):
+    if asked is not None and asked not in ("fused", "quantised"):
         return Choice(asked, own)
     made = Choice(asked, own) if asked else _fastest(layer, kernel, options, may_round=may_round)
     if kernel is None or not {"fused", "quantised"} & set(made.forms):

@@ -3,18 +3,23 @@
 Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G rows of an expansion.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import onnx_ir as ir
 
 from upcycle.onnx.nodes import OPSET, Nodes
 from upcycle.pointwise import Pointwise
-from upcycle.targets.onnx.forms.choose import Form
+from upcycle.recipe.onnx import Form
 from upcycle.targets.onnx.forms.dense import dense
 from upcycle.targets.onnx.forms.unrolled import grouped
 
 MS = "com.microsoft"
 OWN = "upcycle"
+
+# The forms in standard operations.
+STANDARD: Final[dict[Form, Callable[..., ir.Value]]] = {"unrolled": grouped, "dense": dense}
+
 FUSED_ATTRIBUTES = (
     "k",
     "activation_type",
@@ -47,7 +52,7 @@ def standard(
     bias: bool,
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Function:
-    """A layer whose form is ``unrolled`` or ``dense``.
+    """A layer in one of the `STANDARD` forms.
 
     Inputs: x [T, D], weights [T, E] with zeros for the experts that a token skips, up [E, G, D],
     up bias [E, G] if `bias`, down [E, O, I]. Output [T, O].
@@ -55,8 +60,7 @@ def standard(
     x_TD, weights_TE, up_EGD, down_EOI = (ir.Value(name=i) for i in ("x", "weights", "up", "down"))
     bias_EG = ir.Value(name="up_bias") if bias else None
     n = Nodes(dtype=dtype)
-    build = dense if form == "dense" else grouped
-    out_TO = build(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
+    out_TO = STANDARD[form](n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
     inputs = [x_TD, weights_TE, up_EGD, *([] if bias_EG is None else [bias_EG]), down_EOI]
     return _function(OWN, name, inputs, out_TO, n)
 

@@ -14,9 +14,9 @@ import onnx_ir as ir
 from upcycle.layers.moe import MoE
 from upcycle.onnx.node_names import SCOPES
 from upcycle.onnx.nodes import OPSET, Nodes
-from upcycle.recipe.onnx import Onnx
+from upcycle.recipe.onnx import Form, Onnx
 from upcycle.targets.onnx.forms import functions as bodies
-from upcycle.targets.onnx.forms.choose import Choice, Form, choose
+from upcycle.targets.onnx.forms.choose import Choice, choose
 from upcycle.targets.onnx.forms.fused import expansion, fused, rounded
 from upcycle.targets.onnx.opaque_experts import OPAQUE
 from upcycle.targets.onnx.share_weights import Store
