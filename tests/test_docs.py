@@ -3,11 +3,15 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
+import numerics
 import pytest
+import torch
 
 from upcycle.cli.main import main
+from upcycle.passes.transform.transform import merge_to_dense
 from upcycle.recipe.schema import Recipe
 from upcycle.recipe.shipped import recipe_names
 
@@ -51,6 +55,32 @@ def test_the_python_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     namespace: dict[str, object] = {}
     for block in blocks(ROOT / "docs" / "python.md", "python"):
         exec(compile(block, "docs/python.md", "exec"), namespace)
+
+
+def test_the_example_of_a_new_method_runs() -> None:
+    """It is a split: each neuron is in one expert, so that the dense FFN can be put together."""
+    (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+    namespace: dict[str, Any] = {}
+    exec(compile(block, "CONTRIBUTING.md", "exec"), namespace)
+    method, ffn = namespace["STRIDED"], numerics.random_ffn("swiglu")
+    split = numerics.make_recipe(
+        {"method": "contiguous", "count": 6}, {"method": "normal", "top_k": 2, "weights": "one"}
+    )
+    spec = numerics.convert(ffn, split)[0]
+    parts = method.build(ffn, spec, generator=spec.generator("experts"), data=None)
+    assert parts.experts.neuron_EI.tolist() == [[*range(e, 48, 6)] for e in range(6)]
+    assert torch.equal(merge_to_dense(parts.experts, ffn).up_MFD, ffn.up_MFD)
+    assert method.source in method.build.__doc__
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
+def test_the_files_that_a_page_names_exist(name: str) -> None:
+    """All but those that the reader is to write."""
+    folders = "upcycle|passes|targets|recipes|tests|docs|benchmarks"
+    named = set(re.findall(rf"`((?:{folders})/[\w./]*)`", (ROOT / name).read_text()))
+    missing = {file for file in named if not (ROOT / file).exists()}
+    assert len(named) > 5
+    assert {file for file in missing if Path(file).stem not in ("NAME", "strided")} == set()
 
 
 def test_every_recipe_is_in_the_tables() -> None:

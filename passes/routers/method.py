@@ -1,4 +1,4 @@
-"""What a router method is: a function from a dense FFN and its experts to the tensors of a router."""
+"""What a router method is: from a dense FFN and its experts to the tensors of a router."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
