@@ -43,10 +43,6 @@ class BuildExperts(Protocol):
         ...
 
 
-def _nothing(ffn: FFN, recipe: Recipe) -> Iterable[str]:
-    return ()
-
-
 @dataclass(frozen=True)
 class ExpertMethod:
     """One way to make experts.
@@ -74,7 +70,7 @@ class ExpertMethod:
     source: str
     needs: frozenset[Need] = frozenset()
     has_sources: bool = False
-    refuse: Callable[[FFN, Recipe], Iterable[str]] = _nothing
+    refuse: Callable[[FFN, Recipe], Iterable[str]] = lambda ffn, recipe: ()
 
     @property
     def deals_neurons(self) -> bool:

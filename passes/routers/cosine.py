@@ -1,16 +1,12 @@
 """A router that compares directions in a small space."""
 
-from typing import Any
-
 import torch
 
-from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, no_bias, no_nulls
-from upcycle.recipe.schema import Router
 
 
 def cosine(
@@ -50,10 +46,6 @@ def cosine(
     }
 
 
-def _facts(router: Router, ffn: FFN, num_experts: int) -> dict[str, Any]:
-    return {"hidden": router.hidden or max(num_experts // 2, 1)}
-
-
 COSINE = RouterMethod(
     name="cosine",
     build=cosine,
@@ -63,7 +55,7 @@ COSINE = RouterMethod(
     paper='Cong et al., "GNT-MOVE", 2023',
     source="https://arxiv.org/abs/2308.11793",
     makes="cosine",
-    facts=_facts,
+    facts=lambda router, ffn, num_experts: {"hidden": router.hidden or max(num_experts // 2, 1)},
     reads=frozenset({"hidden"}),
     limits=(no_nulls, no_bias),
 )

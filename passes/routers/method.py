@@ -32,11 +32,6 @@ def no_bias(router: Router) -> str | None:
     return f"a router of `method: {router.method}` has no bias; leave `router.bias` out"
 
 
-def no_facts(router: Router, ffn: FFN, num_experts: int) -> Mapping[str, Any]:
-    """Most kinds of routers are configured by what all of them read."""
-    return {}
-
-
 class BuildRouter(Protocol):
     """Makes a router: a pure function of weights, decision, random draws and activations."""
 
@@ -71,8 +66,8 @@ class RouterMethod:
         needs: what it has to be shown: ``activations``, ``gradients``.
         bias: it makes a bias that is not zero, which is on unless the recipe says otherwise.
         makes: the kind of the runtime router, a key of `upcycle.layers.routers.ROUTER_KINDS`.
-        facts: router section, FFN and number of experts -> what the configuration of that router
-            has besides what all kinds have.
+        facts: router section, FFN and number of experts -> what it sets in the configuration of
+            that router, besides what follows from the recipe for all methods.
         reads: fields of the router section that are of no use with most methods.
         limits: what it cannot do, whatever the FFN is.
     """
@@ -86,7 +81,7 @@ class RouterMethod:
     needs: frozenset[Need] = frozenset()
     bias: bool = False
     makes: str = "linear"
-    facts: Callable[[Router, FFN, int], Mapping[str, Any]] = no_facts
+    facts: Callable[[Router, FFN, int], Mapping[str, Any]] = lambda router, ffn, num_experts: {}
     reads: frozenset[str] = frozenset()
     limits: tuple[Limit, ...] = ()
 

@@ -5,19 +5,16 @@ Shape suffixes: T tokens, D d_model, E experts, H hidden width of the router.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.routers.contributions import contributions
 from upcycle.passes.routers.method import RouterMethod, no_nulls
-from upcycle.recipe.schema import Router
 
 EPOCHS, BATCH, RATE = 30, 512, 1e-2
 HELD_OUT = 10  # one token in so many is not trained on, and decides which epoch is kept
@@ -116,10 +113,6 @@ def _step(
     optimizer.step()
 
 
-def _facts(router: Router, ffn: FFN, num_experts: int) -> dict[str, Any]:
-    return {"hidden": router.hidden or num_experts}
-
-
 MLP = RouterMethod(
     name="mlp",
     build=mlp,
@@ -130,7 +123,7 @@ MLP = RouterMethod(
     source="https://arxiv.org/abs/2110.01786",
     needs=frozenset({"activations"}),
     makes="mlp",
-    facts=_facts,
+    facts=lambda router, ffn, num_experts: {"hidden": router.hidden or num_experts},
     reads=frozenset({"hidden"}),
     limits=(no_nulls,),
 )

@@ -1,16 +1,12 @@
 """A random router that is never trained."""
 
-from typing import Any
-
 import torch
 
-from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, linear
-from upcycle.recipe.schema import Router
 
 
 def random_fixed(
@@ -46,10 +42,6 @@ def random_fixed(
     return linear(weight_ED, spec, bias_E)
 
 
-def _facts(router: Router, ffn: FFN, num_experts: int) -> dict[str, Any]:
-    return {"frozen": True}
-
-
 RANDOM_FIXED = RouterMethod(
     name="random_fixed",
     build=random_fixed,
@@ -58,6 +50,6 @@ RANDOM_FIXED = RouterMethod(
     paper='Chen et al., "SMoE-Dropout", 2023',
     source="https://arxiv.org/abs/2303.01610",
     bias=True,
-    facts=_facts,
+    facts=lambda router, ffn, num_experts: {"frozen": True},
     reads=frozenset({"std"}),
 )

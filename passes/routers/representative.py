@@ -1,17 +1,13 @@
 """An expert is scored by the activation of one of its neurons."""
 
-from typing import Any
-
 import torch
 
-from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.method import Parts
 from upcycle.passes.experts.representatives import representatives
 from upcycle.passes.routers.method import RouterMethod, no_bias, no_nulls
-from upcycle.recipe.schema import Router
 
 
 def representative(
@@ -46,11 +42,6 @@ def representative(
     return {"weight": few.up_MFD.float(), **bias}
 
 
-def _facts(router: Router, ffn: FFN, num_experts: int) -> dict[str, Any]:
-    has_bias = any(p.bias for p in ffn.expansions)
-    return {"pointwise": ffn.pointwise.to_json(), "up_bias": has_bias}
-
-
 REPRESENTATIVE = RouterMethod(
     name="representative",
     build=representative,
@@ -61,6 +52,9 @@ REPRESENTATIVE = RouterMethod(
     source="https://arxiv.org/abs/2502.04416",
     needs=frozenset({"activations"}),
     makes="neurons",
-    facts=_facts,
+    facts=lambda router, ffn, num_experts: {
+        "pointwise": ffn.pointwise.to_json(),
+        "up_bias": any(p.bias for p in ffn.expansions),
+    },
     limits=(no_nulls, no_bias),
 )

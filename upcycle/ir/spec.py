@@ -31,7 +31,7 @@ class MoESpec:
         promise: what the algebra of the method says about equality with the dense FFN.
         seed: seed of this layer's random draws; differs from layer to layer.
         router_kind: of the runtime router, a key of `upcycle.layers.routers.ROUTER_KINDS`.
-        router_facts: what only that kind, or only the method, adds to its configuration.
+        router_facts: what its kind or its method sets in its configuration.
     """
 
     ffn: FFN
