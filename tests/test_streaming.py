@@ -1,12 +1,15 @@
 """Converting piece by piece gives the same bytes as converting in memory, interrupted or not."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -181,6 +184,26 @@ def test_what_needs_the_whole_model_is_refused(
     assert result.exit_code == 2
     assert sentence in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("available", "is_streamed"), [(10**10, False), (10**5, True)])
+def test_what_does_not_fit_goes_piece_by_piece_and_the_page_cache_takes_no_room(
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    available: int,
+    is_streamed: bool,
+) -> None:
+    def sysconf(name: str) -> int:
+        raise ValueError("unrecognized configuration name")  # on macOS, of SC_AVPHYS_PAGES
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    figures = SimpleNamespace(free=0, available=available)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: figures)
+    result = convert(llama, tmp_path / "out", "--recipe", "granular")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert ("streamed" in report) == is_streamed
 
 
 @pytest.mark.parametrize("how", ["--stream", "--no-stream"])
