@@ -28,6 +28,7 @@ from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEn
 from upcycle.targets.native.choose import NativeTarget, build_config
 from upcycle.targets.native.tensors import OneLayer, entries
 from upcycle.targets.runtimes import Support
+from upcycle.util.lazy_tensors import LazyTensors
 from upcycle.version import __version__
 
 UPCYCLE_JSON = "upcycle.json"
@@ -114,7 +115,7 @@ def write_checkpoint(
     target = chosen.target
     if target is not None:
         config: Any = model.config
-        made = entries(target, _DenseNames(model, plan, content), plan, content.layer, config)
+        made = entries(target, _dense_names(model, plan, content), plan, content.layer, config)
     else:
         made = _module_entries(model, plan, content)
     stored = write_tensors(directory, made, max_shard_size=max_shard_size, log=log)
@@ -160,36 +161,21 @@ def planned_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[MoESpec, MoE]
         yield spec, layer
 
 
-class _DenseNames(Mapping[str, torch.Tensor]):
+def _dense_names(model: nn.Module, plan: Plan, content: Content) -> LazyTensors:
     """The converted model under the names of the dense one.
 
     A tensor of a converted FFN is there by name only: as an empty tensor of the right dtype.
     """
+    replaced: dict[str, torch.dtype] = {}
+    for spec, layer in planned_layers(model, plan):
+        replaced |= dict.fromkeys(spec.ffn.parameters, layer.experts.down_proj.dtype)
+    inside = tuple(f"{spec.ffn.path}." for spec in plan.specs)
+    kept = {name for name in _untied(model) if not name.startswith(inside)}
 
-    def __init__(self, model: nn.Module, plan: Plan, content: Content) -> None:
-        self._content = content
-        self._replaced: dict[str, torch.dtype] = {}
-        inside = set()
-        for spec, layer in planned_layers(model, plan):
-            dtype = layer.experts.down_proj.dtype
-            self._replaced |= dict.fromkeys(spec.ffn.parameters, dtype)
-            inside.add(f"{spec.ffn.path}.")
-        self._kept = {name for name in _untied(model) if not name.startswith(tuple(inside))}
-        self._names = sorted([*self._kept, *self._replaced], key=_natural)
+    def read(name: str) -> torch.Tensor:
+        return torch.empty(0, dtype=replaced[name]) if name in replaced else content.tensor(name)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._replaced:
-            return torch.empty(0, dtype=self._replaced[name])
-        return self._content.tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._replaced or name in self._kept
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    return LazyTensors(sorted([*kept, *replaced], key=_natural), read)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from upcycle.errors import ResourceError, UpcycleError, UsageError
-from upcycle.models.checkpoint_tensors import SafetensorsMapping
+from upcycle.models.checkpoint_tensors import SafetensorsReader
 from upcycle.targets.files import tensor_file
 from upcycle.targets.files.output_file import BUFFER
 from upcycle.targets.files.stored import Stored
@@ -222,13 +222,13 @@ def test_another_thread_may_read_another_file_meanwhile(tmp_path: Path) -> None:
 
         def __ne__(self, other: object) -> bool:
             while meanwhile:
-                assert loaded[meanwhile.pop()].sum() == 0
+                assert read(meanwhile.pop()).sum() == 0
             return bool(self.as_posix() != str(other))
 
-    loaded = SafetensorsMapping({"a": Watched(a), "b": b})
-    assert loaded["a"].sum() == 50
+    read = SafetensorsReader({"a": Watched(a), "b": b})
+    assert read("a").sum() == 50
     meanwhile.append("b")
-    assert loaded["a"].sum() == 50
+    assert read("a").sum() == 50
     assert not meanwhile
 
 

@@ -16,7 +16,8 @@ from upcycle.passes.locate.linear import linear_map
 from upcycle.passes.locate.locate import locate
 from upcycle.passes.locate.region import output_of
 from upcycle.passes.locate_onnx.operations import OPERATIONS
-from upcycle.passes.locate_onnx.program import OnnxProgram, read_program
+from upcycle.passes.locate_onnx.program import OnnxProgram, Parameter, read_program
+from upcycle.util.lazy_tensors import LazyTensors
 
 SHARED = (
     "its linear maps also compute something else (a fused projection of attention and MLP): "
@@ -41,46 +42,14 @@ class Region:
     inside: bool
 
 
-class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of an ONNX file by parameter name, each read when it is asked for."""
-
-    def __init__(self, program: OnnxProgram) -> None:
-        self._parameters = program.parameters
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        parameter = self._parameters[name]
-        tensor = ir.convenience.get_const_tensor(parameter.value)
-        found = tensor_of(ir.Value(name=name, const_value=tensor))
-        if found is None:
-            raise KeyError(name)
-        if found.dtype in (torch.float16, torch.bfloat16):  # the layers compute in float32
-            found = found.float()
-        return found.reshape(parameter.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-    def value(self, name: str) -> ir.Value:
-        """The tensor in the graph."""
-        return self._parameters[name].value
-
-    def dtype(self, name: str) -> ir.DataType:
-        """The type in which it is stored."""
-        tensor = ir.convenience.get_const_tensor(self._parameters[name].value)
-        assert tensor is not None
-        return tensor.dtype
-
-
 @dataclass(frozen=True)
 class OnnxLocated:
-    """What was found in a graph: the FFNs, their places by path, and their weights."""
+    """What was found in a graph: the FFNs, their places by path, and their weights by name."""
 
     located: Located
     regions: Mapping[str, tuple[Region, ...]]
-    weights: Weights
+    parameters: Mapping[str, Parameter]
+    weights: LazyTensors
 
 
 def locate_in_onnx(model: ir.Model) -> OnnxLocated:
@@ -100,7 +69,19 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
     misses = [replace(miss, reason=_reason(miss, program)) for miss in found.misses]
     misses += [Miss(ffn.contraction.module, SHARED) for ffn in found.ffns if ffn.shared]
     regions = {ffn.path: tuple(_regions(program.program.graph, ffn, model.graph)) for ffn in ffns}
-    return OnnxLocated(Located(ffns, tuple(misses)), regions, Weights(program))
+    parameters = program.parameters
+    weights = LazyTensors(parameters, lambda name: _read(name, parameters[name]))
+    return OnnxLocated(Located(ffns, tuple(misses)), regions, parameters, weights)
+
+
+def _read(name: str, parameter: Parameter) -> torch.Tensor:
+    tensor = ir.convenience.get_const_tensor(parameter.value)
+    found = tensor_of(ir.Value(name=name, const_value=tensor))
+    if found is None:
+        raise KeyError(name)
+    if found.dtype in (torch.float16, torch.bfloat16):  # the layers compute in float32
+        found = found.float()
+    return found.reshape(parameter.shape)
 
 
 def _reason(miss: Miss, program: OnnxProgram) -> str:

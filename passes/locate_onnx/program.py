@@ -35,10 +35,11 @@ class NoTorchCallError(Exception):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A stored tensor, and the shape in which it is read."""
+    """A stored tensor, the shape in which it is read, and the type in which it is stored."""
 
     value: ir.Value
     shape: tuple[int, ...]
+    dtype: ir.DataType
 
 
 @dataclass
@@ -226,7 +227,7 @@ class Reader:
     def _parameter(
         self, name: str, source: ir.Value, tensor: ir.TensorProtocol, shape: tuple[int, ...]
     ) -> fx.Node:
-        self.parameters[name] = Parameter(source, shape)
+        self.parameters[name] = Parameter(source, shape, tensor.dtype)
         node = self.graph.create_node("get_attr", name)
         node.meta.update(shape=shape, known=True, parameter=name, path=self.path, value=source)
         node.meta["dtype"] = TORCH_TYPES.get(tensor.dtype, torch.float32)

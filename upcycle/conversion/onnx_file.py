@@ -62,7 +62,7 @@ class OnnxFile:
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         weight = self.plan.specs[0].ffn.contraction.weight
-        return TORCH_TYPES[self.source.found.weights.dtype(weight)]
+        return TORCH_TYPES[self.source.found.parameters[weight].dtype]
 
     def read(self, spec: MoESpec) -> FFNWeights:
         """The dense weights of one FFN."""

@@ -17,7 +17,7 @@ from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.measured import Costs
 from upcycle.ir.spec import Plan
 from upcycle.models.dense import Source
-from upcycle.models.expert_sources import Merged, Sources, check_sources, open_sources
+from upcycle.models.expert_sources import Sources, check_sources, merged_tensors, open_sources
 from upcycle.models.module_tensors import by_module_name
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.passes.locate.locate import locate_in
@@ -189,7 +189,7 @@ def _mapped(
         )
     sources = open_sources(experts.sources, skeleton, source, held=tensors)
     if sources.names:
-        tensors = Merged(tensors, sources, experts.merge)
+        tensors = merged_tensors(tensors, sources, experts.merge)
     mapped = source.load(mapped=True) if needs(plan.recipe) else skeleton
     data = _data(mapped, plan, given, directory, source.example)
     return Mapped(source, skeleton, tensors, plan, data, sources, options)

@@ -1,7 +1,7 @@
 """Read the tensors of a checkpoint directory by name, each only when it is asked for."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from upcycle.errors import UsageError
+from upcycle.util.lazy_tensors import LazyTensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -17,21 +18,21 @@ MAPPED = 2**28
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
-class SafetensorsMapping(Mapping[str, torch.Tensor]):
-    """Tensors by name out of one or several safetensors files.
+class SafetensorsReader:
+    """Reads tensors by name out of one or several safetensors files.
 
-    A tensor is a view of the memory-mapped file, so asking for its shape reads nothing. Only the
-    file that was used last is kept mapped by this object, and it is mapped anew after each
+    Only the file that was used last is kept mapped by this object, and it is mapped anew after each
     `MAPPED` bytes of tensors: pages that were read count as memory of the process as long as their
     mapping lives.
     """
 
     def __init__(self, file_of: Mapping[str, Path]) -> None:
-        self._file_of = dict(file_of)
+        self._file_of = file_of
         self._open: tuple[Path, Any] | None = None
         self._given = 0
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __call__(self, name: str) -> torch.Tensor:
+        """A view of the memory-mapped file, so asking for its shape reads nothing."""
         path = self._file_of[name]
         held = self._open  # another thread may put another file there
         if held is None or held[0] != path or self._given > MAPPED:
@@ -40,15 +41,6 @@ class SafetensorsMapping(Mapping[str, torch.Tensor]):
         tensor: torch.Tensor = held[1].get_tensor(name)
         self._given += tensor.nbytes
         return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
 
 
 def read_tensors(source: Path, *, allow_pickle: bool = False) -> Mapping[str, torch.Tensor]:
@@ -70,11 +62,11 @@ def read_tensors(source: Path, *, allow_pickle: bool = False) -> Mapping[str, to
     if source.is_file():
         if source.suffix in PICKLE_SUFFIXES:
             return _read_pickles([source], allow_pickle)
-        return SafetensorsMapping(_names_in([source]))
+        return _mapped(_names_in([source]))
     if (source / SINGLE).is_file():
-        return SafetensorsMapping(_names_in([source / SINGLE]))
+        return _mapped(_names_in([source / SINGLE]))
     if (source / INDEX).is_file():
-        return SafetensorsMapping(_checked_index(source / INDEX))
+        return _mapped(_checked_index(source / INDEX))
     if (source / PICKLE_INDEX).is_file():
         return _read_pickles(_shards_of(_read_index(source / PICKLE_INDEX), source), allow_pickle)
     pickles = sorted(p for p in source.iterdir() if p.suffix in PICKLE_SUFFIXES)
@@ -82,6 +74,10 @@ def read_tensors(source: Path, *, allow_pickle: bool = False) -> Mapping[str, to
         raise UsageError(f"{source}: there is neither {SINGLE} nor {INDEX}; is it a checkpoint?")
     main = source / "pytorch_model.bin"
     return _read_pickles([main] if main in pickles else pickles, allow_pickle)
+
+
+def _mapped(file_of: Mapping[str, Path]) -> LazyTensors:
+    return LazyTensors(file_of, SafetensorsReader(file_of))
 
 
 def _safe_open(path: Path) -> Any:

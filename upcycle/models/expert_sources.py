@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from upcycle.errors import UsageError
 from upcycle.models.dense import Source, open_model
 from upcycle.models.module_tensors import by_module_name, lacking
+from upcycle.util.lazy_tensors import LazyTensors
 
 BASE = "base"
 # Fields of a configuration that do not change what a model computes in evaluation mode.
@@ -70,7 +71,7 @@ def open_sources(
         if one is model:
             name = key = BASE
         if key not in opened:
-            opened[key] = _Like(_open(name, one, model, like), held)
+            opened[key] = _like(_open(name, one, model, like), held)
         names.append(name)
         tensors.append(opened[key])
     return Sources(tuple(names), tuple(tensors))
@@ -96,60 +97,36 @@ def merged(model: nn.Module, sources: Sources, merge: str | int) -> nn.Module:
     """
     made = copy.deepcopy(model)
     state = made.state_dict()
-    rest = Merged(state, sources, merge)
+    rest = merged_tensors(state, sources, merge)
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(rest[name])
     return made
 
 
-class Merged(Mapping[str, torch.Tensor]):
+def merged_tensors(
+    held: Mapping[str, torch.Tensor], sources: Sources, merge: str | int
+) -> LazyTensors:
     """What `merged` holds, one tensor at a time: `held`, in its dtypes, after the sources."""
+    chosen = sources.tensors
+    if merge != "mean":
+        index = 0 if merge == "first" else int(merge)
+        chosen = chosen[index : index + 1]
 
-    def __init__(
-        self, held: Mapping[str, torch.Tensor], sources: Sources, merge: str | int
-    ) -> None:
-        self._held, self._chosen = held, sources.tensors
-        if merge != "mean":
-            index = 0 if merge == "first" else int(merge)
-            self._chosen = sources.tensors[index : index + 1]
+    def read(name: str) -> torch.Tensor:
+        ours = held[name]
+        if not ours.is_floating_point() or not all(name in tensors for tensors in chosen):
+            return ours
+        total = sum(tensors[name].double() for tensors in chosen)
+        return torch.as_tensor(total / len(chosen)).to(ours.dtype)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        held = self._held[name]
-        if not held.is_floating_point() or not all(name in tensors for tensors in self._chosen):
-            return held
-        total = sum(tensors[name].double() for tensors in self._chosen)
-        return torch.as_tensor(total / len(self._chosen)).to(held.dtype)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._held
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
+    return LazyTensors(held, read)
 
 
-class _Like(Mapping[str, torch.Tensor]):
+def _like(tensors: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> LazyTensors:
     """Tensors in the dtypes and on the devices of others."""
-
-    def __init__(
-        self, tensors: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]
-    ) -> None:
-        self._tensors, self._held = tensors, held
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name].detach().to(self._held[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors and name in self._held
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    names = (name for name in tensors if name in held)
+    return LazyTensors(names, lambda name: tensors[name].detach().to(held[name]))
 
 
 def _find(name: str, like: Source | None) -> Source:

@@ -1,12 +1,13 @@
 """The tensors of a checkpoint under the names that the module has for them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from upcycle.models.checkpoint_tensors import read_tensors
+from upcycle.util.lazy_tensors import LazyTensors
 
 
 def lacking(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> str | None:
@@ -30,27 +31,13 @@ def by_module_name(directory: Path, skeleton: nn.Module) -> Mapping[str, torch.T
     tensors = read_tensors(directory)
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     for rename in (str, lambda n: prefix + n, lambda n: n.removeprefix(prefix)):
-        renamed = Renamed(tensors, {name: rename(name) for name in skeleton.state_dict()})
+        renamed = _renamed(tensors, {name: rename(name) for name in skeleton.state_dict()})
         if lacking(renamed, skeleton) is None:
             return renamed
     return str(lacking(tensors, skeleton))
 
 
-class Renamed(Mapping[str, torch.Tensor]):
+def _renamed(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> LazyTensors:
     """Tensors under other names: `names` are new name -> stored name, of which some may exist."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-        self._tensors = tensors
-        self._names = {name: stored for name, stored in names.items() if stored in tensors}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[self._names[name]]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    there = (name for name, stored in names.items() if stored in tensors)
+    return LazyTensors(there, lambda name: tensors[names[name]])

@@ -59,7 +59,7 @@ class OnnxSource:
         """
         plan = make_plan(self.found.located, recipe, recipe_name=recipe_name)
         for spec in plan.specs:
-            types = {self.found.weights.dtype(name) for name in spec.ffn.parameters}
+            types = {self.found.parameters[name].dtype for name in spec.ffn.parameters}
             types -= {ir.DataType.FLOAT, ir.DataType.FLOAT16}
             if types:
                 names = ", ".join(sorted(t.name.lower() for t in types))
