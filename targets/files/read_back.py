@@ -1,33 +1,20 @@
 """Read one MoE layer back from a written checkpoint, by offsets, without loading the rest."""
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from upcycle.ir.layer_weights import empty_layer, weights_of
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import MoEWeights
 from upcycle.models.checkpoint_tensors import read_tensors
-from upcycle.targets.files.stored import Stored
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.tensors import read_native
 
 Read = Callable[[str], torch.Tensor]
 _EXPERT = re.compile(r"(.*\.experts\.)(expert_)?(\d+)\.(.*)")
-
-
-def read_stored(directory: Path, stored: Stored) -> torch.Tensor:
-    """A tensor that lies in a file of `directory`, mapped: what is written to it is not kept."""
-    count = math.prod(stored.shape) * stored.dtype.itemsize
-    if not count:
-        return torch.empty(stored.shape, dtype=stored.dtype)
-    file = directory / stored.file
-    data = np.memmap(file, np.uint8, mode="c", offset=stored.offset, shape=(count,))
-    return torch.from_numpy(data).view(stored.dtype).reshape(stored.shape)
 
 
 def read_by_name(*sources: Path) -> Read:

@@ -3,8 +3,11 @@
 The writers of checkpoints make these, so that other files can point at the numbers.
 """
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -23,3 +26,17 @@ class Stored:
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_stored(directory: Path, stored: Stored) -> torch.Tensor:
+    """A tensor that lies in a file of `directory`, mapped: what is written to it is not kept."""
+    if not stored.nbytes:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    file, shape = directory / stored.file, (stored.nbytes,)
+    data = np.memmap(file, np.uint8, mode="c", offset=stored.offset, shape=shape)
+    return torch.from_numpy(data).view(stored.dtype).reshape(stored.shape)

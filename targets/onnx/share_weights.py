@@ -18,7 +18,7 @@ import torch
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.nodes import Nodes
 from upcycle.onnx.tensors import ONNX_TYPES, tensor_of
-from upcycle.targets.files.stored import Stored
+from upcycle.targets.files.stored import Stored, read_stored
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ class Store:
 
     def __init__(self, directory: Path, stored: Mapping[str, Stored]) -> None:
         self.directory = directory
-        self._maps: dict[str, np.memmap] = {}
         self._index: dict[object, list[Match]] = defaultdict(list)
         for name, entry in stored.items():
             if not entry.shape or math.prod(entry.shape) == 0:  # a scalar is in the graph itself
@@ -68,19 +67,9 @@ class Store:
                     match = Match(name, entry, transposed, cast)
                     self._index[_fingerprint_of(self, match)].append(match)
 
-    def read(self, stored: Stored) -> torch.Tensor:
-        """The tensor as a view of the file; nothing is loaded until it is used."""
-        if stored.file not in self._maps:  # "c": torch wants memory that may be written
-            self._maps[stored.file] = np.memmap(self.directory / stored.file, mode="c")
-        count = math.prod(stored.shape)
-        flat = torch.frombuffer(
-            self._maps[stored.file], dtype=stored.dtype, count=count, offset=stored.offset
-        )
-        return flat.reshape(stored.shape)
-
     def value(self, match: Match) -> torch.Tensor:
         """What the graph gets from `match`, without the cast."""
-        tensor = self.read(match.stored)
+        tensor = read_stored(self.directory, match.stored)
         return tensor.mT if match.transposed else tensor
 
     def find(self, tensor: torch.Tensor) -> Match | None:
@@ -185,7 +174,7 @@ def stored_value(name: str, stored: Stored, directory: Path) -> ir.Value:
     tensor = ir.ExternalTensor(
         stored.file,
         stored.offset,
-        math.prod(stored.shape) * stored.dtype.itemsize,
+        stored.nbytes,
         dtype,
         shape=shape,
         name=name,

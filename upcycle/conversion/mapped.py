@@ -44,8 +44,9 @@ from upcycle.targets.card import card
 from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.manifest import Manifest
-from upcycle.targets.files.read_back import read_layer, read_stored
+from upcycle.targets.files.read_back import read_layer
 from upcycle.targets.files.staging import publish
+from upcycle.targets.files.stored import read_stored
 from upcycle.util.memory import give_back
 from upcycle.util.progress import Progress
 from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers

@@ -23,8 +23,9 @@ from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.run import run
 from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.targets.card import onnx_card
-from upcycle.targets.files.read_back import Read, read_at, read_stored
+from upcycle.targets.files.read_back import Read, read_at
 from upcycle.targets.files.staging import staged
+from upcycle.targets.files.stored import read_stored
 from upcycle.targets.onnx.insert import unique_keys
 from upcycle.util.progress import Progress
 from upcycle.verification.layers import stored
