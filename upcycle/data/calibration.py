@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.calibration_files import HELD_OUT, CalibrationInput
+from upcycle.data.default_calibration import EXAMPLE, RANDOM, for_calibration
 from upcycle.data.evaluation import MIN_CHARACTERS, evaluation_for, in_dtype_of
 from upcycle.data.images import pixels
 from upcycle.data.text import (
@@ -30,7 +31,6 @@ from upcycle.data.text import (
 from upcycle.data.text_domains import text_domains
 from upcycle.errors import UsageError
 from upcycle.ir.measured import Calibrated, Usage
-from upcycle.models import samples
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.recipe.schema import Calibration, Recipe
 from upcycle.util.module_facts import device_of
@@ -131,12 +131,10 @@ def calibration_data(
     kind = getattr(model, "main_input_name", None)
     tokenizer = tokenizer_in(directory) if kind == "input_ids" else None
     if given is None and example is not None:
-        return _placed(model, [example], "the given inputs, on which it is verified, too")
+        return _placed(model, [example], EXAMPLE)
     if given is None and tokenizer is None:
-        batches = evaluation_for(model, seed=1000 + recipe.seed).batches
-        what = "random inputs, which stand for nothing: give data with --calibration"
-        return _placed(model, batches, what)
-    given = _default(model) if given is None else given.parts()[1]
+        return _placed(model, evaluation_for(model, seed=1000 + recipe.seed).batches, RANDOM)
+    given = for_calibration(given, with_code=is_language_model(model))
     if given.batches:
         return _placed(model, given.batches, given.what)
     if given.tensors is not None or given.images:
@@ -194,13 +192,6 @@ def _check_reads_text(model: nn.Module) -> None:
     kind = getattr(model, "main_input_name", "input_ids")
     if kind != "input_ids":
         raise UsageError(f"--calibration: a text, and the model reads {kind}; give that")
-
-
-def _default(model: nn.Module) -> CalibrationInput:
-    if is_language_model(model):
-        what = "the documentation and the source code of Python"
-        return CalibrationInput(what, texts=(samples.mixed_calibration_text(),))
-    return CalibrationInput("the documentation of Python", texts=(samples.calibration_text(),))
 
 
 def _sequences(

@@ -7,19 +7,19 @@ from functools import partial
 import torch
 
 from upcycle.data.calibration_files import CalibrationInput
+from upcycle.data.default_calibration import EXAMPLE, RANDOM, for_calibration
 from upcycle.data.text import SEQUENCE, sequences, tokenizer_in
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.measured import Calibrated, Usage
 from upcycle.ir.spec import MoESpec
-from upcycle.models import samples
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.inputs import Array, draw_inputs, given_inputs
 from upcycle.onnx.run import fetch
 from upcycle.passes.calibrate.calibrate import joined, tokens_of
 from upcycle.recipe.schema import Recipe
 
-RANDOM, BATCHES = "random inputs, which stand for nothing: give data with --calibration", 4
+BATCHES = 4
 ROWS = 8  # of one batch, if the file leaves it open
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
@@ -86,14 +86,11 @@ def onnx_calibration(
     tokenizer = tokenizer_in(source.directory) if is_text else None
     if given is None and source.example is not None:
         feeds = given_inputs(source.model, source.example)
-        return make([feeds], "the given inputs, on which it is verified, too")
+        return make([feeds], EXAMPLE)
     if given is None and tokenizer is None:
         seeds = range(recipe.seed + 1000, recipe.seed + 1000 + BATCHES)
         return make([draw_inputs(source.model, seed=seed) for seed in seeds], RANDOM)
-    if given is None:
-        given = CalibrationInput("the documentation of Python", texts=(samples.calibration_text(),))
-    else:
-        given = given.parts()[1]
+    given = for_calibration(given, with_code=False)
     if given.tensors is not None:
         return make(_batches(source, given.tensors), given.what)
     if not given.texts:
