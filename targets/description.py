@@ -1,6 +1,5 @@
 """The files that describe a converted directory: recipe, report, provenance and model card."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from upcycle.ir.spec import Plan
 from upcycle.ir.weights import Provenance
 from upcycle.recipe.reader import dump_recipe
 from upcycle.targets.provenance_file import write_origins
-from upcycle.util.json_text import json_text
+from upcycle.util.json_text import json_text, read_json
 
 REPORT = "report.json"
 
@@ -42,8 +41,4 @@ def read_report(directory: Path) -> Report:
     path = directory / REPORT
     if not path.is_file():
         raise UsageError(f"{directory}: no report.json, so this is not an output of upcycle")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}; convert the model again") from error
-    return Report.from_json(data, str(path))
+    return Report.from_json(read_json(path, "convert the model again"), str(path))

@@ -1,6 +1,5 @@
 """Load a converted model from its directory, whatever form it has."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from upcycle.layers.tap import install
 from upcycle.targets import remote_code
 from upcycle.targets.checkpoint import UPCYCLE_JSON
 from upcycle.targets.files.tensor_file import read_tensors
+from upcycle.util.json_text import read_json
 from upcycle.util.named_callable import call_named
 from upcycle.util.quiet_transformers import quiet
 
@@ -40,7 +40,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     description = directory / UPCYCLE_JSON
     if not description.is_file():
         raise UsageError(f"{directory}: neither config.json nor {UPCYCLE_JSON} is here")
-    data = _read_json(description)
+    data = read_json(description)
     if model is None:
         if not data["factory"]:
             raise UsageError(
@@ -68,7 +68,7 @@ def _load_module(directory: Path, description: dict[str, Any], model: nn.Module)
 
 
 def _load_transformers(directory: Path) -> nn.Module:
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     read_tensors(directory)  # says which file is damaged
     has_code = (directory / remote_code.FILE).is_file()
     written = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
@@ -111,11 +111,3 @@ def _kernel(config: dict[str, Any]) -> dict[str, str]:
     widths = [config[name] for name in named if isinstance(config.get(name), int)]
     fits = size <= 4 and all(width * size % 16 == 0 for width in widths)
     return {} if fits or "auto_map" in config else {"experts_implementation": "eager"}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}") from error
-    return data

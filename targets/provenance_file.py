@@ -17,6 +17,7 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.ir.spec import Plan
 from upcycle.ir.weights import Provenance
+from upcycle.util.json_text import read_json
 
 FILE = "provenance.json"
 PADDING, DRAWN = -1, -2
@@ -93,10 +94,9 @@ def read_origins(directory: Path) -> list[dict[str, Any]] | None:
     path = directory / FILE
     if not path.is_file():
         return None
-    try:
-        layers: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["layers"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not what upcycle writes; convert the model again") from error
+    layers = read_json(path, "convert the model again").get("layers")
+    if not isinstance(layers, list):
+        raise UsageError(f"{path}: not what upcycle writes; convert the model again")
     return layers
 
 

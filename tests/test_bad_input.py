@@ -98,7 +98,7 @@ NORM = "model.norm.weight"
 BROKEN: dict[str, tuple[CHANGES, int, tuple[str, ...]]] = {
     "no weights": (remove("model.safetensors"), 2, ("neither model.safetensors nor",)),
     "no config": (remove("config.json"), 2, ("it has no config.json",)),
-    "config no json": (write("config.json", "{\n oops"), 2, ("config.json:2: not JSON",)),
+    "config no json": (write("config.json", "{\n oops"), 2, ("config.json: not JSON", "line 2")),
     "config no object": (write("config.json", "[]"), 2, ("config.json",)),
     "unknown type": (edit_config(model_type="qwertz"), 2, ("config.json", "qwertz")),
     "unknown class": (edit_config(architectures=["MyLM"]), 4, ("MyLM", "--trust-remote-code")),

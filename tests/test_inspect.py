@@ -164,7 +164,9 @@ def test_an_older_directory_and_a_damaged_one(converted: dict[str, Path], tmp_pa
     assert done.exit_code == 2
     assert done.stderr.startswith(f"error: {older / FILE}: not what this version of upcycle writes")
     (older / FILE).write_text("{")
-    assert "not what upcycle writes" in run("inspect", older).stderr
+    assert f"{older / FILE}: not JSON" in run("inspect", older).stderr
+    (older / FILE).write_text('{"layers": 3}')
+    assert "not what upcycle writes; convert the model again" in run("inspect", older).stderr
 
 
 def test_a_dense_model_is_inspected_as_before(llama: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Two model directories, dense or converted: which configuration and which tensors differ."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 import torch
 
-from upcycle.errors import UsageError
 from upcycle.models.checkpoint_tensors import read_tensors
+from upcycle.util.json_text import read_json
 
 CONFIGS = ("config.json", "upcycle.json")
 AT_A_TIME = 2**22  # elements in float64
@@ -85,11 +84,7 @@ def _config(directory: Path) -> dict[str, Any]:
     for name in CONFIGS:
         path = directory / name
         if path.is_file():
-            try:
-                data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UsageError(f"{path}: not JSON: {error}") from error
-            return data
+            return read_json(path)
     return {}
 
 

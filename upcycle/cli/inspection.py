@@ -1,6 +1,5 @@
 """What is in a directory that upcycle wrote, from its JSON files: no weight is read."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +8,16 @@ from typing import Any
 from upcycle.errors import UsageError
 from upcycle.targets.description import REPORT, read_report
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, neurons_of, read_origins
+from upcycle.util.json_text import read_json
 
 
 def is_converted(directory: Path) -> bool:
     """Whether upcycle wrote the directory."""
+    if (directory / FILE).is_file():
+        return True
+    path = directory / REPORT
     try:
-        return (directory / FILE).is_file() or "resolved_recipe" in _json(directory / REPORT)
+        return path.is_file() and "resolved_recipe" in read_json(path)
     except UsageError:  # a file of somebody else
         return False
 
@@ -93,13 +96,3 @@ def _count(rows: Sequence[str], dense_neurons: int) -> dict[str, int]:
         "padding": padding,
         "drawn_anew": drawn,
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}") from error
-    return data if isinstance(data, dict) else {}

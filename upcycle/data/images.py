@@ -1,6 +1,5 @@
 """Images as the inputs of a model, with Pillow alone."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from upcycle.errors import UsageError
+from upcycle.util.json_text import read_json
 
 SIZE = 224
 # Of the pixels of most image models; `preprocessor_config.json` says it better.
@@ -56,11 +56,7 @@ def _processor(directory: Path | None) -> dict[str, Any]:
     path = None if directory is None else directory / "preprocessor_config.json"
     if path is None or not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON; download it again") from error
-    return config if isinstance(config, dict) else {}
+    return read_json(path)
 
 
 def _size(model: nn.Module, processor: dict[str, Any]) -> tuple[int, int]:

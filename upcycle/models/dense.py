@@ -1,6 +1,5 @@
 """The dense model that the user names: a Hugging Face directory, a sample, or a Python callable."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError
 from upcycle.models import samples
 from upcycle.models.checkpoint_tensors import read_tensors
+from upcycle.util.json_text import read_json
 from upcycle.util.named_callable import call_named, one_line
 from upcycle.util.quiet_transformers import quiet
 
@@ -204,18 +204,13 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     Raises:
         UsageError: config.json is no JSON, or names a model type that transformers does not know.
     """
-    data: Any = None
+    data = read_json(directory / "config.json")
     try:
-        data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         return transformers.AutoConfig.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{directory}/config.json:{error.lineno}: not JSON: {error.msg}"
-        ) from error
     except Exception as error:
-        if isinstance(data, dict) and "auto_map" in data and not trust_remote_code:
+        if "auto_map" in data and not trust_remote_code:
             raise UsageError(
                 f"{directory}: the model brings its own Python code; pass --trust-remote-code if "
                 "you have read it and trust it"

@@ -1,13 +1,38 @@
-"""JSON that every program reads: Python's own would write numbers that JSON does not have."""
+"""JSON files: written so that every program reads them, and read or said what is wrong."""
 
 import json
 import math
+from pathlib import Path
 from typing import Any
+
+from upcycle.errors import UsageError
 
 
 def json_text(data: Any) -> str:
-    """`data` as indented JSON; infinite numbers and those that are none become null."""
+    """`data` as indented JSON; infinite numbers and those that are none become null.
+
+    Python's own would write them as words that JSON does not have.
+    """
     return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, remedy: str = "copy or download it again") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: a file that exists.
+        remedy: what the message says to do about a damaged one.
+
+    Raises:
+        UsageError: it is not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}; {remedy}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: not a JSON object; {remedy}")
+    return data
 
 
 def _finite(data: Any) -> Any:
