@@ -1,6 +1,5 @@
 """Torch's exporter: a module in, a graph out, without its opinions about itself."""
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from upcycle.errors import UnsupportedError
 from upcycle.onnx.nodes import OPSET
 from upcycle.targets.onnx.axes import Axes
 from upcycle.targets.onnx.torch_ops.attention import attention
+from upcycle.util.fast_path import no_fast_path
+from upcycle.util.quiet_logs import quiet_logs
 
 ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: attention
@@ -46,7 +47,7 @@ def trace(
         else {"args": inputs, "dynamic_shapes": tuple(shapes.values())}
     )
     # With gradients torch takes another attention kernel while tracing than for its decompositions.
-    with quiet(), _no_fast_path(), torch.no_grad():
+    with quiet(), no_fast_path(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model,
@@ -65,29 +66,10 @@ def trace(
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Keep torch's fused transformer layer, which reads the FFN's weights, out of the graph."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Hide what torch's exporter says about itself: deprecations, and packages it does without."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", module=r"torch\.|onnxscript\.")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with quiet_logs("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", module=r"torch\.|onnxscript\.")
+        yield

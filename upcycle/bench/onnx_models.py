@@ -4,7 +4,6 @@ Shape suffixes: B batch, L tokens of a text, T tokens, D d_model.
 """
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.parts import MODEL
 from upcycle.targets.onnx.write import in_float32, write_onnx
+from upcycle.util.quiet_logs import quiet_logs
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -36,13 +36,8 @@ def write_dense(directory: Path, model: nn.Module, evaluation: Evaluation, optio
         model, evaluation: the model, and inputs whose first batch is the example.
         options: whether the file has a cache.
     """
-    log = logging.getLogger("upcycle.targets.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it would warn that the weights lie in no checkpoint
-    try:
+    with quiet_logs("upcycle.targets.onnx"):  # it would warn that the weights lie in no checkpoint
         write_onnx(directory, in_float32(model), evaluation.batches[0], {}, options)
-    finally:
-        log.setLevel(level)
     return directory / MODEL
 
 

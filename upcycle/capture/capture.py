@@ -31,6 +31,8 @@ from torch.utils import _pytree as pytree
 from upcycle.capture.recorder import Call, Program, Recorder, replayed_block, source_of
 from upcycle.capture.repeated_blocks import repeated_blocks
 from upcycle.errors import CaptureError, ValueNeededError
+from upcycle.util.fast_path import no_fast_path
+from upcycle.util.quiet_logs import quiet_logs
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -107,7 +109,11 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
         if not (real.is_floating_point() or real.is_complex() or real.is_meta):
             recorder.values.learn(fake, real.detach().cpu().clone())
     with torch.inference_mode(False), ExitStack() as stack:
-        stack.enter_context(_plain_torch())
+        if "torch._dynamo" in sys.modules:  # in a compiled module no linear map is seen
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(no_fast_path())
+        # torch writes about a guess that fails
+        stack.enter_context(quiet_logs("torch._subclasses.fake_tensor", level=logging.CRITICAL))
         _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
         stack.enter_context(torch.no_grad())  # inference tensors would not count writes to them
         stack.enter_context(fake_mode)
@@ -121,27 +127,6 @@ def _describe(example: ExampleInputs) -> str:
     items = example.items() if isinstance(example, Mapping) else enumerate(example)
     shapes = (f"{k}: {list(v.shape) if isinstance(v, torch.Tensor) else v!r}" for k, v in items)
     return "{" + ", ".join(shapes) + "}"
-
-
-@contextmanager
-def _plain_torch() -> Iterator[None]:
-    """Let every linear map be seen, and let torch not write about a guess that fails.
-
-    The fused fast path of nn.TransformerEncoder hides them in one call; so does a compiled module.
-    """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    fake_log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled = fake_log.disabled
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            fake_log.disabled = True
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            fake_log.disabled = was_disabled
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def short(number: int) -> str:
 
 
 def size(number: int) -> str:
-    """``134515008`` as ``134.5 MB``."""
+    """``134515008`` as ``134.5 MB``; rich's own would print ``1,000.0 kB`` and ``12 bytes``."""
     text = short(number)
     return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
 

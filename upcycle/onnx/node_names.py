@@ -34,7 +34,7 @@ def name_nodes(model: ir.Model, layers: Collection[str]) -> None:
     for node, name in named:
         node.name = f"{name}_{seen[name]}" if counts[name] > 1 else name
         seen[name] += 1
-        node.metadata_props.clear()
+        node.metadata_props.clear()  # onnx_ir's pass would also clear the graph's signature
     for function in model.functions.values():
         for node in function.all_nodes():
             node.metadata_props.clear()

@@ -5,7 +5,6 @@ Weights in external files are not read: onnx_ir maps them when they are asked fo
 
 import logging
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -15,6 +14,7 @@ from onnxscript.version_converter import ConvertVersionPass
 
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.onnx.nodes import OPSET
+from upcycle.util.quiet_logs import quiet_logs
 
 MIN_OPSET = 11  # below it the version converter lacks adapters for common operations
 STANDARD = ("", "ai.onnx")
@@ -41,9 +41,8 @@ def open_graph(path: Path) -> ir.Model:
     for graph in model.graphs():
         ir.external_data.set_base_dir(graph, path.parent.absolute())
     del proto
-    for value in [v for v in model.graph.inputs if v.name in model.graph.initializers]:
-        model.graph.inputs.remove(value)
-    with _quiet():
+    with quiet_logs("onnxscript", "onnx_ir", level=logging.CRITICAL):  # advice to its own callers
+        common.RemoveInitializersFromInputsPass()(model)
         if model.functions:
             try:
                 common.InlinePass()(model)
@@ -103,7 +102,8 @@ def _opset(path: Path, proto: onnx.ModelProto) -> int:
 def _check_order(path: Path, graph: onnx.GraphProto, outside: Set[str] = frozenset()) -> None:
     """Every tensor must be made once, before it is read: so a graph has no cycle.
 
-    A subgraph also reads what was made `outside` of it.
+    A subgraph also reads what was made `outside` of it. By hand: a topological sort would accept
+    nodes in any order, and would not name the tensor that is wrong.
     """
     broken = f"{path}: the graph is not valid:"
     made = {value.name for value in (*graph.input, *graph.initializer)} | outside
@@ -125,7 +125,10 @@ def _check_order(path: Path, graph: onnx.GraphProto, outside: Set[str] = frozens
 
 
 def _name_apart(model: ir.Model) -> None:
-    """Rename tensors in subgraphs: the two branches of an If may use the same names."""
+    """Rename tensors in subgraphs: the two branches of an If may use the same names.
+
+    By hand: NameFixPass of onnx_ir leaves those alone, and also renames nodes.
+    """
     taken: set[str] = set()
     for graph in (model.graph, *model.graph.subgraphs()):
         made = [*graph.inputs, *graph.initializers.values()]
@@ -199,17 +202,3 @@ def _root(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return " ".join(text.splitlines()[0].split())[:300]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the converter's advice to its own callers out of our log."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
-    levels = [log.level for log in loggers]
-    try:
-        for log in loggers:
-            log.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)

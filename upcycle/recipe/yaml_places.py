@@ -4,6 +4,8 @@ Scalars are read by the core schema of YAML 1.2, so ``1e-5`` is a number and ``n
 and tags are refused: a recipe needs neither, and without them a file is what it looks like.
 """
 
+# ruamel.yaml keeps places, too, but saves little: most of this lists mistakes and serves --set.
+
 import re
 import sys
 from collections.abc import Callable
