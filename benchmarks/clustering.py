@@ -21,16 +21,16 @@ import torch
 
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
+from upcycle.kernels.activations import NAMED_POINTWISE
 from upcycle.passes.experts.activation_carve import carve
 from upcycle.passes.experts.balanced import balanced_clusters, objective
 from upcycle.passes.experts.coactivation import bisected, counts, refined
 from upcycle.passes.experts.markers import mark
-from upcycle.pointwise import Pointwise
 
 SHAPES = ((1536, 384, 64), (3072, 768, 16), (11008, 4096, 16), (11008, 4096, 64))
 SMALL = ((1536, 384, 16), (3072, 768, 16), (3072, 768, 64))
 TOKENS, MARKERS = 2048, 10
-SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
+SWIGLU = NAMED_POINTWISE["swiglu"]
 
 
 def rows(points: int, features: int, centres: int, *, mixed: bool) -> torch.Tensor:

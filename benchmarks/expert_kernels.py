@@ -22,15 +22,15 @@ from torch.nn import functional as F
 
 from upcycle import kernels
 from upcycle.kernels import torch_cpu as expert_kernels
+from upcycle.kernels.activations import NAMED_POINTWISE
 from upcycle.kernels.torch_cpu import ROWS
 from upcycle.layers.moe import MoE
-from upcycle.pointwise import Pointwise
 
 SHAPES = ((2048, 8192, 16, 4), (576, 1536, 16, 4), (576, 1536, 64, 8))
 WAYS = {name: name for name in ("eager", "grouped_mm", "batched_mm")}
 WAYS = {"ours": "upcycle", "torch": "upcycle", **WAYS}
 COMPILED, NOTHING = (expert_kernels.run_compiled, kernels.run_routed), (None, None)
-SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
+SWIGLU = NAMED_POINTWISE["swiglu"]
 
 
 def split(

@@ -25,6 +25,7 @@ from rich.table import Table
 from scipy.optimize import nnls
 from torch import nn
 
+from upcycle.kernels.activations import NAMED_POINTWISE
 from upcycle.layers.experts import SharedExpert
 from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
@@ -32,8 +33,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.forms.cost_model import Work
 
-GELU = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),), "gelu_tanh")
-SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
+GELU, SWIGLU = NAMED_POINTWISE["gelu_tanh"], NAMED_POINTWISE["swiglu"]
 FORMS = {
     "fused": Onnx(form="fused"),
     "unrolled": Onnx(form="unrolled"),

@@ -24,7 +24,7 @@ from transformers.models.auto import (
 )
 
 import upcycle.kernels
-import upcycle.kernels.activation_names
+import upcycle.kernels.activations
 import upcycle.kernels.torch_cpu
 import upcycle.kernels.torch_operation
 import upcycle.layers.experts
@@ -46,7 +46,7 @@ _BEFORE: tuple[ModuleType, ...] = (
     upcycle.layers.selection,
     upcycle.layers.token_context,
     upcycle.layers.router,
-    upcycle.kernels.activation_names,
+    upcycle.kernels.activations,
     upcycle.kernels.torch_cpu,
     upcycle.kernels.torch_operation,
     upcycle.kernels,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from kernel_case import COUNT, D_MODEL, Routed, expected, made, routed
 
-from upcycle.kernels import activation_names, compiled, run_experts, visit_by_all, weights_of
+from upcycle.kernels import activations, compiled, run_experts, visit_by_all, weights_of
 from upcycle.kernels import torch_cpu as expert_kernels
 from upcycle.kernels.compiled import library, run_compiled
 from upcycle.layers.experts import Experts, SharedExpert
@@ -250,14 +250,14 @@ def test_a_router_of_few_tokens_has_one_thread(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_names_of_activations() -> None:
-    assert activation_names.of_pointwise("swiglu", 2) == "silu"
-    assert activation_names.of_pointwise("silu", 2) is None
-    assert activation_names.of_pointwise("custom", 1) is None
-    assert set(compiled.ACTIVATIONS) >= set(activation_names._OF_CLASS.values())
+    assert activations.of_pointwise("swiglu", 2) == "silu"
+    assert activations.of_pointwise("silu", 2) is None
+    assert activations.of_pointwise("custom", 1) is None
+    assert set(compiled.ACTIVATIONS) >= set(activations._OF_CLASS.values())
     _, experts = made("swiglu", torch.float32)
-    assert activation_names.of_module(experts) == "silu"
+    assert activations.of_module(experts) == "silu"
     experts.act_fn.dropout = 0.1
-    assert activation_names.of_module(experts.train()) is None
+    assert activations.of_module(experts.train()) is None
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])

@@ -14,15 +14,21 @@ from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, gather_experts
+from upcycle.kernels.activations import KNOWN_ACTIVATIONS, NAMED_POINTWISE
 from upcycle.passes.experts.method import ExpertMethod, Parts
 from upcycle.pointwise import Pointwise
 from upcycle.recipe import schema as recipe
 
 # f(c z) = c^degree f(z) for every c > 0.
-_DEGREE = {"relu": 1, "leaky_relu": 1, "relu2": 2, "reglu": 2, "bilinear": 2}
+_DEGREE = {
+    form.name: row.degree + form.arity - 1
+    for row in KNOWN_ACTIVATIONS
+    if row.degree is not None
+    for form in row.forms()
+}
 
 # f(z_0, c z_1) = c f(z_0, z_1): the expansion that the activation does not read is linear.
-_LINEAR_UP = frozenset({"swiglu", "geglu", "geglu_tanh", "reglu", "sigmoid_glu", "bilinear"})
+_LINEAR_UP = frozenset(name for name, form in NAMED_POINTWISE.items() if form.arity == 2)
 
 
 def total_scale(experts: recipe.Experts, router: recipe.Router, top_k: int) -> float:

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 
 from upcycle.ir.ffn import FFN, Located, Projection
+from upcycle.kernels.activations import NAMED_POINTWISE
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.passes.plan.plan import make_plan
-from upcycle.pointwise import Pointwise
 from upcycle.recipe.reader import load_recipe
 from upcycle.recipe.schema import Layers, Recipe
 
 # A recipe is planned for an FFN as they are in most language models.
 _WIDTH, _NEURONS = 4096, 12288
-_SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def recipe_facts(recipe: Recipe) -> RecipeFacts:
         placement="module",
         expansions=(gate, up),
         contraction=down,
-        pointwise=_SWIGLU,
+        pointwise=NAMED_POINTWISE["swiglu"],
         d_model=_WIDTH,
         d_ff=_NEURONS,
         d_out=_WIDTH,

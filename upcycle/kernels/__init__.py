@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from upcycle.kernels.activation_names import of_module
+from upcycle.kernels.activations import of_module
 from upcycle.kernels.torch_cpu import KernelWeights, run_compiled, run_routed, visit
 from upcycle.kernels.torch_operation import run_as_one_node
 

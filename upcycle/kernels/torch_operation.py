@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from upcycle.kernels.activation_names import of_pointwise
+from upcycle.kernels.activations import of_pointwise
 from upcycle.kernels.torch_cpu import KernelWeights, visit
 from upcycle.pointwise import Pointwise
 

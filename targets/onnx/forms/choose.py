@@ -6,8 +6,8 @@ recognised by its values and not by its name, so that one spelled out in many st
 
 from dataclasses import dataclass, replace
 
-import torch
-
+from upcycle.ir.same_function import same_function
+from upcycle.kernels.activations import KNOWN_ACTIVATIONS, NAMED_POINTWISE
 from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Form, Onnx
@@ -47,35 +47,17 @@ class Choice:
         return (self.form,) if self.longer is None else (self.form, self.longer)
 
 
-_GELU_TANH = Pointwise(1, (("gelu", ("z0",), {"approximate": "tanh"}),), "gelu_tanh")
-_GELU_ERF = Pointwise(1, (("gelu", ("z0",), {}),))
-# The kernel's "gelu" is the tanh form: 3e-4 from the erf form.
-KERNELS = (
-    (Kernel("relu"), Pointwise(1, (("relu", ("z0",), {}),))),
-    (Kernel("silu"), Pointwise(1, (("silu", ("z0",), {}),))),
-    (Kernel("gelu"), _GELU_TANH),
-    (Kernel("identity"), Pointwise(1, (("mul", ("z0", 1.0), {}),))),
-    (
-        Kernel("swiglu", gated=True),
-        Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {}))),
-    ),
+KERNELS = tuple(
+    (Kernel(name, gated=form.arity == 2), form)
+    for row in KNOWN_ACTIVATIONS
+    for form, name in zip(row.forms(), (row.onnx, row.onnx_gated), strict=False)
+    if name is not None
 )
 
 
 def kernel_named(activation: str) -> tuple[Kernel, Pointwise]:
     """The one of `KERNELS` whose nodes have this `activation_type`."""
     return next(pair for pair in KERNELS if pair[0].activation == activation)
-
-
-def same_function(a: Pointwise, b: Pointwise) -> bool:
-    """True if `a` and `b` agree to 1e-6 on 1300 points between -1e15 and 1e15."""
-    if a.arity != b.arity:
-        return False
-    far = torch.logspace(-3, 15, 400, dtype=torch.float64)
-    points = torch.cat([torch.linspace(-12, 12, 501, dtype=torch.float64), far, -far])
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
-    z = [points, points[order]][: a.arity]
-    return torch.allclose(a(*z), b(*z), rtol=1e-6, atol=1e-6)
 
 
 def choose(layer: MoE, options: Onnx) -> Choice:
@@ -161,7 +143,7 @@ def fused_form(layer: MoE, *, gelu: str = "exact") -> Kernel | None:
     for form, program in KERNELS:
         if same_function(pointwise, program):
             return form
-    if gelu == "tanh" and same_function(pointwise, _GELU_ERF):
+    if gelu == "tanh" and same_function(pointwise, NAMED_POINTWISE["gelu"]):
         return Kernel("gelu")
     return None
 

@@ -11,6 +11,8 @@ import onnx_ir as ir
 from upcycle.onnx.nodes import OPSET, Nodes
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Form
+from upcycle.targets.onnx.forms import activation as programs
+from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.forms.dense import dense
 from upcycle.targets.onnx.forms.unrolled import grouped
 
@@ -123,18 +125,8 @@ def _choose(n: Nodes, activations: list[str], z: ir.Value) -> ir.Value:
 
 
 def _activate(n: Nodes, name: str, z: ir.Value) -> ir.Value:
-    """Operations that every runtime has; so no Gelu."""
-    if name == "identity":
-        return n("Identity", z)
-    if name == "relu":
-        return n("Relu", z)
-    if name == "silu":
-        return n("Mul", z, n("Sigmoid", z))
-    if name == "gelu":
-        cubic = n("Mul", n("Mul", z, n("Mul", z, z)), n.const(0.044715))
-        inner = n("Mul", n("Add", z, cubic), n.const(0.7978845608028654))  # sqrt(2 / pi)
-        half = n("Mul", z, n.const(0.5))
-        return n("Mul", half, n("Add", n("Tanh", inner), n.const(1.0)))
-    pairs = n("Reshape", z, n.const([0, 0, -1, 2]))  # swiglu: gate 0, up 0, gate 1, up 1, ...
-    gate, up = (n("Gather", pairs, n.const(i), axis=3) for i in (0, 1))
-    return n("Mul", n("Mul", gate, n("Sigmoid", gate)), up)
+    kernel, pointwise = kernel_named(name)
+    if not kernel.gated:
+        return programs.build(pointwise, n, [z])
+    pairs = n("Reshape", z, n.const([0, 0, -1, 2]))  # gate 0, up 0, gate 1, up 1, ...
+    return programs.build(pointwise, n, [n("Gather", pairs, n.const(i), axis=3) for i in (0, 1)])

@@ -24,7 +24,7 @@ inline Floats exponential(Floats x) {
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
-enum Activation { NONE, RELU, RELU2, SILU, GELU, GELU_TANH };  // as in upcycle/compiled.py
+enum Activation { NONE, RELU, RELU2, SILU, GELU, GELU_TANH };  // as in ../activations.py
 
 // Distribution function of the normal distribution: e^(-t^2) times a polynomial in 1 / (1 + 0.3 t)
 // is half of erfc(t), to 2e-8 of it (least squares against scipy's erfcx on [0, 10]).

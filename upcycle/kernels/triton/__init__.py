@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.integrations import moe
 
-from upcycle.kernels.activation_names import of_module
+from upcycle.kernels.activations import of_module
 from upcycle.kernels.triton.launch import is_interpreted
 from upcycle.kernels.triton.operation import fused_experts, unfused
 

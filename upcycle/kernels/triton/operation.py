@@ -52,7 +52,7 @@ def fused_experts(
         down_EOI: [E, I, O] if `transposed`.
         up_bias_EG: or None.
         down_bias_EO: or None.
-        act: a name that `upcycle.kernels.activation_names` returns.
+        act: a name in `upcycle.kernels.activations` with a number in the kernels.
         gated: the expansion has two halves.
         transposed: see above.
     """
