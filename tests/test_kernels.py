@@ -15,7 +15,7 @@ from torch.autograd.gradcheck import GradcheckError
 import upcycle.kernels
 from upcycle.kernels import run_experts, weights_of
 from upcycle.kernels import torch_cpu as expert_kernels
-from upcycle.kernels.torch_cpu import ExpertWeights
+from upcycle.kernels.torch_cpu import KernelWeights
 from upcycle.layers.experts import Experts
 from upcycle.util.quiet_transformers import quiet
 
@@ -27,7 +27,7 @@ CHUNKS = (1, 2, 4, COUNT)
 KERNELS = ["chosen", "dense", *(f"chunks of {n}" for n in CHUNKS)]
 
 
-def run(kernel: str, w: ExpertWeights, *given: torch.Tensor) -> torch.Tensor:
+def run(kernel: str, w: KernelWeights, *given: torch.Tensor) -> torch.Tensor:
     x_TD, index_TK, weights_TK = given
     visits = expert_kernels._visits(index_TK, weights_TK, len(w.up_EGD))
     if kernel == "chosen":
@@ -122,7 +122,7 @@ def of_leaves(kernel: str, experts: Experts, given: Routed) -> Callable[..., tor
             parameters = (up, up_bias, down, experts.program)
             out: torch.Tensor = torch.ops.upcycle.moe(x, index_TK, weights, *parameters)
             return out
-        w = ExpertWeights(up, up_bias, down, None, weights_of(experts).activate, None, None)
+        w = KernelWeights(up, up_bias, down, None, weights_of(experts).activate, None, None)
         return run(kernel, w, x, index_TK, weights)
 
     return call
@@ -205,7 +205,7 @@ def test_compilation_and_export_see_one_node() -> None:
     program = torch.export.export(experts, given, dynamic_shapes=shapes)
     nodes = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     assert [name for name in nodes if "sym" not in name and "assert" not in name] == [
-        "upcycle.layers.moe.default"
+        "upcycle.moe.default"
     ]
     more = routed(23, torch.float64, gaps=False)
     assert torch.equal(program.module()(*more), experts(*more))
@@ -231,12 +231,12 @@ def test_a_compiled_layer_trains_as_it_does_without() -> None:
 # What is chosen: by size, loads and number of tokens.
 
 
-def large(count: int, width: int) -> ExpertWeights:
+def large(count: int, width: int) -> KernelWeights:
     up_EGD, down_EOI = torch.empty(count, 2 * width, 576), torch.empty(count, 576, width)
-    return ExpertWeights(up_EGD, None, down_EOI, None, torch.relu, None, None)
+    return KernelWeights(up_EGD, None, down_EOI, None, torch.relu, None, None)
 
 
-def choice(w: ExpertWeights, loads: list[int], tokens: int) -> tuple[str, int]:
+def choice(w: KernelWeights, loads: list[int], tokens: int) -> tuple[str, int]:
     return expert_kernels.choose(w, expert_kernels.numpy.array(loads), tokens)
 
 
