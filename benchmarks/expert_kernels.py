@@ -24,6 +24,7 @@ from upcycle import kernels
 from upcycle.kernels import torch_cpu as expert_kernels
 from upcycle.kernels.activations import NAMED_POINTWISE
 from upcycle.kernels.torch_cpu import ROWS
+from upcycle.layers.config import LayerConfig
 from upcycle.layers.moe import MoE
 
 SHAPES = ((2048, 8192, 16, 4), (576, 1536, 16, 4), (576, 1536, 64, 8))
@@ -43,7 +44,8 @@ def split(
     router |= {"select": {"rule": "top_k", "k": top_k}, "weights": "renormalised"}
     sizes = {"num_experts": count, "width": d_ff // count, "d_model": d_model, "d_out": d_model}
     plain = {"up_bias": False, "output_bias": False, "hidden_dropout": 0, "output_dropout": 0}
-    layer = MoE({**sizes, **plain, "pointwise": SWIGLU.to_json(), "router": router})
+    config = {**sizes, **plain, "pointwise": SWIGLU.to_json(), "router": router}
+    layer = MoE(LayerConfig.from_json(config))
     layer = layer.to(dtype).eval()
     for parameter in layer.parameters():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)

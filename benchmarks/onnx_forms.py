@@ -26,6 +26,7 @@ from scipy.optimize import nnls
 from torch import nn
 
 from upcycle.kernels.activations import NAMED_POINTWISE
+from upcycle.layers.config import LayerConfig
 from upcycle.layers.experts import SharedExpert
 from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
@@ -55,21 +56,20 @@ OTHERS = np.ones(1 << 24, np.float32)  # read in between, as a model reads its o
 def layer(pointwise: Pointwise, d_model: int, neurons: int, count: int, k: int) -> MoE:
     """Distinct random experts that together have `neurons` neurons."""
     router = {"kind": "linear", "num_experts": count, "d_model": d_model, "scale": 1.0}
-    router |= {"select": {"rule": "top_k", "k": k}, "weights": "renormalised", "bias": False}
-    made = MoE(
-        {
-            "num_experts": count,
-            "width": neurons // count,
-            "d_model": d_model,
-            "d_out": d_model,
-            "pointwise": pointwise.to_json(),
-            "up_bias": False,
-            "output_bias": False,
-            "router": router,
-            "hidden_dropout": 0.0,
-            "output_dropout": 0.0,
-        }
-    )
+    router |= {"select": {"rule": "top_k", "k": k}, "weights": "renormalised"}
+    config = {
+        "num_experts": count,
+        "width": neurons // count,
+        "d_model": d_model,
+        "d_out": d_model,
+        "pointwise": pointwise.to_json(),
+        "up_bias": False,
+        "output_bias": False,
+        "router": router,
+        "hidden_dropout": 0.0,
+        "output_dropout": 0.0,
+    }
+    made = MoE(LayerConfig.from_json(config))
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return made.eval()

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UsageError
+from upcycle.layers.config import LayerConfig
+from upcycle.layers.tap import place_of
 from upcycle.util.eval_mode import eval_mode
 
 
@@ -65,22 +68,26 @@ def extend(
 def set_new_bias(model: nn.Module, bias: float) -> None:
     """Set the logit bias of the new expert of every layer that was extended, in place."""
     for _, layer in _layers(model):
-        if layer.config["router"].get("extended"):
+        if _config(layer).router.extended:
             layer.router.bias[-1] = bias
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every MoE layer; in a loaded model its class is that of the model's own file."""
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "config", None), dict) and hasattr(module, "experts"):
+        if hasattr(module, "tie_router"):
             yield path, module
 
 
+def _config(layer: Any) -> LayerConfig:
+    """Of the class here: the model's own file has one of its own, or plain data if it is older."""
+    held = layer.config
+    return LayerConfig.from_json(held if isinstance(held, dict) else held.to_json())
+
+
 def _check_linear(path: str, layer: Any) -> None:
-    config = layer.config["router"]
-    is_best = config["kind"] == "linear" and config["select"]["rule"] == "top_k"
-    is_other = config.get("tied") or config.get("frozen") or config.get("balance")
-    if not is_best or is_other or config["weights"] == "gain":
+    router = _config(layer).router
+    if not router.is_plain or router.tied or router.frozen:
         raise UnsupportedError(
             f"{path}: only a layer that takes the best `top_k` experts of linear scores, trained "
             "and without balance, can be extended; convert with another router"
@@ -123,15 +130,18 @@ def _add_expert(layer: Any, like: int, bias: float) -> None:
     router.bias[-1] = bias
     count = router.num_experts + 1
     router.num_experts = experts.num_experts = count
-    routing = {**layer.config["router"], "num_experts": count, "bias": True, "extended": True}
-    layer.config = {**layer.config, "num_experts": count, "router": routing}
-    router.config = routing
+    config = _config(layer)
+    routing = replace(config.router, num_experts=count, bias=True, extended=True)
+    config = replace(config, num_experts=count, router=routing)
+    if isinstance(layer.config, dict):
+        layer.config, router.config = config.to_json(), routing.to_json()
+    else:
+        layer.config, router.config = config, routing
 
 
 def _tell_config(model: nn.Module, layers: dict[str, Any]) -> None:
     """A loaded transformers model builds its layers from its configuration."""
     described = getattr(getattr(model, "config", None), "upcycle", None)
     for site in described["sites"] if described else ():
-        where = site["path"] if site["placement"] == "module" else site["contraction"]
-        if where in layers:
-            site["layer"] = layers[where].config
+        if place_of(site) in layers:
+            site["layer"] = _config(layers[place_of(site)]).to_json()

@@ -154,9 +154,7 @@ def write_checkpoint(
 def planned_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[MoESpec, MoE]]:
     """Each planned layer with the module that it became."""
     for spec in plan.specs:
-        site = spec.site()
-        where = site["path"] if site["placement"] == "module" else site["contraction"]
-        layer = model.get_submodule(where)
+        layer = model.get_submodule(spec.ffn.place)
         assert isinstance(layer, MoE)
         yield spec, layer
 

@@ -59,6 +59,8 @@ def _load_module(directory: Path, description: dict[str, Any], model: nn.Module)
             if name in tensors:
                 parameter.data = parameter.data.to(tensors[name].dtype)
         model.load_state_dict(dict(tensors), strict=True)
+    except ValueError as error:
+        raise UsageError(f"{directory / UPCYCLE_JSON}: {error}") from error
     except (AttributeError, RuntimeError) as error:
         raise UsageError(
             f"{directory}: its weights are not those of a {type(model).__name__}: "

@@ -75,7 +75,7 @@ def write_origins(directory: Path, plan: Plan, provenance: Mapping[str, Provenan
             "router": spec.router.method,
             "compensate": spec.compensate.model_dump(mode="json", exclude_defaults=True),
             "promise": spec.promise,
-            "layer": spec.layer_config(),
+            "layer": spec.layer_config().to_json(),
             "sources": [names[source] for source in spec.source_E],
             "experts": [runs(row) for row in origin.expert_EI.tolist()],
             "shared": runs(origin.shared_S.tolist()),

@@ -27,6 +27,7 @@ import upcycle.kernels
 import upcycle.kernels.activations
 import upcycle.kernels.torch_cpu
 import upcycle.kernels.torch_operation
+import upcycle.layers.config
 import upcycle.layers.experts
 import upcycle.layers.moe
 import upcycle.layers.pretrained
@@ -43,6 +44,7 @@ from upcycle.version import __version__
 FILE = "modeling_upcycle.py"
 _BEFORE: tuple[ModuleType, ...] = (
     upcycle.pointwise,
+    upcycle.layers.config,
     upcycle.layers.selection,
     upcycle.layers.token_context,
     upcycle.layers.router,

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from upcycle.layers.config import LayerConfig, RouterConfig, SelectConfig, WeightRule
 from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
 from upcycle.targets.files.stored import Stored
@@ -28,7 +29,7 @@ SLOPE = 1.13
 
 def moe(
     pointwise: Pointwise | str,
-    weights: str = "renormalised",
+    weights: WeightRule = "renormalised",
     *,
     bias: bool = True,
     num_experts: int = 5,
@@ -42,27 +43,28 @@ def moe(
     """A layer of distinct random experts, with activations of size one."""
     if isinstance(pointwise, str):
         pointwise = ACTIVATIONS[pointwise]
+    router = RouterConfig(
+        kind="linear",
+        num_experts=num_experts,
+        d_model=d_model,
+        select=SelectConfig(rule="top_k", k=top_k),
+        weights=weights,
+        scale=scale,
+        bias=bias,
+    )
     layer = MoE(
-        {
-            "num_experts": num_experts,
-            "width": width,
-            "d_model": d_model,
-            "d_out": d_out or d_model,
-            "pointwise": pointwise.to_json(),
-            "up_bias": bias,
-            "output_bias": bias,
-            "router": {
-                "kind": "linear",
-                "num_experts": num_experts,
-                "d_model": d_model,
-                "select": {"rule": "top_k", "k": top_k},
-                "weights": weights,
-                "scale": scale,
-                "bias": bias,
-            },
-            "hidden_dropout": 0.1,
-            "output_dropout": 0.1,
-        }
+        LayerConfig(
+            num_experts=num_experts,
+            width=width,
+            d_model=d_model,
+            d_out=d_out or d_model,
+            pointwise=pointwise,
+            up_bias=bias,
+            output_bias=bias,
+            router=router,
+            hidden_dropout=0.1,
+            output_dropout=0.1,
+        )
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

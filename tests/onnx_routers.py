@@ -5,9 +5,9 @@ Nothing here uses the scores, the selection or the weights of the package.
 Shape suffixes: T tokens, D d_model, E experts, K chosen experts, H, R hidden and reduced width.
 """
 
-import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from onnx_case import ACTIVATIONS, SLOPE, moe
 from torch import Tensor
 from torch.nn import functional as F
 
+from upcycle.layers.config import SelectConfig
 from upcycle.layers.moe import MoE
 
 D, WIDTH, E, NULLS, ENTRIES = 16, 12, 5, 3, 7
@@ -82,10 +83,10 @@ MIXED = {
 def layer_of(config: dict[str, Any], activation: str, seed: int = 0, **shape: Any) -> MoE:
     """Random experts with biases, behind a router without: equal scores for a token of zeros."""
     shape = {"num_experts": E, "width": WIDTH, "d_model": D} | shape
-    made = copy.deepcopy(moe(activation, **shape).config)
-    own = {"pointwise": ACTIVATIONS[activation].to_json(), "up_bias": False, "bias": False}
-    made["router"] |= {**own, "scale": 1.5, **config}
-    layer = MoE(made).eval()
+    made = moe(activation, **shape).config
+    own = {"pointwise": ACTIVATIONS[activation], "bias": False, "scale": 1.5, **config}
+    own["select"] = SelectConfig.from_json(config["select"])
+    layer = MoE(replace(made, router=replace(made.router, **own))).eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in layer.state_dict().items():
@@ -108,7 +109,7 @@ def layer_of(config: dict[str, Any], activation: str, seed: int = 0, **shape: An
 def scores(layer: MoE, x_TD: Tensor, ids_T: Tensor) -> Tensor:
     """The logits of each token, null experts last, [T, E] float64."""
     held = {name: t.double() for name, t in layer.router.state_dict().items()}
-    kind = layer.config["router"]["kind"]
+    kind = layer.config.router.kind
     if kind in ("linear", "noisy"):
         return x_TD @ held["weight"].T
     if kind == "mlp":
@@ -125,9 +126,9 @@ def scores(layer: MoE, x_TD: Tensor, ids_T: Tensor) -> Tensor:
     return torch.full((len(x_TD), E), -1e4).double().scatter(1, index_TK, 0.0)
 
 
-def visited(scores_TE: Tensor, select: dict[str, Any], *, last: bool = False) -> list[list[int]]:
+def visited(scores_TE: Tensor, select: SelectConfig, *, last: bool = False) -> list[list[int]]:
     """The experts of each token; of equal scores the lowest is the best, or the `last`."""
-    rule, k = select["rule"], select["k"]
+    rule, k = select.rule, select.k
     p_TE = scores_TE.softmax(-1)
     count = scores_TE.shape[1]
     places = list(range(count))
@@ -145,11 +146,11 @@ def visited(scores_TE: Tensor, select: dict[str, Any], *, last: bool = False) ->
         elif rule == "top_k":
             order = order[:k]
         elif rule == "top_p":
-            order = [e for i, e in enumerate(order[:k]) if before[i] <= select["mass"]]
+            order = [e for i, e in enumerate(order[:k]) if before[i] <= select.mass]
         elif rule == "null":
-            order = [e for e in order[:k] if e < count - select["nulls"]]
-        elif _tsallis(p_E, select["q"]) <= select["above"]:
-            inside = [before[i] + p_E[e] <= select["mass"] for i, e in enumerate(order)]
+            order = [e for e in order[:k] if e < count - select.nulls]
+        elif _tsallis(p_E, select.q) <= select.above:
+            inside = [before[i] + p_E[e] <= select.mass for i, e in enumerate(order)]
             order = [e for i, e in enumerate(order) if i < k or inside[i]]
         found.append(order)
     return found
@@ -165,22 +166,22 @@ def _tsallis(p: Sequence[float], q: float) -> float:
 
 def weights(layer: MoE, x_TD: Tensor, ids_T: Tensor, *, last: bool = False) -> Tensor:
     """The weight of each expert for each token, zero where it does not go, [T, E] float64."""
-    config, held = layer.config["router"], layer.router.state_dict()
+    config, held = layer.config.router, layer.router.state_dict()
     logits_TE = scores(layer, x_TD, ids_T)
     p_TE = logits_TE.softmax(-1)
-    by_TE = p_TE + held["selection_bias"].double() if config.get("balance") else logits_TE
+    by_TE = p_TE + held["selection_bias"].double() if config.balance else logits_TE
     count = layer.experts.num_experts
     made_TE = torch.zeros(len(x_TD), count, dtype=torch.float64)
-    for t, chosen in enumerate(visited(by_TE, config["select"], last=last)):
+    for t, chosen in enumerate(visited(by_TE, config.select, last=last)):
         p_K = p_TE[t, chosen]
-        rule = config["weights"]
+        rule = config.weights
         if rule == "one":
             p_K = torch.ones_like(p_K)
         elif rule == "gain":
             p_K = 1 + held["gain"].double()[chosen] * p_K
         elif rule != "softmax":
             p_K = p_K / p_K.sum()
-        made_TE[t, chosen] = p_K * config["scale"]
+        made_TE[t, chosen] = p_K * config.scale
     return made_TE
 
 
@@ -239,7 +240,7 @@ def logit_error(layer: MoE, x_TD: Tensor) -> float:
     numbers adds n / 2 + 3 roundings, and what its argument is off by twice, over that length.
     """
     held = {name: t.double().abs() for name, t in layer.router.state_dict().items()}
-    kind, size_TD, d_model = layer.config["router"]["kind"], x_TD.abs(), x_TD.shape[1]
+    kind, size_TD, d_model = layer.config.router.kind, x_TD.abs(), x_TD.shape[1]
     if kind == "table":
         return 0.0
     if kind == "mlp":

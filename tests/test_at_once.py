@@ -14,6 +14,7 @@ from upcycle.kernels import torch_cpu as expert_kernels
 from upcycle.kernels import weights_of
 from upcycle.kernels.compiled import library, run_compiled, run_routed
 from upcycle.layers import moe
+from upcycle.layers.config import LayerConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE, all_experts
 from upcycle.layers.router import Router
@@ -56,8 +57,8 @@ def layer(
     router |= {"select": {"rule": "top_k", "k": top_k}, "weights": rule, "bias": True} | changes
     sizes = {"num_experts": COUNT, "d_model": d_model, "d_out": d_model, "width": WIDTH}
     plain = {"up_bias": True, "output_bias": True, "hidden_dropout": 0, "output_dropout": 0}
-    pointwise = {"pointwise": ffns[0].pointwise.to_json()}
-    made_of = MoE({**sizes, **plain, **pointwise, "router": router}).to(dtype).eval()
+    data = {**sizes, **plain, "pointwise": ffns[0].pointwise.to_json(), "router": router}
+    made_of = MoE(LayerConfig.from_json(data)).to(dtype).eval()
     made_of.experts.load_state_dict(experts.state_dict())
     made_of.router.float()
     generator = torch.Generator().manual_seed(1)

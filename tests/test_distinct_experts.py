@@ -12,8 +12,8 @@ import torch
 
 from upcycle.ir.ffn import Located
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
+from upcycle.layers.config import WeightRule
 from upcycle.layers.moe import MoE
-from upcycle.layers.router import WeightRule
 from upcycle.passes.plan.plan import make_plan
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

@@ -11,8 +11,8 @@ from upcycle.ir.ffn import Located
 from upcycle.ir.layer_weights import load_weights
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
+from upcycle.layers.config import WeightRule
 from upcycle.layers.moe import MoE, all_experts
-from upcycle.layers.router import WeightRule
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.transform import merge_to_dense, transform
 from upcycle.recipe.schema import Recipe

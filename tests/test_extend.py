@@ -1,5 +1,6 @@
 """One more expert: nothing changes until its bias is raised."""
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import small_models
 import torch
 import transformers
+from onnx_case import moe
 
 import upcycle
 from upcycle.passes.extend import set_new_bias
@@ -109,6 +111,27 @@ def test_a_written_model_is_extended_and_written_again(tmp_path: Path) -> None:
     set_new_bias(again, 0.5)
     biases = [m.router.bias for m in again.modules() if type(m).__name__ == "TappedMoE"]
     assert [b is None or b.tolist() for b in biases] == [True, [0, 0, 0, 0, 0.5]]
+
+
+def test_layers_of_a_file_that_an_earlier_version_wrote() -> None:
+    """Their configuration is plain data, and their code reads it as such."""
+    path = Path(__file__).parent / "written_before/self_contained/modeling_upcycle.py"
+    spec: Any = importlib.util.spec_from_file_location("written_before_modeling", path)
+    file = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(file)
+    file.ROUTERS["linear"] = file.Router
+    written = moe("relu", seed=1)
+    layer = file.MoE(written.config.to_json())
+    layer.load_state_dict(written.state_dict())
+    x = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Sequential(layer).eval()
+    extended = upcycle.extend(model, [(x,)])
+    with torch.no_grad():
+        torch.testing.assert_close(extended(x), model(x), rtol=0, atol=1e-5)
+        set_new_bias(extended, 9.0)
+        assert (extended(x) - model(x)).abs().max() > 1e-3
+    assert extended[0].config["router"] == extended[0].router.config
+    assert extended[0].config["router"]["extended"]
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,16 @@ def test_a_module_of_another_shape(tmp_path: Path) -> None:
         upcycle.load(tmp_path / "moe", small_models.without_ffn())
 
 
+@pytest.mark.parametrize(("name", "file"), [("plain", "upcycle.json"), ("bert", "config.json")])
+def test_a_layer_of_a_later_version(name: str, file: str, tmp_path: Path) -> None:
+    convert(small_models.build(name), "split-all", verify=False).save(tmp_path, verify=False)
+    data = json.loads((tmp_path / file).read_text())
+    data.get("upcycle" if name == "bert" else "", data)["sites"][0]["layer"]["router"]["depth"] = 3
+    (tmp_path / file).write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=r"layer\.router has `depth`, which is unknown; read it"):
+        upcycle.load(tmp_path, small_models.build(name))
+
+
 def test_a_directory_that_upcycle_did_not_write(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"neither config\.json nor upcycle\.json"):
         upcycle.load(tmp_path)

@@ -28,7 +28,7 @@ from upcycle.errors import UsageError
 from upcycle.ir.ffn import FFN, Located, Projection
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import ExpertWeights, MoEWeights, gather_experts, read_ffn
-from upcycle.layers.router import WeightRule
+from upcycle.layers.config import WeightRule
 from upcycle.pointwise import Pointwise
 from upcycle.recipe import schema as recipe
 from upcycle.targets.files.stored import Stored

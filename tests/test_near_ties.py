@@ -1,5 +1,6 @@
 """Near ties between experts, which two runs of a model may decide in two ways."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 import upcycle
 from upcycle.data.evaluation import Evaluation
+from upcycle.layers.config import SelectConfig
 from upcycle.layers.moe import MoE
 from upcycle.layers.selection import select as chosen_by
 from upcycle.recipe.schema import Recipe
@@ -123,19 +125,19 @@ def test_choices_are_seen_beside_shared_experts() -> None:
 @pytest.mark.parametrize(
     "select",
     [
-        {"rule": "top_k", "k": 2},
-        {"rule": "top_p", "k": 4, "mass": 0.6},
-        {"rule": "entropy", "k": 1, "mass": 0.6, "above": 0.7, "q": 1.5},
-        {"rule": "expert_choice", "k": 2},
-        {"rule": "null", "k": 3, "nulls": 2},
+        SelectConfig(rule="top_k", k=2),
+        SelectConfig(rule="top_p", k=4, mass=0.6),
+        SelectConfig(rule="entropy", k=1, mass=0.6, above=0.7, q=1.5),
+        SelectConfig(rule="expert_choice", k=2),
+        SelectConfig(rule="null", k=3, nulls=2),
     ],
-    ids=lambda select: str(select["rule"]),
+    ids=lambda select: select.rule,
 )
-def test_every_rule_knows_its_near_ties(select: dict[str, Any]) -> None:
+def test_every_rule_knows_its_near_ties(select: SelectConfig) -> None:
     """Scores that are a little off decide otherwise; following them is explained by that much."""
     layer = tiny_layer(select)
     draw = torch.Generator().manual_seed(0)
-    logits_TE = torch.randn(4000, 4 + select.get("nulls", 0), generator=draw)
+    logits_TE = torch.randn(4000, 4 + select.nulls, generator=draw)
     off = 1e-3 * logits_TE.abs().max()
     other_TE = logits_TE + off * (2 * torch.rand(logits_TE.shape, generator=draw) - 1)
     want_TE = mask(chosen_by(other_TE, select), 4)
@@ -151,9 +153,9 @@ def test_every_rule_knows_its_near_ties(select: dict[str, Any]) -> None:
     assert wrong.apart > 0.1
 
 
-def tiny_layer(select: dict[str, Any]) -> MoE:
+def tiny_layer(select: SelectConfig) -> MoE:
     layer = converted(recipe())[1][0]
-    layer.router.config = {**layer.router.config, "select": select}
+    layer.router.config = replace(layer.router.config, select=select)
     return layer
 
 

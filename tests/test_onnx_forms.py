@@ -1,6 +1,7 @@
 """Every router and activation in every form, and which form a profile chooses."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_case import ACTIVATIONS, exact, moe, save
 from torch import nn
 
+from upcycle.layers.config import SelectConfig
 from upcycle.layers.moe import MoE
 from upcycle.onnx.run import session
 from upcycle.recipe.onnx import Onnx
@@ -34,11 +36,11 @@ ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "neurons": {"kind": "neurons"},
     "balanced": {"balance": True},
     "frozen": {"frozen": True},
-    "top_p": {"select": {"rule": "top_p", "k": 3, "mass": 0.6}, "weights": "softmax"},
-    "entropy": {"select": {"rule": "entropy", "k": 1, "mass": 0.5, "above": 0.8, "q": 1.1}},
-    "null": {"select": {"rule": "null", "k": 2, "nulls": 3}, "nulls": 3, "weights": "softmax"},
-    "expert_choice": {"select": {"rule": "expert_choice", "k": 1}, "weights": "one"},
-    "all": {"select": {"rule": "all", "k": E}},
+    "top_p": {"select": SelectConfig(rule="top_p", k=3, mass=0.6), "weights": "softmax"},
+    "entropy": {"select": SelectConfig(rule="entropy", k=1, mass=0.5, above=0.8, q=1.1)},
+    "null": {"select": SelectConfig(rule="null", k=2, nulls=3), "nulls": 3, "weights": "softmax"},
+    "expert_choice": {"select": SelectConfig(rule="expert_choice", k=1), "weights": "one"},
+    "all": {"select": SelectConfig(rule="all", k=E)},
     "gain": {"weights": "gain"},
 }
 FORMS: dict[str, Onnx] = {
@@ -52,11 +54,10 @@ FORMS: dict[str, Onnx] = {
 
 def layer_of(router: dict[str, Any], activation: str, seed: int = 0, **more: Any) -> MoE:
     """Random experts behind a router, a shared expert, a thin linear map and an output bias."""
-    pointwise = ACTIVATIONS[activation]
-    config = copy.deepcopy(moe(activation, num_experts=E, width=WIDTH, d_model=D).config)
-    config |= {"shared": 6, "low_rank": 2, **more}
-    config["router"] |= {"pointwise": pointwise.to_json(), "up_bias": True, **router}
-    layer = MoE(config).eval()
+    config = moe(activation, num_experts=E, width=WIDTH, d_model=D).config
+    own = {"pointwise": ACTIVATIONS[activation], "up_bias": True, **router}
+    routing = replace(config.router, **own)
+    layer = MoE(replace(config, shared=6, low_rank=2, router=routing, **more)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in layer.state_dict().items():

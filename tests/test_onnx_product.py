@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from upcycle.errors import UnsupportedError
 from upcycle.layers import selection
+from upcycle.layers.config import WeightRule
 from upcycle.layers.moe import MoE
-from upcycle.layers.router import WeightRule
 from upcycle.layers.routers import ROUTER_KINDS
 from upcycle.layers.token_context import tell_routers
 from upcycle.onnx.run import session
@@ -155,7 +155,7 @@ def allowed(
     x_TD, ids_T = given
     are_equal = len(x_TD) > 1 and bool((x_TD == x_TD[0]).all() and x_TD.any())
     for layer, want in zip(layers, expected, strict=True):
-        if are_equal and layer.config["router"]["select"]["rule"] == "expert_choice":
+        if are_equal and layer.config.router.select.rule == "expert_choice":
             # The last bit of a score depends on its row in a product of matrices, and so does
             # which of several equal tokens an expert takes.
             yield math.inf
@@ -193,15 +193,15 @@ def visits(layer: MoE, given: str) -> Tensor:
 
 def test_the_tokens_are_what_they_are_meant_to_be(layers) -> None:
     for (name, _), layer in zip(CASES, layers, strict=True):
-        rule = layer.config["router"]["select"]["rule"]
+        rule = layer.config.router.select.rule
         if rule == "null":
             assert (~visits(layer, "many").any(1)).any(), name  # a token that visits nobody
-        if rule in ("top_k", "top_p") and layer.config["router"]["weights"] != "gain":
+        if rule in ("top_k", "top_p") and layer.config.router.weights != "gain":
             same_TE = visits(layer, "all on the same experts")
             assert (same_TE == same_TE[0]).all(), name
             assert not same_TE.all(0).all(), name  # and the others are idle
         if rule == "top_k" and "table" not in name:
-            balance = layer.config["router"].get("balance")
+            balance = layer.config.router.balance
             assert balance or visits(layer, "ties")[:, :2].all(), name
 
 
@@ -285,7 +285,7 @@ def test_a_file_with_one_expert_less_is_wrong(layers, files, expected) -> None:
     found = gaps(made, expected["many"])
     most = allowed(layers, TOKENS["many"], expected["many"])
     for (name, activation), layer, gap, limit in zip(CASES, layers, found, most, strict=True):
-        rule = layer.config["router"]["select"]["rule"]
+        rule = layer.config.router.select.rule
         uses_all = rule in ("top_k", "all", "null")
         if activation in KERNELS and not may_be_negative(layer) and uses_all:
             assert gap > limit, (name, activation)
@@ -322,13 +322,14 @@ class Alone(nn.Module):
         (
             {"kind": "oracle"},
             "layer: an oracle runs every expert to choose some, which is for comparing other "
-            "routers with; an ONNX graph of it would be slower than the dense model",
+            "routers with; use another router",
         ),
         *(
             (
                 {**KINDS["table"], "kind": "table", "by": by},
-                f"layer: its router reads {by} ids, and an ONNX graph has only the inputs of the "
-                "dense model",
+                f"layer: its router reads {by} ids, and an ONNX graph has no input that is known "
+                "to hold them; use another router, or instead of an ONNX file convert the model "
+                "that it was exported from",
             )
             for by in ("token", "type", "domain")
         ),

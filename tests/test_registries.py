@@ -8,8 +8,8 @@ from typing import get_args
 
 import pytest
 
-from upcycle.ir.spec import SELECT_ARGUMENTS, router_kind
 from upcycle.layers import routers as kinds
+from upcycle.layers.config import SELECT_ARGUMENTS
 from upcycle.layers.router import Router
 from upcycle.layers.selection import SELECT
 from upcycle.passes import experts, routers
@@ -65,13 +65,6 @@ def test_every_kind_of_router_has_its_file_and_a_method_that_makes_it() -> None:
         if isinstance(value, type) and issubclass(value, Router)
     }
     assert written == set(kinds.ROUTER_KINDS.values())
-
-
-@pytest.mark.parametrize("name", ROUTER_METHODS)
-def test_the_kinds_that_no_onnx_file_can_have_are_known_by_the_recipe(name: str) -> None:
-    made = ROUTER_METHODS[name].makes
-    router = recipe.Router.model_validate({"method": name, "top_k": 1, "weights": "one"})
-    assert router_kind(router) == (made if made in ("table", "oracle") else "linear")
 
 
 def test_what_a_method_reads_is_a_field_of_the_recipe() -> None:

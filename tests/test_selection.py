@@ -5,6 +5,7 @@ Scores are float64, so ties and sums are those of the definition.
 
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from onnx_case import moe, save
 from torch import nn
 
+from upcycle.layers.config import RouterConfig, SelectConfig
 from upcycle.layers.moe import MoE, rebalance
 from upcycle.layers.router import Router
 from upcycle.layers.selection import Selected, select, tsallis_entropy
@@ -56,14 +58,18 @@ def chosen(found: Selected, count: int = EXPERTS) -> torch.Tensor:
     return visits.scatter_add(1, index_TK, kept_TK.long()).bool()
 
 
+def select_config(rule: str, **more: Any) -> SelectConfig:
+    return SelectConfig(rule=rule, **{**RULES[rule], **more})
+
+
 def run(rule: str, scores_TE: torch.Tensor, **more: Any) -> torch.Tensor:
-    return chosen(select(scores_TE, {"rule": rule, **RULES[rule], **more}))
+    return chosen(select(scores_TE, select_config(rule, **more)))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_indices_are_distinct_and_counts_are_within_bounds(rule: str) -> None:
     for seed in range(5):
-        index_TK, _ = select(scores(rule, seed=seed), {"rule": rule, **RULES[rule]})
+        index_TK, _ = select(scores(rule, seed=seed), select_config(rule))
         assert all(len(set(row)) == len(row) for row in index_TK.tolist())
         count_T = run(rule, scores(rule, seed=seed)).sum(1)
         least, most = BOUNDS[rule]
@@ -122,7 +128,7 @@ def test_top_p_is_nested_and_has_both_ends() -> None:
     assert torch.equal(sets[0], run("top_k", scores_TE, k=1))
     assert sets[-1].all()
     uniform = torch.zeros(1, 16).double()  # floor(0.4 * 16) + 1
-    assert chosen(select(uniform, {"rule": "top_p", "k": 16, "mass": 0.4}), 16).sum() == 7
+    assert chosen(select(uniform, SelectConfig(rule="top_p", k=16, mass=0.4)), 16).sum() == 7
 
 
 def test_entropy_becomes_top_k_and_dense() -> None:
@@ -190,18 +196,19 @@ def test_expert_choice_fills_every_expert() -> None:
 
 def router(rule: str, weights: str = "renormalised", **more: Any) -> Router:
     """A linear router whose scores are its tokens, so that tests can give scores."""
-    config = {
-        "kind": "linear",
-        "num_experts": EXPERTS,
-        "d_model": EXPERTS + RULES[rule].get("nulls", 0),
-        "select": {"rule": rule, **RULES[rule]},
-        "weights": weights,
-        "scale": 1.0,
-        "nulls": RULES[rule].get("nulls", 0),
+    nulls = RULES[rule].get("nulls", 0)
+    config = RouterConfig(
+        kind="linear",
+        num_experts=EXPERTS,
+        d_model=EXPERTS + nulls,
+        select=select_config(rule),
+        weights=weights,
+        scale=1.0,
+        nulls=nulls,
         **more,
-    }
+    )
     made = Router(config).double().eval()
-    made.weight.data.copy_(torch.eye(config["d_model"]))
+    made.weight.data.copy_(torch.eye(config.d_model))
     return made
 
 
@@ -246,9 +253,7 @@ def test_the_balance_bias_chooses_and_does_not_weigh() -> None:
 
 def balanced_layer() -> MoE:
     layer = moe("relu", num_experts=EXPERTS)
-    config = copy.deepcopy(layer.config)
-    config["router"]["balance"] = True
-    made = MoE(config)
+    made = MoE(replace(layer.config, router=replace(layer.config.router, balance=True)))
     made.load_state_dict({**layer.state_dict(), "router.selection_bias": torch.zeros(EXPERTS)})
     return made
 
@@ -293,11 +298,10 @@ def test_the_balance_bias_is_stored_and_is_no_parameter() -> None:
 
 
 def uneven(rule: str, weights: str, activation: str = "silu") -> MoE:
-    config = copy.deepcopy(moe(activation, num_experts=EXPERTS).config)
-    nulls = RULES[rule].get("nulls", 0)
-    select_config = {"rule": rule, **RULES[rule]}
-    config["router"] |= {"select": select_config, "weights": weights, "nulls": nulls}
-    layer = MoE(config).eval()
+    config = moe(activation, num_experts=EXPERTS).config
+    made_of = select_config(rule)
+    router = replace(config.router, select=made_of, weights=weights, nulls=made_of.nulls)
+    layer = MoE(replace(config, router=router)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():

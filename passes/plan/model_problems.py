@@ -24,13 +24,12 @@ def check_model(model: nn.Module, plan: Plan) -> None:
 
 def _problems(model: nn.Module, spec: MoESpec) -> Iterator[str]:
     router = spec.router_config()
-    by = router.get("by")
-    if by is not None and hooked_module(model, spec.ffn.path, by) is None:
+    if router.kind == "table" and hooked_module(model, spec.ffn.path, router.by) is None:
         yield (
-            f"the router looks at {ARGUMENTS[by]}, and no module around this FFN is called with "
-            "them; set another `router.by`, or choose another `router.method`"
+            f"the router looks at {ARGUMENTS[router.by]}, and no module around this FFN is called "
+            "with them; set another `router.by`, or choose another `router.method`"
         )
-    if router["select"]["rule"] == "expert_choice" and _writes_text(model, spec.ffn.path):
+    if router.select.rule == "expert_choice" and _writes_text(model, spec.ffn.path):
         yield (
             "with `select: expert_choice` what a token gets depends on later tokens, which a "
             "decoder does not have yet; set `router.select: top_k`, or leave this FFN out with "

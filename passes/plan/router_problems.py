@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from upcycle.ir.spec import SELECT_ARGUMENTS
+from upcycle.layers.config import SELECT_ARGUMENTS
 from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.recipe.schema import Router
 

@@ -35,7 +35,7 @@ def cosine(
     Source:
         Cong et al., "GNT-MOVE", 2023, https://arxiv.org/abs/2308.11793
     """
-    d_model, width = ffn.up_MFD.shape[-1], spec.router_config()["hidden"]
+    d_model, width = ffn.up_MFD.shape[-1], spec.router_config().hidden
     drawn_DR = torch.randn(d_model, width, generator=generator)
     reduce_RD = torch.linalg.qr(drawn_DR).Q.t().contiguous()
     weight_ER = torch.randn(spec.num_experts, width, generator=generator)

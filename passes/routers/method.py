@@ -10,6 +10,7 @@ from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
+from upcycle.layers.config import RouterKind
 from upcycle.passes.experts.method import MethodKind, Need, Parts
 from upcycle.recipe.schema import Router, RouterMethodName
 
@@ -80,7 +81,7 @@ class RouterMethod:
     source: str
     needs: frozenset[Need] = frozenset()
     bias: bool = False
-    makes: str = "linear"
+    makes: RouterKind = "linear"
     facts: Callable[[Router, FFN, int], Mapping[str, Any]] = lambda router, ffn, num_experts: {}
     reads: frozenset[str] = frozenset()
     limits: tuple[Limit, ...] = ()
@@ -96,7 +97,7 @@ def linear(
     """
     if bias_E is None:
         bias_E = weight_ED.new_zeros(len(weight_ED))
-    copies = torch.arange(spec.router_config()["nulls"]) % len(weight_ED)
+    copies = torch.arange(spec.router_config().nulls) % len(weight_ED)
     tensors = {"weight": torch.cat([weight_ED, weight_ED[copies]]).float()}
     if spec.router.bias:
         tensors["bias"] = torch.cat([bias_E, bias_E[copies]]).float()

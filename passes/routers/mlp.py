@@ -85,7 +85,7 @@ def captured_mass(logits_TE: torch.Tensor, size_TE: torch.Tensor, k: int) -> flo
 
 
 def _start(parts: Parts, spec: MoESpec, generator: torch.Generator) -> list[torch.Tensor]:
-    experts, count, width = parts.experts, spec.num_experts, spec.router_config()["hidden"]
+    experts, count, width = parts.experts, spec.num_experts, spec.router_config().hidden
     key_EID = F.normalize(experts.up_EGD[:, : experts.neuron_EI.shape[1]].float(), dim=-1)
     if width == count:
         into, out = F.normalize(key_EID.sum(1), dim=-1), torch.eye(count)

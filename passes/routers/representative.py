@@ -53,8 +53,8 @@ REPRESENTATIVE = RouterMethod(
     needs=frozenset({"activations"}),
     makes="neurons",
     facts=lambda router, ffn, num_experts: {
-        "pointwise": ffn.pointwise.to_json(),
-        "up_bias": any(p.bias for p in ffn.expansions),
+        "pointwise": ffn.pointwise,
+        "up_bias": ffn.has_up_bias,
     },
     limits=(no_nulls, no_bias),
 )

@@ -35,9 +35,9 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> 
     parts = make_experts(ffn, spec, generator=spec.generator("experts"), data=data)
     router = dict(make_router(ffn, parts, spec, generator=spec.generator("router"), data=data))
     config = spec.router_config()
-    if config["balance"]:
-        router["selection_bias"] = torch.zeros(spec.num_experts + config["nulls"])
-    if config["weights"] == "gain":
+    if config.balance:
+        router["selection_bias"] = torch.zeros(spec.num_experts + config.nulls)
+    if config.weights == "gain":
         router["gain"] = torch.zeros(spec.num_experts)
     made = MoEWeights(parts.experts, router, ffn.down_bias_O, parts.shared)
     return compensate(made, ffn, spec, data) if data is not None else made

@@ -53,10 +53,7 @@ def read_layer(target: NativeTarget | None, spec: MoESpec, read: Read) -> MoEWei
     """
     if target is not None:
         return read_native(target, spec, read)
-    site = spec.site()
-    return read_at(
-        site["path"] if site["placement"] == "module" else site["contraction"], spec, read
-    )
+    return read_at(spec.ffn.place, spec, read)
 
 
 def read_at(path: str, spec: MoESpec, read: Read) -> MoEWeights:

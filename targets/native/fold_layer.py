@@ -48,7 +48,7 @@ def router_on_disk(
     router: Mapping[str, torch.Tensor], fold: Fold, spec: MoESpec
 ) -> dict[str, torch.Tensor]:
     """The tensors of the router, those that the architecture has for it among them."""
-    if not fold.router or spec.router_config()["kind"] != "linear":
+    if not fold.router or spec.router_config().kind != "linear":
         return {"weight": torch.zeros(spec.num_experts, spec.ffn.d_model)}
     weight = router["weight"].float()
     factor = fold.router * (temper(weight) if fold.tempered else 1.0)
@@ -72,12 +72,12 @@ def unfolded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpe
         experts = replace(experts, down_EOI=experts.down_EOI / fold.down)
     made = {"weight": router["weight"] / (fold.router or 1)}
     config = spec.router_config()
-    if config["bias"]:
+    if config.bias:
         bias = router.get("bias", torch.zeros(spec.num_experts))
         made["bias"] = router["selection_bias"] / fold.bias if fold.bias else bias
-    if config["balance"]:
+    if config.balance:
         made["selection_bias"] = router["selection_bias"]
-    if config["weights"] == "gain":
+    if config.weights == "gain":
         made["gain"] = torch.zeros(spec.num_experts)
     shared = weights.shared
     if shared is not None:

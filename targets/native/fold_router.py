@@ -154,29 +154,27 @@ def _selection_reason(
 ) -> str | None:
     """Why the experts would be chosen otherwise than the recipe says, or None."""
     router = spec.router_config()
-    if router["kind"] != "linear":
+    if router.kind != "linear":
         return _not_linear(spec)
     every = spec.top_k == spec.num_experts
-    if router["select"]["rule"] not in ("top_k", "all") or (
-        router["select"]["rule"] == "all" and not every
-    ):
+    if router.select.rule != "top_k" and not (router.select.rule == "all" and every):
         return "its router takes the best `top_k` of linear scores, and this one does not"
-    if router["tied"]:
+    if router.tied:
         return "its router cannot be tied to the experts; set `router.tied: false`"
     if (every and made.router == 0) or made.needs in ("copies", "zeros"):
         return None
     biased_choice = target.selection_bias and form.score == "softmax" and not made.tempered
-    if router["balance"] and not biased_choice:
+    if router.balance and not biased_choice:
         return "its router takes the best `top_k` of linear scores, and this one does not"
     has_bias = target.router_bias or (made.bias and target.selection_bias)
-    if router["bias"] and not has_bias:
+    if router.bias and not has_bias:
         return "its router has no bias; set `router.bias: false`"
     return None
 
 
 def _why_not(target: NativeTarget, spec: MoESpec) -> str:
     rule = spec.router.weights
-    if spec.router_config()["kind"] != "linear":
+    if spec.router_config().kind != "linear":
         return _not_linear(spec)
     known = {_name(form) for form in target.forms if form.score != "input"}
     does = " or ".join(f"`{name}`" for name in sorted(known))

@@ -56,9 +56,9 @@ def _set(undo: ExitStack, holder: Any, name: str, value: Any) -> None:
 def _only_order_counts(spec: MoESpec) -> bool:
     """Whether a router times a power of two, or of zeros where all are chosen, is as good."""
     router = spec.router_config()
-    rule, k = router["weights"], router["select"]["k"]
-    has_even_weights = rule == "one" or (k == 1 and rule == "renormalised")
-    return bool(has_even_weights and router["kind"] == "linear" and not router["balance"])
+    is_one = router.select.k == 1 and router.weights == "renormalised"
+    has_even_weights = router.weights == "one" or is_one
+    return has_even_weights and router.kind == "linear" and not router.balance
 
 
 def _router(undo: ExitStack, layer: MoE, made: Fold, spec: MoESpec) -> None:

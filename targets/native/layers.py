@@ -107,7 +107,7 @@ def _ffn_reason(ffn: FFN, source: DenseArchitecture) -> str | None:
 def _layer_reason(target: NativeTarget, spec: MoESpec) -> str | None:
     if spec.low_rank:
         return "it has no low-rank term; set `compensate.low_rank: 0`"
-    if spec.layer_config()["output_bias"]:
+    if spec.layer_config().output_bias:
         return "it has no output bias, which `compensate` makes"
     shared = target.shared
     if shared is None:

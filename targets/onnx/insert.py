@@ -9,13 +9,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 
+from upcycle.layers.config import LayerConfig
 from upcycle.layers.moe import MoE
 from upcycle.onnx.nodes import Nodes
 from upcycle.targets.onnx.opaque_experts import OPAQUE, symbolic_layers
@@ -58,7 +58,7 @@ def insert_layer(
     Raises:
         UnsupportedError: a graph cannot have the router of the layer.
     """
-    inner = _exported(json.dumps(layer.config), place.rank)
+    inner = _exported(json.dumps(layer.config.to_json()), place.rank)
     n = Nodes(f"{key}/")
     narrow = place.dtype != ir.DataType.FLOAT
     x = n("Cast", place.x, to=ir.DataType.FLOAT.value, name="tokens") if narrow else place.x
@@ -95,7 +95,7 @@ def _exported(config: str, rank: int) -> ir.Graph:
 
 @lru_cache(maxsize=64)
 def _exported_bytes(config: str, rank: int) -> bytes:
-    layer = _without_memory(json.loads(config))
+    layer = _without_memory(LayerConfig.from_json(json.loads(config)))
     axis, d_model = layer.axis % rank, layer.experts.hidden_dim
     sizes = list(_SIZES[: rank - 1])
     sizes.insert(axis, d_model)
@@ -115,7 +115,7 @@ def _exported_bytes(config: str, rank: int) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
 
 
-def _without_memory(config: dict[str, Any]) -> MoE:
+def _without_memory(config: LayerConfig) -> MoE:
     """The layer with parameters of the right shapes that are one number each."""
     with torch.device("meta"):
         layer = MoE(config)

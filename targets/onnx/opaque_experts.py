@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from upcycle.errors import UnsupportedError
+from upcycle.layers.config import RouterConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.targets.onnx.parts import Compute
@@ -36,7 +37,9 @@ def symbolic_layers(
                 f"{path}: the graph is to be in {dtype} and the experts are {found}; export "
                 "model.float() for float32, the stored weights may stay as they are"
             )
-        _check_router(path, layer)
+        given = getattr(layer.router, "given", None)
+        has_ids = given is not None and given.position is not None
+        check_router(path, layer.config.router, has_ids=has_ids)
     modes = {module: module.training for module in model.modules()}
     try:
         for path, layer in layers.items():
@@ -50,19 +53,27 @@ def symbolic_layers(
             module.training = mode
 
 
-def _check_router(path: str, layer: MoE) -> None:
-    """Refuse routers that a graph cannot have, or that no one wants in one."""
-    kind = layer.config["router"]["kind"]
-    if kind == "oracle":
+def check_router(path: str, router: RouterConfig, *, has_ids: bool) -> None:
+    """Refuse routers that a graph cannot have, or that no one wants in one.
+
+    Args:
+        path: of the layer.
+        router: of the layer.
+        has_ids: whether an input of the graph is known to hold the ids that a table is read by.
+
+    Raises:
+        UnsupportedError: an oracle, or a table without ids.
+    """
+    if router.kind == "oracle":
         raise UnsupportedError(
             f"{path}: an oracle runs every expert to choose some, which is for comparing other "
-            "routers with; an ONNX graph of it would be slower than the dense model"
+            "routers with; use another router"
         )
-    given = getattr(layer.router, "given", None)
-    if kind == "table" and (given is None or given.position is None):
+    if router.kind == "table" and not has_ids:
         raise UnsupportedError(
-            f"{path}: its router reads {layer.config['router']['by']} ids, and an ONNX graph has "
-            "only the inputs of the dense model"
+            f"{path}: its router reads {router.by} ids, and an ONNX graph has no input that is "
+            "known to hold them; use another router, or instead of an ONNX file convert the model "
+            "that it was exported from"
         )
 
 

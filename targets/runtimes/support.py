@@ -127,7 +127,7 @@ def only_silu(plan: Plan) -> Support | None:
         if not is_swiglu(ffn.pointwise):
             name = ffn.pointwise.name
             return refuses("hidden_act", f"its kernel for experts computes SwiGLU, not {name}")
-        if any(p.bias for p in ffn.expansions):
+        if ffn.has_up_bias:
             return refuses("mlp_bias", "its kernel for experts has no biases")
     return None
 

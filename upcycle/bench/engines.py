@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from upcycle.bench import onnx_models, whole
-from upcycle.bench.layers import Pair, pair, place_of
+from upcycle.bench.layers import Pair, pair
 from upcycle.bench.whole import Call
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.evaluation import Evaluation
@@ -94,7 +94,7 @@ def onnx_engine(
     pairs = []
     for spec in specs:
         inside, ffn = pair(dense, converted, spec), spec.ffn
-        place = place_of(spec)
+        place = spec.ffn.place
         ends = (ffn.expansions[0].module, ffn.contraction.module)
         found = {
             "dense": onnx_models.layer(files["dense"], *ends, threads),

@@ -33,12 +33,6 @@ class Pair:
     visited: Callable[[torch.Tensor], int]
 
 
-def place_of(spec: MoESpec) -> str:
-    """Where the `MoE` is that an FFN becomes."""
-    ffn = spec.ffn
-    return ffn.path if ffn.placement == "module" else ffn.contraction.module
-
-
 def converted_layer(model: nn.Module, spec: MoESpec) -> nn.Module:
     """The layer in a loaded model: an `MoE`, or the block of a native architecture.
 
@@ -46,7 +40,7 @@ def converted_layer(model: nn.Module, spec: MoESpec) -> nn.Module:
         AttributeError: there is none.
     """
     if spec.ffn.placement != "module":
-        return model.get_submodule(place_of(spec))
+        return model.get_submodule(spec.ffn.place)
     parent, _, name = spec.ffn.path.rpartition(".")
     beside = dict(model.get_submodule(parent).named_children())
     beside = {name: beside.pop(name), **beside} if name in beside else beside

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UsageError
+from upcycle.layers.config import LayerConfig
 from upcycle.targets.description import REPORT, read_report
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, neurons_of, read_origins
 from upcycle.util.json_text import read_json
@@ -52,27 +53,28 @@ def inspect_converted(directory: Path) -> dict[str, Any]:
 
 def _layer(directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
     try:
-        config, router = stored["layer"], stored["layer"]["router"]
+        config = LayerConfig.from_json(stored["layer"])
+        router = config.router
         return {
             "path": stored["path"],
             "promise": stored["promise"],
             "method": stored["method"],
-            "experts": config["num_experts"],
-            "width": config["width"],
-            "shared": config["shared"],
+            "experts": config.num_experts,
+            "width": config.width,
+            "shared": config.shared,
             "router": {
                 "method": stored["router"],
-                "kind": router["kind"],
-                "select": router["select"],
-                "weights": router["weights"],
-                "scale": router["scale"],
-                "bias": router["bias"],
-                "tied": router["tied"],
-                "balance": router["balance"],
+                "kind": router.kind,
+                "select": router.select.to_json(),
+                "weights": router.weights,
+                "scale": router.scale,
+                "bias": router.bias,
+                "tied": router.tied,
+                "balance": router.balance,
             },
             "compensation": stored["compensate"],
-            "low_rank": config["low_rank"],
-            "output_bias": config["output_bias"],
+            "low_rank": config.low_rank,
+            "output_bias": config.output_bias,
             "dense_neurons": stored["dense_neurons"],
             "sources": stored["sources"],
             "expert_rows": stored["experts"],

@@ -6,14 +6,14 @@ from upcycle.conversion.onnx_file import NO_GRADIENTS, OnnxFile
 from upcycle.conversion.options import Options
 from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.onnx_calibration import onnx_calibration, verification_feeds
-from upcycle.errors import UnsupportedError, UsageError
-from upcycle.ir.spec import Plan, router_kind
+from upcycle.errors import UsageError
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.passes.plan.costs import costs
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.destination import onnx_destination
 from upcycle.targets.files.tensor_file import check_disk
+from upcycle.targets.onnx.opaque_experts import check_router
 from upcycle.verification.onnx.layers import feeds_for
 
 
@@ -45,7 +45,8 @@ def open_onnx_file(
         raise UsageError("--target safetensors: an ONNX file becomes an ONNX file; leave it out")
     plan = source.plan(recipe, recipe_name).requiring(options.runtimes, options.architecture)
     onnx_destination(plan)
-    _check_routers(plan)
+    for spec in plan.specs:
+        check_router(spec.ffn.path, spec.router_config(), has_ids=False)
     if recipe.onnx.dtype not in ("auto", "float32"):
         raise UsageError(
             f"onnx.dtype: {recipe.onnx.dtype}: an ONNX file keeps its type, and its layers compute "
@@ -56,19 +57,3 @@ def open_onnx_file(
     feeds = feeds_for(source, recipe.seed) if feeds is None else feeds
     shown = onnx_calibration(source, recipe, given) if needs(recipe) else None
     return OnnxFile(source, plan, feeds, shown, options)
-
-
-def _check_routers(plan: Plan) -> None:
-    """Refuse routers that read what a foreign graph does not have, or that no one wants in one."""
-    for spec in plan.specs:
-        kind = router_kind(spec.router)
-        if kind == "oracle":
-            raise UnsupportedError(
-                f"{spec.ffn.path}: an oracle runs every expert to choose some, which is for "
-                "comparing other routers with; use another router"
-            )
-        if kind == "table":
-            raise UnsupportedError(
-                f"{spec.ffn.path}: its router reads {spec.router.by} ids, and an ONNX file does "
-                "not say which of its inputs they are; convert the model that it was exported from"
-            )

@@ -100,6 +100,16 @@ class FFN:
     hidden_width: int = 0
     shared: bool = False
 
+    @property
+    def place(self) -> str:
+        """The path of the MoE layer that it may become: as `upcycle.layers.tap.place_of` a site."""
+        return self.path if self.placement == "module" else self.contraction.module
+
+    @property
+    def has_up_bias(self) -> bool:
+        """Whether any expansion has a bias."""
+        return any(p.bias for p in self.expansions)
+
     def rows_of(self, module: str) -> tuple[tuple[int, int], ...]:
         """``(start, stop)`` of the outputs of the expansion `module` that are neurons, in order."""
         rows = sorted({r for p in self.expansions if p.module == module for r in range(*p.rows)})

@@ -1,11 +1,10 @@
 """The weights of one MoE layer, into the module and out of it."""
 
-from typing import Any
-
 import torch
 
 from upcycle.errors import UsageError
 from upcycle.ir.weights import ExpertWeights, MoEWeights, Provenance
+from upcycle.layers.config import LayerConfig
 from upcycle.layers.experts import SharedExpert
 from upcycle.layers.moe import MoE
 
@@ -29,13 +28,13 @@ def load_weights(layer: MoE, weights: MoEWeights) -> None:
         held[name].copy_(given[name])
 
 
-def empty_layer(config: dict[str, Any]) -> MoE:
+def empty_layer(config: LayerConfig) -> MoE:
     """The layer on the meta device, in eval mode: names and shapes without numbers."""
     with torch.device("meta"):
         return MoE(config).eval()
 
 
-def layer_around(config: dict[str, Any], weights: MoEWeights) -> MoE:
+def layer_around(config: LayerConfig, weights: MoEWeights) -> MoE:
     """The layer that holds `weights` themselves, in their dtypes: nothing is copied."""
     layer = empty_layer(config)
     layer.load_state_dict(weights.tensors(), assign=True)

@@ -8,12 +8,16 @@ from typing import Any, Literal
 import torch
 
 from upcycle.ir.ffn import FFN, Located
+from upcycle.layers.config import (
+    SELECT_ARGUMENTS,
+    LayerConfig,
+    RouterConfig,
+    RouterKind,
+    SelectConfig,
+)
 from upcycle.recipe import schema as recipe
 
 Promise = Literal["exact", "exact when K = N", "approximate"]
-
-# Fields of the recipe's router that are arguments of a rule of `upcycle.layers.selection`.
-SELECT_ARGUMENTS = {"top_p": ("mass",), "entropy": ("mass", "above", "q"), "null": ("nulls",)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class MoESpec:
     scale: float
     promise: Promise
     seed: int
-    router_kind: str = "linear"
+    router_kind: RouterKind = "linear"
     router_facts: dict[str, Any] = field(default_factory=dict)
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -66,54 +70,44 @@ class MoESpec:
         wanted = self.compensate.low_rank
         return wanted if isinstance(wanted, int) else round(wanted * self.ffn.d_model)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the layer is the best `top_k` of experts by linear scores, and nothing else."""
-        router = self.router_config()
-        is_best = router["select"]["rule"] == "top_k" and not router["balance"]
-        rules = ("one", "renormalised", "renorm_detach", "softmax")
-        has_more = self.shared or self.low_rank
-        linear = router["kind"] == "linear" and router["weights"] in rules
-        return linear and is_best and not has_more
-
-    def router_config(self) -> dict[str, Any]:
-        """The configuration of the runtime router, as `upcycle.layers.router.Router` takes it."""
+    def router_config(self) -> RouterConfig:
+        """What the runtime router is made of."""
         router = self.router
         arguments = {n: getattr(router, n) for n in SELECT_ARGUMENTS.get(router.select, ())}
-        return {
+        select = SelectConfig(rule=router.select, k=self.top_k, **arguments)
+        settings: dict[str, Any] = {
             "kind": self.router_kind,
             "num_experts": self.num_experts,
             "d_model": self.ffn.d_model,
-            "select": {"rule": router.select, "k": self.top_k, **arguments},
+            "select": select,
             "weights": router.weights,
             "scale": self.scale,
-            "bias": router.bias,
+            "bias": bool(router.bias),
             "tied": router.tied,
-            "frozen": False,
             "balance": router.balance,
-            "nulls": router.nulls if router.select == "null" else 0,
-            **self.router_facts,
+            "nulls": select.nulls,
         }
+        return RouterConfig(**settings | self.router_facts)
 
-    def layer_config(self) -> dict[str, Any]:
-        """The configuration of the runtime layer, as `upcycle.layers.moe.MoE` takes it."""
+    def layer_config(self) -> LayerConfig:
+        """What the runtime layer is made of."""
         ffn = self.ffn
         is_moved = self.compensate.mean or self.compensate.affine
-        return {
-            "num_experts": self.num_experts,
-            "width": self.width,
-            "shared": self.shared,
-            "low_rank": self.low_rank,
-            "d_model": ffn.d_model,
-            "d_out": ffn.d_out,
-            "axis": ffn.axis,
-            "pointwise": ffn.pointwise.to_json(),
-            "up_bias": any(p.bias for p in ffn.expansions),
-            "output_bias": ffn.contraction.bias is not None or is_moved,
-            "router": self.router_config(),
-            "hidden_dropout": ffn.hidden_dropout,
-            "output_dropout": ffn.output_dropout,
-        }
+        return LayerConfig(
+            num_experts=self.num_experts,
+            width=self.width,
+            shared=self.shared,
+            low_rank=self.low_rank,
+            d_model=ffn.d_model,
+            d_out=ffn.d_out,
+            axis=ffn.axis,
+            pointwise=ffn.pointwise,
+            up_bias=ffn.has_up_bias,
+            output_bias=ffn.contraction.bias is not None or is_moved,
+            router=self.router_config(),
+            hidden_dropout=ffn.hidden_dropout,
+            output_dropout=ffn.output_dropout,
+        )
 
     def site(self) -> dict[str, Any]:
         """Where the layer goes and what it is, as `upcycle.layers.tap.install` takes it."""
@@ -124,7 +118,7 @@ class MoESpec:
             "contraction": self.ffn.contraction.module,
             "tap_widths": list(self.ffn.tap_widths),
             "kept": self._kept(),
-            "layer": self.layer_config(),
+            "layer": self.layer_config().to_json(),
         }
 
     def _kept(self) -> dict[str, Any]:
@@ -139,12 +133,6 @@ class MoESpec:
             "columns": list(ffn.contraction.columns or ()),
             "hidden": ffn.hidden_width,
         }
-
-
-def router_kind(router: recipe.Router) -> str:
-    """The kinds that no ONNX file can have; `MoESpec.router_kind` is the kind of any router."""
-    refused = {"hash": "table", "assigned": "table", "oracle": "oracle"}
-    return refused.get(router.method, "linear")
 
 
 @dataclass(frozen=True)

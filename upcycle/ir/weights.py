@@ -250,7 +250,7 @@ def read_ffn(
     return FFNWeights(
         pointwise=ffn.pointwise,
         up_MFD=torch.stack(ups),
-        up_bias_MF=torch.stack(biases) if any(p.bias for p in ffn.expansions) else None,
+        up_bias_MF=torch.stack(biases) if ffn.has_up_bias else None,
         down_OF=rows(down, parameters[down.weight].detach(), is_weight=True).contiguous(),
         down_bias_O=bias,
         sources=tuple(read_ffn(ffn, source) for source in sources),

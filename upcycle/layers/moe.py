@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from upcycle.kernels import route_and_visit
+from upcycle.layers.config import LayerConfig
 from upcycle.layers.experts import Experts, SharedExpert, are_untouched
 from upcycle.layers.router import Router
 from upcycle.layers.routers import ROUTER_KINDS
-from upcycle.pointwise import Pointwise
 
 # Multiplications of a router that take no longer than torch's calls.
 AT_ONCE = 1 << 20
@@ -32,43 +32,30 @@ class MoE(nn.Module):
 
     ``y = sum_k w_k E_k(x) + Shared(x) + U V x + b``, of which all but the sum may be missing. `b`
     is the output bias of the dense FFN, which is right under every routing rule if added once.
-    `config` is plain data, as `MoESpec.layer_config` makes it, so that a checkpoint can carry it.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config = config
-        pointwise = Pointwise.from_json(config["pointwise"])
-        num_experts, d_model, d_out = config["num_experts"], config["d_model"], config["d_out"]
-        bias, dropout = config["up_bias"], config["hidden_dropout"]
-        self.router = ROUTER_KINDS[config["router"]["kind"]](config["router"])
-        self.experts = Experts(
-            num_experts,
-            d_model,
-            config["width"],
-            d_out,
-            pointwise=pointwise,
-            bias=bias,
-            dropout=dropout,
-        )
+        d_model, d_out = config.d_model, config.d_out
+        inner: dict[str, Any] = {"pointwise": config.pointwise, "bias": config.up_bias}
+        inner["dropout"] = config.hidden_dropout
+        self.router = ROUTER_KINDS[config.router.kind](config.router)
+        self.experts = Experts(config.num_experts, d_model, config.width, d_out, **inner)
         self.router_size = sum(tensor.numel() for tensor in self.router.state_dict().values())
         self.router.attach(self.experts)
         self.shared_expert = (
-            SharedExpert(
-                d_model, config["shared"], d_out, pointwise=pointwise, bias=bias, dropout=dropout
-            )
-            if config.get("shared")
-            else None
+            SharedExpert(d_model, config.shared, d_out, **inner) if config.shared else None
         )
-        rank = config.get("low_rank", 0)
+        rank = config.low_rank
         self.low_rank = (
             nn.Sequential(nn.Linear(d_model, rank, bias=False), nn.Linear(rank, d_out, bias=False))
             if rank
             else None
         )
-        self.output_bias = nn.Parameter(torch.zeros(d_out)) if config["output_bias"] else None
-        self.output_dropout = config["output_dropout"]
-        self.axis = config.get("axis", -1)
+        self.output_bias = nn.Parameter(torch.zeros(d_out)) if config.output_bias else None
+        self.output_dropout = config.output_dropout
+        self.axis = config.axis
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [..., D] -> [..., O]; with ``axis: 1`` (convolutions) [B, D, ...] likewise."""
@@ -155,5 +142,5 @@ def all_experts(model: nn.Module) -> Iterator[None]:
 def rebalance(model: nn.Module, rate: float = 1e-3) -> None:
     """`Router.rebalance` for every layer of `model` that balances its load."""
     for layer in model.modules():
-        if isinstance(layer, MoE) and layer.config["router"].get("balance"):
+        if isinstance(layer, MoE) and layer.config.router.balance:
             layer.router.rebalance(rate)

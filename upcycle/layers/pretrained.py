@@ -13,7 +13,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upcycle.layers.moe import MoE
-from upcycle.layers.tap import install
+from upcycle.layers.tap import install, place_of
 
 FORMAT = 1  # of the description in config.json; a later one may say what this code does not know
 
@@ -58,8 +58,7 @@ class UpcycledModel(nn.Module):
             layer.to(dtype)
             layer.router.to(torch.promote_types(dtype, torch.float32))
             layer.experts.config = config
-            path = site["path"] if site["placement"] == "module" else site["contraction"]
-            experts = re.sub(r"\.\d+(?=\.|$)", ".*", f"{path}.experts")
+            experts = re.sub(r"\.\d+(?=\.|$)", ".*", f"{place_of(site)}.experts")
             shards = [f"{experts}.{name}" for name, _ in layer.experts.named_parameters()]
             self._ep_plan |= {
                 **dict.fromkeys(shards, "grouped_gemm"),

@@ -7,16 +7,13 @@ and a *rule* for the weights of the selected ones.
 Shape suffixes: T tokens, D d_model, E experts, K chosen experts at most.
 """
 
-from typing import Any, Literal
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from upcycle.layers.config import RouterConfig, WeightRule
 from upcycle.layers.selection import Selected, everything, select
 
-WeightRule = Literal["renormalised", "softmax", "one", "renorm_detach", "gain"]
-_SIMPLE = ("renormalised", "softmax", "one")
 _OWN = frozenset(("forward", "scores", "choose", "_weigh"))  # where somebody else's may be
 
 
@@ -43,29 +40,24 @@ class Router(nn.Module):
     (Chen et al., "SMoE-Dropout", 2023, https://arxiv.org/abs/2303.01610). The rows of a
     ``tied`` one are the mean expert keys (the rows that the activation reads), refreshed on every
     training step (Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908).
-
-    Args:
-        config: plain data, as ``MoESpec.layer_config()["router"]`` makes it: ``kind``,
-            ``num_experts``, ``d_model``, ``select``, ``weights``, ``scale``, ``balance``,
-            ``nulls``, and what the kind needs.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_experts: int = config["num_experts"]
-        self.top_k: int = config["select"]["k"]
-        self.weights: WeightRule = config["weights"]
-        self.scale: float = config["scale"]
-        self.tied: bool = config.get("tied", False)
+        self.num_experts = config.num_experts
+        self.top_k = config.select.k
+        self.weights = config.weights
+        self.scale = config.scale
+        self.tied = config.tied
         self.all_experts = False
         self.load_E: torch.Tensor | None = None
-        rows = self.num_experts + config.get("nulls", 0)
-        simple = config["select"]["rule"] == "top_k" and self.weights in _SIMPLE
-        fits = 0 < self.top_k <= rows == self.num_experts and not config.get("balance")
-        self.plain = simple and fits and type(self) is Router
-        self.make(rows, config["d_model"], config)
-        if config.get("balance"):
+        rows = self.num_experts + config.nulls
+        # What the kernels compute: `renorm_detach` has another gradient.
+        fits = self.weights != "renorm_detach" and 0 < self.top_k <= rows
+        self.has_kernel = config.is_plain and fits and type(self) is Router
+        self.make(rows, config.d_model, config)
+        if config.balance:
             self.register_buffer("selection_bias", torch.zeros(rows))
         if self.weights == "gain":
             self.gain = nn.Parameter(torch.zeros(self.num_experts))
@@ -74,11 +66,11 @@ class Router(nn.Module):
     bias: torch.Tensor | None
     selection_bias: torch.Tensor
 
-    def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
+    def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
         """Make the parameters that `scores` reads, for `rows` experts."""
-        frozen = config.get("frozen", False)
+        frozen = config.frozen
         self._put("weight", torch.zeros(rows, d_model), frozen=self.tied or frozen)
-        self._put("bias", torch.zeros(rows) if config.get("bias") else None, frozen=frozen)
+        self._put("bias", torch.zeros(rows) if config.bias else None, frozen=frozen)
 
     def _put(self, name: str, tensor: torch.Tensor | None, *, frozen: bool) -> None:
         if frozen:
@@ -111,14 +103,14 @@ class Router(nn.Module):
             return true_TE, torch.ones_like(true_TE), index_TK
         index_TK, kept_TK = self.choose(logits_TE)
         weights_TK = self._weigh(logits_TE, index_TK, kept_TK)
-        if self.training and self.config.get("balance"):
+        if self.training and self.config.balance:
             self._count(index_TK, kept_TK)
         return true_TE, weights_TK * self.scale, index_TK
 
     def as_linear(self) -> tuple[torch.Tensor, torch.Tensor | None, int, WeightRule, float] | None:
         """Weight, bias, K, rule and scale where these are all that `forward` computes with, in
         evaluation, and nobody watches it or has put something in its place; else None."""
-        if not self.plain or self.training or self.all_experts:
+        if not self.has_kernel or self.training or self.all_experts:
             return None
         if self._forward_hooks or self._forward_pre_hooks or not _OWN.isdisjoint(self.__dict__):
             return None
@@ -128,9 +120,9 @@ class Router(nn.Module):
 
     def choose(self, logits_TE: torch.Tensor) -> Selected:
         """The experts of each token, as `upcycle.layers.selection` describes them."""
-        if self.config.get("balance"):
+        if self.config.balance:
             logits_TE = logits_TE.softmax(-1) + self.selection_bias.to(logits_TE.dtype)
-        return select(logits_TE, self.config["select"])
+        return select(logits_TE, self.config.select)
 
     @torch.no_grad()
     def _count(self, index_TK: torch.Tensor, kept_TK: torch.Tensor | None) -> None:
@@ -177,9 +169,9 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
-        config = self.config
-        shape = f"num_experts={self.num_experts}, d_model={config['d_model']}"
-        return f"{shape}, select={config['select']}, weights={self.weights}, tied={self.tied}"
+        shape = f"num_experts={self.num_experts}, d_model={self.config.d_model}"
+        select = self.config.select.to_json()
+        return f"{shape}, select={select}, weights={self.weights}, tied={self.tied}"
 
 
 _METHODS = (Router.forward, Router.scores, Router.choose, Router._weigh)

@@ -9,9 +9,10 @@ Shape suffixes: T tokens, E experts, K chosen experts at most.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
+
+from upcycle.layers.config import SelectConfig
 
 Selected = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -101,7 +102,6 @@ SELECT: dict[str, Callable[..., Selected]] = {
 }
 
 
-def select(scores_TE: torch.Tensor, config: dict[str, Any]) -> Selected:
-    """Apply the rule ``config["rule"]`` with the other entries as its arguments."""
-    arguments = {name: value for name, value in config.items() if name != "rule"}
-    return SELECT[config["rule"]](scores_TE, **arguments)
+def select(scores_TE: torch.Tensor, config: SelectConfig) -> Selected:
+    """Apply the rule of `config`."""
+    return SELECT[config.rule](scores_TE, **config.arguments)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from upcycle.layers.config import LayerConfig
 from upcycle.layers.moe import MoE
 from upcycle.layers.token_context import tell_routers
 
@@ -49,12 +50,12 @@ class TappedMoE(MoE):
     """
 
     def __init__(
-        self, config: dict[str, Any], *, columns: Sequence[int] = (), hidden: int = 0
+        self, config: LayerConfig, *, columns: Sequence[int] = (), hidden: int = 0
     ) -> None:
         super().__init__(config)
         self.columns = tuple(columns)
         if columns:
-            kept = torch.zeros(config["d_out"], hidden - (columns[1] - columns[0]))
+            kept = torch.zeros(config.d_out, hidden - (columns[1] - columns[0]))
             self.kept_weight = nn.Parameter(kept)
         self._remembered = _Remembered()
         self._compiled_x: torch.Tensor | None = None  # what a compiler can follow
@@ -163,7 +164,7 @@ class PartialTap(nn.Module):
         self.width = width
         self.taken = [(int(start), int(stop)) for start, stop in taken]
         rows = width - sum(stop - start for start, stop in self.taken)
-        self.weight = nn.Parameter(torch.zeros(rows, layer.config["d_model"]))
+        self.weight = nn.Parameter(torch.zeros(rows, layer.config.d_model))
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
         object.__setattr__(self, "_layer", layer)
 
@@ -197,6 +198,12 @@ def _taps(layer: TappedMoE, site: Mapping[str, Any]) -> Iterator[tuple[str, nn.M
             yield path, PartialTap(layer, first=i == 0, width=width, taken=taken, bias=bias)
 
 
+def place_of(site: Mapping[str, Any]) -> str:
+    """The path of the `MoE` that `install` makes."""
+    where: str = site["path"] if site["placement"] == "module" else site["contraction"]
+    return where
+
+
 def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
     """Put an MoE layer, with weights of zero, at each site of `model`, in place.
 
@@ -208,6 +215,9 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
 
     Returns:
         The layers, in the order of `sites`.
+
+    Raises:
+        ValueError: a site describes a layer that this code does not know.
     """
     places: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -219,18 +229,17 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
 
     layers: list[MoE] = []
     for site in sites:
+        config = LayerConfig.from_json(site["layer"])
         if site["placement"] == "module":
-            layer = MoE(site["layer"])
-            put(site["path"], layer)
+            layer = MoE(config)
         else:
             kept = site.get("kept") or {"columns": (), "hidden": 0}
-            layer = TappedMoE(site["layer"], columns=kept["columns"], hidden=kept["hidden"])
+            layer = TappedMoE(config, columns=kept["columns"], hidden=kept["hidden"])
             for path, tap in _taps(layer, site):
                 put(path, tap.train(model.training))
-            put(site["contraction"], layer)
+        put(place_of(site), layer)
         layer.train(model.training)
         layers.append(layer)
-    places_of = [s["path"] if s["placement"] == "module" else s["contraction"] for s in sites]
     routers = [layer.router for layer in layers]
-    tell_routers(model, dict(zip(places_of, routers, strict=True)))
+    tell_routers(model, dict(zip(map(place_of, sites), routers, strict=True)))
     return layers

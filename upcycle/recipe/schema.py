@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from upcycle.layers.router import WeightRule
+from upcycle.layers.config import SelectRule, TokenKey, WeightRule
 from upcycle.recipe.onnx import Onnx
 from upcycle.recipe.section import Section
 
@@ -159,7 +159,7 @@ class Router(Section):
         description="experts that a token visits, besides the shared one"
     )
     weights: WeightRule = Field(description="how the outputs of the visited experts are weighted")
-    select: Literal["top_k", "top_p", "entropy", "null", "expert_choice", "all"] = Field(
+    select: SelectRule = Field(
         "top_k", description="which experts a token visits; most rules use `top_k` as a bound"
     )
     mass: float = Field(0.4, ge=0, le=1, description="top_p, entropy: probability to reach")
@@ -181,7 +181,7 @@ class Router(Section):
         description="mlp: width of the hidden layer, 0 is one per expert; cosine: of the small "
         "space, 0 is half as many",
     )
-    by: Literal["token", "type", "domain"] = Field(
+    by: TokenKey = Field(
         "token", description="hash, assigned: what the table of experts is read by"
     )
     entries: int = Field(

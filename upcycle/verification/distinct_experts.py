@@ -48,7 +48,7 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> 
     probe.router.stand_in(len(x_TD))
     _, weights_TK, index_TK = probe.router(x_TD)
     weights_TK = weights_TK.double()
-    if _has_own_scores(probe):
+    if probe.config.router.is_plain:  # scores and weights can be had without the router's code
         logits_TE = _logits(probe, x_TD)
         if not _has_best_scores(probe, x_TD, logits_TE, index_TK):
             return math.inf
@@ -56,13 +56,6 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> 
     wide = WIDER[x_TD.dtype]
     expected_TO = _reference(probe, x_TD.to(wide), weights_TK.to(wide), index_TK)
     return distance(probe.tokens(x_TD), expected_TO).relative
-
-
-def _has_own_scores(layer: MoE) -> bool:
-    """Whether scores and weights can be had here without the code of the router."""
-    config = layer.config["router"]
-    is_best = config["select"]["rule"] == "top_k" and not config["balance"]
-    return config["kind"] == "linear" and is_best and config["weights"] != "gain"
 
 
 def _made_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> MoE:
@@ -89,7 +82,7 @@ def _made_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -
     if up_bias_EG is not None:
         instead[id(up_bias_EG)] = scaled(up_bias_EG, num_experts, rows)
     probe = copy.deepcopy(layer, instead)
-    if _has_own_scores(layer):
+    if layer.config.router.is_plain:
         length = x_TD.double().norm(dim=-1).mean().item() or 1.0
         drawn_ED = torch.randn(num_experts, d_model, generator=generator, dtype=torch.float64)
         probe.router.weight.copy_(drawn_ED / length)
@@ -106,13 +99,13 @@ def _has_best_scores(
     layer: MoE, x_TD: torch.Tensor, logits_TE: torch.Tensor, index_TK: torch.Tensor
 ) -> bool:
     """Whether each row of `index_TK` has the K best experts, up to rounding of the scores."""
-    config, k = layer.config, layer.config["router"]["select"]["k"]
+    k = layer.config.router.select.k
     if index_TK.shape != (len(x_TD), k):
         return False
     chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_TK, True)
     if not bool((chosen_TE.sum(1) == k).all()):
         return False
-    if k == config["num_experts"]:
+    if k == layer.config.num_experts:
         return True
     worst_T = logits_TE.masked_fill(~chosen_TE, math.inf).amin(1)
     best_left_T = logits_TE.masked_fill(chosen_TE, -math.inf).amax(1)
@@ -123,15 +116,15 @@ def _has_best_scores(
 
 def _weights(layer: MoE, logits_TE: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
     """The weights of the chosen experts by their definition, in float64."""
-    config = layer.config["router"]
+    config = layer.config.router
     p_TK = logits_TE.gather(1, index_TK).exp()
-    if config["weights"] == "one":
+    if config.weights == "one":
         p_TK = torch.ones_like(p_TK)
-    elif config["weights"] == "softmax":
+    elif config.weights == "softmax":
         p_TK = p_TK / logits_TE.exp().sum(1, keepdim=True)
     else:
         p_TK = p_TK / p_TK.sum(1, keepdim=True)
-    weights_TK: torch.Tensor = p_TK * config["scale"]
+    weights_TK: torch.Tensor = p_TK * config.scale
     return weights_TK
 
 
@@ -139,12 +132,11 @@ def _reference(
     layer: MoE, x_TD: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
 ) -> torch.Tensor:
     """Every expert on every token in the dtype of `x_TD`, of which the chosen ones are added up."""
-    config = layer.config
-    weight_TE = x_TD.new_zeros(len(x_TD), config["num_experts"]).scatter(1, index_TK, weights_TK)
-    pointwise = Pointwise.from_json(config["pointwise"])
-    total_TO = x_TD.new_zeros(len(x_TD), config["d_out"])
-    for expert in range(config["num_experts"]):
-        for start in range(0, config["width"], NEURONS):
+    config, pointwise = layer.config, layer.config.pointwise
+    weight_TE = x_TD.new_zeros(len(x_TD), config.num_experts).scatter(1, index_TK, weights_TK)
+    total_TO = x_TD.new_zeros(len(x_TD), config.d_out)
+    for expert in range(config.num_experts):
+        for start in range(0, config.width, NEURONS):
             y_TO = _neurons(layer, pointwise, expert, start, x_TD)
             total_TO += weight_TE[:, expert, None] * y_TO
     return total_TO + _for_every_token(layer, pointwise, x_TD)
@@ -155,7 +147,7 @@ def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> to
     state = layer.state_dict()
     few = [name for name in state if not name.startswith(("experts.", "router."))]
     tensors = {name: state[name].to(x_TD.dtype) for name in few}
-    total_TO: torch.Tensor = x_TD.new_zeros(len(x_TD), layer.config["d_out"])
+    total_TO: torch.Tensor = x_TD.new_zeros(len(x_TD), layer.config.d_out)
     if layer.shared_expert is not None:
         up = f"shared_expert.{layer.shared_expert.up_name}"
         z_TG = x_TD @ tensors[f"{up}.weight"].t() + tensors.get(f"{up}.bias", 0.0)
@@ -173,7 +165,7 @@ def _neurons(
     layer: MoE, pointwise: Pointwise, expert: int, start: int, x_TD: torch.Tensor
 ) -> torch.Tensor:
     """What some neurons of one expert add: few at a time, as they are in a wider type."""
-    experts, width = layer.experts, layer.config["width"]
+    experts, width = layer.experts, layer.config.width
     stop = min(start + NEURONS, width)
     z = []
     for i in range(pointwise.arity):

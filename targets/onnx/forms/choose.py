@@ -151,7 +151,7 @@ def fused_form(layer: MoE, *, gelu: str = "exact") -> Kernel | None:
 def total_weight(layer: MoE) -> float | None:
     """The sum of the expert weights of a token, or None if it differs from token to token."""
     router = layer.router
-    rule = router.config["select"]["rule"]
+    rule = router.config.select.rule
     if router.weights in ("renormalised", "renorm_detach"):
         return None if rule in ("null", "expert_choice") else float(router.scale)
     if router.weights == "one" and rule in ("top_k", "all"):
@@ -161,6 +161,6 @@ def total_weight(layer: MoE) -> float | None:
 
 def most_visited(layer: MoE) -> int:
     """How many experts a token visits at most."""
-    select = layer.router.config["select"]
-    by_score = select["rule"] in ("top_k", "top_p", "null")
-    return min(select["k"], layer.router.num_experts) if by_score else layer.router.num_experts
+    select = layer.router.config.select
+    by_score = select.rule in ("top_k", "top_p", "null")
+    return min(select.k, layer.router.num_experts) if by_score else layer.router.num_experts

@@ -1,11 +1,10 @@
 """A router that compares directions in a small space."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from upcycle.layers.config import RouterConfig
 from upcycle.layers.router import Router
 
 
@@ -15,10 +14,10 @@ class CosineRouter(Router):
     Cong et al., "GNT-MOVE", 2023, https://arxiv.org/abs/2308.11793
     """
 
-    def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
+    def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
         """`reduce` [R, D], `weight` [E, R] and `temperature` [E]."""
-        self.reduce = nn.Parameter(torch.zeros(config["hidden"], d_model))
-        self.weight = nn.Parameter(torch.zeros(rows, config["hidden"]))
+        self.reduce = nn.Parameter(torch.zeros(config.hidden, d_model))
+        self.weight = nn.Parameter(torch.zeros(rows, config.hidden))
         self.temperature = nn.Parameter(torch.ones(rows))
 
     def scores(self, x_TD: torch.Tensor) -> torch.Tensor:

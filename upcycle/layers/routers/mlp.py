@@ -1,11 +1,10 @@
 """A router of two linear maps."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from upcycle.layers.config import RouterConfig
 from upcycle.layers.router import Router
 
 
@@ -15,11 +14,11 @@ class MLPRouter(Router):
     Zhang et al., "MoEfication", 2021, https://arxiv.org/abs/2110.01786
     """
 
-    def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
+    def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
         """`weight_in` [H, D] and `weight_out` [E, H], and perhaps `bias` [E]."""
-        self.weight_in = nn.Parameter(torch.zeros(config["hidden"], d_model))
-        self.weight_out = nn.Parameter(torch.zeros(rows, config["hidden"]))
-        self.bias = nn.Parameter(torch.zeros(rows)) if config.get("bias") else None
+        self.weight_in = nn.Parameter(torch.zeros(config.hidden, d_model))
+        self.weight_out = nn.Parameter(torch.zeros(rows, config.hidden))
+        self.bias = nn.Parameter(torch.zeros(rows)) if config.bias else None
 
     def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Tokens in float32 or float64 -> logits [T, E]."""

@@ -1,13 +1,11 @@
 """A router that runs one neuron of each expert."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from upcycle.layers.config import RouterConfig
 from upcycle.layers.router import Router
-from upcycle.pointwise import Pointwise
 
 
 class NeuronsRouter(Router):
@@ -16,12 +14,12 @@ class NeuronsRouter(Router):
     Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416
     """
 
-    def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
+    def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
         """The rows of the neurons in each expansion: `weight` [M, E, D], perhaps `bias` [M, E]."""
-        self.pointwise = Pointwise.from_json(config["pointwise"])
+        self.pointwise = config.pointwise
         arity = self.pointwise.arity
         self.weight = nn.Parameter(torch.zeros(arity, rows, d_model))
-        self.bias = nn.Parameter(torch.zeros(arity, rows)) if config["up_bias"] else None
+        self.bias = nn.Parameter(torch.zeros(arity, rows)) if config.up_bias else None
 
     def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Tokens in float32 or float64 -> logits [T, E]."""

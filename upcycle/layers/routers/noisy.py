@@ -1,11 +1,10 @@
 """A linear router with noise of learned size in training."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from upcycle.layers.config import RouterConfig
 from upcycle.layers.router import Router
 
 
@@ -15,7 +14,7 @@ class NoisyRouter(Router):
     Shazeer et al., "Outrageously Large Neural Networks", 2017, https://arxiv.org/abs/1701.06538
     """
 
-    def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
+    def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
         """As the linear router, and `noise_weight` [E, D]."""
         super().make(rows, d_model, config)
         self.noise_weight = nn.Parameter(torch.zeros(rows, d_model))

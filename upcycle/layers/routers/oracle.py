@@ -1,9 +1,8 @@
 """A router that runs every expert to find the best: what no router can beat."""
 
-from typing import Any
-
 import torch
 
+from upcycle.layers.config import RouterConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.router import Router
 
@@ -18,7 +17,7 @@ class OracleRouter(Router):
 
     _experts: Experts
 
-    def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
+    def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
         """Nothing: the experts are those of the layer."""
 
     def attach(self, experts: Experts) -> None:  # type: ignore[override]

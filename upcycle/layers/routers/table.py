@@ -1,9 +1,8 @@
 """A router that looks up the experts of a token by its id, its type, or the domain of its text."""
 
-from typing import Any
-
 import torch
 
+from upcycle.layers.config import RouterConfig
 from upcycle.layers.router import Router
 from upcycle.layers.token_context import TokenContext
 
@@ -21,10 +20,10 @@ class TableRouter(Router):
     expert: torch.Tensor
     given: TokenContext | None = None  # set by `upcycle.layers.token_context.tell_routers`
 
-    def make(self, rows: int, d_model: int, config: dict[str, Any]) -> None:
+    def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
         """`expert` [entries, K] int64."""
-        self.by: str = config["by"]
-        entries, k = config["entries"], min(self.top_k, rows)
+        self.by = config.by
+        entries, k = config.entries, min(self.top_k, rows)
         self.register_buffer("expert", torch.zeros(entries, k, dtype=torch.int64))
 
     def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
