@@ -140,12 +140,15 @@ def test_a_module_of_another_shape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "file"), [("plain", "upcycle.json"), ("bert", "config.json")])
 def test_a_layer_of_a_later_version(name: str, file: str, tmp_path: Path) -> None:
-    convert(small_models.build(name), "split-all", verify=False).save(tmp_path, verify=False)
-    data = json.loads((tmp_path / file).read_text())
-    data.get("upcycle" if name == "bert" else "", data)["sites"][0]["layer"]["router"]["depth"] = 3
-    (tmp_path / file).write_text(json.dumps(data))
+    dense = small_models.plain() if name == "plain" else small_models.build(name)
+    convert(dense, "split-all", verify=False).save(tmp_path / "moe", verify=False)
+    path = tmp_path / "moe" / file
+    data = json.loads(path.read_text())
+    described = data["upcycle"] if name == "bert" else data
+    described["sites"][0]["layer"]["router"]["depth"] = 3
+    path.write_text(json.dumps(data))
     with pytest.raises(UsageError, match=r"layer\.router has `depth`, which is unknown; read it"):
-        upcycle.load(tmp_path, small_models.build(name))
+        upcycle.load(tmp_path / "moe", dense)
 
 
 def test_a_directory_that_upcycle_did_not_write(tmp_path: Path) -> None:
