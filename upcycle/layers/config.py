@@ -28,7 +28,7 @@ _NOTHING = Pointwise(0, ())  # where no neuron is run
 
 @dataclass(frozen=True)
 class Settings:
-    """Fields as JSON."""
+    """Fields that are also JSON."""
 
     _special: ClassVar[Special] = {}
 

@@ -38,14 +38,25 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         d_model, d_out = config.d_model, config.d_out
-        inner: dict[str, Any] = {"pointwise": config.pointwise, "bias": config.up_bias}
-        inner["dropout"] = config.hidden_dropout
+        pointwise, bias, dropout = config.pointwise, config.up_bias, config.hidden_dropout
         self.router = ROUTER_KINDS[config.router.kind](config.router)
-        self.experts = Experts(config.num_experts, d_model, config.width, d_out, **inner)
+        self.experts = Experts(
+            config.num_experts,
+            d_model,
+            config.width,
+            d_out,
+            pointwise=pointwise,
+            bias=bias,
+            dropout=dropout,
+        )
         self.router_size = sum(tensor.numel() for tensor in self.router.state_dict().values())
         self.router.attach(self.experts)
         self.shared_expert = (
-            SharedExpert(d_model, config.shared, d_out, **inner) if config.shared else None
+            SharedExpert(
+                d_model, config.shared, d_out, pointwise=pointwise, bias=bias, dropout=dropout
+            )
+            if config.shared
+            else None
         )
         rank = config.low_rank
         self.low_rank = (
