@@ -36,7 +36,7 @@ FLAGS = {
     | {"CONVERTED", "--against", "--engine", "--tokens", "--layers", "--threads", "--seconds"}
     | {"--plot", "--inputs", "--json", "--trust-remote-code"},
     "recipes": LOG | {"[NAME]"},
-    "schema": LOG,
+    "schema": LOG | {"--report"},
     "samples": LOG,
     "samples add": LOG | {"NAME"},
 }
@@ -108,6 +108,9 @@ def test_a_recipe_is_printed_as_it_is_stored() -> None:
 def test_the_schema_is_json() -> None:
     schema = json.loads(run("schema").stdout)
     assert schema["title"] == "Recipe"
+    report = json.loads(run("schema", "--report").stdout)
+    assert report["title"] == "Report"
+    assert {"model", "checks", "layers", "end_to_end"} <= set(report["properties"])
 
 
 def test_samples_are_listed() -> None:

@@ -25,9 +25,11 @@ def recipes(name: str | None) -> None:
 
 
 @click.command()
+@click.option("--report", "is_report", is_flag=True, help="That of report.json instead.")
 @options.log
-def schema() -> None:
+def schema(is_report: bool) -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from upcycle.recipe import reader as recipe_file
+    from upcycle.ir.report import report_schema
+    from upcycle.recipe.reader import recipe_schema
 
-    console.print_json(recipe_file.recipe_schema())
+    console.print_json(report_schema() if is_report else recipe_schema())
