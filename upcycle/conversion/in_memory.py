@@ -1,8 +1,8 @@
 """A dense model that is a module in memory, on its way through the pipeline."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from torch import nn
 from upcycle.capture.capture import ExampleInputs
 from upcycle.conversion.dense_model import Facts
 from upcycle.conversion.make import Kept, Made, Visit
-from upcycle.conversion.module_files import module_card, verify_written, write_module
 from upcycle.conversion.objectives import objective_for
 from upcycle.conversion.options import DEFAULTS, Options
 from upcycle.data.calibration import CalibrationData
@@ -29,11 +28,20 @@ from upcycle.passes.calibrate.calibrate import calibrate
 from upcycle.passes.calibrate.gradients import importance
 from upcycle.passes.plan.costs import model_size
 from upcycle.passes.rewrite import fill, with_empty_layers
-from upcycle.targets.checkpoint import Checkpoint
+from upcycle.targets.card import card
+from upcycle.targets.checkpoint import Checkpoint, planned_layers, write_checkpoint
+from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.staging import staged
+from upcycle.targets.files.tensor_file import check_disk
+from upcycle.targets.native.in_place import as_on_disk
+from upcycle.targets.onnx.parts import ENCODER
+from upcycle.targets.onnx.write import in_float32, write_onnx
+from upcycle.util.eval_mode import eval_mode
 from upcycle.util.module_facts import model_dtype
 from upcycle.util.progress import Progress, step
+from upcycle.verification.files import verify_files
 from upcycle.verification.in_memory import verify_module
+from upcycle.verification.onnx.precision import verify_precision
 
 
 @dataclass
@@ -146,17 +154,33 @@ class InMemory:
         return staged(out, overwrite=self.options.overwrite, protect=protect)
 
     def write(self, directory: Path, scratch: Path, made: Made, progress: Progress) -> Checkpoint:
-        """Write checkpoint and ONNX files."""
-        return write_module(
-            directory,
-            self.finish(made),
-            made.plan,
-            source=self.source,
-            example=self.evaluation.batches[0],
-            targets=self.options.targets,
-            max_shard_size=self.options.max_shard_size,
-            progress=progress,
-        )
+        """Write the checkpoint, what lies beside the dense weights, and ONNX files."""
+        model, options = self.finish(made), self.options
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        check_disk(directory, size)
+        if self.source and self.source.directory:  # what it has of its own is not written anew
+            copy_companions(self.source.directory, directory)
+        factory = self.source.name if self.source and self.source.directory is None else None
+        with step(progress, "writing"), eval_mode(model):
+            written = write_checkpoint(
+                directory,
+                model,
+                made.plan,
+                factory=factory,
+                max_shard_size=options.max_shard_size,
+            )
+        if "onnx" in options.targets:
+            with step(progress, "exporting to ONNX"), self._for_onnx(made, written) as single:
+                example, onnx = self.evaluation.batches[0], made.plan.recipe.onnx
+                write_onnx(directory, single, example, written.stored, onnx)
+        return written
+
+    @contextmanager
+    def _for_onnx(self, made: Made, written: Checkpoint) -> Iterator[nn.Module]:
+        """The converted module with the numbers that the checkpoint has, in float32."""
+        model = self.finish(made)
+        with eval_mode(model), as_on_disk(planned_layers(model, made.plan), written.target):
+            yield in_float32(model, rounded_routers=written.form == "native")
 
     def checkpoint(self, written: Checkpoint) -> CheckpointFacts:
         """What the weights were written as."""
@@ -186,20 +210,18 @@ class InMemory:
         self, report: Report, directory: Path, made: Made, written: Checkpoint, progress: Progress
     ) -> Report:
         """Tiers T3 and T4: what was written of it."""
-        return verify_written(
-            report,
-            directory,
-            made.plan,
-            written,
-            self.dense,
-            self.finish(made),
-            self.evaluation,
-            self.options.targets,
-            progress,
-        )
+        model, evaluation, plan = self.finish(made), self.evaluation, made.plan
+        with step(progress, "loading again"):
+            report = verify_files(report, directory, plan, written, self.dense, model, evaluation)
+        if "onnx" not in self.options.targets:
+            return report
+        with step(progress, "running ONNX"), self._for_onnx(made, written) as single:
+            facts, checks = verify_precision(directory, single, evaluation, plan.recipe.onnx)
+        return replace(report, onnx=facts, checks=(*report.checks, *checks))
 
     def card(
         self, name: str, directory: Path, report: Report, made: Made, written: Checkpoint
     ) -> str:
         """README.md of the directory."""
-        return module_card(name, directory, report, made.plan, written, self.options.targets)
+        is_pair = (directory / ENCODER).is_file()
+        return card(name, made.plan, written, self.options.targets, report, is_pair=is_pair)
