@@ -57,7 +57,8 @@ def layer_of(router: dict[str, Any], activation: str, seed: int = 0, **more: Any
     config = moe(activation, num_experts=E, width=WIDTH, d_model=D).config
     own = {"pointwise": ACTIVATIONS[activation], "up_bias": True, **router}
     routing = replace(config.router, **own)
-    layer = MoE(replace(config, shared=6, low_rank=2, router=routing, **more)).eval()
+    shape = {"shared": 6, "low_rank": 2} | more
+    layer = MoE(replace(config, router=routing, **shape)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in layer.state_dict().items():
