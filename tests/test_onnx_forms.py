@@ -254,11 +254,11 @@ def test_rounding_is_what_independent_errors_give(tmp_path: Path, bits: int, blo
     named = {f"layers.{i}": layer for i, layer in enumerate(layers)}
     rows, checks = verify_rounding(path, named, [{"x": sample(200).numpy()}])
     assert all(found.passed for found in checks), checks
-    assert [row["path"] for row in rows] == list(named)
+    assert [row.path for row in rows] == list(named)
     for row in rows:
-        assert row["rounding_over_expected"] > 0.5  # so a tenth of the errors would be noticed, too
+        assert row.rounding_over_expected > 0.5  # so a tenth of the errors would be noticed, too
         low, high = (0.003, 0.05) if bits == 8 else (0.05, 0.4)
-        assert low < row["output_rms"] < high
+        assert low < row.output_rms < high
 
 
 def test_a_wrong_scale_is_noticed(tmp_path: Path) -> None:
