@@ -50,45 +50,26 @@ def _row(name: str, *steps: Step, **more: Any) -> KnownActivation:
 
 KNOWN_ACTIVATIONS = (
     _row(
-        "none",
-        ("mul", ("z0", 1.0), {}),
-        gated="bilinear",
-        kernel=0,
-        onnx="identity",
-        classes=("LinearActivation",),
-        degree=1,
+        "none", ("mul", ("z0", 1.0), {}), gated="bilinear", kernel=0, onnx="identity",
+        classes=("LinearActivation",), degree=1
     ),
     _row("relu", gated="reglu", kernel=1, onnx="relu", classes=("ReLU",), degree=1),
     _row(
-        "relu2",
-        ("relu", ("z0",), {}),
-        ("square", ("t0",), {}),
-        kernel=2,
-        classes=("ReLUSquaredActivation",),
-        degree=2,
+        "relu2", ("relu", ("z0",), {}), ("square", ("t0",), {}), kernel=2,
+        classes=("ReLUSquaredActivation",), degree=2
     ),
     _row(
-        "silu",
-        gated="swiglu",
-        kernel=3,
-        onnx="silu",
-        onnx_gated="swiglu",
-        classes=("SiLU", "SiLUActivation"),
+        "silu", gated="swiglu", kernel=3, onnx="silu", onnx_gated="swiglu",
+        classes=("SiLU", "SiLUActivation")
     ),
     _row("gelu", gated="geglu", kernel=4, classes=("GELUActivation",)),
-    _row(
-        "gelu_tanh",
-        ("gelu", ("z0",), {"approximate": "tanh"}),
-        gated="geglu_tanh",
-        kernel=5,
-        onnx="gelu",  # 3e-4 from the erf form
-        classes=("FastGELUActivation", "GELUTanh", "NewGELUActivation"),
+    _row(  # the "gelu" of ONNX Runtime, 3e-4 from the erf form
+        "gelu_tanh", ("gelu", ("z0",), {"approximate": "tanh"}), gated="geglu_tanh", kernel=5,
+        onnx="gelu", classes=("FastGELUActivation", "GELUTanh", "NewGELUActivation")
     ),
     _row(
         "quick_gelu",
-        ("mul", ("z0", 1.702), {}),
-        ("sigmoid", ("t0",), {}),
-        ("mul", ("z0", "t1"), {}),
+        ("mul", ("z0", 1.702), {}), ("sigmoid", ("t0",), {}), ("mul", ("z0", "t1"), {})
     ),
     _row("sigmoid", gated="sigmoid_glu"),
     _row("tanh"),
@@ -96,7 +77,7 @@ KNOWN_ACTIVATIONS = (
     _row("leaky_relu", degree=1),
     _row("hardswish"),
     _row("mish"),
-)
+)  # fmt: skip
 NAMED_POINTWISE = {form.name: form for row in KNOWN_ACTIVATIONS for form in row.forms()}
 _IN_KERNELS = {
     (pointwise.name, pointwise.arity): known.name
