@@ -176,7 +176,7 @@ def test_a_dense_model_is_inspected_as_before(llama: Path, tmp_path: Path) -> No
     done = run("inspect", copy)
     assert done.exit_code == 0
     assert "2 dense FFNs found" in done.stdout
-    with pytest.raises(UsageError, match="this is not an output of it"):
+    with pytest.raises(UsageError, match="this is not an output of upcycle"):
         inspect_converted(llama)
 
 
