@@ -3,25 +3,16 @@
 import numpy as np
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
 from upcycle.passes.experts.markers import Markers, mark
-from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.experts.split import shared_neurons, split_parts
 
 STEPS = 10  # of Lloyd's iteration at most; the authors' code takes one
 
 
-def activation_carve(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> Parts:
+def activation_carve(dense: DenseLayer) -> Parts:
     """Group the neurons by which tokens they are among the strongest for.
 
     In each token the ``experts.markers`` neurons of largest ``|h|`` are marked, with the token and
@@ -29,29 +20,20 @@ def activation_carve(
     found by Lloyd's iteration in the L1 distance, which for marks is the Hamming distance, starting
     at the columns of the most often marked neurons; each step assigns exactly, subject to the
     sizes. With ``experts.shared_by: rate`` the shared expert has the most often marked neurons, as
-    in the paper; marks are drawn among all neurons.
+    in the paper, whose FFNs are gated; marks are drawn among all neurons.
 
-    The dense output is the sum over all experts, the shared one and the output bias, so the layer
-    is exact when every expert is chosen with weight one; with fewer it drops neurons.
-
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept; the paper's is gated.
-        spec: `num_experts` is E; `width` is that of a routed expert; ``experts.markers``.
-        generator: unused.
-        data: the calibration tokens, all of them; F * T / 8 bytes are kept, and E * F float64.
-
-    Returns:
-        Experts and the shared one. Memory: that of the dense FFN, and the padding.
+    Exact when every expert is chosen with weight one.
+    Memory: F * T / 8 bytes of marks and E * F float64, beside those of a split.
 
     Source:
         Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416
     """
-    assert data is not None, "`passes.needs` asks for it"
-    markers = mark(ffn, data, spec.experts.markers)
-    shared_S, rest_F = shared_neurons(ffn, spec, data)
+    spec = dense.spec
+    markers = mark(dense.ffn, dense.data, spec.experts.markers)
+    shared_S, rest_F = shared_neurons(dense)
     labels_F = carve(markers.of_neurons(rest_F), group_sizes(len(rest_F), spec.num_experts))
     local_EI = deal(labels_F.argsort(stable=True), spec.num_experts, spec.width)
-    return split_parts(ffn, shared_S, rest_F, local_EI)
+    return split_parts(dense.ffn, shared_S, rest_F, local_EI)
 
 
 def carve(markers: Markers, sizes: list[int]) -> torch.Tensor:
@@ -87,7 +69,5 @@ ACTIVATION_CARVE = ExpertMethod(
     name="activation_carve",
     kind="split",
     build=activation_carve,
-    paper='Pei et al., "CMoE", 2025',
-    source="https://arxiv.org/abs/2502.04416",
     needs=frozenset({"activations"}),
 )

@@ -2,11 +2,9 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import balanced_clusters
-from upcycle.passes.experts.method import ExpertMethod
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.experts.split import split
 
@@ -25,45 +23,21 @@ def features_of(ffn: FFNWeights, which: str, metric: str = "cosine") -> torch.Te
     return features_FG
 
 
-def cluster(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> torch.Tensor:
+def cluster(dense: DenseLayer) -> torch.Tensor:
     """Group the neurons by balanced k-means on their keys: the input rows, scaled to length one.
 
-    The dense output is the sum over all experts and the output bias, so the layer is exact when
-    every expert is chosen with weight one; with fewer it drops neurons.
-
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: `num_experts` is E, at most F; `width` is F / E rounded up; ``experts.features``
-            names the rows to compare; with ``experts.metric: l2`` they are not scaled.
-        generator: draws the first centroids.
-        data: unused.
-
-    Returns:
-        The neurons of each expert, [E, `width`], -1 as padding where E does not divide F. Memory
-        of the experts: that of the dense FFN and the padding, and while it runs a float32
-        copy of the features.
+    Exact when every expert is chosen with weight one.
+    ``experts.features`` names the rows to compare; with ``experts.metric: l2`` they are not scaled.
+    Memory: a float32 copy of the features while it runs.
 
     Source:
         Zhang et al., "MoEfication", 2021, section 3.1, https://arxiv.org/abs/2110.01786
     """
-    d_ff = ffn.up_MFD.shape[1]
-    sizes = group_sizes(d_ff, spec.num_experts)
-    features_FD = features_of(ffn, spec.experts.features, spec.experts.metric)
-    labels_F = balanced_clusters(features_FD, sizes, generator=generator)
-    order_F = labels_F.argsort(stable=True)
-    return deal(order_F, spec.num_experts, spec.width)
+    spec = dense.spec
+    sizes = group_sizes(dense.d_ff, spec.num_experts)
+    features_FD = features_of(dense.ffn, spec.experts.features, spec.experts.metric)
+    labels_F = balanced_clusters(features_FD, sizes, generator=dense.generator)
+    return deal(labels_F.argsort(stable=True), spec.num_experts, spec.width)
 
 
-CLUSTER = ExpertMethod(
-    name="cluster",
-    kind="split",
-    build=split(cluster),
-    paper='Zhang et al., "MoEfication", 2021',
-    source="https://arxiv.org/abs/2110.01786",
-)
+CLUSTER = ExpertMethod(name="cluster", kind="split", build=split(cluster))

@@ -5,12 +5,9 @@ import numpy.typing as npt
 import torch
 from scipy import sparse
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
 from upcycle.passes.experts.markers import Markers, mark
-from upcycle.passes.experts.method import ExpertMethod
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.experts.split import split
 
@@ -20,13 +17,7 @@ STEPS = 20  # of the refinement at most
 Ints = npt.NDArray[np.int64]
 
 
-def coactivation(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> torch.Tensor:
+def coactivation(dense: DenseLayer) -> torch.Tensor:
     """Cut the graph of neurons that are active together into groups of nearly equal size.
 
     In each token the ``experts.markers`` neurons of largest ``|h|`` are active, and none whose h is
@@ -36,28 +27,18 @@ def coactivation(
     until the sizes are right); then all neurons at once go where they are active together with the
     most others, subject to the sizes, as long as that gains anything.
 
-    The dense output is the sum over all experts and the output bias, so the layer is exact when
-    every expert is chosen with weight one; with fewer it drops neurons.
-
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: `num_experts` is E, at most F; `width` is F / E rounded up; ``experts.markers``.
-        generator: draws the first halves.
-        data: the calibration tokens. F * T / 8 bytes of marks are kept, and 12 bytes for each pair
-            that is ever active together: with K markers at most ``T K^2`` pairs, and ``F^2``.
-
-    Returns:
-        The neurons of each expert, [E, `width`], -1 as padding where E does not divide F. Memory
-        of the experts: that of the dense FFN, and the padding.
+    Exact when every expert is chosen with weight one.
+    Memory: F * T / 8 bytes of marks, and 12 bytes for each pair that is ever active together: with
+    K markers at most ``T K^2`` pairs, and ``F^2``.
 
     Source:
         Zhang et al., "MoEfication", 2021, section 3.1, https://arxiv.org/abs/2110.01786
         Kernighan and Lin, 1970, https://doi.org/10.1002/j.1538-7305.1970.tb01770.x
     """
-    assert data is not None, "`passes.needs` asks for it"
-    together_FF = counts(mark(ffn, data, spec.experts.markers, unit=False))
+    spec = dense.spec
+    together_FF = counts(mark(dense.ffn, dense.data, spec.experts.markers, unit=False))
     sizes = group_sizes(together_FF.shape[0], spec.num_experts)
-    labels_F = refined(together_FF, bisected(together_FF, sizes, generator), sizes)
+    labels_F = refined(together_FF, bisected(together_FF, sizes, dense.generator), sizes)
     return deal(torch.from_numpy(labels_F).argsort(stable=True), spec.num_experts, spec.width)
 
 
@@ -130,7 +111,5 @@ COACTIVATION = ExpertMethod(
     name="coactivation",
     kind="split",
     build=split(coactivation),
-    paper='Zhang et al., "MoEfication", 2021',
-    source="https://arxiv.org/abs/2110.01786",
     needs=frozenset({"activations"}),
 )

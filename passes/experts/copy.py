@@ -2,31 +2,17 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, gather_experts
-from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 
 
-def copy(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> Parts:
+def copy(dense: DenseLayer) -> Parts:
     """Repeat the dense FFN as every expert.
 
     The layer computes ``sum_k w_k FFN(x)``, so it is exact for every router and every top_k if the
     weights of the chosen experts sum to one. With ``experts.shared: 1`` there is a permanent copy,
     too, and the layer computes the mean of it and of the chosen ones, ``(FFN(x) + sum_k w_k
     FFN(x)) / 2``, as Cong et al., "GNT-MOVE", 2023, https://arxiv.org/abs/2308.11793; as exact.
-
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: `num_experts` is E.
-        generator: unused.
-        data: unused.
 
     Returns:
         E experts of width F, and the permanent one. Without that one the experts are views of the
@@ -36,9 +22,9 @@ def copy(
     Source:
         Komatsuzaki et al., "Sparse Upcycling", 2022, https://arxiv.org/abs/2212.05055
     """
-    neuron_1F = torch.arange(ffn.up_MFD.shape[1])[None]
-    neuron_EF = neuron_1F.repeat(spec.num_experts, 1)
-    if not spec.shared:
+    ffn, neuron_1F = dense.ffn, torch.arange(dense.d_ff)[None]
+    neuron_EF = neuron_1F.repeat(dense.spec.num_experts, 1)
+    if not dense.spec.shared:
         return Parts(_views(ffn, neuron_EF))
     experts, permanent = (gather_experts(ffn, n, down_scale=0.5) for n in (neuron_EF, neuron_1F))
     return Parts(experts, permanent)
@@ -55,10 +41,4 @@ def _views(ffn: FFNWeights, neuron_EF: torch.Tensor) -> ExpertWeights:
     )
 
 
-COPY = ExpertMethod(
-    name="copy",
-    kind="copies",
-    build=copy,
-    paper='Komatsuzaki et al., "Sparse Upcycling", 2022',
-    source="https://arxiv.org/abs/2212.05055",
-)
+COPY = ExpertMethod(name="copy", kind="copies", build=copy)

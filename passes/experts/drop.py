@@ -5,21 +5,11 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.copy import copy
-from upcycle.passes.experts.matrices import apart, exact, matrices
-from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.passes.experts.matrices import exact, matrices, own_copies
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 
 
-def drop(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> Parts:
+def drop(dense: DenseLayer) -> Parts:
     """Redraw ``floor(ratio * F)`` neurons of every expert from N(m, s^2).
 
     m and s are the mean and the standard deviation of the redrawn part of each matrix, and of its
@@ -30,12 +20,6 @@ def drop(
 
     Approximate; with ``ratio: 0`` it is `copy`.
 
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: `num_experts` is E; ``experts.ratio`` and ``experts.index_set``.
-        generator: draws the neurons of each expert, then its numbers.
-        data: unused.
-
     Returns:
         E experts of width F; neurons that were redrawn in any matrix have the origin -2. Memory:
         E times the dense FFN, and one matrix in float32.
@@ -43,8 +27,8 @@ def drop(
     Source:
         Nakamura et al., "Drop-Upcycling", 2025, https://arxiv.org/abs/2502.19261
     """
-    experts = apart(copy(ffn, spec, generator=generator, data=data).experts)
-    d_ff = ffn.up_MFD.shape[1]
+    spec, d_ff, generator = dense.spec, dense.d_ff, dense.generator
+    experts = own_copies(dense)
     count = math.floor(spec.experts.ratio * d_ff + 1e-9)  # 0.29 of 100 is 29
     neuron_EI = experts.neuron_EI.clone()
     for expert in range(spec.num_experts):
@@ -68,10 +52,4 @@ def _redraw(rows: torch.Tensor, some_R: torch.Tensor, generator: torch.Generator
     rows[some_R] = (old.mean() + old.std(correction=0) * drawn).to(rows.dtype)
 
 
-DROP = ExpertMethod(
-    name="drop",
-    kind="altered",
-    build=drop,
-    paper='Nakamura et al., "Drop-Upcycling", 2025',
-    source="https://arxiv.org/abs/2502.19261",
-)
+DROP = ExpertMethod(name="drop", kind="altered", build=drop)

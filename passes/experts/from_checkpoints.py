@@ -6,49 +6,35 @@ from operator import attrgetter
 import torch
 
 from upcycle.ir.ffn import FFN
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import ExpertWeights, FFNWeights, gather_experts
-from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.ir.weights import ExpertWeights, gather_experts
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 from upcycle.recipe.schema import Recipe
 
 
-def from_checkpoints(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> Parts:
+def from_checkpoints(dense: DenseLayer) -> Parts:
     """Take the experts from the same FFN of several models, in their order, equally many of each.
 
     Approximate; exact if all sources are equal and the weights of a token sum to one. A layer that
     is forced to the expert of one source is the FFN of that source, but for the output bias: the
     layer has one, which is that of `ffn`, and so follows ``experts.merge``.
 
-    Args:
-        ffn: `sources` are S FFNs; of its own only the output bias is used.
-        spec: `num_experts` is E, a multiple of S.
-        generator: unused.
-        data: unused.
-
     Returns:
-        E experts of width F; the origins are the neurons of their sources. Memory: twice E times
-        the dense FFN.
+        E experts of width F, E being a multiple of the number of sources; the origins are the
+        neurons of their sources. Memory: twice E times the dense FFN.
 
     Source:
         Sukhbaatar et al., "Branch-Train-MiX", 2024, https://arxiv.org/abs/2403.07816
     """
-    neuron_1F = torch.arange(ffn.up_MFD.shape[1])[None]
-    each = [gather_experts(source, neuron_1F) for source in ffn.sources]
-    chosen = [each[source] for source in spec.source_E]
+    neuron_1F = torch.arange(dense.d_ff)[None]
+    each = [gather_experts(source, neuron_1F) for source in dense.ffn.sources]
+    chosen = [each[source] for source in dense.spec.source_E]
 
     def stacked(part: Callable[[ExpertWeights], torch.Tensor]) -> torch.Tensor:
         return torch.cat([part(one) for one in chosen])
 
     experts = ExpertWeights(
         up_EGD=stacked(attrgetter("up_EGD")),
-        up_bias_EG=None if ffn.up_bias_MF is None else stacked(attrgetter("up_bias_EG")),
+        up_bias_EG=None if dense.ffn.up_bias_MF is None else stacked(attrgetter("up_bias_EG")),
         down_EOI=stacked(attrgetter("down_EOI")),
         neuron_EI=stacked(attrgetter("neuron_EI")),
     )
@@ -73,8 +59,6 @@ FROM_CHECKPOINTS = ExpertMethod(
     name="from_checkpoints",
     kind="altered",
     build=from_checkpoints,
-    paper='Sukhbaatar et al., "Branch-Train-MiX", 2024',
-    source="https://arxiv.org/abs/2403.07816",
     has_sources=True,
     refuse=_refuse,
 )

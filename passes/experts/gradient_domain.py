@@ -4,23 +4,20 @@ import numpy as np
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import assign
-from upcycle.passes.experts.method import ExpertMethod
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod
 from upcycle.passes.experts.partition import deal, group_sizes
 from upcycle.passes.experts.split import split
 from upcycle.passes.experts.useful import importance_of, ranks
 
 
-def domain_ranks(spec: MoESpec, data: FFNInputs | None) -> torch.Tensor:
+def domain_ranks(dense: DenseLayer) -> torch.Tensor:
     """The rank of each neuron in each expert's domain, [E, F], as `ranks` gives them.
 
     Raises:
         UsageError: there are not as many domains as routed experts.
     """
-    importance_NF = importance_of(data)
+    spec, importance_NF = dense.spec, importance_of(dense.data)
     found = len(importance_NF)
     if found != spec.num_experts:
         raise UsageError(
@@ -31,13 +28,7 @@ def domain_ranks(spec: MoESpec, data: FFNInputs | None) -> torch.Tensor:
     return ranks(importance_NF)
 
 
-def gradient_domain(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> torch.Tensor:
+def gradient_domain(dense: DenseLayer) -> torch.Tensor:
     """Give each neuron to one domain such that the sum of its ranks there is as large as can be.
 
     The rank of a neuron among all for a domain is that of ``|h dL/dh|``, averaged over the tokens
@@ -46,34 +37,22 @@ def gradient_domain(
     its *independent* split; its *inter-sharing* is the same with ``experts.shared`` and
     ``shared_by: domains``; its *inner-sharing* is `gradient_domain_overlap`.
 
-    The dense output is the sum over all experts and the output bias, so the layer is exact when
-    every expert is chosen with weight one; with fewer it drops neurons.
-
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: `num_experts` is E, at most F; `width` is F / E rounded up.
-        generator: unused.
-        data: only ``importance_NF`` is read, of one domain for each expert.
-
-    Returns:
-        The neurons of each expert, [E, `width`], -1 as padding where E does not divide F. Memory
-        of the experts: that of the dense FFN, and the padding; E * F float64 while it runs.
+    Exact when every expert is chosen with weight one.
+    Memory: E * F float64 while it runs.
 
     Source:
         Zhu et al., "LLaMA-MoE", 2024, section 3.1, https://arxiv.org/abs/2406.16554
     """
-    rank_EF = domain_ranks(spec, data)
+    rank_EF = domain_ranks(dense)
     sizes_E = np.asarray(group_sizes(rank_EF.shape[1], len(rank_EF)))
     labels_F, _ = assign(-rank_EF.double().numpy(), sizes_E, np.zeros(len(rank_EF)))
     order_F = torch.from_numpy(labels_F).argsort(stable=True)
-    return deal(order_F, spec.num_experts, spec.width)
+    return deal(order_F, len(rank_EF), dense.spec.width)
 
 
 GRADIENT_DOMAIN = ExpertMethod(
     name="gradient_domain",
     kind="split",
     build=split(gradient_domain),
-    paper='Zhu et al., "LLaMA-MoE", 2024',
-    source="https://arxiv.org/abs/2406.16554",
     needs=frozenset({"gradients"}),
 )

@@ -11,11 +11,9 @@ from typing import NamedTuple
 import torch
 
 from upcycle.ir.ffn import FFN
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights, gather_experts
+from upcycle.ir.weights import gather_experts
 from upcycle.kernels.activations import KNOWN_ACTIVATIONS, NAMED_POINTWISE
-from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 from upcycle.pointwise import Pointwise
 from upcycle.recipe import schema as recipe
 
@@ -82,13 +80,7 @@ def placement_is_exact(scale: str, pointwise: Pointwise) -> bool:
     return pointwise.name in _DEGREE
 
 
-def granular(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> Parts:
+def granular(dense: DenseLayer) -> Parts:
     """Cut each copy of the FFN into G contiguous slices, and scale them.
 
     Exact if T is a multiple of G, the router is ``virtual_group``, the weights are not ``softmax``
@@ -97,12 +89,6 @@ def granular(
     SwiGLU: without biases and with E = G = T = 8, the relative error is 0.17 and 0.20; the authors
     report that it trains better nevertheless.
 
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: ``experts.count`` is E, ``experts.granularity`` is G and divides F, `top_k` is T.
-        generator: unused.
-        data: unused.
-
     Returns:
         E * G experts of width F / G, scaled. Memory: E times the dense FFN.
 
@@ -110,15 +96,12 @@ def granular(
         He et al., "Upcycling Large Language Models into Mixture of Experts", 2024, equation 2,
         https://arxiv.org/abs/2410.07524
     """
-    d_ff = ffn.up_MFD.shape[1]
-    copies, slices = spec.experts.count, spec.experts.granularity
-    neuron_EI = torch.arange(d_ff).reshape(slices, -1).repeat(copies, 1)
+    spec = dense.spec
+    slices_GI = torch.arange(dense.d_ff).reshape(spec.experts.granularity, -1)
     total = total_scale(spec.experts, spec.router, spec.top_k)
-    up_scale, down_scale, scale_gate = placement(spec.experts.scale, ffn.pointwise, total)
-    experts = gather_experts(
-        ffn, neuron_EI, up_scale=up_scale, down_scale=down_scale, scale_gate=scale_gate
-    )
-    return Parts(experts)
+    factors = placement(spec.experts.scale, dense.ffn.pointwise, total)
+    neuron_EI = slices_GI.repeat(spec.experts.count, 1)
+    return Parts(gather_experts(dense.ffn, neuron_EI, **factors._asdict()))
 
 
 def _refuse(ffn: FFN, made: recipe.Recipe) -> Iterator[str]:
@@ -145,11 +128,4 @@ def _refuse(ffn: FFN, made: recipe.Recipe) -> Iterator[str]:
         )
 
 
-GRANULAR = ExpertMethod(
-    name="granular",
-    kind="slices",
-    build=granular,
-    paper='He et al., "Upcycling Large Language Models into Mixture of Experts", 2024',
-    source="https://arxiv.org/abs/2410.07524",
-    refuse=_refuse,
-)
+GRANULAR = ExpertMethod(name="granular", kind="slices", build=granular, refuse=_refuse)

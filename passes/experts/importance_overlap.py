@@ -2,22 +2,13 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.method import ExpertMethod
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod
 from upcycle.passes.experts.partition import by_turns
 from upcycle.passes.experts.split import split
 from upcycle.passes.experts.useful import importance_of
 
 
-def importance_overlap(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> torch.Tensor:
+def importance_overlap(dense: DenseLayer) -> torch.Tensor:
     """Give the best neurons to all experts, deal the others in turn, and cut to the width.
 
     With I the width of an expert, the first ``round(common * I)`` neurons by importance, the mean
@@ -30,22 +21,12 @@ def importance_overlap(
     then sums over batches. For the contraction that sum is ``h dL/dh`` summed over the batch; here
     the magnitude is taken of each token, so that tokens do not cancel out.
 
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: `num_experts` is E; `width` is I, F / E rounded up if ``experts.width`` does not say
-            so; ``experts.common``.
-        generator: unused.
-        data: only ``importance_NF`` is read.
-
-    Returns:
-        The neurons of each expert, [E, I], -1 as padding if there are not enough.
-
     Source:
         Zuo et al., "MoEBERT", 2022, https://arxiv.org/abs/2204.07675
     """
-    width, count = spec.width, spec.num_experts
-    order_F = importance_of(data).mean(0).argsort(descending=True, stable=True)
-    common = width if count == 1 else round(spec.experts.common * width)
+    width, count = dense.spec.width, dense.spec.num_experts
+    order_F = importance_of(dense.data).mean(0).argsort(descending=True, stable=True)
+    common = width if count == 1 else round(dense.spec.experts.common * width)
     dealt = order_F[common : common + count * (width - common)]
     own_EI = by_turns(dealt, count, width - common)
     common_EI = order_F[:common].sort().values.expand(count, -1)
@@ -56,7 +37,5 @@ IMPORTANCE_OVERLAP = ExpertMethod(
     name="importance_overlap",
     kind="subsets",
     build=split(importance_overlap),
-    paper='Zuo et al., "MoEBERT", 2022',
-    source="https://arxiv.org/abs/2204.07675",
     needs=frozenset({"gradients"}),
 )

@@ -1,4 +1,4 @@
-"""The matrices of experts that are whole copies, as what changes copies wants them.
+"""Copies of the FFN in memory of their own, and their matrices, for methods that change copies.
 
 Shape suffixes: E experts, F neurons, D d_model, O d_out, M expansions.
 """
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from upcycle.ir.weights import ExpertWeights
+from upcycle.passes.experts.copy import copy
+from upcycle.passes.experts.method import DenseLayer
 
 
 class Matrix(NamedTuple):
@@ -33,9 +35,10 @@ def matrices(experts: ExpertWeights) -> list[Matrix]:
     return [*map(Matrix, ups, biases), Matrix(down_EFO, None)]
 
 
-def apart(experts: ExpertWeights) -> ExpertWeights:
-    """The same experts, each in memory of its own, so that they can be changed."""
-    bias_EG, whole = experts.up_bias_EG, torch.contiguous_format
+def own_copies(dense: DenseLayer) -> ExpertWeights:
+    """The experts of `copy`, each in memory of its own, so that they can be changed."""
+    experts, whole = copy(dense).experts, torch.contiguous_format
+    bias_EG = experts.up_bias_EG
     return replace(
         experts,
         up_EGD=experts.up_EGD.clone(memory_format=whole),

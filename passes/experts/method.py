@@ -1,8 +1,8 @@
-"""What an expert method is: a function from a dense FFN to experts, and where it was published."""
+"""What an expert method is: a function from a dense FFN to experts, and what holds of them."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -17,6 +17,44 @@ Need = Literal["activations", "gradients"]
 
 
 @dataclass(frozen=True)
+class DenseLayer:
+    """All that a method reads of one layer; none of it may be changed.
+
+    Attributes:
+        ffn: the dense weights, in one float dtype, which the experts keep.
+        spec: the decision: E is `num_experts`, and I, neurons of a routed expert, is `width`.
+        generator: makes every random draw.
+        calibration: what the FFN was given in calibration, if the model was run.
+    """
+
+    ffn: FFNWeights
+    spec: MoESpec
+    generator: torch.Generator
+    calibration: FFNInputs | None = None
+
+    @property
+    def d_model(self) -> int:
+        """D, the width of the input."""
+        return self.ffn.up_MFD.shape[-1]
+
+    @property
+    def d_ff(self) -> int:
+        """F, the number of neurons."""
+        return self.ffn.up_MFD.shape[1]
+
+    @property
+    def data(self) -> FFNInputs:
+        """The calibration tokens, for a method that `needs` them."""
+        assert self.calibration is not None, "`passes.needs` asks for it"
+        return self.calibration
+
+    def of_neurons(self, neuron_F: torch.Tensor) -> "DenseLayer":
+        """The layer without the neurons that are not in `neuron_F`, int64."""
+        few = None if self.calibration is None else self.calibration.of_neurons(neuron_F)
+        return replace(self, ffn=self.ffn.of_neurons(neuron_F), calibration=few)
+
+
+@dataclass(frozen=True)
 class Parts:
     """The experts of one layer, and its shared expert as a single expert, if it has one."""
 
@@ -24,23 +62,7 @@ class Parts:
     shared: ExpertWeights | None = None
 
 
-class BuildExperts(Protocol):
-    """Makes experts: a pure function of dense weights, decision, random draws and activations."""
-
-    def __call__(
-        self,
-        ffn: FFNWeights,
-        spec: MoESpec,
-        *,
-        generator: torch.Generator,
-        data: FFNInputs | None,
-    ) -> Parts:
-        """Build the experts of one layer.
-
-        `generator` makes every random draw; `data` is what the FFN was given in calibration, where
-        the method needs it or it was run for another reason.
-        """
-        ...
+BuildExperts = Callable[[DenseLayer], Parts]
 
 
 @dataclass(frozen=True)
@@ -49,15 +71,13 @@ class ExpertMethod:
 
     Attributes:
         name: the word in a recipe.
-        kind: what the promise of a plan and the gates that make sense follow from: ``copies`` (each
+        kind: what the promise of a plan and the choice of a router follow from: ``copies`` (each
             expert is the whole FFN), ``altered`` (the same, but changed), ``slices`` (each expert
             is a slice of a copy), ``residual`` (the FFN is the shared expert and the others add
             nothing yet), ``split`` (the experts share the neurons of one FFN, each neuron once) or
             ``subsets`` (the same, but neurons may be in several experts, or in none).
-        build: the method.
-        paper: where it was published.
-        source: address of the paper.
-        needs: what it has to be shown: ``activations``, ``gradients``.
+        build: the method; its docstring names the paper.
+        needs: what calibration has to show: ``activations``, ``gradients``.
         has_sources: it takes the experts from ``experts.sources``.
         refuse: why it cannot make of one FFN what a recipe asks for, a sentence for each reason;
             `upcycle.passes.experts.kinds` knows what no method of a kind can do.
@@ -66,8 +86,6 @@ class ExpertMethod:
     name: ExpertMethodName
     kind: MethodKind
     build: BuildExperts
-    paper: str
-    source: str
     needs: frozenset[Need] = frozenset()
     has_sources: bool = False
     refuse: Callable[[FFN, Recipe], Iterable[str]] = lambda ffn, recipe: ()

@@ -4,31 +4,15 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.copy import copy
-from upcycle.passes.experts.matrices import apart, exact, matrices
-from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.passes.experts.matrices import exact, matrices, own_copies
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 
 
-def noise(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> Parts:
+def noise(dense: DenseLayer) -> Parts:
     """Add ``noise * mean|W| * N(0, 1)`` to every weight W of every expert, independently.
 
     Approximate: the experts differ from the start, so the router gets a gradient, and the layer is
     off by about `noise`. Without noise it is `copy`. Biases stay as they are.
-
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: `num_experts` is E; ``experts.noise`` is relative to the mean magnitude of a matrix.
-        generator: draws the noise, matrix by matrix.
-        data: unused.
 
     Returns:
         E experts of width F, none of whose neurons is a dense one any more (origin -2). Memory:
@@ -37,21 +21,15 @@ def noise(
     Source:
         Komatsuzaki et al., "Sparse Upcycling", 2022, https://arxiv.org/abs/2212.05055
     """
-    experts = apart(copy(ffn, spec, generator=generator, data=data).experts)
+    spec, experts = dense.spec, own_copies(dense)
     if not spec.experts.noise:
         return Parts(experts)
     for weight_EFX, _ in matrices(experts):
         std = spec.experts.noise * exact(weight_EFX[0]).abs().mean()
         for weight_FX in weight_EFX:
-            drawn_FX = torch.randn(weight_FX.shape, generator=generator).to(weight_FX.device)
+            drawn_FX = torch.randn(weight_FX.shape, generator=dense.generator).to(weight_FX.device)
             weight_FX.copy_(exact(weight_FX) + std * drawn_FX)
     return Parts(replace(experts, neuron_EI=torch.full_like(experts.neuron_EI, -2)))
 
 
-NOISE = ExpertMethod(
-    name="noise",
-    kind="altered",
-    build=noise,
-    paper='Komatsuzaki et al., "Sparse Upcycling", 2022',
-    source="https://arxiv.org/abs/2212.05055",
-)
+NOISE = ExpertMethod(name="noise", kind="altered", build=noise)

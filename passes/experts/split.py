@@ -1,58 +1,41 @@
 """What all splits have in common: neurons for every token first, then groups of the others."""
 
 import functools
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, gather_experts
-from upcycle.passes.experts.method import BuildExperts, Parts
+from upcycle.passes.experts.method import BuildExperts, DenseLayer, Parts
 from upcycle.passes.experts.useful import usefulness
 
-
-class GroupNeurons(Protocol):
-    """Deals the neurons of an FFN to experts: int64 [E, I], each neuron once, -1 as padding."""
-
-    def __call__(
-        self,
-        ffn: FFNWeights,
-        spec: MoESpec,
-        *,
-        generator: torch.Generator,
-        data: FFNInputs | None,
-    ) -> torch.Tensor:
-        """Group the neurons of `ffn`, which lacks those of the shared expert."""
-        ...
+# Makes the neurons of each expert, int64 [E, I], -1 as padding, from a layer without the neurons of
+# the shared expert.
+GroupNeurons = Callable[[DenseLayer], torch.Tensor]
 
 
 def split(group: GroupNeurons) -> BuildExperts:
-    """The expert method that gives every token the shared neurons and routes the groups."""
+    """The expert method that gives every token the shared neurons and routes the groups.
+
+    The dense output is the sum over all experts, the shared one and the output bias. So where each
+    neuron is in one expert, the layer is exact when every expert is chosen with weight one; with
+    fewer it drops neurons. Memory: that of the dense FFN, and the padding.
+    """
 
     @functools.wraps(group)
-    def build(
-        ffn: FFNWeights,
-        spec: MoESpec,
-        *,
-        generator: torch.Generator,
-        data: FFNInputs | None,
-    ) -> Parts:
-        if not spec.shared:
-            return Parts(gather_experts(ffn, group(ffn, spec, generator=generator, data=data)))
-        shared_S, rest_F = shared_neurons(ffn, spec, data)
-        few = None if data is None else data.of_neurons(rest_F)
-        local_EI = group(ffn.of_neurons(rest_F), spec, generator=generator, data=few)
-        return split_parts(ffn, shared_S, rest_F, local_EI)
+    def build(dense: DenseLayer) -> Parts:
+        if not dense.spec.shared:
+            return Parts(gather_experts(dense.ffn, group(dense)))
+        shared_S, rest_F = shared_neurons(dense)
+        return split_parts(dense.ffn, shared_S, rest_F, group(dense.of_neurons(rest_F)))
 
     return build
 
 
-def shared_neurons(
-    ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def shared_neurons(dense: DenseLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """The `spec.shared` most useful neurons and the others, ascending, int64 [S] and [F - S]."""
-    score_F = usefulness(ffn, spec.experts, data, width=spec.width)
+    spec = dense.spec
+    score_F = usefulness(dense.ffn, spec.experts, dense.calibration, width=spec.width)
     order_F = score_F.argsort(descending=True, stable=True)
     return order_F[: spec.shared].sort().values, order_F[spec.shared :].sort().values
 

@@ -4,21 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.copy import copy
-from upcycle.passes.experts.matrices import apart, exact, matrices
-from upcycle.passes.experts.method import ExpertMethod, Parts
+from upcycle.passes.experts.matrices import exact, matrices, own_copies
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 
 
-def svd(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> Parts:
+def svd(dense: DenseLayer) -> Parts:
     """Keep the `rank` largest singular directions of each matrix, and shake the other values.
 
     With ``W = sum_i s_i u_i v_i'``, an expert has ``s_i + noise * mean(s of the rest) * N(0, 1)``
@@ -26,21 +16,14 @@ def svd(
 
     Approximate; without noise it is `copy`, and so it is for matrices of no more than `rank`.
 
-    Args:
-        ffn: any dense FFN, in one float dtype, which is kept.
-        spec: `num_experts` is E; ``experts.rank`` and ``experts.noise``.
-        generator: draws the noise, matrix by matrix.
-        data: unused.
-
     Returns:
-        E experts of width F, none of whose neurons is a dense one any more (origin -2). Memory:
-        E times the dense FFN, and three times one matrix in float32. Time: one singular value
-        decomposition for each matrix.
+        As `noise`. Memory: E times the dense FFN, and three times one matrix in float32. Time: one
+        singular value decomposition for each matrix.
 
     Source:
         structural-moe-upcycling, 2026, https://github.com/simjay/structural-moe-upcycling
     """
-    experts = apart(copy(ffn, spec, generator=generator, data=data).experts)
+    spec, experts = dense.spec, own_copies(dense)
     if not spec.experts.noise:
         return Parts(experts)
     for weight_EFX, _ in matrices(experts):
@@ -49,15 +32,9 @@ def svd(
         u_FR, s_R, v_RX = u_FR[:, rank:], s_R[rank:], v_RX[rank:]
         std = spec.experts.noise * s_R.mean()
         for weight_FX in weight_EFX:
-            drawn_R = torch.randn(s_R.shape, generator=generator).to(s_R)
+            drawn_R = torch.randn(s_R.shape, generator=dense.generator).to(s_R)
             weight_FX.copy_(exact(weight_FX) + (u_FR * (std * drawn_R)) @ v_RX)
     return Parts(replace(experts, neuron_EI=torch.full_like(experts.neuron_EI, -2)))
 
 
-SVD = ExpertMethod(
-    name="svd",
-    kind="altered",
-    build=svd,
-    paper="structural-moe-upcycling, 2026",
-    source="https://github.com/simjay/structural-moe-upcycling",
-)
+SVD = ExpertMethod(name="svd", kind="altered", build=svd)

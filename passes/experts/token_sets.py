@@ -2,10 +2,8 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.method import ExpertMethod
+from upcycle.passes.experts.method import DenseLayer, ExpertMethod
 from upcycle.passes.experts.split import split
 from upcycle.passes.transform.least_squares import Sums, solve
 
@@ -16,13 +14,7 @@ PRIOR = 30.0  # tokens' worth of the mean over all kinds in each kind, against c
 PENALTY = 3e-3
 
 
-def token_sets(
-    ffn: FFNWeights,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> torch.Tensor:
+def token_sets(dense: DenseLayer) -> torch.Tensor:
     """Group the tokens, and give each group the neurons that contribute most to its outputs.
 
     A neuron may be in several experts, or in none. Turns between two steps, as k-means does: the
@@ -31,25 +23,18 @@ def token_sets(
     linear function of the token predicts them*, which is what `router.method: ridge` computes. So
     it is made for ``router.top_k: 1`` and weights one. Approximate.
 
-    Args:
-        ffn: any dense FFN; what is shared is not among its neurons.
-        spec: `num_experts` is E, `width` is I.
-        generator: draws the first groups.
-        data: calibration tokens; sizes of 12,288 tokens at most are kept, float32.
-
-    Returns:
-        The neurons of each expert, [E, I], ascending.
+    Memory: sizes and inputs of 12,288 tokens at most, float32.
 
     Source:
         upcycle; the idea of one pruned FFN for each kind of token is that of Gao et al., "ToMoE",
         2025, https://arxiv.org/abs/2501.15316, which trains it
     """
-    assert data is not None, "`passes.needs` asks for it"
-    length_F = ffn.down_OF.float().norm(dim=0)
+    spec, data = dense.spec, dense.data
+    length_F = dense.ffn.down_OF.float().norm(dim=0)
     step = -(-len(data) // TOKENS)
     sizes, inputs = [], []
     start = 0
-    for x_TD, h_TF in data.hidden(ffn):
+    for x_TD, h_TF in data.hidden(dense.ffn):
         these = slice(-start % step, None, step)
         sizes.append(h_TF[these].abs() * length_F)
         inputs.append(torch.cat([x_TD[these], torch.ones(len(x_TD[these]), 1)], dim=1))
@@ -61,7 +46,7 @@ def token_sets(
     sums.add(x_TP, size_TF, torch.ones(len(x_TP)))
     predicted_TF = x_TP @ solve(sums, torch.full((x_TP.shape[1],), PENALTY))
     energy_TF = size_TF.square_() * weight_T[:, None]
-    label_T = _first_groups(predicted_TF, spec.num_experts, generator)
+    label_T = _first_groups(predicted_TF, spec.num_experts, dense.generator)
     for _ in range(ROUNDS):
         set_EI = _sets(energy_TF, label_T, spec)
         held_EF = torch.zeros(spec.num_experts, energy_TF.shape[1]).scatter_(1, set_EI, 1.0)
@@ -100,7 +85,5 @@ TOKEN_SETS = ExpertMethod(
     name="token_sets",
     kind="subsets",
     build=split(token_sets),
-    paper='upcycle, after Gao et al., "ToMoE", 2025',
-    source="https://arxiv.org/abs/2501.15316",
     needs=frozenset({"activations"}),
 )

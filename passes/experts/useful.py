@@ -73,9 +73,8 @@ def usefulness(
     return is_top_NF.sum(0) + rank_NF.mean(0) / 2
 
 
-def importance_of(data: FFNInputs | None) -> torch.Tensor:
+def importance_of(data: FFNInputs) -> torch.Tensor:
     """The importance of each neuron for each domain, [N, F], which the recipe's needs ask for."""
-    assert data is not None, "`passes.needs` asks for it"
     assert data.importance_NF is not None, "`passes.needs` asks for gradients"
     return data.importance_NF
 

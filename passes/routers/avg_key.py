@@ -2,46 +2,32 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.method import Parts
+from upcycle.passes.experts.method import DenseLayer, Parts
 from upcycle.passes.routers.method import RouterMethod, linear
 from upcycle.recipe.schema import Router
 
 
-def avg_key(
-    ffn: FFNWeights,
-    parts: Parts,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> dict[str, torch.Tensor]:
+def avg_key(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     """Make each router row the mean of the expert's keys: the rows that the activation reads.
 
     The logit of an expert is then the mean pre-activation of its neurons (their biases not
-    counted). Padding is not counted either. It is what `upcycle.layers.moe.MoE.tie_router`
-    recomputes.
-
-    Args:
-        ffn: unused.
-        parts: E routed experts; the keys are the first I rows of `up_EGD`.
-        spec: ``router.bias``.
-        generator: unused.
-        data: unused.
-
-    Returns:
-        ``weight`` [E, D] and, if ``router.bias``, ``bias`` of zeros [E]; float32.
+    counted). It is what `upcycle.layers.moe.MoE.tie_router` recomputes.
 
     Source:
         Qiu et al., "Emergent Mixture-of-Experts" (EMoE), 2023, https://arxiv.org/abs/2310.10908
     """
-    experts = parts.experts
-    width = experts.neuron_EI.shape[1]
-    key_EID = experts.up_EGD[:, :width].float()
-    count_E1 = (experts.neuron_EI >= 0).sum(1, keepdim=True).to(key_EID.device)
-    return linear(key_EID.sum(1) / count_E1, spec)
+    return linear(mean_of(keys(parts), parts), dense.spec)
+
+
+def keys(parts: Parts) -> torch.Tensor:
+    """The row of each neuron of each expert that the activation reads, [E, I, D] float32."""
+    return parts.experts.up_EGD[:, : parts.experts.neuron_EI.shape[1]].float()
+
+
+def mean_of(key_EID: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """The mean over the neurons of each expert, [E, D]; padding is not counted."""
+    count_E1 = (parts.experts.neuron_EI >= 0).sum(1, keepdim=True).to(key_EID.device)
+    return key_EID.sum(1) / count_E1
 
 
 def _no_tied_nulls(router: Router) -> str | None:
@@ -56,8 +42,6 @@ AVG_KEY = RouterMethod(
     kinds=frozenset({"split", "subsets"}),
     otherwise="averages the keys of each expert, and copies would all get the same row; "
     "use `router.method: normal` or `virtual_group`, or an expert method that splits",
-    paper='Qiu et al., "EMoE", 2023',
-    source="https://arxiv.org/abs/2310.10908",
     reads=frozenset({"tied"}),
     limits=(_no_tied_nulls,),
 )

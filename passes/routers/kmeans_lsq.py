@@ -7,24 +7,15 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights
-from upcycle.passes.experts.method import Parts
+from upcycle.passes.experts.method import DenseLayer, Parts
 from upcycle.passes.routers.contributions import regress
 from upcycle.passes.routers.method import RouterMethod, linear
 
 STEPS = 50  # of Lloyd's iteration, at most
 
 
-def kmeans_lsq(
-    ffn: FFNWeights,
-    parts: Parts,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> dict[str, torch.Tensor]:
+def kmeans_lsq(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     """Cluster the tokens into E groups, give each an expert, and regress that on the token.
 
     The expert of a group has the smallest median of ``|FFN(x) - E_i(x)|^2`` (the shared expert
@@ -34,24 +25,16 @@ def kmeans_lsq(
     if the nearest centre, in the space where the groups are round, agrees with more tokens, the
     router computes that instead.
 
-    Args:
-        ffn: the dense FFN.
-        parts: E routed experts that differ.
-        spec: ``router.ridge``.
-        generator: draws the first centres.
-        data: the calibration tokens; T * (D + E) numbers are kept of them, float32.
-
-    Returns:
-        ``weight`` [E, D] and, unless ``router.bias`` is off, ``bias`` [E]; float32.
+    Memory: T * (D + E) float32.
 
     Source:
         "MixER", 2025, https://arxiv.org/abs/2502.05335
     """
-    assert data is not None, "`passes.needs` asks for it"
+    ffn, spec, data = dense.ffn, dense.spec, dense.data
     count = spec.num_experts
     x_TD = torch.cat(list(data.chunks()))
     loss_TE = torch.cat([_losses(ffn, parts, some_TD) for some_TD in data.chunks()])
-    group_T = clusters(x_TD, count, generator=generator)
+    group_T = clusters(x_TD, count, generator=dense.generator)
     loss_GE = torch.stack(
         [
             loss_TE[group_T == g].median(0).values if (group_T == g).any() else loss_TE[:0].sum(0)
@@ -150,8 +133,6 @@ KMEANS_LSQ = RouterMethod(
     kinds=frozenset({"split", "subsets", "altered"}),
     otherwise="finds the best expert for each group of tokens, and copies are all as good; "
     "use an expert method that splits, or one that changes the copies",
-    paper='"MixER", 2025',
-    source="https://arxiv.org/abs/2502.05335",
     needs=frozenset({"activations"}),
     bias=True,
     reads=frozenset({"ridge"}),

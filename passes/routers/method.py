@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, get_args
+from typing import Any, Final, get_args
 
 import torch
 
 from upcycle.ir.ffn import FFN
-from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
 from upcycle.layers.config import RouterKind
-from upcycle.passes.experts.method import MethodKind, Need, Parts
+from upcycle.passes.experts.method import DenseLayer, MethodKind, Need, Parts
 from upcycle.recipe.schema import Router, RouterMethodName
 
 ALL_KINDS: Final[frozenset[MethodKind]] = frozenset(get_args(MethodKind))
@@ -33,24 +31,7 @@ def no_bias(router: Router) -> str | None:
     return f"a router of `method: {router.method}` has no bias; leave `router.bias` out"
 
 
-class BuildRouter(Protocol):
-    """Makes a router: a pure function of weights, decision, random draws and activations."""
-
-    def __call__(
-        self,
-        ffn: FFNWeights,
-        parts: Parts,
-        spec: MoESpec,
-        *,
-        generator: torch.Generator,
-        data: FFNInputs | None,
-    ) -> Mapping[str, torch.Tensor]:
-        """Build the router of one layer: its tensors by their names in the runtime router.
-
-        `generator` makes every random draw; `data` is what the FFN was given in calibration, where
-        the method needs it or it was run for another reason.
-        """
-        ...
+BuildRouter = Callable[[DenseLayer, Parts], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,12 +40,11 @@ class RouterMethod:
 
     Attributes:
         name: the word in a recipe.
-        build: the method.
+        build: the method, whose tensors have their names in the runtime router; its docstring
+            names the paper.
         kinds: the kinds of experts that it makes sense for.
         otherwise: why it does not for the others, to end the sentence "<name> ...".
-        paper: where it was published.
-        source: address of the paper.
-        needs: what it has to be shown: ``activations``, ``gradients``.
+        needs: what calibration has to show: ``activations``, ``gradients``.
         bias: it makes a bias that is not zero, which is on unless the recipe says otherwise.
         makes: the kind of the runtime router, a key of `upcycle.layers.routers.ROUTER_KINDS`.
         facts: router section, FFN and number of experts -> what it sets in the configuration of
@@ -75,10 +55,8 @@ class RouterMethod:
 
     name: RouterMethodName
     build: BuildRouter
-    kinds: frozenset[MethodKind]
-    otherwise: str
-    paper: str
-    source: str
+    kinds: frozenset[MethodKind] = ALL_KINDS
+    otherwise: str = ""
     needs: frozenset[Need] = frozenset()
     bias: bool = False
     makes: RouterKind = "linear"
@@ -87,12 +65,17 @@ class RouterMethod:
     limits: tuple[Limit, ...] = ()
 
 
+def drawn_rows(dense: DenseLayer, count: int) -> torch.Tensor:
+    """`count` rows from N(0, std^2), [count, D]; ``router.std`` is the standard deviation."""
+    return dense.spec.router.std * torch.randn(count, dense.d_model, generator=dense.generator)
+
+
 def linear(
     weight_ED: torch.Tensor, spec: MoESpec, bias_E: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a linear router, with a bias, of zeros if not given, if the recipe wants one.
+    """The tensors of a linear router: ``weight`` [E, D], ``bias`` [E] if ``router.bias``; float32.
 
-    Null experts start as copies of the true rows, in turn
+    A bias that is not given is zero. Null experts start as copies of the true rows, in turn
     (Zeng et al., "AdaMoE", 2024, https://arxiv.org/abs/2406.13233).
     """
     if bias_E is None:

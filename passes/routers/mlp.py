@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.method import Parts
+from upcycle.passes.experts.method import DenseLayer, Parts
+from upcycle.passes.routers.avg_key import keys
 from upcycle.passes.routers.contributions import contributions
 from upcycle.passes.routers.method import RouterMethod, no_nulls
 
@@ -22,14 +21,7 @@ HELD_OUT = 10  # one token in so many is not trained on, and decides which epoch
 log = logging.getLogger(__name__)
 
 
-def mlp(
-    ffn: FFNWeights,
-    parts: Parts,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> dict[str, torch.Tensor]:
+def mlp(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     """Train ``W2 tanh(W1 x / |x|)`` to say which experts add most.
 
     The target of an expert is its share of the largest contribution that was seen (see
@@ -38,21 +30,17 @@ def mlp(
     `router.hidden` is not E). Of all epochs, the start among them, the one is kept whose `top_k`
     choices capture most of the contribution on held-out tokens; the log says how much.
 
-    Args:
-        ffn: the dense FFN.
-        parts: E routed experts.
-        spec: ``router.hidden`` (E if 0), `top_k`.
-        generator: draws the start, the held-out tokens and the order of the others.
-        data: the calibration tokens; T * (D + E) numbers are kept of them, float32.
+    Memory: T * (D + E) float32.
 
     Returns:
         ``weight_in`` [H, D], ``weight_out`` [E, H] and, if ``router.bias``, ``bias`` [E]; float32.
+        H is ``router.hidden``, E if that is 0.
 
     Source:
         Zhang et al., "MoEfication", 2021, section 3.2, https://arxiv.org/abs/2110.01786
     """
-    assert data is not None, "`passes.needs` asks for it"
-    pairs = list(contributions(ffn, parts.experts.neuron_EI, data))
+    spec, generator = dense.spec, dense.generator
+    pairs = list(contributions(dense.ffn, parts.experts.neuron_EI, dense.data))
     x_TD = F.normalize(torch.cat([x for x, _ in pairs]), dim=-1)
     size_TE = torch.cat([size for _, size in pairs])
     order_T = torch.randperm(len(x_TD), generator=generator)
@@ -85,12 +73,12 @@ def captured_mass(logits_TE: torch.Tensor, size_TE: torch.Tensor, k: int) -> flo
 
 
 def _start(parts: Parts, spec: MoESpec, generator: torch.Generator) -> list[torch.Tensor]:
-    experts, count, width = parts.experts, spec.num_experts, spec.router_config().hidden
-    key_EID = F.normalize(experts.up_EGD[:, : experts.neuron_EI.shape[1]].float(), dim=-1)
+    count, width = spec.num_experts, spec.router_config().hidden
     if width == count:
-        into, out = F.normalize(key_EID.sum(1), dim=-1), torch.eye(count)
+        key_ED = F.normalize(keys(parts), dim=-1).sum(1)
+        into, out = F.normalize(key_ED, dim=-1), torch.eye(count)
     else:
-        into = torch.randn(width, key_EID.shape[-1], generator=generator)
+        into = torch.randn(width, parts.experts.up_EGD.shape[-1], generator=generator)
         out = torch.randn(count, width, generator=generator) / width**0.5
     return [into, out, *([torch.zeros(count)] if spec.router.bias else [])]
 
@@ -119,8 +107,6 @@ MLP = RouterMethod(
     kinds=frozenset({"split", "subsets"}),
     otherwise="learns what parts of an FFN add, and copies all add the same; "
     "use an expert method that splits",
-    paper='Zhang et al., "MoEfication", 2021',
-    source="https://arxiv.org/abs/2110.01786",
     needs=frozenset({"activations"}),
     makes="mlp",
     facts=lambda router, ffn, num_experts: {"hidden": router.hidden or num_experts},

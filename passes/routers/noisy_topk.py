@@ -2,32 +2,15 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.method import Parts
-from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, linear
+from upcycle.passes.experts.method import DenseLayer, Parts
+from upcycle.passes.routers.method import ALL_KINDS, RouterMethod, drawn_rows, linear
 
 
-def noisy_topk(
-    ffn: FFNWeights,
-    parts: Parts,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> dict[str, torch.Tensor]:
+def noisy_topk(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     """Draw the rows from N(0, std^2), and start the noise at the same size everywhere.
 
     In training the score of an expert is ``w x + e (softplus(v x) + 0.01)`` with e standard normal
     and v zero at first, so that the noise is ``ln 2 + 0.01``; in evaluation it is ``w x``.
-
-    Args:
-        ffn: only its input width D is read.
-        parts: unused.
-        spec: `num_experts` is E; ``router.std`` is the standard deviation of the rows.
-        generator: draws the rows.
-        data: unused.
 
     Returns:
         ``weight`` and ``noise_weight`` [E, D] and, if ``router.bias``, ``bias`` of zeros [E];
@@ -37,8 +20,7 @@ def noisy_topk(
         Shazeer et al., "Outrageously Large Neural Networks", 2017,
         https://arxiv.org/abs/1701.06538
     """
-    shape = (spec.num_experts, ffn.up_MFD.shape[-1])
-    made = linear(spec.router.std * torch.randn(shape, generator=generator), spec)
+    made = linear(drawn_rows(dense, dense.spec.num_experts), dense.spec)
     return {**made, "noise_weight": torch.zeros_like(made["weight"])}
 
 
@@ -48,8 +30,6 @@ NOISY_TOPK = RouterMethod(
     kinds=ALL_KINDS - {"slices"},
     otherwise="adds noise to each expert by itself, which tears the slices of a copy apart; use "
     "`router.method: virtual_group`",
-    paper='Shazeer et al., "Outrageously Large Neural Networks", 2017',
-    source="https://arxiv.org/abs/1701.06538",
     makes="noisy",
     reads=frozenset({"std"}),
 )

@@ -2,29 +2,16 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.method import Parts
+from upcycle.passes.experts.method import DenseLayer, Parts
 from upcycle.passes.routers.method import RouterMethod, no_bias, no_nulls
 from upcycle.recipe.schema import Router
 
 
-def oracle(
-    ffn: FFNWeights,
-    parts: Parts,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> dict[str, torch.Tensor]:
+def oracle(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     """Make nothing: the runtime router reads the experts of its layer.
 
     It runs them all to rank them by the length of what they add, so it saves nothing. It shows what
     the experts allow, whatever the router.
-
-    Args:
-        ffn, parts, spec, generator, data: unused.
 
     Returns:
         No tensor.
@@ -47,8 +34,6 @@ ORACLE = RouterMethod(
     kinds=frozenset({"split", "subsets"}),
     otherwise="ranks parts of an FFN by what they add, and copies all add the same; "
     "use an expert method that splits",
-    paper='Zhang et al., "MoEfication", 2021',
-    source="https://arxiv.org/abs/2110.01786",
     makes="oracle",
     limits=(no_nulls, no_bias, _no_probabilities),
 )

@@ -2,32 +2,15 @@
 
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.method import Parts
+from upcycle.passes.experts.method import DenseLayer, Parts
 from upcycle.passes.experts.representatives import representatives
 from upcycle.passes.routers.method import RouterMethod, no_bias, no_nulls
 
 
-def representative(
-    ffn: FFNWeights,
-    parts: Parts,
-    spec: MoESpec,
-    *,
-    generator: torch.Generator,
-    data: FFNInputs | None,
-) -> dict[str, torch.Tensor]:
+def representative(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     """Copy the rows of the neuron of each expert that is active most like all of them.
 
     The score is then ``|h|`` of that neuron, the true one and not a prediction.
-
-    Args:
-        ffn: the dense FFN.
-        parts: E routed experts.
-        spec: ``experts.markers``.
-        generator: unused.
-        data: the calibration tokens.
 
     Returns:
         ``weight`` [M, E, D] and, if the FFN has biases, ``bias`` [M, E]; float32.
@@ -35,9 +18,8 @@ def representative(
     Source:
         Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416
     """
-    assert data is not None, "`passes.needs` asks for it"
-    neuron_EI, markers = parts.experts.neuron_EI, spec.experts.markers
-    few = ffn.of_neurons(representatives(ffn, neuron_EI, data, markers=markers))
+    ffn, neuron_EI, markers = dense.ffn, parts.experts.neuron_EI, dense.spec.experts.markers
+    few = ffn.of_neurons(representatives(ffn, neuron_EI, dense.data, markers=markers))
     bias = {} if few.up_bias_MF is None else {"bias": few.up_bias_MF.float()}
     return {"weight": few.up_MFD.float(), **bias}
 
@@ -48,8 +30,6 @@ REPRESENTATIVE = RouterMethod(
     kinds=frozenset({"split", "subsets"}),
     otherwise="chooses a neuron of each expert, and copies all have the same; "
     "use an expert method that splits",
-    paper='Pei et al., "CMoE", 2025',
-    source="https://arxiv.org/abs/2502.04416",
     needs=frozenset({"activations"}),
     makes="neurons",
     facts=lambda router, ffn, num_experts: {

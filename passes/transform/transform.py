@@ -4,6 +4,8 @@ Shape suffixes: E experts, I neurons of an expert, F neurons of the FFN, D d_mod
 O d_out.
 """
 
+from dataclasses import replace
+
 import torch
 
 from upcycle.errors import UnsupportedError
@@ -11,6 +13,7 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
 from upcycle.passes.experts import EXPERTS
+from upcycle.passes.experts.method import DenseLayer
 from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.passes.transform.compensate import compensate
 
@@ -30,10 +33,10 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> 
         Experts, a float32 router, and the output bias of the FFN, which the layer adds once.
         Memory: the experts, and what their method says.
     """
-    make_experts = EXPERTS[spec.experts.method].build
-    make_router = ROUTER_METHODS[spec.router.method].build
-    parts = make_experts(ffn, spec, generator=spec.generator("experts"), data=data)
-    router = dict(make_router(ffn, parts, spec, generator=spec.generator("router"), data=data))
+    dense = DenseLayer(ffn, spec, spec.generator("experts"), data)
+    parts = EXPERTS[spec.experts.method].build(dense)
+    dense = replace(dense, generator=spec.generator("router"))
+    router = dict(ROUTER_METHODS[spec.router.method].build(dense, parts))
     config = spec.router_config()
     if config.balance:
         router["selection_bias"] = torch.zeros(spec.num_experts + config.nulls)
