@@ -9,7 +9,7 @@ import torch
 from upcycle.errors import PlanError
 from upcycle.ir.ffn import Located
 from upcycle.ir.spec import MoESpec
-from upcycle.passes.plan.adapt import adapted_widths
+from upcycle.passes.plan.adaptive_sizes import adaptive_widths
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.schema import Recipe
@@ -34,7 +34,7 @@ def test_the_sum_stays_and_the_better_layer_gets_more() -> None:
         spec.ffn.path: scale * torch.rand(256, generator=torch.Generator().manual_seed(i))
         for i, (spec, scale) in enumerate(zip(planned, (1.0, 2.0, 0.5), strict=True))
     }
-    widths = [spec.width for spec in adapted_widths(planned, scores)]
+    widths = [spec.width for spec in adaptive_widths(planned, scores)]
     assert sum(widths) == sum(spec.width for spec in planned) == 3 * 64
     assert widths[1] > widths[0] > widths[2] >= 8
     assert all(width % 8 == 0 for width in widths)
@@ -43,7 +43,7 @@ def test_the_sum_stays_and_the_better_layer_gets_more() -> None:
 def test_equal_layers_stay_as_planned() -> None:
     planned = specs(2)
     score_F = torch.arange(256.0)
-    adapted = adapted_widths(planned, {spec.ffn.path: score_F for spec in planned})
+    adapted = adaptive_widths(planned, {spec.ffn.path: score_F for spec in planned})
     assert [spec.width for spec in adapted] == [64, 64]
 
 
@@ -52,7 +52,7 @@ def test_no_layer_is_wider_than_dense_or_empty() -> None:
     scores = dict(
         zip(("layers.0.mlp", "layers.1.mlp"), (torch.ones(256), torch.zeros(256)), strict=True)
     )
-    widths = [spec.width for spec in adapted_widths(tuple(planned), scores)]
+    widths = [spec.width for spec in adaptive_widths(tuple(planned), scores)]
     assert widths == [256, 224]
 
 

@@ -17,8 +17,8 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, read_ffn
 from upcycle.layers.moe import MoE
+from upcycle.passes.calibrate.batch_barrier import BatchBarrier
 from upcycle.passes.calibrate.calibrate import calibrate
-from upcycle.passes.calibrate.lockstep import Lockstep
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.rewrite import fill, with_empty_layers
@@ -277,7 +277,7 @@ def test_an_exception_gets_out_and_no_thread_stays(at: str) -> None:
 
 
 def test_an_error_between_two_places_frees_those_that_wait() -> None:
-    steps = Lockstep(3)
+    steps = BatchBarrier(3)
     passed = []
 
     def forward(i: int) -> None:
@@ -294,7 +294,7 @@ def test_an_error_between_two_places_frees_those_that_wait() -> None:
 
 
 def test_batches_take_turns_in_order() -> None:
-    steps, order = Lockstep(4), []
+    steps, order = BatchBarrier(4), []
 
     def forward(i: int) -> None:
         for _ in range(3):

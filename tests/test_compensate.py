@@ -9,7 +9,7 @@ import torch
 
 from upcycle.errors import PlanError
 from upcycle.ir.ffn import Located
-from upcycle.passes.calibrate.visits import members, visits
+from upcycle.passes.calibrate.routed_tokens import members, visits
 from upcycle.passes.plan.costs import costs
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.least_squares import Sums, input_basis, solve

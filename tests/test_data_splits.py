@@ -21,7 +21,7 @@ from upcycle.passes.experts.method import Parts
 from upcycle.passes.experts.partition import by_turns, group_sizes
 from upcycle.passes.experts.profile import profile
 from upcycle.passes.experts.useful import ranks, usefulness
-from upcycle.passes.plan.adapt import adapted
+from upcycle.passes.plan.adaptive_sizes import adaptive_shared
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.transform import transform
 from upcycle.recipe.schema import Experts
@@ -230,7 +230,7 @@ def test_a_shared_ratio_for_each_layer_keeps_the_mean() -> None:
         "mlp1": torch.linspace(1, 0, 48),
         "mlp2": torch.linspace(1, 0, 48) * 1000 + 7,  # the same in other units
     }
-    new = adapted(specs, scores)
+    new = adaptive_shared(specs, scores)
     assert [spec.shared for spec in specs] == [16, 16, 16]
     assert [spec.shared for spec in new] == [8, 20, 20]
     assert all(spec.shared + 4 * spec.width == 48 for spec in new)

@@ -16,9 +16,9 @@ import upcycle.ir.weights
 from upcycle.capture.capture import capture
 from upcycle.capture.recorder import op_name
 from upcycle.ir.ffn import FFN, Located
-from upcycle.passes.locate.demand import trace
-from upcycle.passes.locate.hidden import NotPointwiseError
+from upcycle.passes.locate.hidden_tensor import NotAnFFNError
 from upcycle.passes.locate.locate import locate
+from upcycle.passes.locate.trace import trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -420,7 +420,7 @@ class Stream(nn.Module):
 def test_a_walk_does_not_follow_the_residual_stream_to_its_start() -> None:
     program = capture(Stream(12), (torch.zeros(2, 5, D),), repeat_blocks=False)
     last = [node for node in program.graph.nodes if op_name(node.target) == "layer_norm"][-1]
-    with pytest.raises(NotPointwiseError, match="residual stream"):
+    with pytest.raises(NotAnFFNError, match="residual stream"):
         trace(last, -1)
     assert len(locate(program).ffns) == 12
 

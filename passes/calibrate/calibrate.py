@@ -21,7 +21,7 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.layers.moe import MoE
-from upcycle.passes.calibrate.lockstep import Lockstep, Stop
+from upcycle.passes.calibrate.batch_barrier import BatchBarrier, Stop
 from upcycle.util.eval_mode import eval_mode
 
 Visit = Callable[[MoESpec, MoE, FFNWeights, FFNInputs], None]
@@ -74,7 +74,7 @@ def calibrate(
             torch.manual_seed(0)
             for place in places:
                 place.install(partial(one.count, place))
-            Lockstep(1).run(partial(_forward, model, batches))
+            BatchBarrier(1).run(partial(_forward, model, batches))
             for place in places:
                 if not place.calls:
                     raise UsageError(
@@ -145,7 +145,7 @@ class _Pass:
         sequential: bool,
         domains: Sequence[torch.Tensor] | None,
     ) -> None:
-        self.lockstep = Lockstep(len(batches))
+        self.lockstep = BatchBarrier(len(batches))
         self.left = 0  # meetings
         self._batches, self._domains = batches, domains
         self._dense, self._visit, self._sequential = dense, visit, sequential

@@ -11,7 +11,7 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.measured import Usage
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
-from upcycle.passes.calibrate.visits import members, visits
+from upcycle.passes.calibrate.routed_tokens import members, visits
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from upcycle.capture.recorder import op_name
-from upcycle.passes.locate.hidden import NotPointwiseError
+from upcycle.passes.locate.hidden_tensor import NotAnFFNError
 from upcycle.passes.locate.operations import LAYOUT, SHAPED_LIKE
 
 
@@ -30,10 +30,10 @@ def run_layout(node: fx.Node, values: torch.Tensor) -> Any:
     """What the operation of `node` makes of `values`, which have the shape of its data input.
 
     Raises:
-        NotPointwiseError: it is no layout operation, or depends on another tensor.
+        NotAnFFNError: it is no layout operation, or depends on another tensor.
     """
     if not is_layout(node):
-        raise NotPointwiseError(f"`{op_name(node.target)}` depends on another tensor", node)
+        raise NotAnFFNError(f"`{op_name(node.target)}` depends on another tensor", node)
     target: Any = node.target
     if getattr(target, "__name__", "") == "__get__":
         return target(values)
@@ -90,12 +90,12 @@ def source_of_join(node: fx.Node, index_PC: torch.Tensor) -> tuple[fx.Node, torc
     """The one tensor of a concatenation that elements come from, and where in it they are.
 
     Raises:
-        NotPointwiseError: they come from several tensors.
+        NotAnFFNError: they come from several tensors.
     """
     parts, *rest = node.args
     name = op_name(node.target)
     if not isinstance(parts, list | tuple):
-        raise NotPointwiseError(f"`{name}` joins what is no list of tensors", node)
+        raise NotAnFFNError(f"`{name}` joins what is no list of tensors", node)
     sources = [part for part in parts if isinstance(part, fx.Node)]
     ends = torch.tensor([math.prod(source.meta["shape"]) for source in sources]).cumsum(0)
     starts = [0, *ends.tolist()]
@@ -105,7 +105,7 @@ def source_of_join(node: fx.Node, index_PC: torch.Tensor) -> tuple[fx.Node, torc
     part_PC = torch.bucketize(moved_PC.contiguous(), ends, right=True)
     part = int(part_PC.reshape(-1)[0])
     if (part_PC != part).any():
-        raise NotPointwiseError(f"`{name}` joins its hidden tensor with another", node)
+        raise NotAnFFNError(f"`{name}` joins its hidden tensor with another", node)
     return sources[part], moved_PC - starts[part]
 
 

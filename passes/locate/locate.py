@@ -1,6 +1,6 @@
 """Locate: find every dense FFN of a captured program, and say why the near misses are none.
 
-Each linear map is tried as a contraction: `demand.trace` walks back from its input to the
+Each linear map is tried as a contraction: `trace` walks back from its input to the
 expansions. No name of a class or of a module is looked at.
 """
 
@@ -15,26 +15,32 @@ from upcycle.capture.function_caches import caches_cleared
 from upcycle.capture.guess_inputs import find_example
 from upcycle.capture.recorder import Program, op_name
 from upcycle.ir.ffn import FFN, Located, Miss, Projection
-from upcycle.passes.locate.demand import trace
-from upcycle.passes.locate.escape import check_no_escape
-from upcycle.passes.locate.hidden import Demand, NotPointwiseError, check_has_data, miss_at
+from upcycle.passes.locate.hidden_tensor import (
+    HiddenTensor,
+    NearMissError,
+    NotAnFFNError,
+    check_has_data,
+    miss_at,
+)
 from upcycle.passes.locate.layout import joined_widths
 from upcycle.passes.locate.linear import LinearMap, computed_linear, linear_map
 from upcycle.passes.locate.name_activation import recognise, swapped
+from upcycle.passes.locate.outside_readers import check_outside_readers
 from upcycle.passes.locate.region import (
     check_leaf_modules,
     check_one_input,
     check_own_weights,
     common_path,
+    dropout_of_own_module,
     is_nonlinear,
     kind_of,
     output_of,
-    placement_of,
     projection_of,
     spread_of,
 )
 from upcycle.passes.locate.replayed_blocks import crosses_blocks, with_replayed_misses, with_replays
 from upcycle.passes.locate.shared_weights import read_elsewhere, without_tied
+from upcycle.passes.locate.trace import trace
 from upcycle.pointwise import Pointwise
 
 EXPERT_OPS = {"grouped_mm", "moe"}  # matrices chosen per token
@@ -56,14 +62,14 @@ def locate(program: Program) -> Located:
         if contraction is None:
             continue
         try:
-            ffn, demand = _ffn_at(program, contraction, live)
-        except NotPointwiseError as reason:
-            if reason.told:
+            ffn, hidden = _ffn_at(program, contraction, live)
+        except NotAnFFNError as reason:
+            if isinstance(reason, NearMissError):
                 path = contraction.node.meta["path"]
                 misses.append(miss_at(reason.node, str(reason), path=path))
             continue
         found.setdefault(ffn.parameters, ffn)
-        maps = {expansion.linear.node for expansion in demand.expansions}
+        maps = {expansion.linear.node for expansion in hidden.expansions}
         uses.setdefault(ffn.parameters, set()).update(maps, {contraction.node})
     kept = _drop_overlapping(list(found.values()), misses)
     for ffn in list(kept):
@@ -73,9 +79,9 @@ def locate(program: Program) -> Located:
             node, why = reader
             misses.append(miss_at(node, why, path=ffn.path))
     used = {p.module for ffn in kept for p in (*ffn.expansions, ffn.contraction)}
-    told = [miss for miss in misses if miss.path not in used]
+    misses = [miss for miss in misses if miss.path not in used]
     ffns = _with_distinct_paths(with_replays(program, kept))
-    return Located(ffns, tuple(with_replayed_misses(program, told)))
+    return Located(ffns, tuple(with_replayed_misses(program, misses)))
 
 
 def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located:
@@ -112,7 +118,9 @@ def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
     return live
 
 
-def _ffn_at(program: Program, contraction: LinearMap, live: set[fx.Node]) -> tuple[FFN, Demand]:
+def _ffn_at(
+    program: Program, contraction: LinearMap, live: set[fx.Node]
+) -> tuple[FFN, HiddenTensor]:
     """The FFN that ends at `contraction`: all its columns, or those of one tensor of a `cat`.
 
     Of several such tensors the widest is taken; the contraction keeps the columns of the others.
@@ -121,13 +129,14 @@ def _ffn_at(program: Program, contraction: LinearMap, live: set[fx.Node]) -> tup
     ends = accumulate(joined_widths(contraction.x, contraction.axis), initial=0)
     parts = sorted((a, b) for a, b in pairwise(ends) if b > a)
     parts.sort(key=lambda part: part[0] - part[1])
-    refusal: NotPointwiseError | None = None
+    refusal: NotAnFFNError | None = None
     for columns in (None, *parts):
         try:
-            demand = trace(contraction.x, contraction.axis, columns)
-            return _ffn(program, contraction, demand, live, columns), demand
-        except NotPointwiseError as reason:
-            refusal = refusal if refusal and refusal.told >= reason.told else reason
+            hidden = trace(contraction.x, contraction.axis, columns)
+            return _ffn(program, contraction, hidden, live, columns), hidden
+        except NotAnFFNError as reason:
+            if not isinstance(refusal, NearMissError):
+                refusal = reason
     assert refusal is not None
     raise refusal
 
@@ -135,24 +144,22 @@ def _ffn_at(program: Program, contraction: LinearMap, live: set[fx.Node]) -> tup
 def _ffn(
     program: Program,
     contraction: LinearMap,
-    demand: Demand,
+    hidden: HiddenTensor,
     live: set[fx.Node],
     columns: tuple[int, int] | None,
 ) -> FFN:
-    expansions = [e.linear for e in demand.expansions]
-    pointwise = Pointwise(len(expansions), tuple(demand.steps))
+    expansions = [e.linear for e in hidden.expansions]
+    pointwise = Pointwise(len(expansions), tuple(hidden.steps))
     if not is_nonlinear(pointwise):
-        raise NotPointwiseError(
-            "there is no nonlinearity between the linear maps", contraction.node
-        )
-    if demand.mixing is not None:
-        raise demand.mixing
-    check_one_input(demand, contraction)
-    if demand.learned is not None:
-        raise demand.learned
+        raise NotAnFFNError("there is no nonlinearity between the linear maps", contraction.node)
+    if hidden.mixing is not None:
+        raise hidden.mixing
+    check_one_input(hidden, contraction)
+    if hidden.own_parameter is not None:
+        raise hidden.own_parameter
     check_own_weights(expansions, contraction)
-    shared = check_no_escape(demand, contraction, live) or columns is not None
-    projections = [projection_of(demand, i) for i in range(len(expansions))]
+    shared = check_outside_readers(hidden, contraction, live) or columns is not None
+    projections = [projection_of(hidden, i) for i in range(len(expansions))]
     named = recognise(pointwise)
     if named.name == "custom" and named.arity == 2:
         other = recognise(swapped(pointwise))
@@ -161,10 +168,10 @@ def _ffn(
     output, bias = output_of(contraction)
     d_out = contraction.node.meta["shape"][contraction.axis]
     d_model = expansions[0].x.meta["shape"][expansions[0].axis]
-    d_ff = len(demand.expansions[0].rows)
+    d_ff = len(hidden.expansions[0].rows)
     path = contraction.node.meta["path"]
     owner = common_path([p.module for p in projections] + [path])
-    placement, dropout = placement_of(program, owner, expansions[0].x, output)
+    dropout = dropout_of_own_module(program, owner, expansions[0].x, output)
     ffn = FFN(
         path=owner,
         kind=kind_of(d_model, d_ff, d_out),
@@ -178,24 +185,23 @@ def _ffn(
         d_ff=d_ff,
         d_out=d_out,
         axis=contraction.axis,
-        hidden_dropout=demand.dropout,
-        output_dropout=dropout,
+        hidden_dropout=hidden.dropout,
+        output_dropout=dropout or 0.0,
     )
-    if placement == "module" and owner and not shared:
+    if dropout is not None and owner and not shared:
         return ffn
     check_leaf_modules(program, ffn, [*(e.node for e in expansions), output])
     ffn = replace(ffn, placement=spread_of(ffn), output_dropout=0.0)
-    if demand.reshaped or shared:
+    if hidden.reshaped or shared:
         widths = {e.node.meta["path"]: e.node.meta["shape"][e.axis] for e in expansions}
         ffn = replace(ffn, tap_widths=tuple(widths[p.module] for p in _modules(ffn)))
     if not shared:
         return ffn
-    if demand.biases:
-        raise NotPointwiseError(
+    if hidden.biases:
+        raise NearMissError(
             "a projection of which only a part is the FFN's has its bias elsewhere: put it into "
             "the linear map",
             contraction.node,
-            told=True,
         )
     return replace(ffn, shared=True, hidden_width=contraction.x.meta["shape"][contraction.axis])
 

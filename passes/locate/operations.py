@@ -1,4 +1,12 @@
-"""What kind each torch operation is, for the walk of `demand` and the checks of `region`."""
+"""What kind each torch operation is, for the walk of `trace` and the checks of `region`."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from upcycle.capture.recorder import op_name
+from upcycle.pointwise import OPS
 
 LAYOUT = {
     "alias", "chunk", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "flip",
@@ -44,3 +52,23 @@ INPLACE = {
 }  # fmt: skip
 # A program of these alone is linear in its expansions; so is one that multiplies by a number.
 LINEAR = {"add", "sub", "rsub", "neg", "cast", "cast_like"}
+
+
+def filled_with(node: fx.Node) -> float | None:
+    """The number that every element of what `node` makes is, if that is known without running."""
+    name = op_name(node.target)
+    if name not in FILLS:
+        return None
+    if name.startswith(("zeros", "ones")):
+        return float(name.startswith("ones"))
+    key = {"full": "fill_value", "full_like": "fill_value"}.get(name, "data")
+    position = 1 if key == "fill_value" else 0
+    number = node.args[position] if len(node.args) > position else node.kwargs.get(key)
+    return float(number) if isinstance(number, int | float) else None
+
+
+def number_of(op: str, args: tuple[Any, ...]) -> float:
+    """What a pointwise operation makes of numbers; one where it is none, as that is refused."""
+    if op not in OPS or not all(isinstance(arg, int | float) for arg in args):
+        return 1.0
+    return float(OPS[op](*(torch.tensor(arg, dtype=torch.float64) for arg in args)))

@@ -5,7 +5,7 @@ from torch import fx
 
 from upcycle.capture.recorder import Program, op_name
 from upcycle.ir.ffn import FFN, Placement, Projection
-from upcycle.passes.locate.hidden import Demand, NotPointwiseError, dropout_of
+from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError, dropout_of
 from upcycle.passes.locate.linear import LinearMap
 from upcycle.passes.locate.operations import LINEAR
 from upcycle.pointwise import Pointwise
@@ -14,22 +14,19 @@ from upcycle.recipe.schema import FFNKind
 _VIEWS = {"dropout", "view", "reshape", "contiguous", "clone"}
 
 
-def check_one_input(demand: Demand, contraction: LinearMap) -> None:
+def check_one_input(hidden: HiddenTensor, contraction: LinearMap) -> None:
     """Every expansion must read the same x, in the order of the contraction's positions."""
-    source = _through_views(demand.expansions[0].linear.x)
-    if any(_through_views(e.linear.x) is not source for e in demand.expansions):
-        raise NotPointwiseError(
+    source = _through_views(hidden.expansions[0].linear.x)
+    if any(_through_views(e.linear.x) is not source for e in hidden.expansions):
+        raise NearMissError(
             "its linear maps read different inputs (a low-rank adapter on an expansion? merge it "
             "into the base weight first)",
             contraction.node,
-            told=True,
         )
-    order = torch.arange(len(demand.expansions[0].positions))
-    axes = {e.linear.axis for e in demand.expansions} | {contraction.axis}
-    if len(axes) > 1 or any(not torch.equal(e.positions, order) for e in demand.expansions):
-        raise NotPointwiseError(
-            "positions are reordered before the contraction", contraction.node, told=True
-        )
+    order = torch.arange(len(hidden.expansions[0].positions))
+    axes = {e.linear.axis for e in hidden.expansions} | {contraction.axis}
+    if len(axes) > 1 or any(not torch.equal(e.positions, order) for e in hidden.expansions):
+        raise NearMissError("positions are reordered before the contraction", contraction.node)
 
 
 def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> None:
@@ -37,23 +34,19 @@ def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> No
     nameless = [linear for linear in (*expansions, contraction) if not linear.weight]
     packing = next((linear.packing for linear in nameless if linear.packing), "")
     if packing:
-        raise NotPointwiseError(
+        raise NearMissError(
             f"its weights are quantised ({packing}): start from the model with float weights",
             contraction.node,
-            told=True,
         )
     if nameless:
-        raise NotPointwiseError(
+        raise NearMissError(
             "its weight is computed in the forward (weight norm, dequantisation): write the result "
             "into a plain parameter first",
             contraction.node,
-            told=True,
         )
     if contraction.weight in {e.weight for e in expansions}:
-        raise NotPointwiseError(
-            "its contraction and an expansion are one weight: untie them first",
-            contraction.node,
-            told=True,
+        raise NearMissError(
+            "its contraction and an expansion are one weight: untie them first", contraction.node
         )
 
 
@@ -69,17 +62,15 @@ def is_nonlinear(program: Pointwise) -> bool:
     )
 
 
-def projection_of(demand: Demand, i: int) -> Projection:
+def projection_of(hidden: HiddenTensor, i: int) -> Projection:
     """Expansion `i` as data; its rows must be evenly spaced."""
-    expansion = demand.expansions[i]
+    expansion = hidden.expansions[i]
     rows, linear = expansion.rows, expansion.linear
     step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
     start = int(rows[0])
     if step < 1 or not torch.equal(rows, torch.arange(len(rows)) * step + start):
-        raise NotPointwiseError(
-            "its neurons are not stored in one regular order", linear.node, told=True
-        )
-    bias = linear.bias or demand.biases.get(i)
+        raise NearMissError("its neurons are not stored in one regular order", linear.node)
+    bias = linear.bias or hidden.biases.get(i)
     stop = start + step * (len(rows) - 1) + 1
     return Projection(
         linear.node.meta["path"], linear.weight, bias, linear.transposed, (start, stop, step)
@@ -100,18 +91,15 @@ def output_of(contraction: LinearMap) -> tuple[fx.Node, str | None]:
     return node, contraction.bias
 
 
-def placement_of(
-    program: Program, path: str, x: fx.Node, output: fx.Node
-) -> tuple[Placement | None, float]:
-    """``module`` if the module at `path` computes exactly this FFN, and its output dropout."""
-    calls = program.calls.get(path, [])
+def dropout_of_own_module(program: Program, path: str, x: fx.Node, output: fx.Node) -> float | None:
+    """The output dropout of the FFN if the module at `path` computes exactly this FFN, or None."""
     given = _through_views(x)
-    for call in calls:
+    for call in program.calls.get(path, []):
         if {_through_views(n) for n in call.inputs} == {given} and len(call.outputs) == 1:
             dropout = _dropout_between(output, call.outputs[0])
             if dropout is not None:
-                return "module", dropout
-    return None, 0.0
+                return dropout
+    return None
 
 
 def _dropout_between(output: fx.Node, end: fx.Node) -> float | None:
@@ -142,19 +130,16 @@ def check_leaf_modules(program: Program, ffn: FFN, nodes: list[fx.Node]) -> None
         path = node.meta["path"]
         calls = program.calls.get(path, [])
         if not any(_through_views(node) in map(_through_views, call.outputs) for call in calls):
-            raise NotPointwiseError(
+            raise NearMissError(
                 f"its weights are raw parameters that `{path}` applies among other things: move "
                 "the FFN into a module of its own"
                 if path
                 else "its weights are raw parameters of the model itself: put it into a parent "
                 "module, as in nn.Sequential(model)",
                 node,
-                told=True,
             )
     if len({p.module for p in ffn.expansions}) < len({p.weight for p in ffn.expansions}):
-        raise NotPointwiseError(
-            "one module applies several of its linear maps", nodes[0], told=True
-        )
+        raise NearMissError("one module applies several of its linear maps", nodes[0])
 
 
 def _through_views(node: fx.Node) -> fx.Node:

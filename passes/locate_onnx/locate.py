@@ -11,10 +11,10 @@ from torch import fx
 from upcycle.ir.ffn import FFN, Located, Miss
 from upcycle.onnx.shapes import axis_sizes, infer
 from upcycle.onnx.tensors import tensor_of
-from upcycle.passes.locate.demand import trace
 from upcycle.passes.locate.linear import linear_map
 from upcycle.passes.locate.locate import locate
 from upcycle.passes.locate.region import output_of
+from upcycle.passes.locate.trace import trace
 from upcycle.passes.locate_onnx.operations import OPERATIONS
 from upcycle.passes.locate_onnx.program import OnnxProgram, Parameter, read_program
 from upcycle.util.lazy_tensors import LazyTensors

@@ -19,7 +19,7 @@ import torch
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
-from upcycle.passes.calibrate.visits import members, visits
+from upcycle.passes.calibrate.routed_tokens import members, visits
 from upcycle.passes.transform.least_squares import Sums, best_penalty, input_basis, solve
 from upcycle.recipe.schema import Compensate
 

@@ -15,7 +15,7 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, MoEWeights, Provenance
 from upcycle.passes.calibrate.usage import usage
 from upcycle.passes.experts.useful import usefulness
-from upcycle.passes.plan.adapt import adapted, adapted_widths
+from upcycle.passes.plan.adaptive_sizes import adaptive_shared, adaptive_widths
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.passes.transform.transform import transform
 from upcycle.util.progress import Progress, silent
@@ -138,7 +138,7 @@ def _survey(dense: Layers, scratch: Path) -> tuple[Plan, Mapping[str, torch.Tens
         return plan, important
     if experts.width is not None:
         means = {path: score_NF.mean(0) for path, score_NF in important.items()}
-        return replace(plan, specs=adapted_widths(plan.specs, means)), important
+        return replace(plan, specs=adaptive_widths(plan.specs, means)), important
     scores: dict[str, torch.Tensor] = {}
 
     def visit(spec: MoESpec, ffn: FFNWeights, seen: FFNInputs) -> None:
@@ -146,4 +146,4 @@ def _survey(dense: Layers, scratch: Path) -> tuple[Plan, Mapping[str, torch.Tens
         scores[spec.ffn.path] = usefulness(ffn, spec.experts, seen, width=spec.width)
 
     dense.show(plan, visit, scratch, sequential=False)
-    return replace(plan, specs=adapted(plan.specs, scores)), important
+    return replace(plan, specs=adaptive_shared(plan.specs, scores)), important

@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from upcycle.capture.recorder import op_name
-from upcycle.passes.locate.hidden import Demand, NotPointwiseError
+from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError
 from upcycle.passes.locate.layout import is_layout, run_layout
 from upcycle.passes.locate.linear import LinearMap, linear_map
 from upcycle.passes.locate.operations import CASTS, LAYOUT, SHAPED_LIKE
@@ -13,8 +13,8 @@ from upcycle.passes.locate.operations import CASTS, LAYOUT, SHAPED_LIKE
 _READS_TYPE_ALONE = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
 
 
-def check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) -> bool:
-    """Refuse an FFN of which something outside reads a hidden element.
+def check_outside_readers(hidden: HiddenTensor, contraction: LinearMap, live: set[fx.Node]) -> bool:
+    """Refuse an FFN if something outside reads an element of its hidden tensor.
 
     A linear map may have outputs that are no neurons of this FFN (a fused projection gives the
     queries, too): those may go anywhere.
@@ -22,31 +22,31 @@ def check_no_escape(demand: Demand, contraction: LinearMap, live: set[fx.Node]) 
     Returns:
         Whether some do.
     """
-    outside = _Outside(demand, contraction, live)
-    for node in demand.visited:
+    outside = _Outside(hidden, contraction, live)
+    for node in hidden.visited:
         if op_name(node.target) not in LAYOUT | {"getitem_of"}:  # these are met on the way
-            outside.follow(node, demand.taken_of(node))
+            outside.follow(node, hidden.taken_of(node))
     if outside.reader is not None:
         reader = outside.reader
         reason = f"its hidden tensor is also {_described(reader)}"
         if _is_adapter(reader, contraction):
             reason = "a low-rank adapter lies on its contraction: merge it first"
         where = contraction.node if reader.op == "output" else reader
-        raise NotPointwiseError(reason, where, told=True)
+        raise NearMissError(reason, where)
     return outside.others_are_read
 
 
 class _Outside:
-    """Who reads what is no neuron, and the first who reads a neuron from outside."""
+    """The first reader of a neuron from outside, and whether anything reads the other outputs."""
 
-    def __init__(self, demand: Demand, contraction: LinearMap, live: set[fx.Node]) -> None:
-        self._inside = demand.visited | {contraction.node}
+    def __init__(self, hidden: HiddenTensor, contraction: LinearMap, live: set[fx.Node]) -> None:
+        self._inside = hidden.visited | {contraction.node}
         self._live = live
         self.reader: fx.Node | None = None
         self.others_are_read = False
 
     def follow(self, node: fx.Node, hidden: Any) -> None:
-        """`hidden` tells of each element of `node` whether it belongs to the FFN."""
+        """Look at the readers of `node`; `hidden` is true for its elements that are neurons."""
         for user in node.users:
             name = op_name(user.target)
             shape_alone = name in SHAPED_LIKE and user.args[0] is not node

@@ -1,15 +1,54 @@
-"""Try an operation that no rule knows: move one element of its input, see which outputs move."""
+"""Why an operation is refused between the linear maps of an FFN."""
 
 from typing import Any
 
 import torch
 from torch import fx
 
+from upcycle.capture.recorder import op_name
+
 ELEMENTS = 2**22  # of an input that is worth trying
 TRIES = 5
 
 
-def moves_others(node: fx.Node, data: fx.Node) -> bool | None:
+def why_opaque(node: fx.Node, data: fx.Node | None = None) -> str:
+    """Why an operation that is not known to be pointwise is refused.
+
+    Where it makes of the tensor `data` one of the same shape, it is tried out.
+    """
+    name = op_name(node.target)
+    if name != "batch_norm":
+        moves = None if data is None else _moves_others(node, data)
+        if moves is None:
+            return f"`{name}` is not known to be pointwise"
+        if moves:
+            return f"`{name}` is not pointwise: an element that was moved moved others"
+        return (
+            f"`{name}` seems to be pointwise, but no converted model could store it: write it with "
+            "the operations of `upcycle.pointwise.OPS`"
+        )
+    training = node.args[5] if len(node.args) > 5 else node.kwargs.get("training", False)
+    if training:
+        return "`batch_norm` normalises over the batch in training: call `eval()` and fold it first"
+    return (
+        "`batch_norm` scales each neuron by numbers of its own: fold it into the map before it "
+        "first, as torch.nn.utils.fusion does"
+    )
+
+
+def why_not_linear(node: fx.Node) -> str:
+    """Why a convolution is no linear map of the channels of one position."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    name = op_name(node.target)
+    if isinstance(weight, fx.Node) and all(size == 1 for size in weight.meta["shape"][2:]):
+        return (
+            f"`{name}` has groups, a stride or padding: as one matrix its groups would be mostly "
+            "zeros; write them as one convolution without groups if that is wanted"
+        )
+    return f"`{name}` has a kernel larger than one"
+
+
+def _moves_others(node: fx.Node, data: fx.Node) -> bool | None:
     """Whether an element of `data` moves other elements of what `node` makes; None if unknown.
 
     The recorded call is run on random numbers of the recorded shapes, on the CPU. That no other

@@ -11,7 +11,9 @@ import torch
 from upcycle.ir.spec import MoESpec
 
 
-def adapted(specs: tuple[MoESpec, ...], score_F: Mapping[str, torch.Tensor]) -> tuple[MoESpec, ...]:
+def adaptive_shared(
+    specs: tuple[MoESpec, ...], score_F: Mapping[str, torch.Tensor]
+) -> tuple[MoESpec, ...]:
     """The specs with other numbers of shared neurons, whose sum stays.
 
     The scores of a layer, less its smallest, are taken as parts of their sum, so that layers
@@ -44,7 +46,7 @@ def adapted(specs: tuple[MoESpec, ...], score_F: Mapping[str, torch.Tensor]) -> 
     return tuple(_with_shared(spec, taken.count(i)) for i, spec in enumerate(specs))
 
 
-def adapted_widths(
+def adaptive_widths(
     specs: tuple[MoESpec, ...], importance_F: Mapping[str, torch.Tensor]
 ) -> tuple[MoESpec, ...]:
     """The specs with other widths of the routed experts, whose sum stays up to rounding.

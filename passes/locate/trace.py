@@ -1,4 +1,4 @@
-"""Backward demand analysis: which neuron does each element of a hidden tensor depend on?
+"""Walk back from a hidden tensor: which neuron does each of its elements depend on?
 
 Given the input of a candidate contraction as a grid (position p, column c), walk the graph
 backwards and ask of every producer which of its elements each (p, c) needs:
@@ -8,9 +8,9 @@ backwards and ask of every producer which of its elements each (p, c) needs:
   result says where each element comes from and no layout operation needs a rule of its own;
 - a linear map ends the walk: its output row is a neuron's expansion;
 - a parameter ends it too: one number for each neuron, such as a bias;
-- an operation of one tensor that is not pointwise is kept as the reason to refuse, and the walk
-  goes on, to learn whether the region would be an FFN without it;
-- anything else ends the walk: the region is nothing like an FFN.
+- an operation of one tensor that is not pointwise is noted as the reason to refuse, and the walk
+  goes on, to see whether the region would be an FFN without it;
+- anything else ends the walk: the region is no FFN, and no near miss.
 
 What remains is one pointwise program that is the same for every column.
 """
@@ -23,8 +23,14 @@ import torch
 from torch import fx
 
 from upcycle.capture.recorder import op_name, replayed_block
-from upcycle.passes.locate.constants import filled_with, number_of, why_not_linear, why_opaque
-from upcycle.passes.locate.hidden import Demand, Expansion, NotPointwiseError, data_of, dropout_of
+from upcycle.passes.locate import operations
+from upcycle.passes.locate.hidden_tensor import (
+    Expansion,
+    HiddenTensor,
+    NotAnFFNError,
+    data_of,
+    dropout_of,
+)
 from upcycle.passes.locate.layout import (
     Grid,
     is_layout,
@@ -34,18 +40,7 @@ from upcycle.passes.locate.layout import (
     source_of_join,
 )
 from upcycle.passes.locate.linear import LinearMap, computed_linear, convolution_of, linear_map
-from upcycle.passes.locate.operations import (
-    AFFINE,
-    CASTS,
-    INPLACE,
-    JOINS,
-    KEEPS_ORDER,
-    LAYOUT,
-    NONLINEAR_MIXERS,
-    OF_TWO,
-    SCALING_MIXERS,
-    TRUTH,
-)
+from upcycle.passes.locate.refused_operations import why_not_linear, why_opaque
 from upcycle.pointwise import OPS
 
 
@@ -65,28 +60,28 @@ _INPUTS = 4
 _Value = str | float | _Stored
 
 
-def trace(hidden: fx.Node, axis: int, columns: tuple[int, int] | None = None) -> Demand:
+def trace(hidden: fx.Node, axis: int, columns: tuple[int, int] | None = None) -> HiddenTensor:
     """Walk back from `hidden`, the data input of a contraction along `axis`, which is not empty.
 
     With `columns`, ``(start, stop)``, only those of its columns are the hidden tensor.
 
     Raises:
-        NotPointwiseError: it is nothing like the hidden tensor of an FFN.
+        NotAnFFNError: it is not the hidden tensor of an FFN.
     """
     grid = Grid(hidden, axis, columns)
-    walk = _Walk(Demand(), grid)
-    ref = walk.value(hidden, grid.index_PC)
-    if not walk.demand.expansions:
-        raise NotPointwiseError("no linear map feeds it", hidden)
-    if not walk.demand.steps or ref != f"t{len(walk.demand.steps) - 1}":
-        raise NotPointwiseError("there is no nonlinearity between the linear maps", hidden)
-    walk.demand.name_biased()
-    return walk.demand
+    walk = _Walk(grid)
+    value = walk.value(hidden, grid.index_PC)
+    if not walk.hidden.expansions:
+        raise NotAnFFNError("no linear map feeds it", hidden)
+    if not walk.hidden.steps or value != f"t{len(walk.hidden.steps) - 1}":
+        raise NotAnFFNError("there is no nonlinearity between the linear maps", hidden)
+    walk.hidden.name_biased()
+    return walk.hidden
 
 
 class _Walk:
-    def __init__(self, demand: Demand, grid: Grid) -> None:
-        self.demand = demand
+    def __init__(self, grid: Grid) -> None:
+        self.hidden = HiddenTensor()
         self._grid = grid
         self._memo: dict[fx.Node, list[tuple[torch.Tensor, _Value]]] = {}
 
@@ -96,8 +91,8 @@ class _Walk:
             if known_PC is index_PC or torch.equal(known_PC, index_PC):
                 return value
         if node.op == "call_function":
-            self.demand.visited.add(node)
-            self.demand.taken.setdefault(node, []).append(index_PC)
+            self.hidden.visited.add(node)
+            self.hidden.taken.setdefault(node, []).append(index_PC)
         value = self._value(node, index_PC)
         self._memo.setdefault(node, []).append((index_PC, value))
         return value
@@ -108,43 +103,43 @@ class _Walk:
             return self._expansion(linear, index_PC)
         if node.op == "get_attr" and node.meta["parameter"]:
             if (index_PC != index_PC[:1]).any():
-                self.demand.mix(
+                self.hidden.note_mixing(
                     "its hidden tensor meets a parameter that depends on the position", node
                 )
             return _Stored(node.meta["parameter"], index_PC[0])
-        if node.op == "call_function" and (number := filled_with(node)) is not None:
+        if node.op == "call_function" and (number := operations.filled_with(node)) is not None:
             return number
         if not node.all_input_nodes and node.op != "placeholder":
-            self.demand.learn(
+            self.hidden.note_parameter(
                 "its nonlinearity reads a tensor that is no parameter of the model", node
             )
             return 1.0
         if node.op != "call_function":
-            raise NotPointwiseError("it reads an input of the model", node)
+            raise NotAnFFNError("it reads an input of the model", node)
         name = op_name(node.target)
-        if name in OF_TWO and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
-            name = OF_TWO[name]
+        if name in operations.OF_TWO and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+            name = operations.OF_TWO[name]
         if name == "getitem_of":
             producer, item = node.args
             assert isinstance(producer, fx.Node)
-            self.demand.visited.add(producer)
-            if op_name(producer.target) in LAYOUT:
+            self.hidden.visited.add(producer)
+            if op_name(producer.target) in operations.LAYOUT:
                 return self._layout(producer, index_PC, lambda out: out[item])
             return self._opaque(producer, node, index_PC)
-        if name in LAYOUT:
+        if name in operations.LAYOUT:
             return self._layout(node, index_PC, lambda out: out)
-        if name in JOINS:
-            self.demand.reshaped = True
+        if name in operations.JOINS:
+            self.hidden.reshaped = True
             return self.value(*source_of_join(node, index_PC))
         if name == "dropout":
-            self.demand.dropout = max(self.demand.dropout, dropout_of(node))
+            self.hidden.dropout = max(self.hidden.dropout, dropout_of(node))
             return self.value(data_of(node), index_PC)
-        if name in CASTS:
+        if name in operations.CASTS:
             return self._cast(node, self.value(data_of(node), index_PC))
         if name == "glu":
             return self._glu(node, index_PC)
         if node.meta["dtype"] is torch.bool:  # arithmetic on truth values is something else
-            name = TRUTH.get(name, "bool " + name)
+            name = operations.TRUTH.get(name, "bool " + name)
         if name == "prelu":
             return self._prelu(node, index_PC)
         if name in OPS or name in {"addcmul", "rdiv", "rpow", "masked_fill"}:
@@ -155,31 +150,33 @@ class _Walk:
 
     def _step(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> _Value:
         if not any(isinstance(arg, str) and arg[0] in "zbt" for arg in args):
-            return number_of(op, args)
-        self.demand.steps.append((op, args, kwargs or {}))
-        return f"t{len(self.demand.steps) - 1}"
+            return operations.number_of(op, args)
+        self.hidden.steps.append((op, args, kwargs or {}))
+        return f"t{len(self.hidden.steps) - 1}"
 
     def _expansion(self, linear: LinearMap, index_PC: torch.Tensor) -> _Value:
         rows, positions, regular = self._grid.split(linear.node, linear.axis, index_PC)
         if not regular:
-            self.demand.mix("positions and neurons are mixed before the contraction", linear.node)
-        for i, known in enumerate(self.demand.expansions):
+            self.hidden.note_mixing(
+                "positions and neurons are mixed before the contraction", linear.node
+            )
+        for i, known in enumerate(self.hidden.expansions):
             if known.linear == linear and torch.equal(known.rows, rows):
                 if not torch.equal(known.positions, positions):
-                    self.demand.mix("its nonlinearity reads several positions", linear.node)
+                    self.hidden.note_mixing("its nonlinearity reads several positions", linear.node)
                 return f"z{i}"
-        self.demand.expansions.append(Expansion(linear, rows, positions))
-        inputs = {expansion.linear.x for expansion in self.demand.expansions}
-        if self.demand.mixing and len(inputs) > _INPUTS:
-            raise NotPointwiseError("it reads a residual stream", linear.node)
-        return f"z{len(self.demand.expansions) - 1}"
+        self.hidden.expansions.append(Expansion(linear, rows, positions))
+        inputs = {expansion.linear.x for expansion in self.hidden.expansions}
+        if self.hidden.mixing and len(inputs) > _INPUTS:
+            raise NotAnFFNError("it reads a residual stream", linear.node)
+        return f"z{len(self.hidden.expansions) - 1}"
 
     def _layout(
         self, node: fx.Node, index_PC: torch.Tensor, pick: Callable[[Any], torch.Tensor]
     ) -> _Value:
         source = data_of(node)
-        self.demand.reshaped = True
-        if op_name(node.target) in KEEPS_ORDER and is_layout(node):
+        self.hidden.reshaped = True
+        if op_name(node.target) in operations.KEEPS_ORDER and is_layout(node):
             return self.value(source, index_PC)
         moved = pick(run_layout(node, numbered(source)))
         return self.value(source, moved.reshape(-1)[index_PC])
@@ -189,14 +186,14 @@ class _Walk:
         dtype = node.meta["dtype"]
         if not isinstance(ref, str) or data_of(node).meta["dtype"] == dtype:
             return ref
-        if dtype == self.demand.expansions[0].linear.node.meta["dtype"]:
+        if dtype == self.hidden.expansions[0].linear.node.meta["dtype"]:
             return self._step("cast_like", (ref, "z0"))
         return self._step("cast", (ref, str(dtype).removeprefix("torch.")))
 
     def _glu(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
         source = data_of(node)
         axis: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
-        self.demand.reshaped = True
+        self.hidden.reshaped = True
         halves = numbered(source).chunk(2, axis)
         up, gate = (self.value(source, half.reshape(-1)[index_PC]) for half in halves)
         return self._step("mul", (up, self._step("sigmoid", (gate,))))
@@ -205,7 +202,7 @@ class _Walk:
         """A convolution that reads several positions, as an expansion or within the hidden part."""
         linear = convolution_of(node)
         assert linear is not None
-        self.demand.mix(why_not_linear(node), node)
+        self.hidden.note_mixing(why_not_linear(node), node)
         if linear.x.meta["shape"] == node.meta["shape"] and node.args[1:]:
             weight = node.args[1]
             if isinstance(weight, fx.Node) and weight.meta["shape"][1] == 1:  # depthwise
@@ -215,32 +212,36 @@ class _Walk:
     def _prelu(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
         slope = node.args[1]
         assert isinstance(slope, fx.Node)
-        self._own_parameter(str(slope.meta.get("parameter")), node)
+        self._note_parameter(str(slope.meta.get("parameter")), node)
         return self._step("leaky_relu", (self.value(data_of(node), index_PC),))
 
     def _opaque(self, node: fx.Node, out: fx.Node, index_PC: torch.Tensor) -> _Value:
         """An operation that is not pointwise; go on through it where it has one tensor to read."""
         name = op_name(node.target)
         data = [source for source in node.all_input_nodes if not is_stored(source)]
-        mixes = name in NONLINEAR_MIXERS | SCALING_MIXERS
+        mixes = name in operations.NONLINEAR_MIXERS | operations.SCALING_MIXERS
         reason = f"`{name}` mixes the hidden axis" if mixes else why_opaque(node)
         if len(data) != 1 or node.target is replayed_block:
-            raise NotPointwiseError(reason, node)
+            raise NotAnFFNError(reason, node)
         if data[0].meta.get("shape") != out.meta["shape"]:
-            if name not in SCALING_MIXERS:
-                raise NotPointwiseError(reason, node)
+            if name not in operations.SCALING_MIXERS:
+                raise NotAnFFNError(reason, node)
             if (index_PC != index_PC[:, :1]).any():
                 reason = f"`{name}` mixes positions"
-            self.demand.mix(reason, node)
+            self.hidden.note_mixing(reason, node)
             return 1.0  # a factor that all columns share
-        self.demand.mix(reason if mixes else why_opaque(node, data[0]), node)
+        self.hidden.note_mixing(reason if mixes else why_opaque(node, data[0]), node)
         ref = self.value(data[0], index_PC)
-        return ref if name in SCALING_MIXERS | AFFINE else self._step(name, (ref,))
+        return (
+            ref
+            if name in operations.SCALING_MIXERS | operations.AFFINE
+            else self._step(name, (ref,))
+        )
 
     def _pointwise(self, node: fx.Node, name: str, index_PC: torch.Tensor) -> _Value:
         shape = node.meta["shape"]
         if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
-            raise NotPointwiseError(f"`{name}` depends on another tensor", node)
+            raise NotAnFFNError(f"`{name}` depends on another tensor", node)
         args: list[Any] = []
         given = list(node.args)
         if name == "masked_fill":
@@ -266,7 +267,7 @@ class _Walk:
         if stored:
             return self._with_stored(name, node, args, stored)
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "value")}
-        if name in INPLACE:
+        if name in operations.INPLACE:
             args = [a for a in args if not isinstance(a, bool)]  # a positional inplace flag
         if name == "rdiv":  # torch computes ``other / x`` like this, too
             return self._step("mul", (self._step("reciprocal", (args[0],)), args[1]))
@@ -281,16 +282,16 @@ class _Walk:
         rest = [arg for arg in args if isinstance(arg, str)]
         if name == "add" and len(args) == 2 and not node.kwargs and rest and rest[0][0] == "z":
             i = int(rest[0][1:])
-            expansion = self.demand.expansions[i]
+            expansion = self.hidden.expansions[i]
             if (
                 not expansion.linear.bias
-                and self.demand.biases.get(i, stored[0].name) == stored[0].name
+                and self.hidden.biases.get(i, stored[0].name) == stored[0].name
                 and torch.equal(stored[0].index_C, expansion.rows)
             ):
-                self.demand.biases[i] = stored[0].name
+                self.hidden.biases[i] = stored[0].name
                 return f"b{i}"
-        self._own_parameter(stored[0].name, node)
+        self._note_parameter(stored[0].name, node)
         return rest[0] if rest else 1.0
 
-    def _own_parameter(self, name: str, node: fx.Node) -> None:
-        self.demand.learn(f"its nonlinearity has a parameter of its own (`{name}`)", node)
+    def _note_parameter(self, name: str, node: fx.Node) -> None:
+        self.hidden.note_parameter(f"its nonlinearity has a parameter of its own (`{name}`)", node)

@@ -1,4 +1,4 @@
-"""What is known about the hidden tensor of a candidate FFN, and why it is none."""
+"""What a walk finds about the hidden tensor of a candidate FFN, and why it is refused."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ from upcycle.passes.locate.linear import LinearMap, linear_map
 from upcycle.pointwise import Step
 
 
-class NotPointwiseError(Exception):
-    """A region is no FFN: the reason, and the node where it shows.
+class NotAnFFNError(Exception):
+    """A region is no FFN: the reason, and the node where it shows."""
 
-    `told` says that all else is as in an FFN, so that a user may want to know.
-    """
-
-    def __init__(self, reason: str, node: fx.Node, *, told: bool = False) -> None:
+    def __init__(self, reason: str, node: fx.Node) -> None:
         super().__init__(reason)
         self.node = node
-        self.told = told
+
+
+class NearMissError(NotAnFFNError):
+    """All else is as in an FFN, so that the reason is worth reporting."""
 
 
 def miss_at(node: fx.Node, reason: str, *, path: str | None = None) -> Miss:
@@ -41,8 +41,8 @@ class Expansion:
 
 
 @dataclass
-class Demand:
-    """The result of a walk.
+class HiddenTensor:
+    """The result of a walk back from a hidden tensor.
 
     Attributes:
         expansions: in the order of first use.
@@ -52,7 +52,7 @@ class Demand:
         biases: index of an expansion -> name of a per-neuron parameter added to it.
         dropout: probability of the dropout met on the way.
         reshaped: a layout operation was met on the way.
-        mixing, learned: why the region is no FFN although the walk reached its end.
+        mixing, own_parameter: why the region is no FFN although the walk reached its end.
     """
 
     expansions: list[Expansion] = field(default_factory=list)
@@ -62,23 +62,23 @@ class Demand:
     biases: dict[int, str] = field(default_factory=dict)
     dropout: float = 0.0
     reshaped: bool = False
-    mixing: NotPointwiseError | None = None
-    learned: NotPointwiseError | None = None
+    mixing: NearMissError | None = None
+    own_parameter: NearMissError | None = None
 
     def taken_of(self, node: fx.Node) -> torch.Tensor:
-        """Of each element of `node`, whether the hidden tensor needs it."""
+        """Whether the hidden tensor needs each element of `node`."""
         taken = torch.zeros(math.prod(node.meta["shape"]), dtype=torch.bool)
         for index_PC in self.taken[node]:
             taken[index_PC] = True
         return taken.reshape(node.meta["shape"])
 
-    def mix(self, reason: str, node: fx.Node) -> None:
+    def note_mixing(self, reason: str, node: fx.Node) -> None:
         """Note that the hidden axis is mixed; the first reason stays."""
-        self.mixing = self.mixing or NotPointwiseError(reason, node, told=True)
+        self.mixing = self.mixing or NearMissError(reason, node)
 
-    def learn(self, reason: str, node: fx.Node) -> None:
+    def note_parameter(self, reason: str, node: fx.Node) -> None:
         """Note that the nonlinearity reads numbers of its own; the first reason stays."""
-        self.learned = self.learned or NotPointwiseError(reason, node, told=True)
+        self.own_parameter = self.own_parameter or NearMissError(reason, node)
 
     def name_biased(self) -> None:
         """Call every biased expansion z again, if it is used with its bias everywhere."""
@@ -88,7 +88,9 @@ class Demand:
         for i, name in self.biases.items():
             if f"z{i}" in used:
                 node = self.expansions[i].linear.node
-                self.learn(f"it reads a linear map with and without the bias `{name}`", node)
+                self.note_parameter(
+                    f"it reads a linear map with and without the bias `{name}`", node
+                )
 
         def plain(arg: Any) -> Any:
             biased = isinstance(arg, str) and arg[0] == "b" and arg[1:].isdigit()
@@ -100,10 +102,11 @@ class Demand:
 
 
 def check_has_data(hidden: fx.Node) -> None:
-    """Refuse a tensor without elements: nothing can be learnt of it."""
+    """Refuse a tensor without elements, from which no walk can start."""
     if 0 in hidden.meta["shape"]:
+        refuse = NearMissError if _maps_nothing(hidden) else NotAnFFNError
         reason = "no data reaches it with these example inputs: give others with --inputs "
-        raise NotPointwiseError(reason + "module:callable", hidden, told=_maps_nothing(hidden))
+        raise refuse(reason + "module:callable", hidden)
 
 
 def _maps_nothing(node: fx.Node) -> bool:
@@ -117,7 +120,7 @@ def data_of(node: fx.Node) -> fx.Node:
     """The tensor that a call works on, its first argument."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
-        raise NotPointwiseError(f"`{op_name(node.target)}` makes a tensor of its own", node)
+        raise NotAnFFNError(f"`{op_name(node.target)}` makes a tensor of its own", node)
     return source
 
 

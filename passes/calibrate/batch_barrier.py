@@ -14,7 +14,7 @@ class Stop(BaseException):
     """Leaves a forward whose rest is not needed; no model catches it by accident."""
 
 
-class Lockstep:
+class BatchBarrier:
     """Batches that take turns, in the order of their numbers; each waits at every place.
 
     Attributes:
