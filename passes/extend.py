@@ -13,6 +13,7 @@ from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.tap import place_of
+from upcycle.passes.calibrate.sites import run_batch
 from upcycle.util.eval_mode import eval_mode
 
 
@@ -112,7 +113,7 @@ def _loads(
     try:
         with eval_mode(model):
             for batch in batches:
-                model(*batch) if isinstance(batch, tuple) else model(**batch)
+                run_batch(model, batch)
     finally:
         for handle in handles:
             handle.remove()

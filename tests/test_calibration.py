@@ -31,7 +31,7 @@ FEW = ["experts.count=4", "router.top_k=2"]  # half of the neurons: far from the
 
 
 def waiting_threads() -> list[str]:
-    """Threads of a lockstep that are still there; other tests may have left theirs."""
+    """Threads of a barrier that are still there; other tests may have left theirs."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("batch ")]
 
 
@@ -281,11 +281,11 @@ def test_an_error_between_two_places_frees_those_that_wait() -> None:
     passed = []
 
     def forward(i: int) -> None:
-        steps.meet(lambda: None)
+        steps.wait(lambda: None)
         if i == 1:
             raise ValueError("in the middle")
         passed.append(i)
-        steps.meet(lambda: passed.append(10))
+        steps.wait(lambda: passed.append(10))
 
     with pytest.raises(ValueError, match="in the middle"):
         steps.run(forward)
@@ -299,7 +299,7 @@ def test_batches_take_turns_in_order() -> None:
     def forward(i: int) -> None:
         for _ in range(3):
             order.append(i)
-            steps.meet(lambda: order.append(-1))
+            steps.wait(lambda: order.append(-1))
 
     steps.run(forward)
     assert order == [0, 1, 2, 3, -1] * 3

@@ -1,9 +1,9 @@
-"""Run a function for several batches at once, so that all of them reach a place before any goes on.
+"""A barrier for forwards: all batches reach a place of the model before any goes on.
 
-One batch at a time computes; the others wait. So what is held between two places is what a model
-holds itself, a residual stream for each batch, and what happens at a place sees all batches
-together. Each batch has a thread, because a forward in plain Python cannot be left and entered
-again in any other way.
+Unlike with `threading.Barrier` one batch at a time computes, in turn, and a finished one is not
+waited for. So what is held between two places is what a model holds itself, a residual stream for
+each batch, and what happens at a place sees all batches together. Each batch has a thread, because
+a forward in plain Python cannot be left and entered again in any other way.
 """
 
 import threading
@@ -27,16 +27,16 @@ class BatchBarrier:
         self._turn = threading.Condition()
         self._runs = [True] * count  # neither waiting nor finished
         self._waits = [False] * count
-        self._everyone: Callable[[], None] = lambda: None
+        self._action: Callable[[], None] = lambda: None
 
-    def meet(self, everyone: Callable[[], None]) -> None:
-        """Wait until every batch waits or is finished; the last one to come runs `everyone`, once.
+    def wait(self, action: Callable[[], None]) -> None:
+        """Wait until every batch waits or is finished; the last one to come runs `action`, once.
 
         Raises:
-            Stop: another batch, or `everyone`, has failed.
+            Stop: another batch, or `action`, has failed.
         """
         with self._turn:
-            me, self._everyone = self.current, everyone
+            me, self._action = self.current, action
             self._runs[me], self._waits[me] = False, True
             self._pass_on()
             self._turn.wait_for(lambda: self._runs[me] and self.current == me)
@@ -87,7 +87,7 @@ class BatchBarrier:
         if not any(self._runs) and any(self._waits):
             try:
                 if self._error is None:
-                    self._everyone()
+                    self._action()
             except BaseException as error:
                 self._fail(error)
             self._runs, self._waits = self._waits, [False] * len(self._runs)

@@ -1,6 +1,6 @@
 """Calibrate: show every FFN what it is given on calibration data, and convert it on the spot.
 
-All batches go through the model together, in lockstep: when they have reached an FFN, its inputs of
+All batches go through the model together: when they have reached an FFN, its inputs of
 all batches are there and nothing else is kept; the layer is made from them; and the batches go on,
 with what the new layer gives (*sequential*) or with what the dense FFN gives. So one pass through
 the model is enough, and there are never the activations, or dense weights, of two FFNs in memory.
@@ -22,11 +22,9 @@ from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.layers.moe import MoE
 from upcycle.passes.calibrate.batch_barrier import BatchBarrier, Stop
-from upcycle.util.eval_mode import eval_mode
+from upcycle.passes.calibrate.sites import Site, run_batch, sites_of, tokens_of
 
 Visit = Callable[[MoESpec, MoE, FFNWeights, FFNInputs], None]
-# Arguments with a token at each place, and the mask that says which of them are padding.
-_TEXTS = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
 
 
 def calibrate(
@@ -66,71 +64,41 @@ def calibrate(
     if domains is not None and any(getattr(m.router, "by", None) == "domain" for _, m in layers):
         pairs = zip(batches, domains, strict=True)
         batches = [{**dict(batch), "domain_ids": domain_B} for batch, domain_B in pairs]
-    places = [_Place(spec, layer) for spec, layer in layers]
+    places = [_Place(Site(spec, layer)) for spec, layer in layers]
     one = _Pass(batches, dense, visit, sequential=sequential, domains=domains)
-    handles = [place.layer.register_forward_pre_hook(place.note_shape) for place in places]
-    try:
-        with eval_mode(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for place in places:
-                place.install(partial(one.count, place))
-            BatchBarrier(1).run(partial(_forward, model, batches))
-            for place in places:
-                if not place.calls:
-                    raise UsageError(
-                        f"{place.path}: the calibration data never reaches this FFN; leave it out "
-                        "with `layers.exclude`, or give other data"
-                    )
-                place.install(partial(one.meet, place))
-            one.left = sum(place.calls for place in places)
-            one.lockstep.run(partial(_forward, model, batches))
-            if one.left:
-                raise CaptureError(
-                    "with converted layers the model runs fewer FFNs than the dense one; set "
-                    "`calibration.sequential: false`"
-                )
-    finally:
-        for handle in handles:
-            handle.remove()
+    with sites_of(model, [place.site for place in places]):
         for place in places:
-            place.remove()
+            place.site.replace_tokens(partial(one.count, place))
+        BatchBarrier(1).run(partial(_forward, model, batches))
+        for place in places:
+            if not place.calls:
+                raise UsageError(
+                    f"{place.site.path}: the calibration data never reaches this FFN; leave it out "
+                    "with `layers.exclude`, or give other data"
+                )
+            place.site.replace_tokens(partial(one.meet, place))
+        one.left = sum(place.calls for place in places)
+        one.barrier.run(partial(_forward, model, batches))
+        if one.left:
+            raise CaptureError(
+                "with converted layers the model runs fewer FFNs than the dense one; set "
+                "`calibration.sequential: false`"
+            )
 
 
 @torch.no_grad()  # here, as the grad mode belongs to a thread
 def _forward(model: nn.Module, batches: Sequence[ExampleInputs], i: int) -> None:
-    batch = batches[i]
-    if isinstance(batch, tuple):
-        model(*batch)
-    else:
-        model(**batch)
+    run_batch(model, batches[i])
 
 
 @dataclass(eq=False)
 class _Place:
-    """A layer of which `MoE.tokens` is replaced."""
+    """A site, and how often its FFN was met."""
 
-    spec: MoESpec
-    layer: MoE
+    site: Site
     calls: int = 0  # in one forward
     met: int = 0
-    shape: tuple[int, ...] = ()  # of the tensor that its tokens come from, without D
     seen: list[FFNInputs] = field(default_factory=list)
-
-    @property
-    def path(self) -> str:
-        return self.spec.ffn.path or "the model"
-
-    def note_shape(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """A hook; the tensor is the input of the FFN, or the hidden one, with D or F at `axis`."""
-        shape = list(args[0].shape)
-        del shape[self.layer.axis]
-        self.shape = tuple(shape)
-
-    def install(self, tokens: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        vars(self.layer)["tokens"] = tokens
-
-    def remove(self) -> None:
-        vars(self.layer).pop("tokens", None)
 
 
 class _Pass:
@@ -145,7 +113,7 @@ class _Pass:
         sequential: bool,
         domains: Sequence[torch.Tensor] | None,
     ) -> None:
-        self.lockstep = BatchBarrier(len(batches))
+        self.barrier = BatchBarrier(len(batches))
         self.left = 0  # meetings
         self._batches, self._domains = batches, domains
         self._dense, self._visit, self._sequential = dense, visit, sequential
@@ -157,37 +125,37 @@ class _Pass:
         return self._ffn_of(place)(x_TD)
 
     def meet(self, place: _Place, x_TD: torch.Tensor) -> torch.Tensor:
-        i = self.lockstep.current
+        i = self.barrier.current
         domain_B = None if self._domains is None else self._domains[i]
-        place.seen.append(tokens_of(self._batches[i], x_TD, place.shape, domain_B))
+        place.seen.append(tokens_of(self._batches[i], x_TD, place.site.shape, domain_B))
         self._here.append(place)
-        self.lockstep.meet(self._everyone)
+        self.barrier.wait(self._everyone)
         if not self.left:
             raise Stop
         if self._sequential and place.met == place.calls:
-            return MoE.tokens(place.layer, x_TD)
+            return MoE.tokens(place.site.layer, x_TD)
         return self._ffn_of(place)(x_TD)
 
     def _everyone(self) -> None:
         here, self._here = self._here, []
         place = here[0]
-        other = next((p.path for p in here if p is not place), "its end")
+        other = next((p.site.path for p in here if p is not place), "its end")
         if other != "its end" or len(here) < len(self._batches):
             raise CaptureError(
                 "the calibration batches do not run the same FFNs in the same order: one is at "
-                f"{place.path} while another is at {other}; give batches of one kind"
+                f"{place.site.path} while another is at {other}; give batches of one kind"
             )
         self.left -= 1
         place.met += 1
         if place.met == place.calls:
             seen, place.seen = joined(place.seen), []
-            self._visit(place.spec, place.layer, self._ffn_of(place), seen)
+            self._visit(place.site.spec, place.site.layer, self._ffn_of(place), seen)
 
     def _ffn_of(self, place: _Place) -> FFNWeights:
         """The dense FFN; read once for all batches, and one at a time."""
         if self._ffn is None or self._ffn[0] is not place:
             self._ffn = None
-            self._ffn = place, self._dense(place.spec)
+            self._ffn = place, self._dense(place.site.spec)
         return self._ffn[1]
 
 
@@ -203,56 +171,3 @@ def joined(parts: Sequence[FFNInputs]) -> FFNInputs:
         id_T=all_of([part.id_T for part in parts]),
         domain_T=all_of([part.domain_T for part in parts]),
     )
-
-
-def tokens_of(
-    batch: ExampleInputs, x_TD: torch.Tensor, shape: tuple[int, ...], domain_B: torch.Tensor | None
-) -> FFNInputs:
-    """The tokens of one batch that are no padding.
-
-    Args:
-        batch: the inputs of the model.
-        x_TD: what an FFN was given.
-        shape: of the tensor that the tokens are from, without its features: [B, L], [L, B] or [T].
-            Anything else has no padding and no ids.
-        domain_B: of each sequence.
-    """
-    named = {} if isinstance(batch, tuple) else batch
-    texts = [(named.get(ids), named.get(mask)) for ids, mask in _TEXTS]
-    shaped = [(mask if ids is None else ids, ids, mask) for ids, mask in texts]
-    fitting = [(of, ids, mask) for of, ids, mask in shaped if of is not None and _fits(of, shape)]
-    if len(fitting) > 1:
-        raise UsageError(
-            "the calibration data has as many places for the decoder as for the encoder, so their "
-            "tokens cannot be told apart; give `decoder_input_ids` another length"
-        )
-    if not fitting:
-        domain_T = None
-        if domain_B is not None and len(x_TD) % len(domain_B) == 0:
-            domain_T = domain_B.to(x_TD.device).repeat_interleave(len(x_TD) // len(domain_B))
-        return FFNInputs((x_TD,), None, domain_T)
-    of_BL, ids_BL, mask_BL = fitting[0]
-    domain_BL = None if domain_B is None else domain_B[:, None].expand(of_BL.shape).to(of_BL.device)
-    kept_T = None if mask_BL is None else _laid_out(mask_BL.bool(), shape)
-
-    def kept(values_T: torch.Tensor) -> torch.Tensor:
-        return values_T if kept_T is None or bool(kept_T.all()) else values_T[kept_T]
-
-    def maybe(values_BL: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values_BL is None else kept(_laid_out(values_BL, shape))
-
-    return FFNInputs((kept(x_TD),), maybe(ids_BL), maybe(domain_BL))
-
-
-def _fits(of_BL: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    return of_BL.ndim == 2 and shape in (
-        tuple(of_BL.shape),
-        tuple(of_BL.shape)[::-1],
-        (of_BL.numel(),),
-    )
-
-
-def _laid_out(of_BL: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """In the order of the tokens: some models put the sequences second."""
-    is_turned = shape != tuple(of_BL.shape) and len(shape) == 2
-    return (of_BL.t() if is_turned else of_BL).flatten()

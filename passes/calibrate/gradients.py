@@ -16,8 +16,7 @@ from upcycle.errors import UsageError
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.layers.moe import MoE
-from upcycle.passes.calibrate.calibrate import tokens_of
-from upcycle.util.eval_mode import eval_mode
+from upcycle.passes.calibrate.sites import Site, run_batch, sites_of, tokens_of
 
 # Sums up what is differentiated: of the output of the model, its inputs, and the batch's number.
 Objective = Callable[[Any, ExampleInputs, int], torch.Tensor]
@@ -53,25 +52,16 @@ def importance(
         UsageError: no gradient gets from L to an FFN, or it is not finite.
     """
     count = 1 if domains is None else 1 + max(int(domain_B.max()) for domain_B in domains)
-    places = [_Place(spec, layer, dense, count) for spec, layer in layers]
-    handles = [place.layer.register_forward_pre_hook(place.note_shape) for place in places]
-    try:
-        with eval_mode(model), _frozen(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for i, batch in enumerate(batches):
-                for place in places:
-                    place.batch = batch, None if domains is None else domains[i]
-                    vars(place.layer)["tokens"] = place.tokens
-                with torch.enable_grad():
-                    outputs = model(*batch) if isinstance(batch, tuple) else model(**batch)
-                    total = objective(outputs, batch, i)
-                _backward(total)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for place in places:
-            vars(place.layer).pop("tokens", None)
-    return {place.spec.ffn.path: place.mean() for place in places}
+    places = [_Place(Site(spec, layer), dense, count) for spec, layer in layers]
+    with sites_of(model, [place.site for place in places]), _frozen(model):
+        for i, batch in enumerate(batches):
+            for place in places:
+                place.batch = batch, None if domains is None else domains[i]
+                place.site.replace_tokens(place.tokens)
+            with torch.enable_grad():
+                total = objective(run_batch(model, batch), batch, i)
+            _backward(total)
+    return {place.site.spec.ffn.path: place.mean() for place in places}
 
 
 def _backward(total: torch.Tensor) -> None:
@@ -100,34 +90,26 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Place:
-    """A layer of which `MoE.tokens` is replaced by the dense FFN."""
+    """A site where the dense FFN runs and is measured."""
 
-    spec: MoESpec
-    layer: MoE
+    site: Site
     dense: Callable[[MoESpec], FFNWeights]
     count: int
     batch: tuple[ExampleInputs, torch.Tensor | None] = ((), None)
-    shape: tuple[int, ...] = ()
     is_met: bool = False
     total_NF: torch.Tensor = field(init=False)
     tokens_N: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total_NF = torch.zeros(self.count, self.spec.ffn.d_ff)
+        self.total_NF = torch.zeros(self.count, self.site.spec.ffn.d_ff)
         self.tokens_N = torch.zeros(self.count)
-
-    def note_shape(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """A hook: the shape that the tokens of the FFN come from, without their features."""
-        shape = list(args[0].shape)
-        del shape[self.layer.axis]
-        self.shape = tuple(shape)
 
     def tokens(self, x_TD: torch.Tensor) -> torch.Tensor:
         if not x_TD.requires_grad:  # nothing before it does: here the gradient ends
             x_TD = x_TD.detach().requires_grad_()
         batch, domain_B = self.batch
         numbers_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None]
-        kept = tokens_of(batch, numbers_T1, self.shape, domain_B)
+        kept = tokens_of(batch, numbers_T1, self.site.shape, domain_B)
         y_TO: torch.Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
             x_TD, self, kept.x[0][:, 0], kept.domain_T
         )
@@ -143,7 +125,7 @@ class _Place:
         self.tokens_N += torch.bincount(domain_T, minlength=self.count)
 
     def mean(self) -> torch.Tensor:
-        path = self.spec.ffn.path or "the model"
+        path = self.site.path
         if not self.is_met:
             raise UsageError(
                 f"{path}: no gradient gets to this FFN, which the recipe's methods look at; choose "
@@ -167,13 +149,13 @@ class _Measured(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TD)
         ctx.place, ctx.kept_T, ctx.domain_T = place, kept_T, domain_T
-        return place.dense(place.spec)(x_TD)
+        return place.dense(place.site.spec)(x_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (slope_TO,) = grads
         (x_TD,) = ctx.saved_tensors
-        ffn = ctx.place.dense(ctx.place.spec)
+        ffn = ctx.place.dense(ctx.place.site.spec)
         slope_TF = slope_TO @ ffn.down_OF
         with torch.enable_grad():
             x_TD = x_TD.detach().requires_grad_()

@@ -82,7 +82,7 @@ def _same_matrix(node: fx.Node, source: fx.Node, ndim: int) -> bool:
 
 
 def linear_map(node: fx.Node) -> LinearMap | None:
-    """The linear map that `node` applies to data with a parameter, or None if it is none.
+    """The linear map that `node` applies to data with a parameter, or None.
 
     Known spellings: linear; addmm, baddbmm, mm, bmm, matmul, ``@`` and tensordot with a parameter
     on the right; einsum with one; convolutions with kernel size one, one group, stride one and no
@@ -93,16 +93,15 @@ def linear_map(node: fx.Node) -> LinearMap | None:
     name = op_name(node.target)
     if name in _CONVOLUTIONS:
         return convolution_of(node) if _reads_one_position(node) else None
-    args = list(node.args)
-    kwargs = dict(node.kwargs)
     if name == "linear":
-        x, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")
+        x, weight, bias = _arguments(node, "input", "weight", "bias")
         return _make(node, x, weight, bias, transposed=False)
     if name in {"matmul", "mm", "bmm"}:
-        x, weight = _arguments(args, kwargs, "input", "other" if name == "matmul" else "mat2")
+        x, weight = _arguments(node, "input", "other" if name == "matmul" else "mat2")
         return _make(node, x, weight, None, transposed=True)
-    if name in {"addmm", "baddbmm"} and len(args) == 3 and not kwargs:
-        return _make(node, args[1], args[2], args[0], transposed=True)
+    if name in {"addmm", "baddbmm"} and len(node.args) == 3 and not node.kwargs:
+        bias, x, weight = node.args
+        return _make(node, x, weight, bias, transposed=True)
     if name == "tensordot":
         return _tensordot(node)
     if name == "einsum":
@@ -166,9 +165,9 @@ def _foreign(node: fx.Node) -> LinearMap | None:
 
 
 def _packing(stored: list[fx.Node], shape: Sequence[int]) -> str:
-    """``int4`` and the like if the largest of the parameters holds a matrix of `shape` as integers.
+    """``int4``, say, if the largest of the parameters holds a matrix of `shape` as integers.
 
-    Parameters are told by their size: eight numbers of four bits are one of 32.
+    The size of the parameter gives the bits: eight numbers of four bits are one of 32.
     """
     whole = [leaf for leaf in stored if not leaf.meta["dtype"].is_floating_point]
     if not whole:
@@ -182,15 +181,15 @@ def convolution_of(node: fx.Node) -> LinearMap | None:
     dimensions = _CONVOLUTIONS.get(op_name(node.target))
     if dimensions is None:
         return None
-    x, weight, bias = _arguments(list(node.args), dict(node.kwargs), "input", "weight", "bias")
+    x, weight, bias = _arguments(node, "input", "weight", "bias")
     if not isinstance(x, fx.Node) or len(x.meta["shape"]) != dimensions + 2:
         return None
     return _make(node, x, weight, bias, transposed=False, axis=1, ndim=dimensions + 2)
 
 
-def _arguments(args: list[Any], kwargs: dict[str, Any], *names: str) -> list[Any]:
-    """The arguments of these names, in this order, wherever they were given."""
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+def _arguments(node: fx.Node, *names: str) -> list[Any]:
+    """The first arguments of a call, which have these names, wherever they were given."""
+    return list(node.args[: len(names)]) + [node.kwargs.get(n) for n in names[len(node.args) :]]
 
 
 def _make(
@@ -216,7 +215,7 @@ def _make(
 
 def _tensordot(node: fx.Node) -> LinearMap | None:
     """Over the last axis of the data and one of the weight."""
-    x, weight, dims = _arguments(list(node.args), dict(node.kwargs), "a", "b", "dims")
+    x, weight, dims = _arguments(node, "a", "b", "dims")
     if not isinstance(x, fx.Node) or isinstance(dims, fx.Node):
         return None
     if dims == 1:
@@ -256,12 +255,10 @@ def _einsum(node: fx.Node) -> LinearMap | None:
 
 def _reads_one_position(node: fx.Node) -> bool:
     """Kernel one, stride one, no padding ("same" is none for kernel one), one group."""
-    names = ("stride", "padding", "dilation", "groups")
-    given = _arguments(list(node.args[3:]), dict(node.kwargs), *names)
-    weight = _arguments(list(node.args), dict(node.kwargs), "input", "weight")[1]
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    _, weight, _, stride, padding, _, groups = _arguments(node, *names)
     if not isinstance(weight, fx.Node) or any(size != 1 for size in weight.meta["shape"][2:]):
         return False
-    stride, padding, _, groups = given
     ones = all(v in (None, 1) for v in (*_all(stride), *_all(groups)))
     return ones and (isinstance(padding, str) or all(v in (None, 0) for v in _all(padding)))
 

@@ -16,7 +16,8 @@ from upcycle.ir.spec import MoESpec
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.inputs import Array, draw_inputs, given_inputs
 from upcycle.onnx.run import fetch
-from upcycle.passes.calibrate.calibrate import joined, tokens_of
+from upcycle.passes.calibrate.calibrate import joined
+from upcycle.passes.calibrate.sites import tokens_of
 from upcycle.recipe.schema import Recipe
 
 BATCHES = 4
