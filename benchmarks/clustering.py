@@ -23,7 +23,7 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 from upcycle.kernels.activations import NAMED_POINTWISE
 from upcycle.passes.experts.activation_carve import carve
-from upcycle.passes.experts.balanced import balanced_clusters, objective
+from upcycle.passes.experts.balanced import balanced_clusters
 from upcycle.passes.experts.coactivation import bisected, counts, refined
 from upcycle.passes.experts.markers import mark
 
@@ -31,6 +31,15 @@ SHAPES = ((1536, 384, 64), (3072, 768, 16), (11008, 4096, 16), (11008, 4096, 64)
 SMALL = ((1536, 384, 16), (3072, 768, 16), (3072, 768, 64))
 TOKENS, MARKERS = 2048, 10
 SWIGLU = NAMED_POINTWISE["swiglu"]
+
+
+def objective(features_FD: torch.Tensor, labels_F: torch.Tensor) -> float:
+    """Sum of squared distances of the rows to the mean of their group, in float64."""
+    total = 0.0
+    for group in range(int(labels_F.max()) + 1):
+        rows = features_FD[labels_F == group].double()
+        total += float((rows - rows.mean(0)).square().sum()) if len(rows) else 0.0
+    return total
 
 
 def rows(points: int, features: int, centres: int, *, mixed: bool) -> torch.Tensor:

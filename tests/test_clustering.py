@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from upcycle.errors import UnsupportedError
-from upcycle.passes.experts.balanced import assign, balanced_clusters, objective
+from upcycle.passes.experts.balanced import assign, balanced_clusters
+
+
+def objective(features_FD: torch.Tensor, labels_F: torch.Tensor) -> float:
+    """Sum of squared distances of the rows to the mean of their group, in float64."""
+    total = 0.0
+    for group in range(int(labels_F.max()) + 1):
+        rows = features_FD[labels_F == group].double()
+        total += float((rows - rows.mean(0)).square().sum()) if len(rows) else 0.0
+    return total
 
 
 def seeded(seed: int) -> torch.Generator:

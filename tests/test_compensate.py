@@ -9,7 +9,8 @@ import torch
 
 from upcycle.errors import PlanError
 from upcycle.ir.ffn import Located
-from upcycle.passes.calibrate.routed_tokens import members, visits
+from upcycle.passes.calibrate.routed_tokens import routed_tokens
+from upcycle.passes.experts.partition import membership
 from upcycle.passes.plan.costs import costs
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.least_squares import Sums, input_basis, solve
@@ -103,7 +104,7 @@ def test_a_router_that_looks_at_ids_is_followed() -> None:
         spec, weights, _ = numerics.convert(ffn, made.model_copy(update={"router": router}))
         plain = dataclasses.replace(spec, compensate=Compensate())
         plain_weights = dataclasses.replace(weights, low_rank=None)
-        held_EF = members(weights.experts.neuron_EI, 48)
+        held_EF = membership(weights.experts.neuron_EI, 48)
         down_EFO = torch.zeros(spec.num_experts, 48, 16)
         for expert, neurons in enumerate(weights.experts.neuron_EI.tolist()):
             for slot, neuron in enumerate(neurons):
@@ -113,7 +114,7 @@ def test_a_router_that_looks_at_ids_is_followed() -> None:
         assert weights.shared is not None
         shared_SO = weights.shared.down_EOI[0].t()
         total = 0.0
-        for x_TD, h_TF, weights_TE in visits(plain, ffn, plain_weights, data):
+        for x_TD, h_TF, weights_TE in routed_tokens(plain, ffn, plain_weights, data):
             y_TO = torch.einsum("te,tf,efo->to", weights_TE, h_TF, down_EFO)
             y_TO = y_TO + h_TF[:, weights.shared.neuron_EI[0]] @ shared_SO
             assert weights.output_bias_O is not None

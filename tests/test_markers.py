@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from upcycle.passes.experts.markers import Markers, mark
-from upcycle.passes.experts.representatives import representatives
+from upcycle.passes.routers.representative import representatives
 
 
 def bits(markers: Markers) -> torch.Tensor:

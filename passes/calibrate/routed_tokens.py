@@ -15,7 +15,7 @@ from upcycle.ir.weights import FFNWeights, MoEWeights
 from upcycle.layers.token_context import TokenContext
 
 
-class Visited(NamedTuple):
+class RoutedTokens(NamedTuple):
     """Some tokens: inputs [t, D], hidden activations of the dense FFN [t, F], weights [t, E]."""
 
     x_TD: torch.Tensor
@@ -24,7 +24,9 @@ class Visited(NamedTuple):
 
 
 @torch.no_grad()
-def visits(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) -> Iterator[Visited]:
+def routed_tokens(
+    spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs
+) -> Iterator[RoutedTokens]:
     """Route the tokens of `seen` by the router of `made`; 2048 at a time, float32.
 
     `spec` is the plan of a layer with exactly the tensors of `made`.
@@ -42,12 +44,4 @@ def visits(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) ->
         done += len(x_TD)
         _, weights_TK, index_TK = router(x_TD)
         weights_TE = torch.zeros(len(x_TD), spec.num_experts)
-        yield Visited(x_TD, h_TF, weights_TE.scatter_(1, index_TK, weights_TK))
-
-
-def members(neuron_EI: torch.Tensor, d_ff: int) -> torch.Tensor:
-    """1 where expert e holds neuron f, [E, F] float32."""
-    member_EF = torch.zeros(len(neuron_EI), d_ff + 1)
-    # Padding and neurons drawn anew go to an extra column.
-    member_EF.scatter_(1, torch.where(neuron_EI < 0, d_ff, neuron_EI), 1.0)
-    return member_EF[:, :d_ff]
+        yield RoutedTokens(x_TD, h_TF, weights_TE.scatter_(1, index_TK, weights_TK))

@@ -11,7 +11,8 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.measured import Usage
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
-from upcycle.passes.calibrate.routed_tokens import members, visits
+from upcycle.passes.calibrate.routed_tokens import routed_tokens
+from upcycle.passes.experts.partition import membership
 
 
 @torch.no_grad()
@@ -30,13 +31,13 @@ def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) -> 
         seen: what it was given. Memory: the hidden activations of 2048 tokens.
     """
     d_ff = ffn.down_OF.shape[1]
-    member_EF = members(made.experts.neuron_EI, d_ff)
+    member_EF = membership(made.experts.neuron_EI, d_ff)
     shared_F = torch.zeros(d_ff)
     shared_F[made.provenance.shared_S] = 1
     length_F = ffn.down_OF.float().norm(dim=0)
     load_E = torch.zeros(spec.num_experts, dtype=torch.int64)
     captured, total = 0.0, 0.0
-    for _, h_TF, weights_TE in visits(spec, ffn, made, seen):
+    for _, h_TF, weights_TE in routed_tokens(spec, ffn, made, seen):
         visited_TE = (weights_TE != 0).float()
         load_E += visited_TE.sum(0).long()
         mass_TF = h_TF.abs() * length_F

@@ -86,15 +86,6 @@ def balanced_clusters(
     return torch.from_numpy(labels_F)
 
 
-def objective(features_FD: torch.Tensor, labels_F: torch.Tensor) -> float:
-    """Sum of squared distances of the rows to the mean of their group, in float64."""
-    total = 0.0
-    for group in range(int(labels_F.max()) + 1):
-        rows = features_FD[labels_F == group].double()
-        total += float((rows - rows.mean(0)).square().sum()) if len(rows) else 0.0
-    return total
-
-
 def _lloyd(
     features_FD: torch.Tensor,
     square_F: torch.Tensor,

@@ -5,7 +5,6 @@ Shape suffixes: E experts, F neurons, D d_model, O d_out, M expansions.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -14,15 +13,8 @@ from upcycle.passes.experts.copy import copy
 from upcycle.passes.experts.method import DenseLayer
 
 
-class Matrix(NamedTuple):
-    """One matrix of every expert, [E, F, D or O], and its biases [E, F] if it has them: views."""
-
-    weight_EFX: torch.Tensor
-    bias_EF: torch.Tensor | None
-
-
-def matrices(experts: ExpertWeights) -> list[Matrix]:
-    """The expansions in order, then the contraction, with a row for each neuron.
+def matrices(experts: ExpertWeights) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The expansions in order [E, F, D], then the contraction [E, F, O], with biases [E, F].
 
     They share the memory of `experts`: what is written into them is written there.
     """
@@ -32,7 +24,7 @@ def matrices(experts: ExpertWeights) -> list[Matrix]:
     if experts.up_bias_EG is not None:
         biases = torch.split(experts.up_bias_EG, d_ff, dim=1)
     down_EFO = experts.down_EOI.transpose(1, 2)
-    return [*map(Matrix, ups, biases), Matrix(down_EFO, None)]
+    return [*zip(ups, biases, strict=True), (down_EFO, None)]
 
 
 def own_copies(dense: DenseLayer) -> ExpertWeights:

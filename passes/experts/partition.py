@@ -3,6 +3,14 @@
 import torch
 
 
+def membership(neuron_EI: torch.Tensor, d_ff: int) -> torch.Tensor:
+    """1 where expert e holds neuron f, [E, F] float32; a negative number is no neuron."""
+    member_EF = torch.zeros(len(neuron_EI), d_ff + 1)
+    # Padding and neurons drawn anew go to an extra column.
+    member_EF.scatter_(1, torch.where(neuron_EI < 0, d_ff, neuron_EI), 1.0)
+    return member_EF[:, :d_ff]
+
+
 def group_sizes(d_ff: int, count: int) -> list[int]:
     """`count` sizes that sum to `d_ff`, the longer ones first; they differ by at most one."""
     short, longer = divmod(d_ff, count)

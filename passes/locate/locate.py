@@ -1,4 +1,4 @@
-"""Locate: find every dense FFN of a captured program, and say why the near misses are none.
+"""Locate: find every dense FFN of a captured program, and say why a near miss is refused.
 
 Each linear map is tried as a contraction: `trace` walks back from its input to the
 expansions. No name of a class or of a module is looked at.
@@ -7,6 +7,7 @@ expansions. No name of a class or of a module is looked at.
 from collections import Counter
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from os.path import commonprefix
 
 from torch import fx, nn
 
@@ -30,7 +31,6 @@ from upcycle.passes.locate.region import (
     check_leaf_modules,
     check_one_input,
     check_own_weights,
-    common_path,
     dropout_of_own_module,
     is_nonlinear,
     kind_of,
@@ -170,7 +170,7 @@ def _ffn(
     d_model = expansions[0].x.meta["shape"][expansions[0].axis]
     d_ff = len(hidden.expansions[0].rows)
     path = contraction.node.meta["path"]
-    owner = common_path([p.module for p in projections] + [path])
+    owner = ".".join(commonprefix([p.split(".") for p in (path, *(q.module for q in projections))]))
     dropout = dropout_of_own_module(program, owner, expansions[0].x, output)
     ffn = FFN(
         path=owner,
@@ -194,7 +194,8 @@ def _ffn(
     ffn = replace(ffn, placement=spread_of(ffn), output_dropout=0.0)
     if hidden.reshaped or shared:
         widths = {e.node.meta["path"]: e.node.meta["shape"][e.axis] for e in expansions}
-        ffn = replace(ffn, tap_widths=tuple(widths[p.module] for p in _modules(ffn)))
+        modules = dict.fromkeys(p.module for p in ffn.expansions)
+        ffn = replace(ffn, tap_widths=tuple(widths[module] for module in modules))
     if not shared:
         return ffn
     if hidden.biases:
@@ -206,11 +207,6 @@ def _ffn(
     return replace(ffn, shared=True, hidden_width=contraction.x.meta["shape"][contraction.axis])
 
 
-def _modules(ffn: FFN) -> list[Projection]:
-    """One expansion of each module."""
-    return list({p.module: p for p in ffn.expansions}.values())
-
-
 def _drop_overlapping(found: list[FFN], misses: list[Miss]) -> list[FFN]:
     """Of FFNs that share a linear map keep a real one, and the one with more neurons."""
     kept: list[FFN] = []
@@ -220,9 +216,8 @@ def _drop_overlapping(found: list[FFN], misses: list[Miss]) -> list[FFN]:
             kept.append(ffn)
         else:
             where = rival.path or rival.contraction.module
-            misses.append(
-                Miss(ffn.contraction.module, f"it shares a weight with the FFN `{where}`")
-            )
+            reason = f"it shares a weight with the FFN `{where}`"
+            misses.append(Miss(ffn.contraction.module, reason))
     return [ffn for ffn in found if ffn in kept]
 
 

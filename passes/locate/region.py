@@ -164,14 +164,3 @@ def kind_of(d_model: int, d_ff: int, d_out: int) -> FFNKind:
     if d_out != d_model and d_ff <= d_model:
         return "head"
     return "bottleneck" if d_ff < min(d_model, d_out) else "ffn"
-
-
-def common_path(paths: list[str]) -> str:
-    """The innermost module that contains all of `paths`, which are modules within it."""
-    split = [p.split(".") for p in paths]
-    common = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)

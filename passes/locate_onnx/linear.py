@@ -32,7 +32,7 @@ def _weight(g: Reader, value: ir.Value | None, node: ir.Node, *, transposed: boo
         weight.meta.update(shape=shape, known=True)  # dequantised, which keeps the shape
     if len(weight.meta["shape"]) != 2:
         raise NoTorchCallError("no matrix")
-    g.claim_path(str(g.source_of(value).name), node)
+    g.claim_path(value, node)
     if stored := _integers_behind(value):
         g.quantised[g.path] = stored
     return g.emit(torch.t, weight) if transposed else weight
@@ -104,7 +104,7 @@ def _convolution(g: Reader, node: ir.Node) -> fx.Node:
     single = math.prod(spatial) == 1 and set(strides) == {1} and not any(pads)
     if not single or node.attributes.get_int("group", 1) != 1 or not 1 <= len(spatial) <= 3:
         raise NoTorchCallError("a convolution of several positions")
-    g.claim_path(str(g.source_of(w).name), node)
+    g.claim_path(w, node)
     bias = None if b is None else g.per_neuron(b, str(g.source_of(w).name))
     call = (F.conv1d, F.conv2d, F.conv3d)[len(spatial) - 1]
     return g.emit(call, g.node_of(x), weight, bias)
@@ -116,7 +116,7 @@ def _einsum(g: Reader, node: ir.Node) -> fx.Node:
     left, _, letters = equation.partition("->")[0].partition(",")
     if x is None or w is None or len(letters) != 2 or g.is_constant(x) or not g.is_constant(w):
         raise NoTorchCallError("no weight")
-    g.claim_path(str(g.source_of(w).name), node)
+    g.claim_path(w, node)
     weight = g.node_of(w)
     width = weight.meta["shape"][letters.index(left[-1])] if left[-1:] in letters else 1
     return g.emit(torch.einsum, equation, g.data(x, weight, width, len(left)), weight)
@@ -124,10 +124,7 @@ def _einsum(g: Reader, node: ir.Node) -> fx.Node:
 
 def _dynamic_quantisation(g: Reader, node: ir.Node) -> dict[ir.Value, fx.Node]:
     """As if it did not round: what reads it is refused for its weight."""
-    (x,) = _inputs(node, 1)
-    if x is None:
-        raise NoTorchCallError("no data")
-    found = {node.outputs[0]: g.emit(torch.clone, g.node_of(x))}
+    found = {node.outputs[0]: g.emit(torch.clone, g.first_input(node))}
     return found | {value: g.unknown_number() for value in node.outputs[1:]}
 
 
@@ -144,7 +141,7 @@ def _quantised(data: int, weight: int, kind: str = "int8", *, rows: bool = False
             shape = (node.attributes.get_int("K", 1), node.attributes.get_int("N", 1))
         if len(shape) != 2:
             raise NoTorchCallError("no matrix")
-        g.claim_path(str(g.source_of(w).name), node)
+        g.claim_path(w, node)
         g.quantised[g.path] = kind
         return _apply(g, x, g.opaque("dequantize", stored, shape=shape))
 

@@ -16,7 +16,7 @@ from upcycle.passes.locate.locate import locate
 from upcycle.passes.locate.region import output_of
 from upcycle.passes.locate.trace import trace
 from upcycle.passes.locate_onnx.operations import OPERATIONS
-from upcycle.passes.locate_onnx.program import OnnxProgram, Parameter, read_program
+from upcycle.passes.locate_onnx.program import Parameter, Reader
 from upcycle.util.lazy_tensors import LazyTensors
 
 SHARED = (
@@ -58,18 +58,17 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
     Args:
         model: as `upcycle.onnx.open_file.open_graph` returns it.
     """
-    inferred = infer(model, axis_sizes(model))
-    program = read_program(model, inferred, OPERATIONS)
-    found = locate(program.program)
+    reader = Reader(model, infer(model, axis_sizes(model)), OPERATIONS)
+    found = locate(reader.program)
     ffns = tuple(
         replace(ffn, path=ffn.path or ffn.contraction.module, placement="inline")
         for ffn in found.ffns
         if not ffn.shared
     )
-    misses = [replace(miss, reason=_reason(miss, program)) for miss in found.misses]
+    misses = [replace(miss, reason=_reason(miss, reader.quantised)) for miss in found.misses]
     misses += [Miss(ffn.contraction.module, SHARED) for ffn in found.ffns if ffn.shared]
-    regions = {ffn.path: tuple(_regions(program.program.graph, ffn, model.graph)) for ffn in ffns}
-    parameters = program.parameters
+    regions = {ffn.path: tuple(_regions(reader.graph, ffn, model.graph)) for ffn in ffns}
+    parameters = reader.parameters
     weights = LazyTensors(parameters, lambda name: _read(name, parameters[name]))
     return OnnxLocated(Located(ffns, tuple(misses)), regions, parameters, weights)
 
@@ -84,8 +83,8 @@ def _read(name: str, parameter: Parameter) -> torch.Tensor:
     return found.reshape(parameter.shape)
 
 
-def _reason(miss: Miss, program: OnnxProgram) -> str:
-    kind = program.quantised.get(miss.path)
+def _reason(miss: Miss, quantised: Mapping[str, str]) -> str:
+    kind = quantised.get(miss.path)
     if kind is not None:
         return f"its weights are quantised ({kind}): start from the file with float weights"
     if "only a part is the FFN's" in miss.reason:  # a bias is always a node of its own here

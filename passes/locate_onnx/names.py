@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from upcycle.onnx.node_names import SCOPES
 
-# Names that the analysis knows for operations that it does not look into.
-_NAMES = {
+# How the analysis calls operations that have no torch call here.
+TORCH_NAMES = {
     "BatchNormalization": "batch_norm",
     "GroupNormalization": "group_norm",
     "InstanceNormalization": "instance_norm",
@@ -27,11 +27,6 @@ _NAMES = {
     "ReduceSum": "sum",
     "SimplifiedLayerNormalization": "rms_norm",
 }
-
-
-def torch_name(op_type: str) -> str:
-    """The name of an operation that has no torch call here, as the analysis knows it."""
-    return _NAMES.get(op_type, op_type)
 
 
 @cache

@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.passes.locate.linear import linear_map
-from upcycle.passes.locate_onnx.linear import LINEAR
+from upcycle.passes.locate_onnx.linear import LINEAR, MS
 from upcycle.passes.locate_onnx.program import NoTorchCallError, Reader, Translation
 
-MS = "com.microsoft"
 _SINGLE = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}  # of a number: the number
 
 
@@ -86,32 +85,25 @@ def _extreme(target: Callable[..., Any], bound: str) -> Callable[[Reader, ir.Nod
 
 
 def _unary(target: Callable[..., Any]) -> Callable[[Reader, ir.Node], fx.Node]:
-    return lambda g, node: g.emit(target, _data(g, node))
-
-
-def _data(g: Reader, node: ir.Node) -> fx.Node:
-    (first,) = node.inputs[:1]
-    if first is None:
-        raise NoTorchCallError(node.op_type)
-    return g.node_of(first)
+    return lambda g, node: g.emit(target, g.first_input(node))
 
 
 def _slope(target: Callable[..., Any], default: float) -> Callable[[Reader, ir.Node], fx.Node]:
     """Operations with the attribute `alpha`, which torch takes as second argument."""
     return lambda g, node: g.emit(
-        target, _data(g, node), node.attributes.get_float("alpha", default)
+        target, g.first_input(node), node.attributes.get_float("alpha", default)
     )
 
 
 def _selu(g: Reader, node: ir.Node) -> fx.Node:
     if node.attributes.get_float("alpha", 1.67326) < 1.6 or "gamma" in node.attributes:
         raise NoTorchCallError("Selu with options")
-    return g.emit(F.selu, _data(g, node))
+    return g.emit(F.selu, g.first_input(node))
 
 
 def _hard_sigmoid(g: Reader, node: ir.Node) -> fx.Node:
     alpha = node.attributes.get_float("alpha", 0.2)
-    scaled = g.emit(torch.mul, _data(g, node), alpha)
+    scaled = g.emit(torch.mul, g.first_input(node), alpha)
     shifted = g.emit(torch.add, scaled, node.attributes.get_float("beta", 0.5))
     return g.emit(torch.clamp, shifted, min=0.0, max=1.0)
 
@@ -124,16 +116,15 @@ def _clip(g: Reader, node: ir.Node) -> fx.Node:
             if limit is None:
                 raise NoTorchCallError("Clip to computed limits")
             limits[key] = limit
-    return g.emit(torch.clamp, _data(g, node), **limits) if limits else g.emit(
-        torch.clone, _data(g, node)
-    )  # fmt: skip
+    x = g.first_input(node)
+    return g.emit(torch.clamp, x, **limits) if limits else g.emit(torch.clone, x)
 
 
 def _cast(g: Reader, node: ir.Node) -> fx.Node:
     dtype = TORCH_TYPES.get(ir.DataType(node.attributes.get_int("to", 0)))
     if dtype is None:
         raise NoTorchCallError("Cast to a type that torch lacks")
-    return g.emit(torch.Tensor.to, _data(g, node), dtype)
+    return g.emit(torch.Tensor.to, g.first_input(node), dtype)
 
 
 def _gelu(approximate: str | None = None) -> Callable[[Reader, ir.Node], fx.Node]:
@@ -150,7 +141,7 @@ def _gelu(approximate: str | None = None) -> Callable[[Reader, ir.Node], fx.Node
 
 def _swish(default: float) -> Callable[[Reader, ir.Node], fx.Node]:
     def translate(g: Reader, node: ir.Node) -> fx.Node:
-        x, alpha = _data(g, node), node.attributes.get_float("alpha", default)
+        x, alpha = g.first_input(node), node.attributes.get_float("alpha", default)
         if alpha == 1:
             return g.emit(F.silu, x)
         return g.emit(torch.mul, x, g.emit(torch.sigmoid, g.emit(torch.mul, x, alpha)))
@@ -160,28 +151,22 @@ def _swish(default: float) -> Callable[[Reader, ir.Node], fx.Node]:
 
 def _reshape(g: Reader, node: ir.Node) -> fx.Node:
     """Whatever keeps the order of the elements."""
-    x, shape = _data(g, node), g.shape_of(node.outputs[0])
-    if shape is None:
-        raise NoTorchCallError("a shape that is not known")
-    return g.emit(torch.reshape, x, shape)
+    return g.emit(torch.reshape, g.first_input(node), g.shape_of(node.outputs[0]))
+
+
+def _expand(g: Reader, node: ir.Node) -> fx.Node:
+    return g.emit(torch.Tensor.expand, g.first_input(node), g.shape_of(node.outputs[0]))
 
 
 def _transpose(g: Reader, node: ir.Node) -> fx.Node:
-    x = _data(g, node)
+    x = g.first_input(node)
     rank = len(x.meta["shape"])
     perm = integers(node, "perm", 9) or list(range(rank))[::-1]
     return g.emit(torch.t, x) if perm == [1, 0] else g.emit(torch.permute, x, perm)
 
 
-def _expand(g: Reader, node: ir.Node) -> fx.Node:
-    shape = g.shape_of(node.outputs[0])
-    if shape is None:
-        raise NoTorchCallError("a shape that is not known")
-    return g.emit(torch.Tensor.expand, _data(g, node), shape)
-
-
 def _split(g: Reader, node: ir.Node) -> dict[ir.Value, fx.Node]:
-    x, axis = _data(g, node), node.attributes.get_int("axis", 0)
+    x, axis = g.first_input(node), node.attributes.get_int("axis", 0)
     parts = len(node.outputs)
     whole = x.meta["shape"][axis]
     sizes = integers(node, "split", 1)
@@ -198,7 +183,7 @@ def _split(g: Reader, node: ir.Node) -> dict[ir.Value, fx.Node]:
 
 
 def _slice(g: Reader, node: ir.Node) -> fx.Node:
-    x = _data(g, node)
+    x = g.first_input(node)
     starts, ends = integers(node, "starts", 1), integers(node, "ends", 2)
     if starts is None or ends is None:
         raise NoTorchCallError("Slice with computed limits")
@@ -214,7 +199,7 @@ def _slice(g: Reader, node: ir.Node) -> fx.Node:
 
 def _gather(g: Reader, node: ir.Node) -> fx.Node:
     """One constant position of an axis."""
-    x = _data(g, node)
+    x = g.first_input(node)
     tensor = None if node.inputs[1] is None else ir.convenience.get_const_tensor(node.inputs[1])
     if tensor is None or tensor.size != 1 or len(tensor.shape) or x.op == "get_attr":
         raise NoTorchCallError("Gather of several positions")

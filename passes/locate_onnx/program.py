@@ -1,14 +1,14 @@
 """An ONNX graph as a `Program`, so that the same pass locates FFNs in files and in modules.
 
-Each node becomes the torch call of the same meaning (`onnx_ops`), or an opaque call that keeps the
-reader of a tensor visible. Shapes come from onnx; where it does not know an operation, from the
-torch call on meta tensors; and the data of a linear map of unknown shape may have any, because an
-FFN does not depend on it.
+Each node becomes the torch call of the same meaning, or an opaque call that keeps the reader of a
+tensor visible. Shapes come from onnx; where it does not know an operation, from the torch call on
+meta tensors; and the data of a linear map of unknown shape may have any, because an FFN does not
+depend on it.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -19,11 +19,11 @@ from upcycle.capture.recorder import Call, Program, op_name
 from upcycle.onnx.shapes import Inferred
 from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.passes.locate_onnx.names import (
+    TORCH_NAMES,
     added_weights,
     opaque_call,
     path_of,
     subgraphs,
-    torch_name,
 )
 
 STANDARD = ("", "ai.onnx")
@@ -42,76 +42,64 @@ class Parameter:
     dtype: ir.DataType
 
 
-@dataclass
-class OnnxProgram:
-    """An ONNX graph as the passes see it.
+Translation = Callable[["Reader", ir.Node], fx.Node | dict[ir.Value, fx.Node]]
+
+
+class Reader:
+    """Translates the graph of an ONNX model, node by node.
 
     Attributes:
         program: its nodes; ``meta["value"]`` is the ONNX tensor.
         parameters: what is behind each parameter name. A bias that several linear maps read has a
             name for each of them.
         quantised: path of a linear map whose weight is not stored in floats -> what it is.
+        path: of the module that the node in translation is from.
     """
 
-    program: Program
-    parameters: dict[str, Parameter] = field(default_factory=dict)
-    quantised: dict[str, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        model: ir.Model,
+        inferred: Inferred,
+        operations: Mapping[tuple[str, str], Translation],
+    ) -> None:
+        """Translate all of `model`.
 
-
-Translation = Callable[["Reader", ir.Node], fx.Node | dict[ir.Value, fx.Node]]
-
-
-def read_program(
-    model: ir.Model,
-    inferred: Inferred,
-    operations: Mapping[tuple[str, str], Translation],
-) -> OnnxProgram:
-    """Translate the graph of `model`.
-
-    Args:
-        model: at a recent opset, without functions.
-        inferred: shapes and types of its tensors, as far as they are known.
-        operations: how to translate a node of a domain and type; all others are opaque.
-    """
-    reader = Reader(inferred)
-    for value in model.graph.inputs:
-        reader.bind(value, reader.graph.placeholder(str(value.name)))
-    reader.read_all(model.graph, operations)
-    outputs = [reader.node_of(value) for value in model.graph.outputs]
-    reader.graph.output(tuple(outputs))
-    return OnnxProgram(reader.program, reader.parameters, reader.quantised)
-
-
-class Reader:
-    """Builds the program, node by node."""
-
-    def __init__(self, inferred: Inferred) -> None:
+        Args:
+            model: at a recent opset, without functions.
+            inferred: shapes and types of its tensors, as far as they are known.
+            operations: how to translate a node of a domain and type; all others are opaque.
+        """
         self.graph = fx.Graph()
         self.program = Program(self.graph)
         self.parameters: dict[str, Parameter] = {}
         self.quantised: dict[str, str] = {}
         self.path = ""
+        self._operations = operations
         self._shapes, self._types = inferred.shapes, inferred.types
         self._nodes: dict[ir.Value, fx.Node] = {}
         self._names: dict[tuple[ir.Value, str], str] = {}
         self._owner: dict[str, str] = {}  # path of a linear map -> its weight
+        for value in model.graph.inputs:
+            self._bind(value, self.graph.placeholder(str(value.name)))
+        self._read_all(model.graph)
+        self.graph.output(tuple(self.node_of(value) for value in model.graph.outputs))
 
-    def read_all(self, graph: ir.Graph, operations: Mapping[tuple[str, str], Translation]) -> None:
+    def _read_all(self, graph: ir.Graph) -> None:
         """Add the nodes of a graph in their order, those of its subgraphs before their node."""
         for node in graph:
             for inner in subgraphs(node):
                 for value in inner.inputs:
-                    self.bind(value, self.opaque(f"input of {node.op_type}"))
-                self.read_all(inner, operations)
-            self.read(node, operations)
+                    self._bind(value, self.opaque(f"input of {node.op_type}"))
+                self._read_all(inner)
+            self._read(node)
 
-    def read(self, node: ir.Node, operations: Mapping[tuple[str, str], Translation]) -> None:
+    def _read(self, node: ir.Node) -> None:
         """Add `node`; every output of it has a node afterwards."""
         if node.op_type == "Constant" and node.domain in STANDARD:
             return
         self.path = path_of(node)
         domain = "" if node.domain in STANDARD else node.domain
-        translate = operations.get((domain, node.op_type))
+        translate = self._operations.get((domain, node.op_type))
         made: fx.Node | dict[ir.Value, fx.Node] | None = None
         if translate is not None:
             try:
@@ -121,12 +109,12 @@ class Reader:
         results = made if isinstance(made, dict) else {node.outputs[0]: made} if made else {}
         if not all(self._fits(value, result) for value, result in results.items()):
             results = {}
-        name = torch_name(node.op_type)
+        name = TORCH_NAMES.get(node.op_type, node.op_type)
         for value in node.outputs:
             if value not in results:
                 results[value] = self.opaque(name, *self._all_inputs(node))
         for value, result in results.items():
-            self.bind(value, result)
+            self._bind(value, result)
 
     def _fits(self, value: ir.Value, node: fx.Node) -> bool:
         known = self._shapes.get(str(value.name))
@@ -139,7 +127,7 @@ class Reader:
             values += list(graph.outputs)
         return [self.node_of(value) for value in dict.fromkeys(values)]
 
-    def bind(self, value: ir.Value, node: fx.Node) -> None:
+    def _bind(self, value: ir.Value, node: fx.Node) -> None:
         """Let `node` stand for the tensor `value`."""
         shape = self._shapes.get(str(value.name))
         if "shape" not in node.meta or not node.meta["known"]:
@@ -203,6 +191,13 @@ class Reader:
             raise NoTorchCallError(str(value.name))
         return self._nodes[source]
 
+    def first_input(self, node: ir.Node) -> fx.Node:
+        """The node of the first input, which is there."""
+        first = node.inputs[0]
+        if first is None:
+            raise NoTorchCallError(node.op_type)
+        return self.node_of(first)
+
     def per_neuron(self, value: ir.Value, owner: str) -> fx.Node:
         """The node of an operand of a pointwise operation; a stored row counts as a vector.
 
@@ -248,9 +243,16 @@ class Reader:
             node.meta.update(shape=(*(2, 3)[3 - rank :], width), known=True)
         return node
 
-    def shape_of(self, value: ir.Value) -> tuple[int, ...] | None:
-        """The shape of a tensor, where onnx can tell it."""
-        return self._shapes.get(str(value.name))
+    def shape_of(self, value: ir.Value) -> tuple[int, ...]:
+        """The shape of a tensor.
+
+        Raises:
+            NoTorchCallError: onnx cannot infer it.
+        """
+        shape = self._shapes.get(str(value.name))
+        if shape is None:
+            raise NoTorchCallError("a shape that is not known")
+        return shape
 
     def source_of(self, value: ir.Value) -> ir.Value:
         """The tensor itself, past copies of it."""
@@ -275,8 +277,9 @@ class Reader:
             todo += more
         return True
 
-    def claim_path(self, weight: str, node: ir.Node) -> None:
-        """Make `path` the own path of the linear map `node`, which reads `weight`."""
+    def claim_path(self, value: ir.Value, node: ir.Node) -> None:
+        """Make `path` the own path of the linear map `node`, whose weight is `value`."""
+        weight = str(self.source_of(value).name)
         if not self.path:
             named = next((n for n in (weight, *added_weights(node)) if "." in n), "")
             self.path = named.rpartition(".")[0]

@@ -1,17 +1,15 @@
 """What a plan costs, before a weight is read: parameters, FLOPs, bytes."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from upcycle.ir.ffn import FFN
 from upcycle.ir.layer_weights import empty_layer
 from upcycle.ir.measured import Costs
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.recipe.schema import Compensate
-
-ROUTED = ("experts.up_proj", "experts.gate_up_proj", "experts.down_proj")
 
 
 def costs(plan: Plan, total_parameters: int, itemsize: int) -> Costs:
@@ -22,8 +20,8 @@ def costs(plan: Plan, total_parameters: int, itemsize: int) -> Costs:
         total_parameters: parameters of the dense model.
         itemsize: bytes of one number of the stored weights.
     """
-    specs = plan.specs
-    dense = sum(spec.ffn.num_parameters for spec in specs)
+    specs, ffns = plan.specs, [spec.ffn for spec in plan.specs]
+    dense = sum(ffn.num_parameters for ffn in ffns)
     layers = sum(layer_parameters(spec, spec.num_experts) for spec in specs)
     active = sum(layer_parameters(spec, spec.top_k) for spec in specs)
     plain = [replace(spec, compensate=Compensate()) for spec in specs]
@@ -34,7 +32,7 @@ def costs(plan: Plan, total_parameters: int, itemsize: int) -> Costs:
         parameters_before=total_parameters,
         parameters_after=after,
         active_parameters=total_parameters - dense + active,
-        flops_before=sum(2 * _multiply_adds(spec.ffn, spec.ffn.d_ff) for spec in specs),
+        flops_before=sum(2 * f.d_ff * (len(f.expansions) * f.d_model + f.d_out) for f in ffns),
         flops_after=flops,
         compensation_parameters=layers - bare,
         compensation_flops=flops - sum(layer_flops(spec) for spec in plain),
@@ -55,10 +53,8 @@ def model_size(model: nn.Module) -> tuple[int, int]:
 
 def layer_parameters(spec: MoESpec, experts: int) -> int:
     """Parameters of one MoE layer, counting `experts` of its routed experts and all the rest."""
-    parameters = dict(empty_layer(spec.layer_config()).named_parameters())
-    sizes = {name: tensor.numel() for name, tensor in parameters.items()}
-    routed = sum(size for name, size in sizes.items() if name.startswith("experts."))
-    return sum(sizes.values()) - routed + routed // spec.num_experts * experts
+    parameters = empty_layer(spec.layer_config()).named_parameters()
+    return _counting(experts, spec, dict(parameters))
 
 
 def layer_flops(spec: MoESpec) -> int:
@@ -68,14 +64,16 @@ def layer_flops(spec: MoESpec) -> int:
     selection, and the mean under others.
     """
     state = empty_layer(spec.layer_config()).state_dict()
-    linear = {n: t for n, t in state.items() if t.is_floating_point() and not n.endswith("bias")}
-    weights = {name: tensor.numel() for name, tensor in linear.items() if tensor.ndim > 1}
-    routed = {name: size for name, size in weights.items() if name in ROUTED}
-    every = sum(weights.values()) - sum(routed.values())
-    visited = sum(routed.values()) // spec.num_experts * spec.top_k
-    return 2 * int(every + visited)
+    weights = {
+        name: tensor
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and tensor.ndim > 1 and not name.endswith("bias")
+    }
+    return 2 * _counting(spec.top_k, spec, weights)
 
 
-def _multiply_adds(ffn: FFN, neurons: int) -> int:
-    """Multiply-adds per token of `neurons` neurons, which is also how many weights they have."""
-    return neurons * (len(ffn.expansions) * ffn.d_model + ffn.d_out)
+def _counting(experts: int, spec: MoESpec, tensors: Mapping[str, torch.Tensor]) -> int:
+    """The numbers in `tensors`, of which the routed experts have equal parts."""
+    routed = sum(t.numel() for name, t in tensors.items() if name.startswith("experts."))
+    every = sum(t.numel() for t in tensors.values())
+    return every - routed + routed // spec.num_experts * experts

@@ -9,6 +9,7 @@ import torch
 
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
+from upcycle.passes.experts.partition import membership
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -21,10 +22,8 @@ def contributions(
     The size is the sum over the neurons of the expert of ``|h_j|`` times the length of column j of
     the contraction. Padding adds nothing.
     """
-    member_FE = torch.zeros(ffn.down_OF.shape[1] + 1, len(neuron_EI))
-    member_FE[neuron_EI.clamp(min=-1), torch.arange(len(neuron_EI))[:, None]] = 1
-    length_F1 = ffn.down_OF.float().norm(dim=0)[:, None]
-    member_FE = member_FE[:-1] * length_F1  # the last row collected the padding
+    length_F = ffn.down_OF.float().norm(dim=0)
+    member_FE = (membership(neuron_EI, len(length_F)) * length_F).t().contiguous()
     for x_TD, h_TF in data.hidden(ffn):
         yield x_TD, h_TF.abs() @ member_FE
 

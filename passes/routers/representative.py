@@ -2,8 +2,11 @@
 
 import torch
 
+from upcycle.ir.ffn_inputs import FFNInputs
+from upcycle.ir.weights import FFNWeights
+from upcycle.passes.experts.markers import mark
 from upcycle.passes.experts.method import DenseLayer, Parts
-from upcycle.passes.experts.representatives import representatives
+from upcycle.passes.experts.partition import membership
 from upcycle.passes.routers.method import RouterMethod, no_bias, no_nulls
 
 
@@ -22,6 +25,25 @@ def representative(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     few = ffn.of_neurons(representatives(ffn, neuron_EI, dense.data, markers=markers))
     bias = {} if few.up_bias_MF is None else {"bias": few.up_bias_MF.float()}
     return {"weight": few.up_MFD.float(), **bias}
+
+
+def representatives(
+    ffn: FFNWeights, neuron_EI: torch.Tensor, data: FFNInputs, *, markers: int
+) -> torch.Tensor:
+    """The member of each expert whose markers are nearest to the mean of the members'.
+
+    Args:
+        ffn: the dense FFN, with all its neurons.
+        neuron_EI: [E, I] int64, the neurons of each expert, one at least; negative is padding.
+        data: the calibration tokens; F * T / 8 bytes are kept of them.
+        markers: neurons marked in a token, ``experts.markers``.
+
+    Returns:
+        [E] int64, neurons of `ffn`; of several equally near, that of the lowest number.
+    """
+    member_EF = membership(neuron_EI, ffn.up_MFD.shape[1]).bool()
+    far_EF = mark(ffn, data, markers).distances(member_EF)
+    return far_EF.masked_fill(~member_EF, torch.inf).argmin(1)
 
 
 REPRESENTATIVE = RouterMethod(

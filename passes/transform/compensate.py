@@ -19,8 +19,9 @@ import torch
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
-from upcycle.passes.calibrate.routed_tokens import members, visits
-from upcycle.passes.transform.least_squares import Sums, best_penalty, input_basis, solve
+from upcycle.passes.calibrate.routed_tokens import routed_tokens
+from upcycle.passes.experts.partition import membership
+from upcycle.passes.transform.least_squares import Sums, best_penalty, input_basis, solve, squares
 from upcycle.recipe.schema import Compensate
 
 BLOCK, EVERY = 512, 6  # of each six blocks of tokens the last one is held out to choose the penalty
@@ -108,17 +109,17 @@ class _Stream:
     def __init__(self, made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: FFNInputs) -> None:
         self.ffn = replace(ffn, down_bias_O=None)
         d_ff = ffn.down_OF.shape[1]
-        self._member_EF = members(made.experts.neuron_EI, d_ff)
+        self._member_EF = membership(made.experts.neuron_EI, d_ff)
         self._always_F = torch.zeros(d_ff)
         if made.shared is not None:
-            self._always_F = members(made.shared.neuron_EI, d_ff)[0]
+            self._always_F = membership(made.shared.neuron_EI, d_ff)[0]
         plain = replace(spec, compensate=Compensate())
-        self._visits = partial(visits, plain, ffn, made, data)
+        self._routed = partial(routed_tokens, plain, ffn, made, data)
         sizes = [(h_TF @ ffn.down_OF.t()).square().sum(1) for _, h_TF in data.hidden(ffn)]
         self._median = float(torch.cat(sizes).median()) or 1.0
 
     def __iter__(self) -> Iterator[_Tokens]:
-        for x_TD, h_TF, weights_TE in self._visits():
+        for x_TD, h_TF, weights_TE in self._routed():
             visited_TF = h_TF * (weights_TE @ self._member_EF + self._always_F)
             y_TO = h_TF @ self.ffn.down_OF.t()
             yield _Tokens(x_TD, visited_TF, y_TO, 1 / (y_TO.square().sum(1) + self._median))
@@ -149,7 +150,7 @@ def _fit(
             sums = held_out if is_held_out else fit
             sums.add(z_TP[some], gap_TO[some], tokens.weight_T[some])
             if is_held_out:
-                held_out_size += _size(tokens.y_TO[some], tokens.weight_T[some])
+                held_out_size += squares(tokens.y_TO[some], tokens.weight_T[some])
             place += 1
     relative_P = torch.ones(count)
     relative_P[neurons:] = FREE
@@ -165,10 +166,6 @@ def _fit(
     down_OF = ffn.down_OF + beta_PO[:neurons].t() if neurons else ffn.down_OF
     bias_O = beta_PO[-1] if wanted.mean else torch.zeros(d_out)
     return down_OF, bias_O, thin, figures
-
-
-def _size(y_TO: torch.Tensor, weight_T: torch.Tensor) -> float:
-    return float((weight_T * y_TO.square().sum(1)).sum())
 
 
 def _solution(

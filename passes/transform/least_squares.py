@@ -27,7 +27,7 @@ class Sums:
         weighted_PT = z_TP.t() * weight_T
         self.zz_PP.addmm_(weighted_PT, z_TP)
         self.zy_PO.addmm_(weighted_PT, y_TO)
-        self.yy += float((weight_T * y_TO.square().sum(1)).sum())
+        self.yy += squares(y_TO, weight_T)
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(self.zz_PP + other.zz_PP, self.zy_PO + other.zy_PO, self.yy + other.yy)
@@ -40,6 +40,11 @@ class Sums:
         """The weighted square error of a solution on these tokens."""
         fitted = (beta_PO * (self.zz_PP @ beta_PO)).sum() - 2 * (beta_PO * self.zy_PO).sum()
         return float(fitted) + self.yy
+
+
+def squares(y_TO: torch.Tensor, weight_T: torch.Tensor) -> float:
+    """The weighted sum of squares, ``tr Y'WY``."""
+    return float((weight_T * y_TO.square().sum(1)).sum())
 
 
 def solve(sums: Sums, penalty_P: torch.Tensor) -> torch.Tensor:

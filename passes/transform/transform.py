@@ -69,7 +69,7 @@ def merge_to_dense(
     Source:
         Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908
     """
-    arity, d_ff, d_model = ffn.up_MFD.shape
+    arity, d_ff = ffn.up_MFD.shape[:2]
     groups = [experts] if shared is None else [shared, experts]
     neuron_S = torch.cat([group.neuron_EI.flatten() for group in groups])
     slots = (neuron_S >= 0).nonzero().squeeze(1)
@@ -81,23 +81,17 @@ def merge_to_dense(
             "cannot be merged"
         )
 
-    def rows(group: ExpertWeights) -> torch.Tensor:
-        num_experts, width = group.neuron_EI.shape
-        up_EMID = group.up_EGD.reshape(num_experts, arity, width, d_model)
-        return up_EMID.transpose(0, 1).reshape(arity, -1, d_model)
+    def joined(rows: list[torch.Tensor]) -> torch.Tensor:
+        """Expansions of all groups, [E, M * I, ...] each, as [M, F, ...]."""
+        split = [r.unflatten(1, (arity, -1)).transpose(0, 1).flatten(1, 2) for r in rows]
+        return torch.cat(split, dim=1)[:, slot_F]
 
-    def biases(group: ExpertWeights) -> torch.Tensor:
-        assert group.up_bias_EG is not None
-        return group.up_bias_EG.reshape(len(group.neuron_EI), arity, -1).transpose(0, 1).flatten(1)
-
-    def columns(group: ExpertWeights) -> torch.Tensor:
-        return group.down_EOI.transpose(0, 1).flatten(1)
-
-    has_bias = experts.up_bias_EG is not None
+    biases = [group.up_bias_EG for group in groups if group.up_bias_EG is not None]
+    columns = [group.down_EOI.transpose(0, 1).flatten(1) for group in groups]
     return FFNWeights(
         pointwise=ffn.pointwise,
-        up_MFD=torch.cat([rows(group) for group in groups], dim=1)[:, slot_F],
-        up_bias_MF=torch.cat([biases(g) for g in groups], dim=1)[:, slot_F] if has_bias else None,
-        down_OF=torch.cat([columns(group) for group in groups], dim=1)[:, slot_F],
+        up_MFD=joined([group.up_EGD for group in groups]),
+        up_bias_MF=joined(biases) if biases else None,
+        down_OF=torch.cat(columns, dim=1)[:, slot_F],
         down_bias_O=ffn.down_bias_O,
     )
