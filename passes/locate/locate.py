@@ -7,7 +7,6 @@ expansions. No name of a class or of a module is looked at.
 from collections import Counter
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from os.path import commonprefix
 
 from torch import fx, nn
 
@@ -31,6 +30,7 @@ from upcycle.passes.locate.region import (
     check_leaf_modules,
     check_one_input,
     check_own_weights,
+    common_path,
     dropout_of_own_module,
     is_nonlinear,
     kind_of,
@@ -170,7 +170,7 @@ def _ffn(
     d_model = expansions[0].x.meta["shape"][expansions[0].axis]
     d_ff = len(hidden.expansions[0].rows)
     path = contraction.node.meta["path"]
-    owner = ".".join(commonprefix([p.split(".") for p in (path, *(q.module for q in projections))]))
+    owner = common_path([path, *(p.module for p in projections)])
     dropout = dropout_of_own_module(program, owner, expansions[0].x, output)
     ffn = FFN(
         path=owner,

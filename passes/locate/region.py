@@ -1,5 +1,7 @@
 """The region around a contraction: what must hold for it to be an FFN, and how it is placed."""
 
+from itertools import takewhile
+
 import torch
 from torch import fx
 
@@ -164,3 +166,9 @@ def kind_of(d_model: int, d_ff: int, d_out: int) -> FFNKind:
     if d_out != d_model and d_ff <= d_model:
         return "head"
     return "bottleneck" if d_ff < min(d_model, d_out) else "ffn"
+
+
+def common_path(paths: list[str]) -> str:
+    """The innermost module that contains all of `paths`, which are modules within it."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
