@@ -33,9 +33,9 @@ def extend(
 
     Args:
         model: a converted model, loaded or in memory; left alone.
-        batches: keyword arguments or tuples that its forward accepts: of the new data.
+        batches: keyword arguments or tuples that its forward accepts, of the new data.
         layers: paths of the layers to extend; all if None.
-        bias: of the new expert's logit. The old ones get 0, if they have none yet.
+        bias: of the new expert's logit; old experts without one get 0.
 
     Returns:
         A copy; every other parameter is bit for bit what it was.
@@ -81,9 +81,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _config(layer: Any) -> LayerConfig:
-    """Of the class here: the model's own file has one of its own, or plain data if it is older."""
-    held = layer.config
-    return LayerConfig.from_json(held if isinstance(held, dict) else held.to_json())
+    """As the class here: the model's own file has another class, or plain data if it is older."""
+    config = layer.config
+    return LayerConfig.from_json(config if isinstance(config, dict) else config.to_json())
 
 
 def _check_linear(path: str, layer: Any) -> None:

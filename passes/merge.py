@@ -58,10 +58,7 @@ def merge(
 
 
 def _merged(
-    spec: MoESpec,
-    layer: MoE,
-    provenance: Provenance,
-    parameters: Mapping[str, torch.Tensor],
+    spec: MoESpec, layer: MoE, provenance: Provenance, parameters: Mapping[str, torch.Tensor]
 ) -> FFNWeights:
     if layer.low_rank is not None:
         raise UnsupportedError(

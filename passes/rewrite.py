@@ -23,7 +23,7 @@ def rewrite(
     """A converted copy of `model`, which stays a normal module: it trains, generates, saves.
 
     Args:
-        model: the dense model; left alone. Its FFN weights are not copied.
+        model: left alone; its FFN weights are not copied.
         specs: the planned layers.
         weights: makes the weights of one layer; called once for each, in order.
 
@@ -43,7 +43,7 @@ def with_empty_layers(
 ) -> tuple[nn.Module, list[MoE]]:
     """A copy of `model` with layers of zeros, and those, in the order of `specs`.
 
-    Of matrices that do more than FFNs, the other rows and columns stay. `in_place` changes `model`
+    Matrices that also do something else keep those rows and columns. `in_place` changes `model`
     itself, where the layers are on the meta device.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -53,7 +53,9 @@ def with_empty_layers(
         layers = install(converted, [spec.site() for spec in specs])
     for kept in (kept for spec in specs for kept in spec.ffn.kept):
         trained = parameters[kept.parameter].requires_grad
-        _set(converted, kept.name, nn.Parameter(read_kept(kept, parameters), trained))
+        path, _, last = kept.name.rpartition(".")
+        parameter = nn.Parameter(read_kept(kept, parameters), trained)
+        setattr(converted.get_submodule(path), last, parameter)
     return converted, layers
 
 
@@ -67,12 +69,6 @@ def fill(layer: MoE, made: MoEWeights, device: torch.device) -> None:
     if layer.output_bias is not None:
         layer.output_bias = nn.Parameter(layer.output_bias.detach().to(device, dtype))
     load_weights(layer, made)
-
-
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of another, in its own dtype and on its own device."""
-    path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, parameter)
 
 
 def _copy_without(model: nn.Module, names: set[str]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the tokens of the calibration make of a layer: which experts they visit, what that captures.
+"""Which experts of a layer the calibration tokens visit, and how much of the FFN that captures.
 
 Shape suffixes: T tokens, D d_model, E experts, K chosen experts, F neurons of the FFN.
 """
@@ -24,11 +24,8 @@ def usage(spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs) -> 
     is that of the loads relative to ``log E``: 1 if all experts are visited equally often.
     `compensation` has the figures of `upcycle.passes.transform.compensate`, if it fitted anything.
 
-    Args:
-        spec: the plan of the layer.
-        ffn: the dense FFN.
-        made: what it became.
-        seen: what it was given. Memory: the hidden activations of 2048 tokens.
+    `made` is what `ffn` became, and `seen` what it was given. Memory: the hidden activations of
+    2048 tokens.
     """
     d_ff = ffn.down_OF.shape[1]
     member_EF = membership(made.experts.neuron_EI, d_ff)

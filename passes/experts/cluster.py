@@ -26,9 +26,8 @@ def features_of(ffn: FFNWeights, which: str, metric: str = "cosine") -> torch.Te
 def cluster(dense: DenseLayer) -> torch.Tensor:
     """Group the neurons by balanced k-means on their keys: the input rows, scaled to length one.
 
-    Exact when every expert is chosen with weight one.
-    ``experts.features`` names the rows to compare; with ``experts.metric: l2`` they are not scaled.
-    Memory: a float32 copy of the features while it runs.
+    Exact when every expert is chosen with weight one. ``experts.features`` names the rows to
+    compare; with ``experts.metric: l2`` they are not scaled. Memory: a float32 copy of them.
 
     Source:
         Zhang et al., "MoEfication", 2021, section 3.1, https://arxiv.org/abs/2110.01786

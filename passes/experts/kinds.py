@@ -1,5 +1,4 @@
-"""What the kinds of expert methods have in common: how many experts they make, how wide these are,
-and what no method of a kind can do."""
+"""What each kind of expert methods makes: how many experts, how wide, and what it cannot do."""
 
 from collections.abc import Iterator
 
@@ -37,7 +36,7 @@ def neurons_of_expert(method: ExpertMethod, ffn: FFN, experts: Experts) -> int:
 
 
 def sharing_problem(method: ExpertMethod, experts: Experts) -> str | None:
-    """Why ``experts.shared`` leaves no layer to speak of, or None."""
+    """Why ``experts.shared`` makes no layer, or None."""
     if experts.shared and method.kind == "copies" and experts.shared != 1:
         return "one copy can be permanent; set `experts.shared: 1`, or leave it out"
     if experts.shared and not method.deals_neurons and method.kind != "copies":

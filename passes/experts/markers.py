@@ -66,12 +66,9 @@ class Markers:
 def mark(ffn: FFNWeights, data: FFNInputs, count: int, *, unit: bool = True) -> Markers:
     """Mark the `count` neurons of largest ``|h|`` in each token; none whose ``h`` is zero.
 
-    Args:
-        ffn: any dense FFN.
-        data: the calibration tokens; their activations are held for one chunk at a time.
-        count: neurons marked in a token; if there are not more, all that are not zero.
-        unit: take tokens and rows as if scaled to length one: pre-activations are divided by the
-            product of the lengths, so that neurons are compared by direction.
+    With `unit`, tokens and rows count as if scaled to length one: pre-activations are divided by
+    the product of the lengths, so that neurons are compared by direction. Activations are held for
+    one chunk of tokens at a time.
 
     Source:
         Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416

@@ -1,4 +1,4 @@
-"""How much every token would miss each neuron: what decides which neurons are shared.
+"""How useful each neuron is to every token: what decides which neurons are shared.
 
 Shape suffixes: T tokens, F neurons, N domains, G groups of tokens.
 """
@@ -41,11 +41,7 @@ def usefulness(
       the one of the better mean rank
       (Zhu et al., "LLaMA-MoE", 2024, https://arxiv.org/abs/2406.16554).
 
-    Args:
-        ffn: any dense FFN.
-        experts: ``shared_by`` and ``markers``.
-        data: the calibration tokens, where `NEEDS` says so.
-        width: neurons of one expert.
+    `data` are the calibration tokens, where `NEEDS` asks for them.
     """
     by = experts.shared_by
     length_F: torch.Tensor = ffn.down_OF.float().norm(dim=0)

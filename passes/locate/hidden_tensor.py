@@ -110,7 +110,7 @@ def check_has_data(hidden: fx.Node) -> None:
 
 
 def _maps_nothing(node: fx.Node) -> bool:
-    """Whether a linear map of no data feeds `node`, which holds none."""
+    """Whether `node` is empty and comes from a linear map of an empty tensor."""
     if node.op != "call_function" or 0 not in node.meta.get("shape", ()):
         return False
     return linear_map(node) is not None or any(map(_maps_nothing, node.all_input_nodes[:1]))

@@ -254,7 +254,7 @@ def _einsum(node: fx.Node) -> LinearMap | None:
 
 
 def _reads_one_position(node: fx.Node) -> bool:
-    """Kernel one, stride one, no padding ("same" is none for kernel one), one group."""
+    """Kernel one, stride one, no padding ("same" is no padding for kernel one), one group."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     _, weight, _, stride, padding, _, groups = _arguments(node, *names)
     if not isinstance(weight, fx.Node) or any(size != 1 for size in weight.meta["shape"][2:]):

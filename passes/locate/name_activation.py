@@ -12,7 +12,7 @@ from upcycle.pointwise import Pointwise
 
 
 def recognise(program: Pointwise) -> Pointwise:
-    """The same program with its name, if it is a known one; a gate must be argument 0."""
+    """The same program with its name, if it is a known one; the activated argument must be 0."""
     exact = _without_casts(program)
     for name, known in NAMED_POINTWISE.items():
         if same_function(exact, known):
@@ -22,9 +22,11 @@ def recognise(program: Pointwise) -> Pointwise:
 
 def _without_casts(program: Pointwise) -> Pointwise:
     """A rounding on the way (an activation computed in float32) does not change the name."""
-    steps = tuple(("add", (args[0], 0), {}) if op in {"cast", "cast_like"} else (op, args, kw)
-                  for op, args, kw in program.steps)  # fmt: skip
-    return Pointwise(program.arity, steps)
+    steps = (
+        ("add", (step[1][0], 0), {}) if step[0] in {"cast", "cast_like"} else step
+        for step in program.steps
+    )
+    return Pointwise(program.arity, tuple(steps))
 
 
 def swapped(program: Pointwise) -> Pointwise:

@@ -14,10 +14,10 @@ LAYOUT = {
     "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
     "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
-# Of them, the ones that read the shape of a second tensor.
+# Layout operations that read the shape of a second tensor.
 SHAPED_LIKE = {"expand_as", "reshape_as", "view_as"}
 JOINS = {"cat", "concat", "concatenate", "stack"}
-# Of the layout operations, those that leave every element at its place in the flat order.
+# Layout operations that leave every element at its place in the flat order.
 KEEPS_ORDER = {
     "alias", "clone", "contiguous", "detach", "flatten", "reshape", "reshape_as", "squeeze",
     "unflatten", "unsqueeze", "view", "view_as",
@@ -55,20 +55,19 @@ LINEAR = {"add", "sub", "rsub", "neg", "cast", "cast_like"}
 
 
 def filled_with(node: fx.Node) -> float | None:
-    """The number that every element of what `node` makes is, if that is known without running."""
+    """The number that fills the result of `node`, if that is known without running it."""
     name = op_name(node.target)
     if name not in FILLS:
         return None
     if name.startswith(("zeros", "ones")):
         return float(name.startswith("ones"))
-    key = {"full": "fill_value", "full_like": "fill_value"}.get(name, "data")
-    position = 1 if key == "fill_value" else 0
+    key, position = ("fill_value", 1) if name.startswith("full") else ("data", 0)
     number = node.args[position] if len(node.args) > position else node.kwargs.get(key)
     return float(number) if isinstance(number, int | float) else None
 
 
 def number_of(op: str, args: tuple[Any, ...]) -> float:
-    """What a pointwise operation makes of numbers; one where it is none, as that is refused."""
+    """The value of a pointwise operation on numbers; 1 for any other, which is refused anyway."""
     if op not in OPS or not all(isinstance(arg, int | float) for arg in args):
         return 1.0
     return float(OPS[op](*(torch.tensor(arg, dtype=torch.float64) for arg in args)))

@@ -14,7 +14,7 @@ TRIES = 5
 def why_opaque(node: fx.Node, data: fx.Node | None = None) -> str:
     """Why an operation that is not known to be pointwise is refused.
 
-    Where it makes of the tensor `data` one of the same shape, it is tried out.
+    An operation that makes of the tensor `data` one of the same shape is tried out.
     """
     name = op_name(node.target)
     if name != "batch_norm":
@@ -37,7 +37,7 @@ def why_opaque(node: fx.Node, data: fx.Node | None = None) -> str:
 
 
 def why_not_linear(node: fx.Node) -> str:
-    """Why a convolution is no linear map of the channels of one position."""
+    """Why a convolution is not a linear map of the channels of one position."""
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     name = op_name(node.target)
     if isinstance(weight, fx.Node) and all(size == 1 for size in weight.meta["shape"][2:]):
@@ -51,8 +51,8 @@ def why_not_linear(node: fx.Node) -> str:
 def _moves_others(node: fx.Node, data: fx.Node) -> bool | None:
     """Whether an element of `data` moves other elements of what `node` makes; None if unknown.
 
-    The recorded call is run on random numbers of the recorded shapes, on the CPU. That no other
-    element moved is a strong hint and no proof; that one did is a proof.
+    The recorded call is run on random numbers of the recorded shapes, on the CPU. That another
+    element moves is a proof; that none does is a strong hint only.
     """
     shapes = [source.meta["shape"] for source in node.all_input_nodes]
     if any(torch.Size(shape).numel() > ELEMENTS for shape in shapes) or not callable(node.target):
@@ -84,7 +84,7 @@ def _moves_others(node: fx.Node, data: fx.Node) -> bool | None:
                 changed[place] = False
                 if changed.any():
                     return True
-    except Exception:  # an operation of anybody, called outside its model, may fail in any way
+    except Exception:  # any operation, called outside its model, may fail in any way
         return None
     return False
 

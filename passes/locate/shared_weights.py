@@ -12,11 +12,8 @@ def read_elsewhere(
 ) -> tuple[fx.Node, str] | None:
     """Where and why to refuse `ffn`: a call outside its linear maps reads one of its weights.
 
-    Args:
-        graph: the captured program.
-        ffn: the FFN.
-        maps: its linear maps, at every place where the model applies it.
-        live: the nodes that the output depends on.
+    `maps` are its linear maps, at every place where the model applies it, and `live` the nodes that
+    the output depends on.
     """
     weights = {p.weight for p in (*ffn.expansions, ffn.contraction)}
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Give each layer the neurons that it has use for, as many as planned in all.
+"""Give each layer as many neurons as are useful there; the sum over the layers stays as planned.
 
 Shape suffixes: F neurons, S blocks of neurons.
 """
@@ -16,12 +16,12 @@ def adaptive_shared(
 ) -> tuple[MoESpec, ...]:
     """The specs with other numbers of shared neurons, whose sum stays.
 
-    The scores of a layer, less its smallest, are taken as parts of their sum, so that layers
-    compare. Shared neurons are then handed out to all layers together, in blocks of as many as a
-    layer has routed experts: those blocks that hold most, of neurons ranked by score. As the blocks
-    of one layer hold less and less, that is the division under which the shared experts hold most
-    in all. A layer keeps what its planned number is beyond whole blocks, so that widths that had no
-    padding have none; and each routed expert keeps a neuron at least.
+    The scores of a layer, less its smallest, are divided by their sum, so that layers compare. Its
+    neurons, ranked by score, form blocks of one neuron for each routed expert, and the blocks of
+    the largest sums in the whole model become shared: as the blocks of one layer hold less and
+    less, the shared experts then hold as much as they can. A layer keeps what its planned number is
+    beyond whole blocks, so that no width gets padding that had none; and each routed expert keeps a
+    neuron at least.
 
     Args:
         specs: of a split with a shared expert.

@@ -1,4 +1,4 @@
-"""What a recipe has to be shown before it can be carried out."""
+"""What calibration has to show before a recipe can be carried out."""
 
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import Need

@@ -1,8 +1,8 @@
-"""Decide which FFNs become MoE layers, and which; refuse what cannot work before reading weights.
+"""Decide which FFNs become which MoE layers; refuse what cannot work before reading weights.
 
-The FFNs are chosen in this order: those of the wanted kinds; of them, those whose path fits
-`include` and not `exclude`; without the first and last that are to be skipped; of the rest every
-n-th (the n-th, the 2n-th, ..., as transformers counts ``decoder_sparse_step``; from `start` on).
+The FFNs are filtered in this order: the wanted kinds; a path that fits `include` and not `exclude`;
+not among the first and last that are to be skipped; every n-th of the rest (the n-th, the 2n-th,
+..., as transformers counts ``decoder_sparse_step``; from `start` on).
 """
 
 import hashlib
@@ -31,13 +31,9 @@ from upcycle.recipe.schema import Recipe
 def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") -> Plan:
     """Decide what each FFN becomes.
 
-    Args:
-        located: everything that was found in the model.
-        recipe: what is asked for.
-        recipe_name: how to call it in reports.
-
     Returns:
-        One spec for each chosen FFN, in the order in which the model runs them. No tensors.
+        One spec for each chosen FFN, in the order in which the model runs them, without tensors.
+        Reports call the recipe `recipe_name`.
 
     Raises:
         UnsupportedError: there is no FFN to convert.

@@ -16,7 +16,7 @@ from upcycle.passes.routers.contributions import contributions
 from upcycle.passes.routers.method import RouterMethod, no_nulls
 
 EPOCHS, BATCH, RATE = 30, 512, 1e-2
-HELD_OUT = 10  # one token in so many is not trained on, and decides which epoch is kept
+HELD_OUT = 10  # one token in ten is held out: those decide which epoch is kept
 
 log = logging.getLogger(__name__)
 

@@ -35,11 +35,11 @@ def representatives(
     Args:
         ffn: the dense FFN, with all its neurons.
         neuron_EI: [E, I] int64, the neurons of each expert, one at least; negative is padding.
-        data: the calibration tokens; F * T / 8 bytes are kept of them.
+        data: the calibration tokens. Memory: F * T / 8 bytes.
         markers: neurons marked in a token, ``experts.markers``.
 
     Returns:
-        [E] int64, neurons of `ffn`; of several equally near, that of the lowest number.
+        [E] int64, neurons of `ffn`; the lowest number where several are equally near.
     """
     member_EF = membership(neuron_EI, ffn.up_MFD.shape[1]).bool()
     far_EF = mark(ffn, data, markers).distances(member_EF)

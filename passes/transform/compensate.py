@@ -42,7 +42,7 @@ def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: FFNInputs
     Args:
         made: experts that are sets of neurons of `ffn`, and their router.
         ffn: the dense FFN.
-        spec: ``compensate``.
+        spec: the plan of the layer.
         data: calibration tokens. Memory: two float32 matrices of (F + D + 1)^2, for one FFN.
 
     Returns:

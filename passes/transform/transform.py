@@ -26,8 +26,7 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> 
     Args:
         ffn: the dense weights, in one float dtype, which the experts keep.
         spec: the decision, from `upcycle.passes.plan.plan.make_plan`.
-        data: what the FFN was given in calibration; needed if
-            `upcycle.passes.plan.calibration_needs` says so.
+        data: what the FFN was given in calibration, if `calibration_needs` asks for it.
 
     Returns:
         Experts, a float32 router, and the output bias of the FFN, which the layer adds once.
@@ -56,8 +55,7 @@ def merge_to_dense(
 
     Args:
         experts: made by a split method, then possibly trained; one float dtype, which is kept.
-        ffn: the FFN that they were made from; only its activation, its shapes and its output bias
-            are read.
+        ffn: the FFN that they were made from; its weights are not read.
         shared: the shared expert, if there is one.
 
     Returns:
