@@ -81,8 +81,8 @@ def merge_to_dense(
 
     def joined(rows: list[torch.Tensor]) -> torch.Tensor:
         """Expansions of all groups, [E, M * I, ...] each, as [M, F, ...]."""
-        split = [r.unflatten(1, (arity, -1)).transpose(0, 1).flatten(1, 2) for r in rows]
-        return torch.cat(split, dim=1)[:, slot_F]
+        split = [r.reshape(len(r), arity, -1, *r.shape[2:]).transpose(0, 1) for r in rows]
+        return torch.cat([r.flatten(1, 2) for r in split], dim=1)[:, slot_F]
 
     biases = [group.up_bias_EG for group in groups if group.up_bias_EG is not None]
     columns = [group.down_EOI.transpose(0, 1).flatten(1) for group in groups]
