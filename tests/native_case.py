@@ -19,8 +19,10 @@ from upcycle.ir.weights import ExpertWeights, MoEWeights, read_ffn
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.transform import transform
 from upcycle.targets.files.tensor_file import read_tensors, write_tensors
-from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries
-from upcycle.targets.native.choose import variants
+from upcycle.targets.native import NATIVE
+from upcycle.targets.native.architecture import NativeTarget
+from upcycle.targets.native.choose import build_config, choose, variants
+from upcycle.targets.native.tensors import entries
 
 COPIES = {"method": "copy", "count": 4}
 SLICES = {"method": "contiguous", "count": 4}

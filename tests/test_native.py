@@ -33,8 +33,11 @@ from upcycle.pointwise import Pointwise
 from upcycle.recipe import schema as recipe
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import read_tensors, write_tensors
-from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries
+from upcycle.targets.native import NATIVE
+from upcycle.targets.native.architecture import NativeTarget
+from upcycle.targets.native.choose import build_config, choose
 from upcycle.targets.native.layers import is_swiglu, layer_of
+from upcycle.targets.native.tensors import entries
 
 SWIGLU = Pointwise(2, (("silu", ("z0",), {}), ("mul", ("t0", "z1"), {})), "swiglu")
 

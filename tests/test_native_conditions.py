@@ -28,7 +28,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4Mo
 from upcycle import convert, load
 from upcycle.errors import UnsupportedError
 from upcycle.ir.spec import Plan
-from upcycle.targets.native import NATIVE, NativeTarget
+from upcycle.targets.native import NATIVE
+from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.fold_layer import folded
 from upcycle.targets.native.fold_router import HOT, Fold, fold
 

@@ -33,9 +33,12 @@ from upcycle.errors import UnsupportedError
 from upcycle.ir.spec import Plan
 from upcycle.passes.plan.plan import make_plan
 from upcycle.targets.files.tensor_file import read_tensors, write_tensors
-from upcycle.targets.native import NATIVE, NativeTarget, build_config, choose, entries
+from upcycle.targets.native import NATIVE
+from upcycle.targets.native.architecture import NativeTarget
+from upcycle.targets.native.choose import build_config, choose
 from upcycle.targets.native.fold_layer import folded, gate_noise, unfolded
 from upcycle.targets.native.fold_router import MOST_WEIGHT_ERROR, Fold, fold, temper
+from upcycle.targets.native.tensors import entries
 
 TWO_OF_FOUR = {"top_k": 2, "weights": "one", "std": 0.3}
 

@@ -25,7 +25,8 @@ from native_case import (
 )
 from torch import nn
 
-from upcycle.targets.native import NATIVE, choose
+from upcycle.targets.native import NATIVE
+from upcycle.targets.native.choose import choose
 
 # On the way to a logit each of 3 layers sums 32 products four times for attention, 32 for gate and
 # up and 48 for down, and the head 32: 656 roundings. As a random walk they are off by 26 eps, and

@@ -18,7 +18,8 @@ from upcycle.passes.routers import ROUTER_METHODS, RouterMethod
 from upcycle.recipe import schema as recipe
 from upcycle.recipe.onnx import Form
 from upcycle.targets import native
-from upcycle.targets.native import NATIVE, NativeTarget
+from upcycle.targets.native import NATIVE
+from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.onnx.forms.functions import STANDARD
 
 

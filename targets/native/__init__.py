@@ -5,7 +5,6 @@ each a `NativeTarget`: data, and the questions that data cannot answer (does thi
 """
 
 from upcycle.targets.native.architecture import NativeTarget
-from upcycle.targets.native.choose import build_config, choose
 from upcycle.targets.native.cohere2_moe import COHERE2_MOE
 from upcycle.targets.native.encoder_decoders import NLLB_MOE, SWITCH_TRANSFORMERS
 from upcycle.targets.native.ernie4_5_moe import ERNIE4_5_MOE
@@ -16,12 +15,7 @@ from upcycle.targets.native.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from upcycle.targets.native.llama4_text import LLAMA4_TEXT
 from upcycle.targets.native.mixtral import MIXTRAL
 from upcycle.targets.native.olmo import FLEX_OLMO, OLMOE
-from upcycle.targets.native.qwen2_moe import QWEN2_MOE
-from upcycle.targets.native.qwen3_5_moe import QWEN3_5_MOE
-from upcycle.targets.native.qwen3_moe import QWEN3_MOE
-from upcycle.targets.native.tensors import entries
-
-__all__ = ["NATIVE", "NativeTarget", "build_config", "choose", "entries"]
+from upcycle.targets.native.qwen_moe import QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE
 
 # In the order in which they are tried: what the most software loads comes first.
 NATIVE: dict[str, NativeTarget] = {

@@ -48,55 +48,40 @@ class TensorRule:
     change: Callable[[torch.Tensor], torch.Tensor]
 
 
-def _fits(config: PreTrainedConfig) -> str | None:
-    return None
-
-
-def _no_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    return {}
-
-
-def _no_rules(config: PreTrainedConfig) -> Sequence[TensorRule]:
-    return ()
-
-
-def _decoder_layers(config: PreTrainedConfig) -> list[str]:
-    return [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-
-
 @dataclass(frozen=True)
 class DenseArchitecture:
     """One dense architecture, and how the MoE architecture computes all but its FFNs.
 
     Attributes:
         architecture: its class with a language-modeling head.
-        absent: fields of its config that must be false or zero.
+        absent: config fields that must be false or zero.
         fits: a config -> None, or why its attention cannot be held, for what `absent` cannot say.
-        common: fields that are copied.
-        carried: further ones; also those that are set but declared nowhere.
-        checked: fields that `fits` or `fields` reads.
-        ignored: fields without influence on the model.
+        common, carried: config fields that are copied, also those that no class declares.
+        checked: config fields that `fits` or `fields` reads.
+        ignored: config fields without influence on the model.
         fields: config fields that are computed.
         tensors: rules for the tensors that are not written as they are.
         activation: of the FFN, by its name in transformers.
         layers: the modules that hold an FFN, in order.
         mlp: name of the FFN in such a module.
         roles: names of gate, up and down in it (of up and down if it has no gate).
-        partial_rope: its rotation of a part of each head is that of the MoE architecture, too.
-        dropout: so is the dropout in its FFNs.
+        partial_rope: both architectures rotate the same part of each head.
+        dropout: both have the dropout in the FFN.
     """
 
     architecture: str
     absent: tuple[str, ...] = ()
-    fits: Callable[[PreTrainedConfig], str | None] = _fits
+    fits: Callable[[PreTrainedConfig], str | None] = lambda config: None
     common: tuple[str, ...] = COMMON_FIELDS
     carried: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    fields: Callable[[PreTrainedConfig], dict[str, Any]] = _no_fields
-    tensors: Callable[[PreTrainedConfig], Sequence[TensorRule]] = _no_rules
+    fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
+    tensors: Callable[[PreTrainedConfig], Sequence[TensorRule]] = lambda config: ()
     activation: str = "silu"
-    layers: Callable[[PreTrainedConfig], list[str]] = _decoder_layers
+    layers: Callable[[PreTrainedConfig], list[str]] = lambda config: [
+        f"model.layers.{i}" for i in range(config.num_hidden_layers)
+    ]
     mlp: str = "mlp"
     roles: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     partial_rope: bool = False
@@ -124,6 +109,13 @@ class RouterRule:
     factor: str | None = None
     by_logits: bool = False
     hot: bool = False
+
+
+# The routers whose config says whether the weights of the chosen experts are divided by their sum.
+NORM_TOPK_PROB = (
+    RouterRule("softmax", renormalise=True, config={"norm_topk_prob": True}),
+    RouterRule("softmax", renormalise=False, config={"norm_topk_prob": False}),
+)
 
 
 @dataclass(frozen=True)
@@ -188,6 +180,20 @@ class Shared:
         return spec.width * (experts if self.count else max(experts, 1))
 
 
+def gate_up_down(module: str) -> tuple[str, ...]:
+    """The names of the three matrices in a module."""
+    return tuple(f"{module}.{matrix}_proj.weight" for matrix in ("gate", "up", "down"))
+
+
+def all_sparse(sparse: Sequence[bool]) -> dict[str, Any] | str:
+    """`NativeTarget.dense` of an architecture without dense layers."""
+    dense = [i for i, is_sparse in enumerate(sparse) if not is_sparse]
+    if not dense:
+        return {}
+    listed = ", ".join(map(str, dense[:8])) + (", ..." if len(dense) > 8 else "")
+    return f"it has no dense layers, and the plan leaves these dense: {listed}"
+
+
 @dataclass(frozen=True)
 class NativeTarget:
     """One MoE architecture.
@@ -198,8 +204,7 @@ class NativeTarget:
         forms: the rules of its router, exact ones for most recipes first. `choose` returns a target
             with a single one.
         num_experts, top_k, width: config fields of the MoE.
-        dense: the layers that stay dense -> config fields, or why that cannot be. The first
-            argument has an entry for each layer, whether it is sparse.
+        dense: for each layer, whether it is sparse -> config fields that say so, or why not.
         constants: config fields with one value.
         router: name of the router weight [E, D] on disk.
         router_bias: name of its bias [E], or None.
@@ -213,7 +218,7 @@ class NativeTarget:
         grouped: transformers runs its experts with grouped_mm, for rows of 16 n bytes.
         auto_class: of transformers, which loads it.
         may_untie: llama.cpp wants an output matrix of its own, so a tied one may be written twice.
-        untied: it is.
+        untied: it is written twice.
         refused: why nothing is written in this architecture; empty for all others.
     """
 
@@ -224,7 +229,7 @@ class NativeTarget:
     num_experts: str = "num_experts"
     top_k: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
-    dense: Callable[[Sequence[bool]], dict[str, Any] | str] = lambda sparse: {}
+    dense: Callable[[Sequence[bool]], dict[str, Any] | str] = all_sparse
     constants: Mapping[str, Any] = field(default_factory=dict)
     router: str = "{layer}.mlp.gate.weight"
     router_bias: str | None = None
@@ -242,28 +247,7 @@ class NativeTarget:
     refused: str = ""
 
 
-def all_sparse(sparse: Sequence[bool]) -> dict[str, Any] | str:
-    """For an architecture without dense layers."""
-    dense = [i for i, is_sparse in enumerate(sparse) if not is_sparse]
-    if not dense:
-        return {}
-    listed = ", ".join(map(str, dense[:8])) + (", ..." if len(dense) > 8 else "")
-    return f"it has no dense layers, and the plan leaves these dense: {listed}"
-
-
-def dense_list(name: str) -> Callable[[Sequence[bool]], dict[str, Any] | str]:
-    """For an architecture whose config lists the dense layers."""
-    return lambda sparse: {name: [i for i, is_sparse in enumerate(sparse) if not is_sparse]}
-
-
-def dense_prefix(name: str) -> Callable[[Sequence[bool]], dict[str, Any] | str]:
-    """For an architecture whose config counts dense layers, which come first."""
-
-    def fields(sparse: Sequence[bool]) -> dict[str, Any] | str:
-        first = list(sparse).index(True)
-        if all(sparse[first:]):
-            return {name: first}
-        late = first + list(sparse[first:]).index(False)
-        return f"its dense layers come first, and the plan leaves layer {late} dense"
-
-    return fields
+# Llama, which most MoE architectures hold in some way.
+LLAMA = DenseArchitecture(
+    "LlamaForCausalLM", absent=("attention_bias", "mlp_bias"), ignored=("pretraining_tp",)
+)

@@ -4,7 +4,6 @@ Router: top-k, then softmax over the chosen experts. Shared experts are added as
 strategy ``sum``; the default would average. Read in transformers 5.23 (``models/cohere2_moe``).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -15,12 +14,9 @@ from upcycle.targets.native.architecture import (
     NativeTarget,
     RouterRule,
     Shared,
+    gate_up_down,
 )
 from upcycle.targets.native.attention import head_dim
-
-
-def _dense(sparse: Sequence[bool]) -> dict[str, Any] | str:
-    return {"mlp_layer_types": ["sparse" if is_sparse else "dense" for is_sparse in sparse]}
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -46,17 +42,11 @@ COHERE2_MOE = NativeTarget(
     sources={"cohere2": COHERE2},
     forms=(
         RouterRule(
-            "softmax",
-            renormalise=True,
-            config={"expert_selection_fn": "softmax"},
-            by_logits=True,
+            "softmax", renormalise=True, config={"expert_selection_fn": "softmax"}, by_logits=True
         ),
     ),
     width="intermediate_size",
-    dense=_dense,
+    dense=lambda sparse: {"mlp_layer_types": ["sparse" if s else "dense" for s in sparse]},
     constants={"output_router_logits": False, "shared_expert_combination_strategy": "sum"},
-    shared=Shared(
-        tuple(f"{{layer}}.mlp.shared_experts.{w}_proj.weight" for w in ("gate", "up", "down")),
-        count="num_shared_experts",
-    ),
+    shared=Shared(gate_up_down("{layer}.mlp.shared_experts"), count="num_shared_experts"),
 )

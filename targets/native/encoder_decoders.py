@@ -9,13 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from upcycle.targets.native.architecture import (
-    DenseArchitecture,
-    NativeTarget,
-    RouterRule,
-    Stacks,
-    all_sparse,
-)
+from upcycle.targets.native.architecture import DenseArchitecture, NativeTarget, RouterRule, Stacks
 
 
 def _layers(config: PreTrainedConfig) -> list[str]:
@@ -66,7 +60,6 @@ SWITCH_TRANSFORMERS = NativeTarget(
     sources={"t5": T5},
     forms=(RouterRule("softmax", renormalise=False, hot=True),),
     width="d_ff",
-    dense=all_sparse,
     constants={
         "expert_capacity": 2**31 - 1,
         "router_bias": False,

@@ -6,19 +6,26 @@ Read in transformers 5.23 (``models/ernie4_5_moe``).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from upcycle.targets.native.architecture import DenseArchitecture, NativeTarget, RouterRule, Shared
+from upcycle.targets.native.architecture import (
+    LLAMA,
+    DenseArchitecture,
+    NativeTarget,
+    RouterRule,
+    Shared,
+    gate_up_down,
+)
 from upcycle.targets.native.attention import interleaved_rope
 
 
 def _dense(sparse: Sequence[bool]) -> dict[str, Any] | str:
-    first = list(sparse).index(True)
-    last = len(sparse) - 1 - list(sparse)[::-1].index(True)
+    first, last = sparse.index(True), len(sparse) - 1 - sparse[::-1].index(True)
     if not all(sparse[first : last + 1]):
-        late = first + list(sparse[first:]).index(False)
+        late = sparse.index(False, first)
         return f"its sparse layers follow each other, and the plan leaves layer {late} dense"
     return {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": 1}
 
@@ -26,18 +33,17 @@ def _dense(sparse: Sequence[bool]) -> dict[str, Any] | str:
 ERNIE4_5 = DenseArchitecture(
     "Ernie4_5ForCausalLM", absent=("use_bias",), carried=("intermediate_size",)
 )
-LLAMA = DenseArchitecture(
-    "LlamaForCausalLM",
-    absent=("attention_bias", "mlp_bias", "attention_dropout"),
+INTERLEAVED_LLAMA = replace(
+    LLAMA,
+    absent=(*LLAMA.absent, "attention_dropout"),
     carried=("intermediate_size",),
-    ignored=("pretraining_tp",),
     tensors=interleaved_rope,
 )
 
 ERNIE4_5_MOE = NativeTarget(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
-    sources={"ernie4_5": ERNIE4_5, "llama": LLAMA},
+    sources={"ernie4_5": ERNIE4_5, "llama": INTERLEAVED_LLAMA},
     forms=(RouterRule("softmax", renormalise=True),),
     num_experts="moe_num_experts",
     top_k="moe_k",
@@ -46,8 +52,5 @@ ERNIE4_5_MOE = NativeTarget(
     router_dtype=torch.float32,
     selection_bias="{layer}.mlp.moe_statics.e_score_correction_bias",
     selection_bias_shape="1E",
-    shared=Shared(
-        tuple(f"{{layer}}.mlp.shared_experts.{w}_proj.weight" for w in ("gate", "up", "down")),
-        count="moe_num_shared_experts",
-    ),
+    shared=Shared(gate_up_down("{layer}.mlp.shared_experts"), count="moe_num_shared_experts"),
 )

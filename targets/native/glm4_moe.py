@@ -8,42 +8,45 @@ values and norms of queries and keys by flags (GLM), norms and sliding windows (
 ``solar_open``).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from upcycle.targets.native.architecture import (
+    LLAMA,
     DenseArchitecture,
     NativeTarget,
     RouterRule,
     Shared,
     all_sparse,
-    dense_prefix,
+    gate_up_down,
 )
 from upcycle.targets.native.attention import head_dim, no_windows
 
 
-def _attention(*, bias: bool = False, norm: bool = False) -> Any:
-    def fields(config: PreTrainedConfig) -> dict[str, Any]:
-        return {
-            "attention_bias": bias,
-            "use_qk_norm": norm,
-            "head_dim": head_dim(config),
-        }
+def _attention(
+    *, bias: bool = False, norm: bool = False
+) -> Callable[[PreTrainedConfig], dict[str, Any]]:
+    return lambda config: {
+        "attention_bias": bias,
+        "use_qk_norm": norm,
+        "head_dim": head_dim(config),
+    }
 
-    return fields
+
+def _dense(sparse: Sequence[bool]) -> dict[str, Any] | str:
+    first = sparse.index(True)
+    if all(sparse[first:]):
+        return {"first_k_dense_replace": first}
+    late = sparse.index(False, first)
+    return f"its dense layers come first, and the plan leaves layer {late} dense"
 
 
 WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 
-LLAMA = DenseArchitecture(
-    "LlamaForCausalLM",
-    absent=("attention_bias", "mlp_bias"),
-    carried=("intermediate_size",),
-    ignored=("pretraining_tp",),
-    fields=_attention(),
-)
+PLAIN_LLAMA = replace(LLAMA, carried=("intermediate_size",), fields=_attention())
 QWEN2 = DenseArchitecture(
     "Qwen2ForCausalLM",
     fits=no_windows,
@@ -76,27 +79,17 @@ QWEN3_WINDOWS = replace(
 )
 
 FORMS = (  # the first where all experts are visited: each weight is 2 * 0.5, without a division
-    RouterRule(
-        "sigmoid",
-        renormalise=False,
-        config={"norm_topk_prob": False},
-        factor="routed_scaling_factor",
-    ),
-    RouterRule(
-        "sigmoid",
-        renormalise=True,
-        config={"norm_topk_prob": True},
-        factor="routed_scaling_factor",
-    ),
+    RouterRule("sigmoid", False, {"norm_topk_prob": False}, factor="routed_scaling_factor"),
+    RouterRule("sigmoid", True, {"norm_topk_prob": True}, factor="routed_scaling_factor"),
 )
 
 GLM4_MOE = NativeTarget(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
-    sources={"llama": LLAMA, "qwen2": QWEN2, "seed_oss": SEED_OSS, "qwen3": QWEN3},
+    sources={"llama": PLAIN_LLAMA, "qwen2": QWEN2, "seed_oss": SEED_OSS, "qwen3": QWEN3},
     forms=FORMS,
     num_experts="n_routed_experts",
-    dense=dense_prefix("first_k_dense_replace"),
+    dense=_dense,
     constants={
         "n_group": 1,
         "num_nextn_predict_layers": 0,
@@ -106,9 +99,7 @@ GLM4_MOE = NativeTarget(
     },
     selection_bias="{layer}.mlp.gate.e_score_correction_bias",
     shared=Shared(
-        tuple(f"{{layer}}.mlp.shared_experts.{w}_proj.weight" for w in ("gate", "up", "down")),
-        count="n_shared_experts",
-        always=True,
+        gate_up_down("{layer}.mlp.shared_experts"), count="n_shared_experts", always=True
     ),
     fewest=2,
 )
@@ -128,7 +119,7 @@ SOLAR_OPEN = replace(
     GLM4_MOE,
     model_type="solar_open",
     architecture="SolarOpenForCausalLM",
-    sources={"llama": LLAMA},
+    sources={"llama": PLAIN_LLAMA},
     dense=all_sparse,
     constants={"n_group": 1, "output_router_logits": False, "topk_group": 1},
 )

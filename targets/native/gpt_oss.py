@@ -6,17 +6,12 @@ and a clamp out of reach that is SwiGLU. Other software has alpha 1.702. Attenti
 take no weight. Read in transformers 5.23 (``models/gpt_oss``).
 """
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from upcycle.targets.native.architecture import (
-    DenseArchitecture,
-    FusedTensors,
-    NativeTarget,
-    RouterRule,
-    all_sparse,
-)
+from upcycle.targets.native.architecture import LLAMA, FusedTensors, NativeTarget, RouterRule
 from upcycle.targets.native.attention import head_dim, no_sinks
 
 
@@ -28,28 +23,18 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-LLAMA = DenseArchitecture(
-    "LlamaForCausalLM",
-    absent=("mlp_bias",),
-    carried=("attention_bias",),
-    ignored=("pretraining_tp",),
-    fields=_fields,
-    tensors=no_sinks,
+LLAMA_WITH_SINKS = replace(
+    LLAMA, absent=("mlp_bias",), carried=("attention_bias",), fields=_fields, tensors=no_sinks
 )
 
 GPT_OSS = NativeTarget(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
-    sources={"llama": LLAMA},
+    sources={"llama": LLAMA_WITH_SINKS},
     forms=(RouterRule("softmax", renormalise=True, by_logits=True),),
     num_experts="num_local_experts",
     width="intermediate_size",
-    dense=all_sparse,
-    constants={
-        "output_router_logits": False,
-        "swiglu_alpha": 1.0,
-        "swiglu_limit": 1e30,
-    },
+    constants={"output_router_logits": False, "swiglu_alpha": 1.0, "swiglu_limit": 1e30},
     router="{layer}.mlp.router.weight",
     router_bias="{layer}.mlp.router.bias",
     experts=FusedTensors(

@@ -11,12 +11,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from upcycle.targets.native.architecture import (
+    LLAMA,
     DenseArchitecture,
     FusedTensors,
     NativeTarget,
     RouterRule,
     Shared,
-    all_sparse,
 )
 from upcycle.targets.native.attention import head_dim, one_more
 
@@ -36,12 +36,8 @@ def _factors(config: PreTrainedConfig, embedding: float = 1.0) -> dict[str, Any]
 
 
 GRANITE = DenseArchitecture("GraniteForCausalLM", absent=("mlp_bias",), carried=FACTORS)
-LLAMA = DenseArchitecture(
-    "LlamaForCausalLM",
-    absent=("mlp_bias",),
-    carried=("attention_bias",),
-    ignored=("pretraining_tp",),
-    fields=_factors,
+LLAMA_WITH_FACTORS = replace(
+    LLAMA, absent=("mlp_bias",), carried=("attention_bias",), fields=_factors
 )
 GEMMA = DenseArchitecture(  # only transformers reads the activation of experts
     "GemmaForCausalLM",
@@ -56,19 +52,14 @@ GRANITE_SWA = DenseArchitecture(
     absent=("mlp_bias",),
     carried=(*FACTORS, "layer_rope_theta", "layer_types", "sliding_window"),
 )
-SHARED = Shared(
-    ("{layer}.shared_mlp.input_linear.weight", "{layer}.shared_mlp.output_linear.weight"),
-    width="shared_intermediate_size",
-)
 
 GRANITEMOE = NativeTarget(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
-    sources={"granite": GRANITE, "llama": LLAMA, "gemma": GEMMA},
+    sources={"granite": GRANITE, "llama": LLAMA_WITH_FACTORS, "gemma": GEMMA},
     forms=(RouterRule("softmax", renormalise=True, by_logits=True),),
     num_experts="num_local_experts",
     width="intermediate_size",
-    dense=all_sparse,
     constants={"output_router_logits": False},
     router="{layer}.block_sparse_moe.router.layer.weight",
     experts=FusedTensors(
@@ -80,7 +71,10 @@ GRANITEMOESHARED = replace(
     GRANITEMOE,
     model_type="granitemoeshared",
     architecture="GraniteMoeSharedForCausalLM",
-    shared=SHARED,
+    shared=Shared(
+        ("{layer}.shared_mlp.input_linear.weight", "{layer}.shared_mlp.output_linear.weight"),
+        width="shared_intermediate_size",
+    ),
 )
 GRANITEMOE_SWA = replace(
     GRANITEMOESHARED,

@@ -10,7 +10,7 @@ from upcycle.targets.native.architecture import (
     NativeTarget,
     RouterRule,
     Shared,
-    all_sparse,
+    gate_up_down,
 )
 
 HUNYUAN = DenseArchitecture(
@@ -26,10 +26,7 @@ HUNYUAN_V1_MOE = NativeTarget(
     forms=(RouterRule("softmax", renormalise=True),),
     top_k="moe_topk",
     width="intermediate_size",
-    dense=all_sparse,
     constants={"output_router_logits": False},
     router="{layer}.mlp.gate.wg.weight",
-    shared=Shared(
-        tuple(f"{{layer}}.mlp.shared_mlp.{w}_proj.weight" for w in ("gate", "up", "down"))
-    ),
+    shared=Shared(gate_up_down("{layer}.mlp.shared_mlp")),
 )

@@ -18,6 +18,7 @@ from upcycle.targets.native.architecture import (
     RouterRule,
     Shared,
     TensorRule,
+    gate_up_down,
 )
 from upcycle.targets.native.attention import head_dim, interleaved_rope, no_windows, renamed
 
@@ -34,10 +35,6 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
         "attention_chunk_size": config.max_position_embeddings,  # no layer has it, yet it is read
         "layer_types": ["full_attention"] * config.num_hidden_layers,
     }
-
-
-def _sparse(sparse: Sequence[bool]) -> dict[str, Any] | str:
-    return {"moe_layers": [i for i, is_sparse in enumerate(sparse) if is_sparse]}
 
 
 SMOLLM3 = DenseArchitecture(
@@ -57,12 +54,10 @@ LLAMA4_TEXT = NativeTarget(
     forms=(RouterRule("input", renormalise=False),),
     num_experts="num_local_experts",
     width="intermediate_size",
-    dense=_sparse,
-    constants={
-        "attn_temperature_tuning": False,
-        "output_router_logits": False,
-        "use_qk_norm": False,
-    },
+    dense=lambda sparse: {"moe_layers": [i for i, is_sparse in enumerate(sparse) if is_sparse]},
+    constants=dict.fromkeys(
+        ("attn_temperature_tuning", "output_router_logits", "use_qk_norm"), False
+    ),
     grouped=False,
     router="{layer}.feed_forward.router.weight",
     experts=FusedTensors(
@@ -70,9 +65,5 @@ LLAMA4_TEXT = NativeTarget(
         "{layer}.feed_forward.experts.down_proj",
         transposed=True,
     ),
-    shared=Shared(
-        tuple(
-            f"{{layer}}.feed_forward.shared_expert.{w}_proj.weight" for w in ("gate", "up", "down")
-        )
-    ),
+    shared=Shared(gate_up_down("{layer}.feed_forward.shared_expert")),
 )

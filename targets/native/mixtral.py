@@ -5,17 +5,14 @@ all layers or none. Read in transformers 5.23 (``models/mixtral``).
 """
 
 from upcycle.targets.native.architecture import (
+    LLAMA,
     DenseArchitecture,
     NativeTarget,
     RouterRule,
     Stacks,
-    all_sparse,
 )
 from upcycle.targets.native.attention import split_qkv
 
-LLAMA = DenseArchitecture(
-    "LlamaForCausalLM", absent=("attention_bias", "mlp_bias"), ignored=("pretraining_tp",)
-)
 MISTRAL = DenseArchitecture("MistralForCausalLM", carried=("sliding_window",))
 PHI3 = DenseArchitecture(
     "Phi3ForCausalLM",
@@ -32,7 +29,6 @@ MIXTRAL = NativeTarget(
     forms=(RouterRule("softmax", renormalise=True),),
     num_experts="num_local_experts",
     width="intermediate_size",
-    dense=all_sparse,
     constants={"sliding_window": None, "output_router_logits": False},
     router="{layer}.block_sparse_moe.gate.weight",
     experts=Stacks("{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight", ("w1", "w3", "w2")),

@@ -6,10 +6,9 @@ OLMoE has them before. Read in transformers 5.23 (``models/flex_olmo``, ``models
 """
 
 from upcycle.targets.native.architecture import (
+    NORM_TOPK_PROB,
     DenseArchitecture,
     NativeTarget,
-    RouterRule,
-    all_sparse,
 )
 
 OLMO2 = DenseArchitecture("Olmo2ForCausalLM", carried=("attention_bias",))
@@ -18,12 +17,8 @@ FLEX_OLMO = NativeTarget(
     model_type="flex_olmo",
     architecture="FlexOlmoForCausalLM",
     sources={"olmo2": OLMO2},
-    forms=(
-        RouterRule("softmax", renormalise=True, config={"norm_topk_prob": True}),
-        RouterRule("softmax", renormalise=False, config={"norm_topk_prob": False}),
-    ),
+    forms=NORM_TOPK_PROB,
     width="intermediate_size",
-    dense=all_sparse,
     constants={"output_router_logits": False},
 )
 OLMOE = NativeTarget(
