@@ -25,7 +25,8 @@ from upcycle.targets import remote_code
 from upcycle.targets.destination import destination
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
-from upcycle.targets.native.choose import NativeTarget, build_config
+from upcycle.targets.native.architecture import NativeTarget
+from upcycle.targets.native.choose import build_config
 from upcycle.targets.native.tensors import OneLayer, entries
 from upcycle.targets.runtimes import Support
 from upcycle.util.lazy_tensors import LazyTensors

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.spec import Plan
 from upcycle.targets.native import NATIVE
-from upcycle.targets.native.choose import NativeTarget, build_config, choose
+from upcycle.targets.native.architecture import NativeTarget
+from upcycle.targets.native.choose import build_config, choose
 from upcycle.targets.runtimes import RUNTIMES, Support, matrix, refusal
 from upcycle.targets.runtimes.support import CUSTOM, PLAIN, loads, refuses
 

@@ -39,7 +39,7 @@ BEST = {"top_k": 1, "weights": "one"}
 def switch() -> tuple[Plan, NativeTarget, Fold]:
     plan = plan_of("t5", SLICES, BEST, "switch_transformers")
     target = target_of("t5", plan)
-    made = fold(target, target.forms[0], plan.specs[0])
+    made = fold(target, plan.specs[0])
     assert isinstance(made, Fold)
     assert made.needs == "distances"
     return plan, target, made
@@ -149,7 +149,7 @@ def test_all_three_have_it(name: str) -> None:
         {"top_k": "all", "weights": "one", "scale": 1.7},
         name,
     )
-    first = fold(NATIVE[name], NATIVE[name].forms[0], plan.specs[0])
+    first = fold(NATIVE[name], plan.specs[0])
     assert isinstance(first, Fold)
     assert first.config == {"norm_topk_prob": False, "routed_scaling_factor": 3.4}
     assert (first.router, first.down, first.is_exact) == (0, 1, True)

@@ -152,7 +152,7 @@ def test_a_fold_is_undone(target: str, shared: int) -> None:
     split = plan({**SLICES, "shared": shared}, {**TWO_OF_FOUR, "scale": 1.7})
     spec = split.specs[0]
     native = target_of("llama", replace(split, architecture=target))
-    made = fold(native, native.forms[0], spec)
+    made = fold(native, spec)
     assert isinstance(made, Fold)
     weights = distinct(spec)
     again = unfolded(folded(weights, made, native, spec), made, native, spec)

@@ -1,11 +1,7 @@
-"""What fits which MoE architecture, and the config that is written.
-
-`variants` says how a dense model and a plan can be written in it without changing a single output,
-and `build_config` writes the config; `targets.native.tensors` lists what is on disk.
-"""
+"""What fits which MoE architecture without changing a single output, and its ``config.json``."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,13 +10,8 @@ from transformers import PreTrainedConfig
 
 from upcycle.ir.spec import Plan
 from upcycle.targets.native.architecture import DenseArchitecture, NativeTarget
-from upcycle.targets.native.fold_router import CONDITIONS, Fold, fold
+from upcycle.targets.native.fold_router import CONDITIONS, TEMPERED, Fold, fold, fold_of
 from upcycle.targets.native.layers import plan_reason, sparse_layers
-
-__all__ = ["NativeTarget", "build_config", "choose", "variants"]
-
-# Config fields that `build_config` writes in its own way.
-WRITTEN_FIELDS = ("hidden_act", "intermediate_size", "rope_parameters")
 
 
 def variants(
@@ -31,21 +22,20 @@ def variants(
     Args:
         target: the architecture.
         config: the dense model's config, as ``AutoConfig`` reads it.
-        plan: what is converted, and to what.
+        plan: what is converted.
         asked: the user asked for it, so that what holds only now (copies), or only almost (a
             tempered router), will do; see `targets.native.fold_router`.
 
     Returns:
-        The target with a single form and a single source, once for each way, the best first; or the
-        reason, without a full stop.
+        The target with one form and one source, once for each way, the best first; or the reason.
     """
     reason = _config_reason(target, config)
     if reason is not None:
         return reason
     source = target.sources[config.model_type]
     dtype = getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))
-    itemsize = dtype.itemsize
-    reason = plan_reason(target, source, source.layers(config), plan, itemsize=itemsize)
+    layers = source.layers(config)
+    reason = plan_reason(target, source, layers, plan, itemsize=dtype.itemsize)
     if reason is not None:
         return reason
     found, reasons = [], []
@@ -56,15 +46,9 @@ def variants(
             reasons.append(made)
         elif made[0].is_exact or asked:
             found.append((made[0], narrowed))
-        elif made[0].tempered:
-            reasons.append(
-                "its router cannot give every chosen expert the weight one, only almost; ask for "
-                f"it with --architecture {target.model_type}"
-            )
         else:
-            reasons.append(
-                f"{CONDITIONS[made[0].needs]}; ask for it with --architecture {target.model_type}"
-            )
+            why = TEMPERED if made[0].tempered else CONDITIONS[made[0].needs]
+            reasons.append(f"{why}; ask for it with --architecture {target.model_type}")
     found.sort(key=lambda pair: (pair[0].tempered, bool(pair[0].needs)))
     targets = [narrowed for _, narrowed in found]
     if asked and target.may_untie and getattr(config, "tie_word_embeddings", False):
@@ -73,10 +57,10 @@ def variants(
 
 
 def folds(target: NativeTarget, plan: Plan) -> list[Fold] | str:
-    """What is done to each layer if `target` has one form, or why that is not enough."""
+    """What is done to each layer for the first form of `target`, or why that is not enough."""
     made: list[Fold] = []
     for spec in plan.specs:
-        one = fold(target, target.forms[0], spec)
+        one = fold(target, spec)
         if isinstance(one, str):
             return f"{spec.ffn.path}: {one}"
         if made and one.config != made[0].config:
@@ -95,15 +79,13 @@ def choose(
 ) -> tuple[NativeTarget | None, dict[str, str]]:
     """The first target that fits, or None; and the reason of each one before it, by name.
 
-    The target has a single form and a single source. One that fits a plan not quite or not for
-    ever (see `variants`) is taken if the plan requires runtimes, or with `only`.
+    The target has one form and one source. If the plan requires runtimes, or with `only`, it may
+    be one that `variants` returns on request.
 
     Args:
         targets: architectures by name, in the order in which they are tried.
-        config: the dense model's config, as ``AutoConfig`` reads it.
-        plan: what is converted, and to what.
-        accepts: given a target that fits and the content of its ``config.json``, None or why it is
-            not wanted.
+        config, plan: as for `variants`.
+        accepts: a target that fits and its ``config.json`` -> None, or why it is not wanted.
         only: the one architecture that is tried.
     """
     if only is not None and only not in targets:
@@ -117,8 +99,7 @@ def choose(
                 reasons[name] = found
                 continue
             for target in found:
-                written = build_config(target, config, plan)
-                reason = None if accepts is None else accepts(target, written)
+                reason = accepts and accepts(target, build_config(target, config, plan))
                 if reason is None:
                     reasons.pop(name, None)
                     return target, reasons
@@ -129,16 +110,15 @@ def choose(
 def build_config(
     target: NativeTarget, config: PreTrainedConfig, plan: Plan, *, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """The content of ``config.json``; call it only with one of `variants`.
+    """The content of ``config.json`` for one of `variants`.
 
     `dtype` is that of the weights, where the config may not say it (a model cast in memory).
 
     RoPE is written in the spelling of transformers 5 (``rope_parameters``) and in the older one
-    (``rope_theta``, ``rope_scaling``), because software that knows only the older one takes a
-    default without a word; the same for ``dtype`` and ``torch_dtype``.
+    (``rope_theta``, ``rope_scaling``), because software that knows only the older one silently
+    takes a default; the same for ``dtype`` and ``torch_dtype``.
     """
     source, spec = target.sources[config.model_type], plan.specs[0]
-    made = next(made for made in _folds_of_forms(target, plan) if not isinstance(made, str))
     present = vars(config)
     dense = target.dense(sparse_layers(source, source.layers(config), plan))
     assert not isinstance(dense, str)
@@ -149,7 +129,7 @@ def build_config(
         **target.constants,
         **{name: present[name] for name in (*source.common, *source.carried) if name in present},
         **source.fields(config),
-        **made[0].config,
+        **fold_of(target, spec).config,
         target.num_experts: spec.num_experts,
         target.top_k: spec.top_k,
         target.width: spec.width,
@@ -159,14 +139,10 @@ def build_config(
     }
     if target.untied:
         written["tie_word_embeddings"] = False
-    if (known := dtype or config.dtype) is not None:
-        name = str(known).removeprefix("torch.")
+    if (dtype := dtype or config.dtype) is not None:
+        name = str(dtype).removeprefix("torch.")
         written |= {"dtype": name, "torch_dtype": name}
     return dict(sorted(written.items()))
-
-
-def _folds_of_forms(target: NativeTarget, plan: Plan) -> Iterator[list[Fold] | str]:
-    return (folds(replace(target, forms=(form,)), plan) for form in target.forms)
 
 
 def _shared(target: NativeTarget, plan: Plan) -> dict[str, int]:
@@ -183,8 +159,8 @@ def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None
     if target.refused:
         return f"upcycle writes nothing as {target.model_type}: {target.refused}"
     if config.model_type not in target.sources:
-        wanted = " and ".join(target.sources)
-        return f"the dense model is {config.model_type}, and {target.model_type} holds {wanted}"
+        held = " and ".join(target.sources)
+        return f"the dense model is {config.model_type}, and {target.model_type} holds {held}"
     source = target.sources[config.model_type]
     wanted = source.architecture
     if config.architectures and wanted not in config.architectures:
@@ -202,20 +178,12 @@ def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None
 
 def _unknown_field(source: DenseArchitecture, config: PreTrainedConfig) -> str | None:
     """A field that a later transformers may have added, set to something: better refused."""
-    known: Sequence[str] = (
-        *source.common,
-        *WRITTEN_FIELDS,
-        *source.carried,
-        *source.absent,
-        *source.checked,
-        *source.ignored,
-    )
+    known = {"hidden_act", "intermediate_size", "rope_parameters"}  # `build_config` writes them
+    known |= {field.name for field in fields(PreTrainedConfig)}
+    known.update(source.common, source.carried, source.absent, source.checked, source.ignored)
     default = type(config)()
-    base = {field.name for field in fields(PreTrainedConfig)}
     for field in fields(type(config)):
-        if field.name in base or field.name in known:
-            continue
-        if getattr(config, field.name) != getattr(default, field.name):
+        if field.name not in known and getattr(config, field.name) != getattr(default, field.name):
             return f"upcycle does not know what the config field {field.name} does"
     return None
 

@@ -10,8 +10,7 @@ recipe, ``p * fold.down`` are the weights of the recipe:
   the same experts and makes p almost 1/k. Not exact: `tempered`, and only on request.
 - p not renormalised: the same with E instead of k; for a sigmoid of zeros, a half, with 2.
 - p the softmax, recipe ``one`` or ``renormalised``, k = 1, logits in float32 (`RouterRule.hot`): a
-router
-  times 2**60 makes p one, unless two experts tie to the last bit; only on request.
+  router times 2**60 makes p one, unless two experts tie to the last bit; only on request.
 - recipe ``renorm_detach``: as ``renormalised``; ``gain``: as ``one`` while all gains are zero. Both
   train otherwise, so only on request.
 - copies: all experts are equal, so any weights that sum to one will do, also those of a router of
@@ -45,6 +44,7 @@ CONDITIONS: dict[Condition, str] = {
     "gains": "it has no gains for its experts, and holds them only while they are zero",
     "forward": "it computes the same, but its router has another gradient",
 }
+TEMPERED = "its router cannot give every chosen expert the weight one, only almost"
 # Rules that compute what another one does until, or unless, they are trained.
 SAME_FORWARD: dict[str, tuple[str, Condition]] = {
     "renorm_detach": ("renormalised", "forward"),
@@ -62,8 +62,7 @@ class Fold:
         config: fields of the config.
         needs: a key of `CONDITIONS`, if it is right only under a condition.
         tempered: the weights are those of the recipe within `MOST_WEIGHT_ERROR`.
-        bias: factor from the bias of a tempered router to the selection bias; 0 if it is not
-            written so.
+        bias: factor from the bias of a tempered router to the selection bias that holds it, or 0.
     """
 
     down: float = 1.0
@@ -90,22 +89,29 @@ def temper(weight_ED: torch.Tensor) -> float:
     return 2.0 ** math.floor(math.log2(TEMPERED_DISTANCE / distance))
 
 
-def fold(target: NativeTarget, form: RouterRule, spec: MoESpec) -> Fold | str:
-    """The folding rule for a layer, or why there is none; see the module."""
+def fold(target: NativeTarget, spec: MoESpec) -> Fold | str:
+    """The folding rule for a layer and the first form of `target`, or why there is none."""
+    form = target.forms[0]
     rule, needs = SAME_FORWARD.get(spec.router.weights, (spec.router.weights, ""))
     made = _weights(form, spec, rule) or _special(form, spec, rule)
     if made is None:
         return _why_not(target, spec)
     if needs and not made.needs:
         made = replace(made, needs=needs)
-    reason = None if made.needs == "zeros" else _selection_reason(target, form, spec, made)
-    if reason is not None:
+    if made.needs != "zeros" and (reason := _selection_reason(target, form, spec, made)):
         return reason
     config = dict(form.config)
     if form.factor is not None:
         config[form.factor] = made.down
         made = replace(made, down=1.0)
     return replace(made, config=config)
+
+
+def fold_of(target: NativeTarget, spec: MoESpec) -> Fold:
+    """The folding rule for a layer of a target that holds it."""
+    made = fold(target, spec)
+    assert isinstance(made, Fold), made
+    return made
 
 
 def _weights(form: RouterRule, spec: MoESpec, rule: str) -> Fold | None:
@@ -140,9 +146,7 @@ def _special(form: RouterRule, spec: MoESpec, rule: str) -> Fold | None:
         return None  # the other form of such a router holds them
     if spec.experts.method == "zero_routed":
         return Fold(needs="zeros")
-    if spec.experts.method != "copy" or rule != "renormalised":
-        return None
-    if form.score == "input":
+    if spec.experts.method != "copy" or rule != "renormalised" or form.score == "input":
         return None
     if form.renormalise:
         return Fold(spec.scale, needs="copies")
@@ -157,17 +161,17 @@ def _selection_reason(
     if router.kind != "linear":
         return _not_linear(spec)
     every = spec.top_k == spec.num_experts
+    other_choice = "its router takes the best `top_k` of linear scores, and this one does not"
     if router.select.rule != "top_k" and not (router.select.rule == "all" and every):
-        return "its router takes the best `top_k` of linear scores, and this one does not"
+        return other_choice
     if router.tied:
         return "its router cannot be tied to the experts; set `router.tied: false`"
     if (every and made.router == 0) or made.needs in ("copies", "zeros"):
         return None
     biased_choice = target.selection_bias and form.score == "softmax" and not made.tempered
     if router.balance and not biased_choice:
-        return "its router takes the best `top_k` of linear scores, and this one does not"
-    has_bias = target.router_bias or (made.bias and target.selection_bias)
-    if router.bias and not has_bias:
+        return other_choice
+    if router.bias and not (target.router_bias or (made.bias and target.selection_bias)):
         return "its router has no bias; set `router.bias: false`"
     return None
 
@@ -176,12 +180,12 @@ def _why_not(target: NativeTarget, spec: MoESpec) -> str:
     rule = spec.router.weights
     if spec.router_config().kind != "linear":
         return _not_linear(spec)
-    known = {_name(form) for form in target.forms if form.score != "input"}
-    does = " or ".join(f"`{name}`" for name in sorted(known))
-    if not does:
+    followed = {_name(form) for form in target.forms if form.score != "input"}
+    if not followed:
         return "its router multiplies the input of an expert, so it holds only `zero_routed`"
-    if rule in known:
+    if rule in followed:
         return f"its router has weights `{rule}` only where all experts are chosen"
+    does = " or ".join(f"`{name}`" for name in sorted(followed))
     return f"its router does not follow weights `{rule}`; it does {does}"
 
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig
 
 from upcycle.targets.native.architecture import (
     LLAMA,
+    NORM_TOPK_PROB,
     DenseArchitecture,
     NativeTarget,
-    RouterRule,
     Shared,
     all_sparse,
     gate_up_down,
@@ -78,9 +78,9 @@ QWEN3_WINDOWS = replace(
     fields=lambda config: {"sliding_window": config.sliding_window, "head_dim": head_dim(config)},
 )
 
-FORMS = (  # the first where all experts are visited: each weight is 2 * 0.5, without a division
-    RouterRule("sigmoid", False, {"norm_topk_prob": False}, factor="routed_scaling_factor"),
-    RouterRule("sigmoid", True, {"norm_topk_prob": True}, factor="routed_scaling_factor"),
+FORMS = tuple(  # first without a division: where all experts are visited each weight is 2 * 0.5
+    replace(rule, score="sigmoid", factor="routed_scaling_factor")
+    for rule in reversed(NORM_TOPK_PROB)
 )
 
 GLM4_MOE = NativeTarget(

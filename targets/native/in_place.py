@@ -13,8 +13,7 @@ from upcycle.layers.experts import Activation
 from upcycle.layers.moe import MoE
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.fold_layer import router_on_disk, shared_on_disk
-from upcycle.targets.native.fold_router import Fold
-from upcycle.targets.native.tensors import fold_of
+from upcycle.targets.native.fold_router import Fold, fold_of
 
 
 @contextmanager

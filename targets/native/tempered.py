@@ -4,7 +4,7 @@ Shape suffixes: T tokens, E experts, K chosen experts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from upcycle.ir.spec import MoESpec
 from upcycle.layers.moe import MoE
 from upcycle.targets.native.architecture import NativeTarget, RouterRule
-from upcycle.targets.native.fold_router import Fold, fold, temper
+from upcycle.targets.native.fold_router import Fold, fold_of, temper
 
 
 @dataclass
@@ -46,39 +46,28 @@ def tempered(
     With `every` they choose all experts: then no tie can be decided otherwise than by the reader
     of the files, for whom the last bit of an input may differ.
     """
-    seen, hooks = Tempering(), []
-    for spec, layer in layers:
-        made = fold(target, target.forms[0], spec)
-        assert isinstance(made, Fold)
-        hook = _hook(seen, target.forms[0], made, spec, every=every)
-        hooks.append(layer.router.register_forward_hook(hook))
-    try:
+    seen = Tempering()
+    with ExitStack() as undo:
+        for spec, layer in layers:
+            hook = _hook(seen, target.forms[0], fold_of(target, spec), spec, every=every)
+            undo.callback(layer.router.register_forward_hook(hook).remove)
         yield seen
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 @contextmanager
 def every_expert(native: nn.Module, count: int) -> Iterator[None]:
     """Within it a model that transformers loaded visits all `count` experts."""
     routers: list[Any] = [m for m in native.modules() if isinstance(getattr(m, "top_k", None), int)]
-    saved = [router.top_k for router in routers]
-    try:
+    with ExitStack() as undo:
         for router in routers:
+            undo.callback(setattr, router, "top_k", router.top_k)
             router.top_k = count
         yield
-    finally:
-        for router, before in zip(routers, saved, strict=True):
-            router.top_k = before
 
 
 def is_tempered(target: NativeTarget | None, specs: Sequence[MoESpec]) -> bool:
     """Whether a target that `choose` returned has tempered routers."""
-    if target is None:
-        return False
-    made = fold(target, target.forms[0], specs[0])
-    return isinstance(made, Fold) and made.tempered
+    return target is not None and fold_of(target, specs[0]).tempered
 
 
 def _hook(seen: Tempering, form: RouterRule, made: Fold, spec: MoESpec, *, every: bool) -> Any:
@@ -101,12 +90,11 @@ def _hook(seen: Tempering, form: RouterRule, made: Fold, spec: MoESpec, *, every
         if form.renormalise:
             p_TK = p_TK / p_TK.sum(-1, keepdim=True)
         p_TK = p_TK * factor
-        if every:
-            return output[0], p_TK.to(weights_TK.dtype), new_TK
-        seen.weight_error = max(seen.weight_error, (p_TK / spec.scale - 1).abs().max().item())
-        seen.tokens += len(new_TK)
-        moved_T = (new_TK.sort(-1).values != index_TK.sort(-1).values).any(-1)
-        seen.elsewhere += int(moved_T.sum())
+        if not every:
+            seen.weight_error = max(seen.weight_error, (p_TK / spec.scale - 1).abs().max().item())
+            seen.tokens += len(new_TK)
+            moved_T = (new_TK.sort(-1).values != index_TK.sort(-1).values).any(-1)
+            seen.elsewhere += int(moved_T.sum())
         return output[0], p_TK.to(weights_TK.dtype), new_TK
 
     return as_written

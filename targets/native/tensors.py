@@ -16,7 +16,7 @@ from upcycle.ir.weights import ExpertWeights, MoEWeights
 from upcycle.targets.files.tensor_file import TensorEntry
 from upcycle.targets.native.architecture import FusedTensors, NativeTarget, TensorRule
 from upcycle.targets.native.fold_layer import folded, fuse, gate_noise, unfolded, unfuse
-from upcycle.targets.native.fold_router import Fold, fold
+from upcycle.targets.native.fold_router import fold_of
 from upcycle.targets.native.layers import layer_of
 
 
@@ -85,12 +85,6 @@ class OneLayer:
             self._last = None  # frees the layer before the next one is made
             self._last = (spec, self._compute(spec))
         return self._last[1]
-
-
-def fold_of(target: NativeTarget, spec: MoESpec) -> Fold:
-    """The folding rule with which a layer is written."""
-    made = [fold(target, form, spec) for form in target.forms]
-    return next(one for one in made if isinstance(one, Fold))
 
 
 def _read(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

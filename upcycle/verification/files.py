@@ -14,7 +14,7 @@ from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan
 from upcycle.targets.checkpoint import Checkpoint, planned_layers
 from upcycle.targets.load import load
-from upcycle.targets.native.choose import NativeTarget
+from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.fold_router import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
 from upcycle.targets.native.tempered import every_expert, is_tempered, tempered
 from upcycle.util.eval_mode import eval_mode
