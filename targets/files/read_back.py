@@ -14,25 +14,21 @@ from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.tensors import read_native
 
 Read = Callable[[str], torch.Tensor]
-_EXPERT = re.compile(r"(.*\.experts\.)(expert_)?(\d+)\.(.*)")
+_EXPERT = re.compile(r"(.*\.experts\.(?:expert_)?)(\d+)\.(.*)")
 
 
 def read_by_name(*sources: Path) -> Read:
-    """The tensors of checkpoints by name, and the stacks of their experts' matrices.
-
-    A stack is named after its tensors, without the number of the expert, as in
-    `upcycle.targets.native`.
+    """Tensors, and the stacks of experts' matrices, by name (see `Stacks.stacked`).
 
     Args:
-        sources: directories, or safetensors files.
+        sources: checkpoint directories, or safetensors files.
     """
-    home = {name: held for held in map(read_tensors, sources) for name in held}
+    home = {name: tensors for tensors in map(read_tensors, sources) for name in tensors}
     stacks: dict[str, dict[int, str]] = {}
     for name in home:
         if found := _EXPERT.fullmatch(name):
-            before, word, number, after = found.groups()
-            stack = f"{before}{'all.' if word else ''}{after}"
-            stacks.setdefault(stack, {})[int(number)] = name
+            before, number, after = found.groups()
+            stacks.setdefault(before + after, {})[int(number)] = name
 
     def read(name: str) -> torch.Tensor:
         if name in home:
@@ -44,13 +40,7 @@ def read_by_name(*sources: Path) -> Read:
 
 
 def read_layer(target: NativeTarget | None, spec: MoESpec, read: Read) -> MoEWeights:
-    """The weights of one layer as they are in a checkpoint; without their provenance.
-
-    Args:
-        target: the native architecture of the checkpoint, if it is one.
-        spec: the layer.
-        read: a tensor, or a stack of them, by its name in the files.
-    """
+    """The weights of one layer in a checkpoint, native or not; without their provenance."""
     if target is not None:
         return read_native(target, spec, read)
     return read_at(spec.ffn.place, spec, read)
@@ -59,6 +49,6 @@ def read_layer(target: NativeTarget | None, spec: MoESpec, read: Read) -> MoEWei
 def read_at(path: str, spec: MoESpec, read: Read) -> MoEWeights:
     """The same for a layer whose tensors have their names in `MoE`, after `path`."""
     layer = empty_layer(spec.layer_config())
-    held = {name: read(f"{path}.{name}") for name in layer.state_dict()}
-    layer.load_state_dict(held, assign=True)
+    tensors = {name: read(f"{path}.{name}") for name in layer.state_dict()}
+    layer.load_state_dict(tensors, assign=True)
     return weights_of(layer)

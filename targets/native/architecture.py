@@ -130,6 +130,11 @@ class Stacks:
     name: str
     matrices: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
+    def stacked(self, layer: str) -> list[str]:
+        """For each matrix the name of the stack [E, ...]: without the number of the expert."""
+        name = self.name.replace("{expert}.", "")
+        return [name.format(layer=layer, matrix=matrix) for matrix in self.matrices]
+
 
 @dataclass(frozen=True)
 class FusedTensors:

@@ -1,4 +1,4 @@
-"""Rules that write the attention of one architecture as that of another, exactly."""
+"""Rules that write what is outside the FFNs as another architecture has it, exactly."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ def head_dim(config: PreTrainedConfig) -> int:
     return int(width or config.hidden_size // config.num_attention_heads)
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """`TensorRule.change` of a rule that changes only the name."""
     return tensor
 
 
@@ -35,8 +36,6 @@ def interleaved_rope(
         return tensor.reshape(-1, 2, half, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
 
     numbers = r"\d+" if layers is None else "(?:" + "|".join(map(str, layers)) + ")"
-    if layers is not None and not layers:
-        return []
     pattern = rf"(model\.layers\.{numbers}\.self_attn\.[qk]_proj\.(?:weight|bias))"
     return [TensorRule(pattern, r"\1", permuted)]
 
@@ -44,29 +43,23 @@ def interleaved_rope(
 def zero_biases(config: PreTrainedConfig) -> list[TensorRule]:
     """Biases of zero for queries, keys and values, beside their weights."""
 
-    def zeros(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.new_zeros(tensor.shape[0])
-
     pattern = NAMES.format(name="[qkv]_proj") + r"\.weight"
     return [
-        TensorRule(pattern, r"\1.weight", _as_it_is),
-        TensorRule(pattern, r"\1.bias", zeros),
+        TensorRule(pattern, r"\1.weight", as_it_is),
+        TensorRule(pattern, r"\1.bias", lambda weight: weight.new_zeros(weight.shape[0])),
     ]
 
 
 def split_qkv(config: PreTrainedConfig) -> list[TensorRule]:
     """One matrix for queries, keys and values -> three."""
-    width = head_dim(config)
-    queries = config.num_attention_heads * width
-    keys = config.num_key_value_heads * width
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    sizes = [head_dim(config) * count for count in heads]
     pattern = NAMES.format(name="") + r"qkv_proj\.weight"
-    bounds = {"q": (0, queries), "k": (queries, queries + keys), "v": (queries + keys, None)}
 
-    def rows(start: int, stop: int | None) -> TensorRule:
-        word = next(word for word, found in bounds.items() if found == (start, stop))
-        return TensorRule(pattern, rf"\1{word}_proj.weight", lambda t: t[start:stop])
+    def part(word: str, index: int) -> TensorRule:
+        return TensorRule(pattern, rf"\1{word}_proj.weight", lambda t: t.split(sizes)[index])
 
-    return [rows(*found) for found in bounds.values()]
+    return [part(word, index) for index, word in enumerate("qkv")]
 
 
 def no_sinks(config: PreTrainedConfig) -> list[TensorRule]:
@@ -78,7 +71,7 @@ def no_sinks(config: PreTrainedConfig) -> list[TensorRule]:
 
     pattern = NAMES.format(name="") + r"q_proj\.weight"
     return [
-        TensorRule(pattern, r"\1q_proj.weight", _as_it_is),
+        TensorRule(pattern, r"\1q_proj.weight", as_it_is),
         TensorRule(pattern, r"\1sinks", sinks),
     ]
 
@@ -90,7 +83,15 @@ def one_more(config: PreTrainedConfig) -> list[TensorRule]:
 
 def renamed(old: str, new: str) -> TensorRule:
     """Every tensor whose name contains `old` between dots."""
-    return TensorRule(rf"(.+\.){re.escape(old)}(\..+)", rf"\g<1>{new}\g<2>", _as_it_is)
+    return TensorRule(rf"(.+\.){re.escape(old)}(\..+)", rf"\g<1>{new}\g<2>", as_it_is)
+
+
+def untied() -> list[TensorRule]:
+    """The embeddings also as an output matrix of their own."""
+    embeddings = "model.embed_tokens.weight"
+    return [
+        TensorRule(re.escape(embeddings), name, as_it_is) for name in (embeddings, "lm_head.weight")
+    ]
 
 
 def no_windows(config: PreTrainedConfig) -> str | None:

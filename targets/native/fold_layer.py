@@ -34,20 +34,21 @@ def folded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpec)
     if fold.needs == "distances":
         _check_distances(weights, target, spec)
     if fold.down != 1:
-        down = experts.down_EOI
-        scaled = (down.to(torch.promote_types(down.dtype, torch.float32)) * fold.down).to(
-            down.dtype
-        )
-        experts = replace(experts, down_EOI=scaled)
+        experts = replace(experts, down_EOI=scaled(experts.down_EOI, fold.down))
     shared = shared_on_disk(weights, target, spec)
     router = router_on_disk(weights.router, fold, spec)
     return replace(weights, experts=experts, router=router, shared=shared)
 
 
+def scaled(down: torch.Tensor, factor: float) -> torch.Tensor:
+    """The product, rounded once: it is computed in float32 or wider."""
+    return (down.to(torch.promote_types(down.dtype, torch.float32)) * factor).to(down.dtype)
+
+
 def router_on_disk(
     router: Mapping[str, torch.Tensor], fold: Fold, spec: MoESpec
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the router, those that the architecture has for it among them."""
+    """The tensors of the router, among them those that the architecture has."""
     if not fold.router or spec.router_config().kind != "linear":
         return {"weight": torch.zeros(spec.num_experts, spec.ffn.d_model)}
     weight = router["weight"].float()
@@ -82,7 +83,7 @@ def unfolded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpe
     shared = weights.shared
     if shared is not None:
         half = 0.5 if target.shared and target.shared.gate else 1.0
-        up_1MSD = _parts(shared)[:, :, : spec.shared]
+        up_1MSD = _expansions(shared)[:, :, : spec.shared]
         shared = ExpertWeights(
             up_1MSD.flatten(1, 2),
             None,
@@ -105,10 +106,9 @@ def _check_distances(weights: MoEWeights, target: NativeTarget, spec: MoESpec) -
         raise _changed(target, spec, "are float16, and its router needs larger numbers than that")
 
 
-def _parts(weights: ExpertWeights) -> torch.Tensor:
-    """The expansions apart, [E, M, I, D]."""
-    count, width = len(weights.up_EGD), weights.down_EOI.shape[2]
-    return weights.up_EGD.reshape(count, -1, width, weights.up_EGD.shape[2])
+def _expansions(weights: ExpertWeights) -> torch.Tensor:
+    """[E, M, I, D]."""
+    return weights.up_EGD.unflatten(1, (-1, weights.down_EOI.shape[2]))
 
 
 def _changed(target: NativeTarget, spec: MoESpec, how: str) -> UnsupportedError:
@@ -129,7 +129,7 @@ def shared_on_disk(
     up = like.up_EGD.new_zeros(1, arity, size, like.up_EGD.shape[2])
     down = like.down_EOI.new_zeros(1, like.down_EOI.shape[1], size)
     if weights.shared is not None:
-        given = _parts(weights.shared)
+        given = _expansions(weights.shared)
         up[:, :, : given.shape[2]] = given
         down[..., : given.shape[2]] = weights.shared.down_EOI
     if target.shared.gate is not None:  # the sigmoid of its gate is a half
@@ -144,11 +144,16 @@ def gate_noise(shape: tuple[int, ...], dtype: torch.dtype, draw: torch.Generator
     return (noise.abs().clamp(min=least).copysign(noise)).to(dtype)
 
 
+def interleaved(up_EGD: torch.Tensor, arity: int) -> torch.Tensor:
+    """Rows in the order gate 0, up 0, gate 1, up 1, ..."""
+    return up_EGD.unflatten(1, (arity, -1)).transpose(1, 2).flatten(1, 2)
+
+
 def fuse(layout: FusedTensors, weights: ExpertWeights) -> Mapping[str, torch.Tensor]:
     """The tensors of the experts under their names, with ``{layer}``."""
     up, down = weights.up_EGD, weights.down_EOI
     if layout.interleaved:
-        up = up.reshape(len(up), 2, -1, up.shape[2]).transpose(1, 2).flatten(1, 2)
+        up = interleaved(up, 2)
     if layout.transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     made = {layout.up: up, layout.down: down}
@@ -169,5 +174,5 @@ def unfuse(
     if layout.transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     if layout.interleaved:
-        up = up.reshape(len(up), -1, 2, up.shape[2]).transpose(1, 2).flatten(1, 2)
+        up = up.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
     return up.contiguous(), down.contiguous()

@@ -12,7 +12,7 @@ from upcycle.ir.spec import MoESpec
 from upcycle.layers.experts import Activation
 from upcycle.layers.moe import MoE
 from upcycle.targets.native.architecture import NativeTarget
-from upcycle.targets.native.fold_layer import router_on_disk, shared_on_disk
+from upcycle.targets.native.fold_layer import router_on_disk, scaled, shared_on_disk
 from upcycle.targets.native.fold_router import Fold, fold_of
 
 
@@ -20,11 +20,11 @@ from upcycle.targets.native.fold_router import Fold, fold_of
 def as_on_disk(
     layers: Iterable[tuple[MoESpec, MoE]], target: NativeTarget | None
 ) -> Iterator[None]:
-    """Within it the layers hold the tensors of the checkpoint, and their graphs make up for it.
+    """Within it the layers hold the tensors of the checkpoint, and compute what they did.
 
     Down projections are scaled as there, and the weights of the experts divided; the shared expert
-    is as wide, as doubled and as cut into matrices as there, and its output halved. The layers
-    compute what they did, up to rounding. Memory: the scaled projections and the shared experts.
+    is as wide, as doubled and as cut into matrices as there, and its output halved. Outputs change
+    by rounding only. Memory: the scaled projections and the shared experts.
 
     Args:
         layers: each with its spec; changed in place, and restored.
@@ -37,8 +37,7 @@ def as_on_disk(
             shared = _shared(layer, target, spec)
             if made.down not in (0, 1):
                 down = layer.experts.down_proj
-                wide = down.data.to(torch.promote_types(down.dtype, torch.float32))
-                _set(undo, down, "data", (wide * made.down).to(down.dtype))
+                _set(undo, down, "data", scaled(down.data, made.down))
                 _set(undo, layer.router, "scale", layer.router.scale / made.down)
             if _only_order_counts(spec):
                 _router(undo, layer, made, spec)
@@ -53,7 +52,7 @@ def _set(undo: ExitStack, holder: Any, name: str, value: Any) -> None:
 
 
 def _only_order_counts(spec: MoESpec) -> bool:
-    """Whether a router times a power of two, or of zeros where all are chosen, is as good."""
+    """Whether a router times a power of two, or of zeros where all are chosen, does the same."""
     router = spec.router_config()
     is_one = router.select.k == 1 and router.weights == "renormalised"
     has_even_weights = router.weights == "one" or is_one

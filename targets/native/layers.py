@@ -17,15 +17,14 @@ def layer_of(ffn: FFN, source: DenseArchitecture) -> str | None:
     """The layer whose FFN this is, from the names of its weights, or None."""
     pattern = re.compile(rf"(.+)\.{re.escape(source.mlp)}\.(\w+)\.weight")
     matches = [pattern.fullmatch(p.weight) for p in (*ffn.expansions, ffn.contraction)]
-    found = [(match[1], match[2]) for match in matches if match]
-    layers = {layer for layer, _ in found}
-    if tuple(role for _, role in found) != source.roles or len(layers) != 1:
+    layers = {match[1] for match in matches if match}
+    if tuple(match[2] for match in matches if match) != source.roles or len(layers) != 1:
         return None
     return layers.pop()
 
 
 def is_swiglu(pointwise: Pointwise) -> bool:
-    """Whether the function is ``silu(z0) * z1``: decided by its values, not by its name."""
+    """Whether the values of the function, whatever its name, are those of ``silu(z0) * z1``."""
     return computes(pointwise, "silu", gated=True)
 
 
@@ -45,12 +44,7 @@ def plan_reason(
 ) -> str | None:
     """Why a plan does not fit, apart from its router, or None.
 
-    Args:
-        target: the architecture.
-        source: that of the dense model.
-        layers: the layers of the dense model.
-        plan: what is converted.
-        itemsize: bytes of a weight.
+    `layers` are those of the dense model, and `itemsize` the bytes of a weight.
     """
     if not plan.specs:
         return "the plan converts nothing"

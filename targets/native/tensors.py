@@ -15,6 +15,7 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import ExpertWeights, MoEWeights
 from upcycle.targets.files.tensor_file import TensorEntry
 from upcycle.targets.native.architecture import FusedTensors, NativeTarget, TensorRule
+from upcycle.targets.native.attention import as_it_is, untied
 from upcycle.targets.native.fold_layer import folded, fuse, gate_noise, unfolded, unfuse
 from upcycle.targets.native.fold_router import fold_of
 from upcycle.targets.native.layers import layer_of
@@ -30,8 +31,7 @@ def entries(
     """Every tensor of the checkpoint, in the order of the dense one.
 
     The MoE layer stands where the first tensor of its FFN stood: the router, then gate, up and
-    down of all experts, each a stack named after its weights without the number of the expert,
-    then the shared expert.
+    down of all experts, each a stack (see `Stacks.stacked`), then the shared expert.
 
     Args:
         target: the architecture, as `choose` returns it.
@@ -39,13 +39,13 @@ def entries(
         plan: what is converted.
         moe_weights: makes the layer of one spec. Called once per layer if the entries are read in
             order, and one result at a time is kept.
-        config: that of the dense model.
+        config: of the dense model.
 
     Raises:
         UsageError: a tensor of a converted FFN is missing in `dense_tensors`.
     """
     source = target.sources[config.model_type]
-    rules = source.tensors(config)
+    rules = [*source.tensors(config), *(untied() if target.untied else ())]
 
     def written(spec: MoESpec) -> MoEWeights:
         return folded(moe_weights(spec), fold_of(target, spec), target, spec)
@@ -66,10 +66,6 @@ def entries(
                 yield from _moe_entries(target, str(layer), spec, dtype, one_layer)
         elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints contain
             yield from _dense_entries(name, dense_tensors, rules)
-            if target.untied and name == "model.embed_tokens.weight":
-                yield _entry(
-                    "lm_head.weight", dense_tensors[name], partial(_read, dense_tensors, name)
-                )
 
 
 class OneLayer:
@@ -87,30 +83,22 @@ class OneLayer:
         return self._last[1]
 
 
-def _read(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    return tensors[name]
-
-
-def _entry(name: str, like: torch.Tensor, read: Callable[[], torch.Tensor]) -> TensorEntry:
-    return TensorEntry(name, tuple(like.shape), like.dtype, read)
-
-
 def _dense_entries(
     name: str, tensors: Mapping[str, torch.Tensor], rules: Sequence[TensorRule]
 ) -> Iterator[TensorEntry]:
-    tensor = tensors[name]
-    matched = False
-    for rule in rules:
-        if match := re.fullmatch(rule.pattern, name):
-            matched = True
-            made = rule.change(torch.empty_like(tensor, device="meta"))
+    changes = {
+        match.expand(rule.name): rule.change
+        for rule in rules
+        if (match := re.fullmatch(rule.pattern, name))
+    }
+    like = torch.empty_like(tensors[name], device="meta")
+    for written, change in (changes or {name: as_it_is}).items():
 
-            def read(rule: TensorRule = rule) -> torch.Tensor:
-                return rule.change(tensors[name]).contiguous()
+        def read(change: Callable[[torch.Tensor], torch.Tensor] = change) -> torch.Tensor:
+            return change(tensors[name])
 
-            yield _entry(match.expand(rule.name), made, read)
-    if not matched:
-        yield _entry(name, tensor, partial(_read, tensors, name))
+        made = change(like)
+        yield TensorEntry(written, tuple(made.shape), made.dtype, read)
 
 
 def _moe_entries(
@@ -133,10 +121,10 @@ def _moe_entries(
         ("bias", target.router_bias, (count,), router_dtype),
         ("selection_bias", target.selection_bias, each, torch.float32),
     ]
-    for held, stored_as, shape, kind in tensors:
-        if stored_as is not None:
-            reader = partial(router, held, shape, kind)
-            yield TensorEntry(stored_as.format(layer=layer), shape, kind, reader)
+    for tensor, name, shape, kind in tensors:
+        if name is not None:
+            read = partial(router, tensor, shape, kind)
+            yield TensorEntry(name.format(layer=layer), shape, kind, read)
 
     def matrix(role: int, expert: int) -> torch.Tensor:
         experts = weights(spec).experts
@@ -162,12 +150,10 @@ def _moe_entries(
             yield TensorEntry(name.format(layer=layer), shape, dtype, partial(fused, layout, name))
     else:
         last = len(layout.matrices) - 1
-        for role, (word, stack) in enumerate(
-            zip(layout.matrices, _stacks(target, layer), strict=True)
-        ):
+        for role, stack in enumerate(layout.stacked(layer)):
             shape = (d_model, width) if role == last else (width, d_model)
             for expert in range(count):
-                name = layout.name.format(layer=layer, expert=expert, matrix=word)
+                name = layout.name.format(layer=layer, expert=expert, matrix=layout.matrices[role])
                 read = partial(matrix, role, expert)
                 yield TensorEntry(name, shape, dtype, read, stack)
     yield from _shared_entries(target, layer, spec, dtype, weights)
@@ -207,27 +193,12 @@ def _shared_entries(
         yield TensorEntry(shared.gate.format(layer=layer), (1, d_model), dtype, gate)
 
 
-def _stacks(target: NativeTarget, layer: str) -> list[str]:
-    """Names of gate, up and down of all experts as stacks [E, ...]."""
-    layout = target.experts
-    assert not isinstance(layout, FusedTensors)
-    return [
-        layout.name.format(layer=layer, expert="{expert}", matrix=word)
-        .replace("{expert}.", "")
-        .replace("expert_{expert}", "all")
-        for word in layout.matrices
-    ]
-
-
 def read_native(
     target: NativeTarget, spec: MoESpec, read: Callable[[str], torch.Tensor]
 ) -> MoEWeights:
     """The layer of the recipe out of what `entries` wrote; without its provenance.
 
-    Args:
-        target: the architecture, as `choose` returns it.
-        spec: the layer.
-        read: a tensor, or a stack of them, by its name in the files.
+    `read` returns a tensor, or a stack of them, by its name in the files.
     """
     (source,) = target.sources.values()
     layer = str(layer_of(spec.ffn, source))
@@ -238,7 +209,7 @@ def read_native(
     if isinstance(target.experts, FusedTensors):
         up_EGD, down_EDI = unfuse(target.experts, held)
     else:
-        *ups, down_EDI = (read(name) for name in _stacks(target, layer))
+        *ups, down_EDI = map(read, target.experts.stacked(layer))
         up_EGD = torch.cat(ups, dim=1)
     padding = torch.full((spec.num_experts, spec.width), -1)
     router = {"weight": held(target.router).float()}

@@ -11,6 +11,7 @@ from upcycle.layers.moe import MoE
 from upcycle.onnx.nodes import Nodes
 from upcycle.onnx.tensors import tensor_of
 from upcycle.recipe.onnx import Onnx
+from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms import functions as bodies
 from upcycle.targets.onnx.forms.choose import Kernel, most_visited, total_weight
 from upcycle.targets.onnx.forms.quantise import quantise
@@ -68,7 +69,7 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) 
     assert up is not None
     assert down is not None
     if kernel.gated:
-        up = _alternated(up, 2)
+        up = interleaved(up, 2)
     stacks = quantise([up.float(), down.float()], options.bits, options.block)
     values: list[ir.Value] = []
     for value, stack in zip((up_EGD, down_EDI), stacks, strict=True):
@@ -133,7 +134,7 @@ def expansion(n: Nodes, node: ir.Node, layer: MoE, store: Store, *, interleave: 
             return n("Concat", *values, axis=1, name="gate_up")
         pairs = n("Concat", *(n("Unsqueeze", v, n.const([2])) for v in values), axis=2)
         return n("Reshape", pairs, shape, name="gate_up")
-    alternating = _alternated(tensor, arity)
+    alternating = interleaved(tensor, arity)
     is_alternating = store.find(tensor) is None and store.find(alternating) is not None
     if is_alternating:
         up_EGD = initializer(graph, f"{up_EGD.name}.alternating", alternating)
@@ -142,12 +143,6 @@ def expansion(n: Nodes, node: ir.Node, layer: MoE, store: Store, *, interleave: 
     axes = (rows // arity, arity) if is_alternating else (arity, rows // arity)
     split = n("Reshape", up_EGD, n.const([num_experts, *axes, d_model]))
     return n("Reshape", n("Transpose", split, perm=[0, 2, 1, 3]), shape, name="gate_up")
-
-
-def _alternated(up_EGD: torch.Tensor, arity: int) -> torch.Tensor:
-    """Rows in the order gate 0, up 0, gate 1, up 1, ..."""
-    count, _, d_model = up_EGD.shape
-    return up_EGD.reshape(count, arity, -1, d_model).transpose(1, 2).flatten(1, 2)
 
 
 def initializer(graph: ir.Graph | ir.Function, name: str, tensor: torch.Tensor) -> ir.Value:
