@@ -26,7 +26,8 @@ from rich.table import Table
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from upcycle.targets.files.tensor_file import TensorEntry, read_tensors, write_tensors
+from upcycle.models.checkpoint_tensors import read_tensors
+from upcycle.targets.files.tensor_file import TensorEntry, write_tensors
 
 D, F, VOCABULARY, LAYERS, KV, EXPERTS = 2048, 5632, 32000, 22, 256, 4
 PLAIN = "cp -r of what it wrote"

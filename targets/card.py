@@ -23,16 +23,7 @@ def card(
     *,
     is_pair: bool = False,
 ) -> str:
-    """README.md as text.
-
-    Args:
-        name: title.
-        plan: what was converted.
-        written: the checkpoint.
-        targets: what was asked for.
-        report: of the conversion.
-        is_pair: the ONNX files are an encoder and a decoder.
-    """
+    """README.md as text; with `is_pair` the ONNX files are an encoder and a decoder."""
     onnx = ["onnx_pair" if is_pair else "onnx"] if "onnx" in targets else []
     return model_card.model_card(
         name=name,
@@ -46,13 +37,13 @@ def card(
         },
         notes=[
             *_notes(plan, targets),
-            *(_tempered(report) if is_tempered(written.target, plan.specs) else []),
+            *(_tempered(report) if is_tempered(written.target, plan.specs) else ()),
         ],
     )
 
 
 def onnx_card(name: str, plan: Plan, report: Report) -> str:
-    """README.md of a converted ONNX file; arguments as for `card`."""
+    """README.md of a converted ONNX file."""
     return model_card.model_card(
         name=name,
         **_common(plan, report),

@@ -37,16 +37,12 @@ UPCYCLE_JSON = "upcycle.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was written.
+    """What was written; `form`, `reasons`, `runtimes` and `target` as in `Destination`.
 
     Attributes:
-        form: ``native``, ``remote_code`` or ``module``.
         architecture: the model type in config.json, or the class of the module.
         stored: where every tensor is.
-        reasons: why each native architecture was not chosen.
         auto_class: the Auto class of transformers that loads it.
-        runtimes: software by name, and what it does with the checkpoint.
-        target: the native architecture, if it is one.
     """
 
     form: str
@@ -99,14 +95,14 @@ def write_checkpoint(
     """Write the weights and the configuration of a converted model.
 
     Args:
-        directory: exists, and receives the files; a generation config that it has is kept.
+        directory: exists; a generation config that it has is not replaced.
         model: the converted module: names, order, shapes and configuration. On the meta device,
             with `content`, the numbers are never in memory together.
         plan: how it was made.
         content: the numbers; those of `model` if None.
         factory: ``package.module:callable`` that builds the dense module, for `upcycle.load`.
         max_shard_size: bytes of one file.
-        log: knows the files of an interrupted run that are whole.
+        log: knows the files of an interrupted run that are complete.
 
     Raises:
         UnsupportedError: nothing that holds the model is what the plan requires.
@@ -169,22 +165,21 @@ def _dense_names(model: nn.Module, plan: Plan, content: Content) -> LazyTensors:
     for spec, layer in planned_layers(model, plan):
         replaced |= dict.fromkeys(spec.ffn.parameters, layer.experts.down_proj.dtype)
     inside = tuple(f"{spec.ffn.path}." for spec in plan.specs)
-    kept = {name for name in _untied(model) if not name.startswith(inside)}
+    outside = {name for name in _untied(model) if not name.startswith(inside)}
 
     def read(name: str) -> torch.Tensor:
         return torch.empty(0, dtype=replaced[name]) if name in replaced else content.tensor(name)
 
-    return LazyTensors(sorted([*kept, *replaced], key=_natural), read)
+    def by_number(name: str) -> list[tuple[int, int | str]]:
+        return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+    return LazyTensors(sorted([*outside, *replaced], key=by_number), read)
 
 
 def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[TensorEntry]:
     """Every tensor under its name in the converted module; one layer's weights at a time."""
-    names = {layer: path for path, layer in model.named_modules() if isinstance(layer, MoE)}
-    layer_of = {names[layer]: (spec, layer) for spec, layer in planned_layers(model, plan)}
+    paths = {layer: path for path, layer in model.named_modules() if isinstance(layer, MoE)}
+    layer_of = {paths[layer]: (spec, layer) for spec, layer in planned_layers(model, plan)}
     kept = {kept.name for spec in plan.specs for kept in spec.ffn.kept}
     one_layer = OneLayer(content.layer)
 
@@ -195,12 +190,10 @@ def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[
         path = next((p for p in layer_of if name.startswith(f"{p}.")), None)
         if path is None or name in kept:
             read = partial(content.tensor, name)
-            found = read()
-            yield TensorEntry(name, tuple(found.shape), found.dtype, read)
+            tensor = read()
         else:
-            spec, layer = layer_of[path]
-            read = partial(part, spec, layer, name.removeprefix(f"{path}."))
-            yield TensorEntry(name, tuple(tensor.shape), tensor.dtype, read)
+            read = partial(part, *layer_of[path], name.removeprefix(f"{path}."))
+        yield TensorEntry(name, tuple(tensor.shape), tensor.dtype, read)
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:

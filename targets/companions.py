@@ -13,18 +13,12 @@ MAX_BYTES = 64 * 2**20  # the largest tokenizers are about half of this
 
 
 def copy_companions(source: Path, destination: Path) -> list[str]:
-    """Copy every small file of `source` that is not weights, ``config.json`` or a README.
+    """Copy every small file of a dense model that is not weights, ``config.json`` or a README.
 
-    From folders inside `source`, only the ones are taken that a loader asks for:
-    ``additional_chat_templates``, and those that ``modules.json`` names (sentence-transformers).
-    A file that `destination` has already is left as it is.
-
-    Args:
-        source: the dense model's directory.
-        destination: an existing directory.
-
-    Returns:
-        The names of the copied files, relative to `destination`, sorted.
+    Folders inside `source` are taken if a loader asks for them: ``additional_chat_templates``, and
+    those that ``modules.json`` names (sentence-transformers). A file that `destination`, an
+    existing directory, has already is left as it is. Returns the names of the copied files,
+    relative to `destination`, sorted.
     """
     copied = []
     for path in sorted(source.iterdir()):

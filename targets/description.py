@@ -17,14 +17,9 @@ REPORT = "report.json"
 def describe(
     directory: Path, plan: Plan, provenance: Mapping[str, Provenance], report: Report, card: str
 ) -> None:
-    """Write ``recipe.yaml``, ``report.json``, ``provenance.json`` and ``README.md``.
+    """Write ``recipe.yaml``, ``report.json``, ``provenance.json`` and ``README.md``, the `card`.
 
-    Args:
-        directory: of the converted model.
-        plan: what was converted.
-        provenance: FFN path -> the dense neurons behind its layer.
-        report: of the conversion.
-        card: the text of README.md.
+    `provenance` is that of each layer, by FFN path.
     """
     (directory / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (directory / REPORT).write_text(json_text(report.to_json()), encoding="utf-8")

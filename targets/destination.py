@@ -1,8 +1,8 @@
 """What a converted model is written as, and which software then runs it.
 
-A transformers model becomes the first native architecture that holds it and that all software runs
-which the user requires; else the dense architecture with a self-contained modeling file, if that
-will do; any other module becomes plain weights.
+A transformers model becomes the first native architecture that holds it and that all runtimes load
+which the plan requires; else the dense architecture with a self-contained modeling file, if they
+load that. Any other module becomes plain weights.
 """
 
 import copy
@@ -20,6 +20,7 @@ from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.choose import build_config, choose
 from upcycle.targets.runtimes import RUNTIMES, Support, matrix, refusal
 from upcycle.targets.runtimes.support import CUSTOM, PLAIN, loads, refuses
+from upcycle.util.module_facts import model_dtype
 
 GRAPH = "onnx"
 
@@ -32,7 +33,7 @@ class Destination:
         target: the native architecture, or None.
         form: ``native``, ``remote_code``, ``module`` or ``onnx``.
         reasons: why each native architecture that was tried was not chosen.
-        near: those of them that are about this model and this plan.
+        near: the reasons of those that hold models of this type, but not this plan.
         runtimes: software by name, and what it does with the checkpoint.
     """
 
@@ -63,11 +64,9 @@ class Destination:
 
 
 def destination(model: nn.Module, plan: Plan) -> Destination:
-    """Choose what a model is written as; only its class and configuration are looked at.
+    """Choose what a model, dense or converted, is written as, from its class and configuration.
 
-    Args:
-        model: the dense or the converted model, on any device.
-        plan: what is converted; its `runtimes` and `architecture` are requirements.
+    The `runtimes` and `architecture` of the plan are requirements.
 
     Raises:
         UsageError: there is no such runtime or architecture.
@@ -77,23 +76,25 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
         if name not in RUNTIMES:
             raise UsageError(f"--runtime {name}: unknown; choose from {', '.join(RUNTIMES)}")
     if plan.architecture is not None and plan.architecture not in NATIVE:
-        known = ", ".join(NATIVE)
-        raise UsageError(f"--architecture {plan.architecture}: unknown; choose from {known}")
-    target, reasons = native_target(model, plan)
+        raise UsageError(
+            f"--architecture {plan.architecture}: unknown; choose from {', '.join(NATIVE)}"
+        )
+    target, reasons = _native_target(model, plan)
     config = _config(model, plan, target)
     form = "native" if target else CUSTOM if isinstance(model, PreTrainedModel) else PLAIN
     written_as = target.model_type if target else form
     if target is None and plan.architecture is not None:
         why = reasons.get(plan.architecture, "the model is no model of transformers")
         raise UnsupportedError(f"--architecture {plan.architecture}: {why}")
-    nearest = _near(reasons, config)
+    kind = config.get("model_type")
+    near = {name: why for name, why in reasons.items() if kind in NATIVE[name].sources}
     why_not = refusal(plan.runtimes, written_as, config, plan)
     if why_not is not None:
-        others = [f"not as {names}: {reason}" for names, reason in grouped(nearest).items()]
-        if not nearest and form == CUSTOM:
-            others = [f"no native architecture holds a model of type {config['model_type']}"]
+        others = [f"not as {names}: {reason}" for names, reason in grouped(near).items()]
+        if not near and form == CUSTOM:
+            others = [f"no native architecture holds a model of type {kind}"]
         raise UnsupportedError("; ".join([f"--runtime {why_not}", *others]))
-    return Destination(target, form, reasons, nearest, matrix(written_as, config, plan))
+    return Destination(target, form, reasons, near, matrix(written_as, config, plan))
 
 
 def onnx_destination(plan: Plan) -> Destination:
@@ -110,15 +111,16 @@ def onnx_destination(plan: Plan) -> Destination:
     return Destination(None, GRAPH, {}, {}, runtimes | {"onnxruntime": loads()})
 
 
-def native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, dict[str, str]]:
-    """The native architecture that holds the plan, or None; and why the others do not."""
+def _native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, dict[str, str]]:
     if not isinstance(dense, PreTrainedModel):
         return None, {}
 
     def accepts(target: NativeTarget, config: Mapping[str, Any]) -> str | None:
         return refusal(plan.runtimes, target.model_type, config, plan)
 
-    return choose(NATIVE, _asked(dense), plan, accepts=accepts, only=plan.architecture)
+    config: Any = copy.deepcopy(dense.config)
+    config.architectures = [type(dense).__name__]  # a model built in memory does not say it
+    return choose(NATIVE, config, plan, accepts=accepts, only=plan.architecture)
 
 
 def grouped(reasons: Mapping[str, str]) -> dict[str, str]:
@@ -129,27 +131,10 @@ def grouped(reasons: Mapping[str, str]) -> dict[str, str]:
     return {", ".join(alike): reason for reason, alike in names.items()}
 
 
-def _near(reasons: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The reasons of the architectures that hold models of this type, if not this plan."""
-    kind = config.get("model_type")
-    return {name: why for name, why in reasons.items() if kind in NATIVE[name].sources}
-
-
-def _asked(dense: PreTrainedModel) -> Any:
-    config = copy.deepcopy(dense.config)
-    config.architectures = [type(dense).__name__]  # a model built in memory does not say it
-    return config
-
-
 def _config(model: nn.Module, plan: Plan, target: NativeTarget | None) -> dict[str, Any]:
     if not isinstance(model, PreTrainedModel):
-        return {"dtype": _dtype(model)}
+        return {"dtype": str(model_dtype(model)).removeprefix("torch.")}
     if target is not None:
         return build_config(target, model.config, plan)
     config: dict[str, Any] = model.config.to_dict()
     return config
-
-
-def _dtype(model: nn.Module) -> str:
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return str(dtypes[0]).removeprefix("torch.") if dtypes else "float32"

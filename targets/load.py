@@ -10,9 +10,9 @@ from torch import nn
 
 from upcycle.errors import UsageError
 from upcycle.layers.tap import install
+from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.targets import remote_code
 from upcycle.targets.checkpoint import UPCYCLE_JSON
-from upcycle.targets.files.tensor_file import read_tensors
 from upcycle.util.json_text import read_json
 from upcycle.util.named_callable import call_named
 from upcycle.util.quiet_transformers import quiet
@@ -26,9 +26,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         directory: as `Conversion.save` or ``upcycle convert`` wrote it.
-        model: for a plain module that was converted in memory: a dense instance of it, which gives
-            the architecture and is changed in place. Transformers models and ``package.module:
-            callable`` models need none.
+        model: for a plain module that was converted in memory: a dense instance, which is changed
+            in place. Transformers models and ``package.module:callable`` models need none.
 
     Raises:
         UsageError: the directory is no output of upcycle or is damaged, or a plain module needs
@@ -75,7 +74,7 @@ def _load_transformers(directory: Path) -> nn.Module:
     has_code = (directory / remote_code.FILE).is_file()
     written = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
     autos = config.get("auto_map", {}).items()
-    # AutoModel last: it is the one that a class without an Auto class of its own is under
+    # AutoModel last: it holds the classes that have no Auto class of their own
     autos = sorted(autos, key=lambda item: (item[0] == "AutoModel", item[0]))
     name = next((auto for auto, home in autos if home.endswith(f".{written}")), written)
     with warnings.catch_warnings(), quiet():

@@ -65,28 +65,26 @@ def model_card(
     targets: Sequence[str],
     auto_class: str = "AutoModelForCausalLM",
     runtimes: Mapping[str, str] | None = None,
-    licence: str | None = None,
     notes: Sequence[str] = (),
     library: str = "transformers",
 ) -> str:
     """The text of the card.
 
     Args:
-        name: title of the card.
+        name: its title.
         base_model: the dense model: a Hub id (then the Hub links to it), or any other name.
         promise: a `Promise` of `upcycle.ir.spec`.
         recipe_name, recipe_text: the recipe and its YAML.
         numbers: facts in the order in which they are shown, such as "experts per layer": "8".
-        checks: the verification, in order; empty says that it was not run.
+        checks: the verification; if empty it was not run.
         targets: which of `LOADING` the directory contains.
         auto_class: the transformers class that loads it.
-        runtimes: other software and how it runs the model, from the documentation of each.
-        licence: licence of the base model, if known.
+        runtimes: other software and how it runs the model.
         notes: further paragraphs.
         library: what loads it, in the words of the Hub.
     """
     sections = [
-        _front_matter(base_model, licence, library),
+        _front_matter(base_model, library),
         f"# {name}",
         f"A sparse Mixture of Experts, made from the dense model {_code(base_model)} by upcycle "
         f"with the recipe {_code(recipe_name)}.",
@@ -94,11 +92,14 @@ def model_card(
         PROMISES[promise],
         *notes,
         "## In numbers",
-        _table(("", ""), [(key, value) for key, value in numbers.items()]),
+        _table(("", ""), list(numbers.items())),
         "## Verification",
         _verification(checks),
         "## Loading",
-        *(_loading(target, auto_class) for target in targets),
+        *(
+            f"{title}:\n\n" + _fenced("python", code.format(auto_class=auto_class))
+            for title, code in map(LOADING.__getitem__, targets)
+        ),
     ]
     if runtimes:
         sections += [
@@ -109,12 +110,10 @@ def model_card(
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
 
 
-def _front_matter(base_model: str, licence: str | None, library: str) -> str:
+def _front_matter(base_model: str, library: str) -> str:
     lines = ["---", f"library_name: {library}", "tags:", "- moe", "- upcycle"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("."):
         lines += [f"base_model: {base_model}"]
-    if licence:
-        lines += [f"license: {licence.lower()}"]
     return "\n".join([*lines, "---"])
 
 
@@ -127,11 +126,6 @@ def _verification(checks: Sequence[Check]) -> str:
     ]
     table = _table(("compared with the dense model", "error", "allowed", "held"), rows)
     return f"{table}\n\nErrors are relative to the largest value of the dense model's output."
-
-
-def _loading(target: str, auto_class: str) -> str:
-    title, code = LOADING[target]
-    return f"{title}:\n\n" + _fenced("python", code.format(auto_class=auto_class))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

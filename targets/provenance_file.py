@@ -57,13 +57,7 @@ def neurons_of(text: str) -> list[int]:
 
 
 def write_origins(directory: Path, plan: Plan, provenance: Mapping[str, Provenance]) -> None:
-    """Write the file, one line for each layer.
-
-    Args:
-        directory: of the converted model.
-        plan: what was converted.
-        provenance: FFN path -> the dense neurons behind its layer.
-    """
+    """Write the file, one line for each layer; `provenance` is by FFN path."""
     lines = []
     for spec in plan.specs:
         origin = provenance[spec.ffn.path]
@@ -101,7 +95,6 @@ def read_origins(directory: Path) -> list[dict[str, Any]] | None:
 
 
 def _provenance_of(layer: Mapping[str, Any]) -> Provenance:
-    """The dense neurons behind one layer of the file."""
     expert_EI = torch.tensor([neurons_of(row) for row in layer["experts"]], dtype=torch.int64)
     return Provenance(expert_EI, torch.tensor(neurons_of(layer["shared"]), dtype=torch.int64))
 

@@ -10,6 +10,7 @@ needed.
 import inspect
 import re
 from collections.abc import Collection, Mapping
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -23,38 +24,19 @@ from transformers.models.auto import (
     tokenization_auto,
 )
 
-import upcycle.kernels
-import upcycle.kernels.activations
-import upcycle.kernels.torch_cpu
-import upcycle.kernels.torch_operation
-import upcycle.layers.config
-import upcycle.layers.experts
-import upcycle.layers.moe
-import upcycle.layers.pretrained
-import upcycle.layers.router
-import upcycle.layers.selection
-import upcycle.layers.tap
-import upcycle.layers.token_context
-import upcycle.pointwise
 from upcycle.ir.spec import Plan
 from upcycle.layers.pretrained import FORMAT
 from upcycle.layers.routers import ROUTER_KINDS
 from upcycle.version import __version__
 
 FILE = "modeling_upcycle.py"
-_BEFORE: tuple[ModuleType, ...] = (
-    upcycle.pointwise,
-    upcycle.layers.config,
-    upcycle.layers.selection,
-    upcycle.layers.token_context,
-    upcycle.layers.router,
-    upcycle.kernels.activations,
-    upcycle.kernels.torch_cpu,
-    upcycle.kernels.torch_operation,
-    upcycle.kernels,
-    upcycle.layers.experts,
+# The modules in the file: before the routers, and after them.
+_BEFORE = (
+    *("pointwise", "layers.config", "layers.selection", "layers.token_context", "layers.router"),
+    *("kernels.activations", "kernels.torch_cpu", "kernels.torch_operation", "kernels"),
+    "layers.experts",
 )
-_AFTER: tuple[ModuleType, ...] = (upcycle.layers.moe, upcycle.layers.tap, upcycle.layers.pretrained)
+_AFTER = ("layers.moe", "layers.tap", "layers.pretrained")
 
 _CONFIG = '''
 class {config}(UpcycledConfig, {dense_config}):
@@ -80,15 +62,10 @@ def modeling_file(model: PreTrainedModel, plan: Plan) -> str:
 def modeling_text(
     dense_config: type, dense: Mapping[str, type], router_kinds: Collection[str]
 ) -> str:
-    """As `modeling_file`.
-
-    Args:
-        dense_config: class of the dense configuration.
-        dense: Auto class -> dense class, as `heads` finds them.
-        router_kinds: keys of `ROUTER_KINDS`.
-    """
+    """As `modeling_file`; `dense` is what `heads` returns, and `router_kinds` of `ROUTER_KINDS`."""
     kinds = {kind: ROUTER_KINDS[kind] for kind in sorted(router_kinds)}
-    homes = [m for m in map(inspect.getmodule, kinds.values()) if m and m not in _BEFORE]
+    before, after = ([import_module(f"upcycle.{m}") for m in names] for names in (_BEFORE, _AFTER))
+    homes = [import_module(cls.__module__) for cls in kinds.values()]
     classes = sorted(set(dense.values()), key=lambda cls: cls.__name__)
     imports = {_import(cls) for cls in (dense_config, *classes)}
 
@@ -99,8 +76,8 @@ def modeling_text(
         return re.sub(r"^(?:from|import) .*\n", "", lines, flags=re.MULTILINE).strip()
 
     table = ", ".join(f'"{kind}": {cls.__name__}' for kind, cls in kinds.items())
-    bodies = [body(module) for module in dict.fromkeys([*_BEFORE, *homes])]
-    bodies += [f"ROUTER_KINDS = {{{table}}}", *map(body, _AFTER)]
+    bodies = [body(module) for module in dict.fromkeys([*before, *homes])]
+    bodies += [f"ROUTER_KINDS = {{{table}}}", *map(body, after)]
     names = {"config": new_name(dense_config), "dense_config": dense_config.__name__}
     kind = new_model_type(dense_config, classes[0])
     bodies.append(_CONFIG.format(**names, model_type=kind).strip())
@@ -144,14 +121,17 @@ def build_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     """The content of ``config.json``: the dense configuration, the layers, and the classes."""
     data: dict[str, Any] = model.config.to_dict()
     data.pop("_name_or_path", None)
-    description = {"version": __version__, "format": FORMAT}
     data.update(_processors(model.config.model_type, data))
     data.update(
         architectures=[new_name(type(model))],
         auto_map=auto_map(type(model.config), heads(type(model.config), type(model))),
         dtype=str(model.dtype).removeprefix("torch."),
         model_type=new_model_type(type(model.config), type(model)),
-        upcycle={**description, "sites": [spec.site() for spec in plan.specs]},
+        upcycle={
+            "version": __version__,
+            "format": FORMAT,
+            "sites": [spec.site() for spec in plan.specs],
+        },
     )
     return data
 
@@ -165,7 +145,7 @@ _BY_MODEL_TYPE = {
 
 
 def _processors(model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """What `AutoTokenizer` and its like take by the dense model type, if nothing else says it."""
+    """What the Auto classes of processors choose by the dense model type, if nothing else does."""
     found = {}
     for key, (module, table) in _BY_MODEL_TYPE.items():
         name = getattr(module, table).get(model_type)

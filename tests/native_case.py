@@ -16,9 +16,10 @@ from transformers import PreTrainedConfig
 
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import ExpertWeights, MoEWeights, read_ffn
+from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.transform import transform
-from upcycle.targets.files.tensor_file import read_tensors, write_tensors
+from upcycle.targets.files.tensor_file import write_tensors
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.choose import build_config, choose, variants

@@ -29,10 +29,11 @@ from upcycle.ir.ffn import FFN, Located, Projection
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import ExpertWeights, MoEWeights, gather_experts, read_ffn
 from upcycle.layers.config import WeightRule
+from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.pointwise import Pointwise
 from upcycle.recipe import schema as recipe
 from upcycle.targets.files.stored import Stored
-from upcycle.targets.files.tensor_file import read_tensors, write_tensors
+from upcycle.targets.files.tensor_file import write_tensors
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.choose import build_config, choose

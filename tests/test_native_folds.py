@@ -31,8 +31,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, M2M100Config, Olmo2C
 from upcycle import convert
 from upcycle.errors import UnsupportedError
 from upcycle.ir.spec import Plan
+from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.passes.plan.plan import make_plan
-from upcycle.targets.files.tensor_file import read_tensors, write_tensors
+from upcycle.targets.files.tensor_file import write_tensors
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.choose import build_config, choose

@@ -117,17 +117,20 @@ def card(**changes: object) -> str:
         "recipe_name": "sparse-upcycling",
         "recipe_text": "version: 1\nseed: 0\n",
         "numbers": {"experts per layer": "8", "experts per token": "2"},
-        "checks": [Check("logits", 1.5e-6, 1e-5), Check("layer 3 | gate", float("nan"), 1e-5)],
+        "checks": [
+            Check("logits", 1.5e-6, 1e-5, True),
+            Check("layer 3 | gate", float("nan"), 1e-5, False),
+        ],
         "targets": ["native"],
     }
     return model_card(**{**arguments, **changes})  # type: ignore[arg-type]
 
 
 def test_the_card_says_what_was_measured() -> None:
-    text = card(runtimes={"vLLM": "native"}, licence="Apache-2.0", notes=["A note."])
+    text = card(runtimes={"vLLM": "native"}, notes=["A note."])
     assert text.startswith("---\nlibrary_name: transformers\n")
     for part in (
-        "base_model: someone/tiny\nlicense: apache-2.0\n---",
+        "base_model: someone/tiny\n---",
         "# tiny-moe",
         PROMISES["exact"],
         "A note.",
@@ -139,7 +142,7 @@ def test_the_card_says_what_was_measured() -> None:
         "```yaml\nversion: 1\nseed: 0\n```",
     ):
         assert part in text
-    assert text == card(runtimes={"vLLM": "native"}, licence="Apache-2.0", notes=["A note."])
+    assert text == card(runtimes={"vLLM": "native"}, notes=["A note."])
 
 
 def test_the_card_knows_every_target_and_hides_local_paths_from_the_hub() -> None:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from upcycle.errors import ResourceError, UpcycleError, UsageError
-from upcycle.models.checkpoint_tensors import SafetensorsReader
+from upcycle.models.checkpoint_tensors import SafetensorsReader, read_tensors
 from upcycle.targets.files import tensor_file
 from upcycle.targets.files.output_file import BUFFER
 from upcycle.targets.files.stored import Stored
@@ -17,7 +17,6 @@ from upcycle.targets.files.tensor_file import (
     DTYPE_NAMES,
     TensorEntry,
     check_disk,
-    read_tensors,
     write_tensors,
 )
 

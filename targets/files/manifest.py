@@ -1,4 +1,4 @@
-"""Which files of an interrupted run are whole, so that the next run can go on from there."""
+"""Which files of an interrupted run are complete, so that the next run goes on from there."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,17 @@ FILE = "upcycle-manifest.json"
 
 
 class Manifest:
-    """A `ShardLog` in a file beside the shards: size and time of each, and what run they are of.
+    """A `ShardLog` in a file beside the shards: the size and time of each, and the key of the run.
 
-    It is rewritten after each shard by a rename, so that it is never half a file. Whatever changes
-    a shard later changes its time, so nothing has to be read to know that it is whole.
+    It is rewritten after each shard by a rename, so that it is never half a file. What changes a
+    shard later changes its time, so shards need not be read.
     """
 
     def __init__(self, directory: Path, key: str) -> None:
-        """`key` says what is written; a manifest of anything else is refused.
+        """`key` says what is written.
 
         Raises:
-            UsageError: the directory has the manifest of another run.
+            UsageError: the directory has a manifest with another key.
         """
         self._path = directory / FILE
         self._key = key
@@ -38,8 +38,7 @@ class Manifest:
 
     def is_whole(self, path: Path) -> bool:
         """Whether the file was finished and was not written to since then."""
-        known = self._whole.get(path.name)
-        return known is not None and path.is_file() and _stamp(path) == known
+        return path.is_file() and self._whole.get(path.name) == _stamp(path)
 
     def finished(self, path: Path) -> None:
         """Note that the file is whole."""
@@ -55,5 +54,5 @@ class Manifest:
 
 
 def _stamp(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]

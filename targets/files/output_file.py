@@ -1,7 +1,7 @@
-"""Write a file from its start to its end, large ones past the cache that the system keeps of files.
+"""Write a file from start to end, a large one past the page cache of the system.
 
-What is written in the usual way is first copied to free memory, and goes to the disk later. For
-gigabytes that nobody reads again soon, finding that memory takes longer than a fast disk does.
+For gigabytes that are not read again soon, finding memory for the cache takes longer than writing
+to a fast disk.
 """
 
 import errno
@@ -12,17 +12,17 @@ from pathlib import Path
 from types import TracebackType
 
 BUFFER = 2**22
-PIECE = 2**18  # bytes of one write to the cache: for more Linux looks for large pages, which lasts
+PIECE = 2**18  # bytes of one write to the cache: for more, Linux slowly looks for large pages
 SAMPLE = 2**28  # bytes after which the speed of the disk is known
-FAST = 10**9  # bytes in a second; what a slower disk gets is left to the cache
+FAST = 10**9  # bytes in a second; a slower disk is written through the cache
 DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
 
 
 class OutputFile:
-    """A new file, as a context manager; it replaces one that is there.
+    """A new file, as a context manager; it replaces an old one.
 
-    Past the cache it goes as long as the file system can do that and the disk is fast. The bytes
-    are the same either way, and either way a machine that stops right after may lose some.
+    It goes past the cache as long as the file system can do that and the disk is fast. Either way
+    a machine that stops right after may lose some bytes.
     """
 
     def __init__(self, path: Path, *, past_cache: bool) -> None:
@@ -30,8 +30,7 @@ class OutputFile:
         self._buffer = mmap.mmap(-1, BUFFER)  # begins at a page, as a disk wants it
         self._filled = self._written = 0
         self._seconds = 0.0
-        new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        self._file = os.open(path, new, 0o666)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._direct = False
         if past_cache and DIRECT:
             self._reopen(direct=True)
@@ -74,7 +73,7 @@ class OutputFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._reopen(direct=False)  # some file systems say no only now
+                self._reopen(direct=False)  # some file systems refuse only now
             else:
                 done += count
                 self._written += count

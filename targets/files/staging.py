@@ -13,11 +13,11 @@ from upcycle.errors import UsageError
 def staged(out: Path, *, overwrite: bool = False, protect: Sequence[Path] = ()) -> Iterator[Path]:
     """Yields an empty directory ``<out>.tmp-<pid>`` that becomes `out` when the block ends well.
 
-    If the block raises, Ctrl-C included, the temporary directory is removed and an `out` that was
-    there before is as it was. An old `out` is removed only after the new one is in its place.
+    If the block raises, Ctrl-C included, the temporary directory is removed and an old `out` is as
+    it was; it is removed only after the new one is in its place. Directories above `out` are made.
 
     Args:
-        out: the final directory; directories above it are made.
+        out: the final directory.
         overwrite: replace `out` if it exists.
         protect: files and directories that are being read, and so may not be replaced.
 
@@ -39,8 +39,19 @@ def staged(out: Path, *, overwrite: bool = False, protect: Sequence[Path] = ()) 
 
 def publish(new: Path, out: Path, *, overwrite: bool, protect: Sequence[Path] = ()) -> None:
     """Move the whole directory `new` to `out`, under the rules of `staged`."""
-    _check(out.absolute(), overwrite, protect)
-    _move(new, out.absolute())
+    out = out.absolute()
+    _check(out, overwrite, protect)
+    if not out.exists():
+        new.rename(out)
+        return
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check(out: Path, overwrite: bool, protect: Sequence[Path]) -> None:
@@ -53,17 +64,3 @@ def _check(out: Path, overwrite: bool, protect: Sequence[Path]) -> None:
     for path in (Path.cwd(), *protect):
         if path.resolve().is_relative_to(out.resolve()):
             raise UsageError(f"{out}: contains {path}, which is in use; choose another output")
-
-
-def _move(new: Path, out: Path) -> None:
-    if not out.exists():
-        new.rename(out)
-        return
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
-    out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,7 +1,4 @@
-"""Where on disk a tensor already is.
-
-The writers of checkpoints make these, so that other files can point at the numbers.
-"""
+"""Where on disk a tensor already is, so that other files can point at it."""
 
 import math
 from dataclasses import dataclass

@@ -10,19 +10,17 @@ import json
 import math
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from upcycle.errors import ResourceError, UpcycleError
-from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.targets.files.output_file import OutputFile
 from upcycle.targets.files.stored import Stored
-
-__all__ = ["TensorEntry", "check_disk", "read_tensors", "write_tensors"]
 
 GB = 10**9
 MAX_SHARD_SIZE = 5 * GB
@@ -53,7 +51,7 @@ class TensorEntry:
     """A tensor that will be written.
 
     Attributes:
-        name: its name in the file.
+        name: in the file.
         shape, dtype: what `read` will return.
         read: called once, when it is the tensor's turn.
         stack: consecutive entries with the same stack have one shape and dtype and stay together
@@ -73,15 +71,13 @@ class TensorEntry:
 
 
 class ShardLog(Protocol):
-    """Remembers the finished files of a run, so that an interrupted one can be continued."""
+    """The complete files of a run, so that an interrupted one can be continued."""
 
     def is_whole(self, path: Path) -> bool:
-        """Whether the file was finished by an earlier run and is unchanged."""
-        ...
+        """Whether an earlier run finished the file, and it is unchanged."""
 
     def finished(self, path: Path) -> None:
-        """Note that the file is whole."""
-        ...
+        """Note that the file is complete."""
 
 
 def write_tensors(
@@ -106,7 +102,7 @@ def write_tensors(
         entries: what to write; names and stack names are unique.
         max_shard_size: bytes of tensors in one file.
         stem: first part of the file names.
-        log: knows which files are whole already; those are not read or written again.
+        log: knows which files are complete; those are not read or written again.
 
     Returns:
         Where each tensor lies, by name; and each stack, by stack name, with shape [E, ...].
@@ -139,10 +135,7 @@ def write_tensors(
 
 
 def check_disk(path: Path, nbytes: int) -> None:
-    """Raise ResourceError if the disk that holds `path` has less than `nbytes` free.
-
-    `path` need not exist: the nearest directory above it that does exist is asked.
-    """
+    """Raise ResourceError if the disk of `path`, which need not exist, has too few bytes free."""
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes:
@@ -153,7 +146,7 @@ def check_disk(path: Path, nbytes: int) -> None:
 
 
 def _groups(entries: Sequence[TensorEntry]) -> list[list[TensorEntry]]:
-    """The entries, with those of one stack together; checks all that `write_tensors` promises."""
+    """The entries, with those of one stack together; refuses what `write_tensors` refuses."""
     groups: list[list[TensorEntry]] = []
     for stack, run in itertools.groupby(entries, key=lambda entry: entry.stack):
         members = list(run)
@@ -163,11 +156,11 @@ def _groups(entries: Sequence[TensorEntry]) -> list[list[TensorEntry]]:
             groups.append(members)
         else:
             raise ValueError(f"stack {stack}: its tensors differ in shape or dtype")
-    names = [entry.name for entry in entries]
-    names += [group[0].stack for group in groups if group[0].stack is not None]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice}: two tensors or stacks have this name")
+    names = Counter(entry.name for entry in entries)
+    names.update(group[0].stack for group in groups if group[0].stack is not None)
+    for name, count in names.items():
+        if count > 1:
+            raise ValueError(f"{name}: two tensors or stacks have this name")
     for entry in entries:
         if entry.dtype not in DTYPE_NAMES:
             raise UpcycleError(
@@ -216,7 +209,11 @@ def _layout(file: str, shard: list[TensorEntry]) -> tuple[bytes, dict[str, Store
     stored: dict[str, Stored] = {}
     offset = len(start)
     for entry in shard:
-        _note(stored, entry, Stored(file, offset, entry.shape, entry.dtype))
+        stored[entry.name] = Stored(file, offset, entry.shape, entry.dtype)
+        if entry.stack is not None:
+            first = stored.get(entry.stack) or Stored(file, offset, (0, *entry.shape), entry.dtype)
+            shape = (first.shape[0] + 1, *entry.shape)
+            stored[entry.stack] = replace(first, shape=shape)
         offset += entry.nbytes
     return start, stored
 
@@ -231,16 +228,6 @@ def _write_shard(path: Path, header: bytes, shard: list[TensorEntry], *, past_ca
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ResourceError(f"{path}: the disk became full; make room and run again") from error
-
-
-def _note(stored: dict[str, Stored], entry: TensorEntry, place: Stored) -> None:
-    stored[entry.name] = place
-    if entry.stack is not None:
-        first = stored.setdefault(
-            entry.stack, Stored(place.file, place.offset, (0, *place.shape), place.dtype)
-        )
-        shape = (first.shape[0] + 1, *place.shape)
-        stored[entry.stack] = Stored(first.file, first.offset, shape, first.dtype)
 
 
 def _write_tensor(file: OutputFile, entry: TensorEntry) -> None:

@@ -12,7 +12,8 @@ from upcycle.errors import UnsupportedError
 
 log = logging.getLogger(__name__)
 
-Axes = Mapping[str, Mapping[int, str]]
+Axes = Mapping[str, Mapping[int, str]]  # input -> axis -> its name
+Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]  # of a forward: by name, or in order
 
 
 def default_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
@@ -40,13 +41,10 @@ def fixed_sizes(program: torch.onnx.ONNXProgram) -> dict[str, int]:
 
 
 def name_axes(model: ir.Model, axes: Axes, fixed: Mapping[str, int], *, required: bool) -> None:
-    """Name the dynamic axes of the inputs, and what follows from them inside.
+    """Name the dynamic axes of the inputs, and what follows from them inside, in place.
 
-    Args:
-        model: the graph; changed in place.
-        axes: the wanted names.
-        fixed: as `fixed_sizes` returns it.
-        required: refuse an axis that the model does not let vary; else the log says so.
+    `fixed` is what `fixed_sizes` returns. An axis that can only have one size is refused if
+    `required`; else the log says so.
 
     Raises:
         UnsupportedError: an axis is required and has one size only.
@@ -64,16 +62,11 @@ def name_axes(model: ir.Model, axes: Axes, fixed: Mapping[str, int], *, required
             if required:
                 raise UnsupportedError(f"{problem}: the model's code depends on it")
             log.warning("%s", problem)
-    _rename(model, renamed)
-
-
-def _rename(model: ir.Model, renamed: Mapping[str, str | int]) -> None:
-    """Put names for the exporter's symbols, also inside products such as ``s31*s81``."""
-    values = [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]
-    for value in values:
+    for value in (*model.graph.inputs, *(o for node in model.graph for o in node.outputs)):
         if value.shape is None or value.shape.frozen:
             continue
         for axis, size in enumerate(value.shape):
             if not isinstance(size, int) and size.value is not None:  # else the size is not known
+                # Symbols also stand in products, such as ``s31*s81``.
                 label = re.sub(r"\w+", lambda m: str(renamed.get(m[0], m[0])), str(size.value))
                 value.shape[axis] = int(label) if label.isdigit() else label

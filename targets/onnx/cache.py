@@ -30,9 +30,14 @@ _KEPT = (DynamicLayer, DynamicSlidingWindowLayer)
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a model remembers: heads and width of the keys and of the values, by layer; their dtype.
+    """The shapes of a cache.
 
-    `count` is the number of layers; those that use the cache of another one have no entry.
+    Attributes:
+        count: the number of layers.
+        heads: heads and width of the keys and of the values, by layer; layers that use the cache
+            of another one have no entry.
+        dtype: of keys and values.
+        part: stands in the names between the layer and the kind, such as ``.decoder``.
     """
 
     count: int
@@ -53,10 +58,16 @@ class CacheShape:
         }
 
 
-def cache_argument(model: nn.Module) -> str | None:
-    """The name under which the forward of `model` takes its cache; None if it takes none."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in _ARGUMENTS if name in parameters), None)
+def cache_argument(model: nn.Module) -> str:
+    """The name under which the forward of `model` takes its cache.
+
+    Raises:
+        UnsupportedError: it takes none.
+    """
+    for name in _ARGUMENTS:
+        if name in inspect.signature(model.forward).parameters:
+            return name
+    raise UnsupportedError("its forward has no argument for a cache")
 
 
 def cache_in(output: object) -> object:
@@ -66,18 +77,14 @@ def cache_in(output: object) -> object:
 
 
 def shape_of(cache: object, part: str = "") -> CacheShape:
-    """The shape of a cache that a model has filled.
-
-    Args:
-        cache: what it returned, as `cache_in` finds it.
-        part: what stands in the names between the layer and the kind, such as ``.decoder``.
+    """The shape of a cache that a model returned; for `part` see `CacheShape`.
 
     Raises:
         UnsupportedError: it is not made of keys and values that grow with the text.
     """
     if not isinstance(cache, Cache) or not cache.layers:
         raise UnsupportedError(f"it returns {type(cache).__name__} where its cache should be")
-    heads: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+    heads = {}
     dtype = torch.float32
     for i, layer in enumerate(cache.layers):
         keys, values = _tensors(layer)

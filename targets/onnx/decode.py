@@ -1,4 +1,4 @@
-"""Running the ONNX files of a model as someone does who generates text: the cache is handed on."""
+"""Run the ONNX files of a model as for generation: the cache of one run goes into the next."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,27 +6,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import described, opened
+from upcycle.targets.onnx.axes import Inputs
 from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.parts import DECODER, ENCODER, FILES, MODEL
 
-Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxFiles:
     """The ONNX files of a directory, with the inputs and outputs of the model they were made from.
 
-    Args:
-        directory: where they are.
-        inner: names of inner tensors to keep in `seen`, by file.
-
     Attributes:
-        seen: what the inner tensors were when `outputs` was last called, once for each run.
+        seen: the tensors inside the graphs that `inner` names by file, as they were when `outputs`
+            was last called, once for each run.
 
     Raises:
         UnsupportedError: ONNX Runtime cannot load one of them, or not run it.
@@ -52,7 +48,8 @@ class OnnxFiles:
         """`given` with the masks and positions that the files read and a model can do without."""
         if not self.has_cache or not isinstance(given, Mapping):
             return given
-        ids, names = given.get("input_ids"), self._names(self._first)
+        first = ENCODER if ENCODER in self._runners else MODEL
+        ids, names = given.get("input_ids"), self._names(first)
         full = dict(given)
         if ids is not None and "attention_mask" in names:
             full.setdefault("attention_mask", torch.ones_like(ids))
@@ -62,9 +59,10 @@ class OnnxFiles:
         return full
 
     def outputs(self, given: Inputs) -> dict[str, Array]:
-        """What the model returns, by name; with a cache only the logits, and what an encoder made.
+        """What the model returns, by name.
 
-        With a cache all tokens but the last are read first, and the last one then.
+        With a cache only the logits, and what an encoder made; all tokens but the last are read in
+        one run, and the last one in another.
         """
         given, self.seen = self.completed(given), {}
         if not self.has_cache:
@@ -72,7 +70,8 @@ class OnnxFiles:
         assert isinstance(given, Mapping)
         arrays = {name: tensor.numpy() for name, tensor in given.items()}
         if DECODER not in self._runners:
-            return {"logits": self._decode(MODEL, _text(self._names(MODEL), arrays), {})}
+            text = {n: arrays[n] for n in self._names(MODEL) if not n.startswith(f"{PAST}.")}
+            return {"logits": self._decode(MODEL, text, {})}
         made = self._run(ENCODER, {name: arrays[name] for name in self._names(ENCODER)})
         fixed = {n.replace(PRESENT, PAST): array for n, array in made.items() if PRESENT in n}
         if "encoder_attention_mask" in self._names(DECODER):
@@ -80,10 +79,6 @@ class OnnxFiles:
         text = {"input_ids": arrays["decoder_input_ids"]}
         logits = self._decode(DECODER, text, fixed)
         return {"logits": logits, "encoder_last_hidden_state": made["last_hidden_state"]}
-
-    @property
-    def _first(self) -> str:
-        return ENCODER if ENCODER in self._runners else MODEL
 
     def _names(self, file: str) -> list[str]:
         return [value.name for value in self._runners[file].get_inputs()]
@@ -117,10 +112,6 @@ class OnnxFiles:
             past = {name: made[name.replace(PAST, PRESENT)] for name in past}
             logits.append(made["logits"])
         return np.concatenate(logits, axis=1)
-
-
-def _text(names: Sequence[str], arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: arrays[name] for name in names if not name.startswith(f"{PAST}.")}
 
 
 def _by_name(names: Sequence[str], given: Inputs) -> dict[str, Array]:

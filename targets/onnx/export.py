@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from upcycle.onnx.node_names import name_nodes
 from upcycle.onnx.tensors import ONNX_TYPES
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.stored import Stored
-from upcycle.targets.onnx.axes import Axes, default_axes, fixed_sizes, name_axes
+from upcycle.targets.onnx.axes import Axes, Inputs, default_axes, fixed_sizes, name_axes
 from upcycle.targets.onnx.forms.lower import lower
-from upcycle.targets.onnx.narrow import narrowed, narrowed_inputs
+from upcycle.targets.onnx.narrow import cast_inputs, narrowed
 from upcycle.targets.onnx.opaque_experts import identifier, symbolic_layers, tensor_outputs
 from upcycle.targets.onnx.parts import Compute
 from upcycle.targets.onnx.share_weights import Store, share_weights, write_weights
@@ -30,43 +30,33 @@ log = logging.getLogger(__name__)
 
 def export_onnx(
     model: nn.Module,
-    example_inputs: Mapping[str, Tensor] | tuple[Tensor, ...],
+    example_inputs: Inputs,
     *,
     path: Path,
     stored: Mapping[str, Stored],
     dynamic: Axes | None = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
     compute: Compute | None = None,
     options: Onnx = ONNX_DEFAULTS,
-    strict: bool = False,
 ) -> Path:
     """Write an ONNX file whose weights are the tensors that `stored` describes.
 
-    The graph computes what `model` computes in eval mode, up to rounding. Weights that are found
+    The graph computes what `model` computes in eval mode, up to rounding; its inputs and outputs
+    are named as the arguments of the model and the fields that it returns. Weights that are found
     on disk are read from there, also transposed or from a narrower type; the rest goes to
     ``<path>.data``, with a warning in the log.
 
     Args:
         model: any module, float32, with `upcycle.layers.moe.MoE` layers in it; it is left as it
             was.
-        example_inputs: arguments by name, or in order; every dynamic axis longer than 1.
-        path: the file to write; files of `stored` are relative to its folder.
+        example_inputs: every dynamic axis longer than 1.
+        path: the file to write, and what is returned; files of `stored` are relative to its folder.
         stored: the tensors that are on disk.
-        dynamic: names of the axes that may vary, by input and axis. Default: axis 0 is ``batch``,
-            and axis 1 of token ids, masks and [batch, sequence, width] tensors is ``sequence``,
-            or ``decoder_sequence`` for inputs of a decoder; see `default_axes`.
-        input_names, output_names: names in the graph; default: those of the model's arguments and
-            of the fields that it returns.
+        dynamic: names of the axes that must vary. Default: `default_axes`, where they can.
         compute: what the graph computes instead of `model.forward`, which it gets together with
             the inputs; then these are by name, and any name will do.
         options: the form of the layers and the type of the graph, in which only routers stay in
             float32. A file in another type, or with rounded weights, holds its weights itself, in
             ``<path>.data``.
-        strict: raise UnsupportedError if a tensor is not on disk.
-
-    Returns:
-        `path`.
 
     Raises:
         UnsupportedError: the model cannot be exported, or not with these dynamic axes.
@@ -74,18 +64,16 @@ def export_onnx(
     start = time.perf_counter()
     kind: torch.dtype = getattr(torch, options.half or "float32")
     if options.half:
-        model, example_inputs = narrowed(model, kind), narrowed_inputs(example_inputs, kind)
+        model, example_inputs = narrowed(model, kind), cast_inputs(example_inputs, kind)
     named = _named(model, example_inputs)
     axes = default_axes(named) if dynamic is None else dynamic
-    read = list(named)
+    inputs = list(named)
     if compute is not None:
         example_inputs = named = {identifier(name): tensor for name, tensor in named.items()}
         axes = {identifier(name): labels for name, labels in axes.items()}
-        input_names = input_names or read
     store = Store(path.parent, stored)
-    with symbolic_layers(model, kind) as layers, tensor_outputs(model, compute, read) as names:
+    with symbolic_layers(model, kind) as layers, tensor_outputs(model, compute, inputs) as outputs:
         program = trace(model, example_inputs, named, axes)
-        outputs = list(output_names or names)
     graph: ir.Model = program.model
     if kind is torch.float32:
         widen(graph)
@@ -93,11 +81,11 @@ def export_onnx(
     chosen = lower(graph, layers, store, options, dtype=ONNX_TYPES[kind])
     with quiet():
         common.RemoveUnusedNodesPass()(graph)
-    _rename(graph, list(input_names or []), outputs)
+    _rename(graph, inputs if compute else [], outputs)
     if options.half or any(choice.form == "quantised" for choice in chosen.values()):
         missing = write_weights(graph, path)
     else:
-        missing = share_weights(graph, store, path, strict=strict)
+        missing = share_weights(graph, store, path)
     name_nodes(graph, layers)
     _tidy(graph)
     ir.save(graph, path)
@@ -109,20 +97,17 @@ def export_onnx(
     return path
 
 
-def _named(
-    model: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]
-) -> dict[str, Tensor]:
+def _named(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     if isinstance(inputs, Mapping):
         return dict(inputs)
     return dict(zip(signature(model.forward).parameters, inputs, strict=False))
 
 
-def _rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def _rename(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
     graph = model.graph
     wanted = {id(v): n for v, n in zip(graph.inputs, inputs, strict=False)}
     wanted |= {id(v): n for v, n in zip(graph.outputs, outputs, strict=False)}
-    inner = [o for node in graph for o in node.outputs if id(o) not in wanted]
-    for value in inner:
+    for value in (o for node in graph for o in node.outputs if id(o) not in wanted):
         if value.name in wanted.values():
             value.name = f"{value.name}/inner"
     for value in (*graph.inputs, *graph.outputs):

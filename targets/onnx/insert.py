@@ -1,8 +1,7 @@
 """Put MoE layers in the place of FFNs in an existing graph.
 
-The layer itself is exported, as it would be inside a model: router, shared expert and compensation
-become standard operations, and the experts the opaque node that `lower` replaces. So a layer in a
-foreign file is built by the same code as one in a file that torch exported.
+The layer itself is exported as it would be inside a model: router, shared expert and compensation
+become standard operations, and the experts the opaque node that `lower` replaces.
 """
 
 import json
@@ -15,6 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 
+from upcycle.ir.layer_weights import empty_layer
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.moe import MoE
 from upcycle.onnx.nodes import Nodes
@@ -48,8 +48,8 @@ def insert_layer(
         model: the graph; changed in place.
         key: name of the layer, unique in the graph.
         layer: its shapes and options; may be on the meta device.
-        tensors: its weights in float32, by their names in the layer; what is not in the graph yet
-            becomes an initializer.
+        tensors: its weights in float32, by their names in the layer; those that are not in the
+            graph become initializers.
         place: where it goes.
 
     Returns:
@@ -89,13 +89,18 @@ def insert_layer(
 
 
 def _exported(config: str, rank: int) -> ir.Graph:
-    """The graph of a layer; its parameters are inputs, by their names in it."""
+    """The graph of a layer; its parameters are inputs, by their names in the layer."""
     return ir.from_proto(onnx.load_from_string(_exported_bytes(config, rank))).graph
 
 
 @lru_cache(maxsize=64)
 def _exported_bytes(config: str, rank: int) -> bytes:
-    layer = _without_memory(LayerConfig.from_json(json.loads(config)))
+    layer = empty_layer(LayerConfig.from_json(json.loads(config)))
+    numbers = {  # one for each tensor, to need no memory: the exporter takes no meta tensors
+        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in layer.state_dict().items()
+    }
+    layer.load_state_dict(numbers, assign=True)
     axis, d_model = layer.axis % rank, layer.experts.hidden_dim
     sizes = list(_SIZES[: rank - 1])
     sizes.insert(axis, d_model)
@@ -115,18 +120,6 @@ def _exported_bytes(config: str, rank: int) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
 
 
-def _without_memory(config: LayerConfig) -> MoE:
-    """The layer with parameters of the right shapes that are one number each."""
-    with torch.device("meta"):
-        layer = MoE(config)
-    numbers = {
-        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-        for name, tensor in layer.state_dict().items()
-    }
-    layer.load_state_dict(numbers, assign=True)
-    return layer.eval()
-
-
 def _registered(model: ir.Model, value: ir.Value) -> ir.Value:
     if value.producer() is None and value.name not in model.graph.initializers:
         model.graph.register_initializer(value)
@@ -138,16 +131,14 @@ def _take_place(old: ir.Value, nodes: list[ir.Node], new: ir.Value) -> None:
     producer = old.producer()
     assert producer is not None
     assert producer.graph is not None
-    name = old.name
     new.shape, new.type = old.shape, old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name = f"{name}/dense"
-    new.name = name
+    old.name, new.name = f"{old.name}/dense", old.name
     producer.graph.insert_after(producer, nodes)
 
 
 def unique_keys(paths: Mapping[str, int]) -> dict[str, list[str]]:
-    """Names for the layers of each path, which may be applied at several places."""
+    """Names for the layers of each path, given the number of places where it is applied."""
     return {
         path: [path if count == 1 else f"{path}.{i}" for i in range(count)]
         for path, count in paths.items()

@@ -7,25 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from upcycle.layers.moe import MoE
+from upcycle.targets.onnx.axes import Inputs
 
 
 def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `model` in `dtype`, but for its routers, which choose experts in float32."""
     model = copy.deepcopy(model)
     routers = [module.router for module in model.modules() if isinstance(module, MoE)]
-    kept = {id(t) for router in routers for t in (*router.parameters(), *router.buffers())}
+    single = {id(t) for router in routers for t in (*router.parameters(), *router.buffers())}
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor if id(tensor) in kept or not tensor.is_floating_point() else tensor.to(dtype)
+        is_cast = tensor.is_floating_point() and id(tensor) not in single
+        return tensor.to(dtype) if is_cast else tensor
 
     model._apply(cast)  # type: ignore[no-untyped-call]
     return model
 
 
-def narrowed_inputs(
-    inputs: Mapping[str, Tensor] | tuple[Tensor, ...], dtype: torch.dtype
-) -> Mapping[str, Tensor] | tuple[Tensor, ...]:
-    """The inputs of such a model."""
+def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs with their floats in `dtype`."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -5,8 +5,8 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts.
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from upcycle.layers.config import RouterConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.targets.onnx.parts import Compute
+from upcycle.util.eval_mode import eval_mode
 
 OPAQUE = ("upcycle", "MoE")
 
@@ -27,7 +28,7 @@ def symbolic_layers(
 ) -> Iterator[dict[str, MoE]]:
     """Within it `model` is in eval mode and the experts of its MoE layers export as opaque nodes.
 
-    The value is the layers by path. Afterwards `model` is as it was.
+    The value is the layers by path.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     for path, layer in layers.items():
@@ -40,25 +41,30 @@ def symbolic_layers(
         given = getattr(layer.router, "given", None)
         has_ids = given is not None and given.position is not None
         check_router(path, layer.config.router, has_ids=has_ids)
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with eval_mode(model), ExitStack() as undo:
         for path, layer in layers.items():
-            vars(layer.experts)["forward"] = functools.partial(_forward, layer.experts, path)
-        model.eval()
+            opaque = functools.partial(_forward, layer.experts, path)
+            undo.enter_context(_other_forward(layer.experts, opaque))
         yield layers
+
+
+@contextmanager
+def _other_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
     finally:
-        for layer in layers.values():
-            vars(layer.experts).pop("forward", None)
-        for module, mode in modes.items():
-            module.training = mode
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
 
 
 def check_router(path: str, router: RouterConfig, *, has_ids: bool) -> None:
-    """Refuse routers that a graph cannot have, or that no one wants in one.
+    """Refuse the routers that have no place in a graph.
 
     Args:
-        path: of the layer.
-        router: of the layer.
+        path, router: of the layer.
         has_ids: whether an input of the graph is known to hold the ids that a table is read by.
 
     Raises:
@@ -84,10 +90,9 @@ def _forward(
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
 ) -> torch.Tensor:
-    """`Experts.forward` as one node. Everything else of the layer is ordinary operations.
+    """`Experts.forward` as one node, which gets a weight for each expert: zero if not chosen.
 
-    The router has chosen, so no runtime breaks a tie: the node gets a weight for each expert,
-    which is zero where the expert is not chosen.
+    So no runtime breaks a tie.
     """
     weights_TE = weights_TK.new_zeros(index_TK.shape[0], experts.num_experts)
     weights_TE = weights_TE.scatter(-1, index_TK, weights_TK)
@@ -106,7 +111,7 @@ def _forward(
 
 
 def named_tensors(result: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of what a model returned, by name, in order; caches and the like are left out."""
+    """The tensors of what a model returned, by name, in order; all else is left out."""
     if isinstance(result, torch.Tensor):
         return {name or "output": result}
     parts: list[tuple[str, Any]] = []
@@ -124,17 +129,14 @@ def named_tensors(result: Any, name: str = "") -> dict[str, torch.Tensor]:
 def tensor_outputs(
     model: nn.Module, compute: Compute | None = None, inputs: Sequence[str] = ()
 ) -> Iterator[list[str]]:
-    """Within it `model` returns a flat tuple of tensors.
-
-    The value is a list that holds their names once the model has run.
+    """Within it `model` returns a flat tuple of tensors; the value holds their names after a run.
 
     Args:
-        model: afterwards it is as it was.
+        model: restored afterwards.
         compute: what it computes, if that is not its forward; see `upcycle.targets.onnx.parts`.
         inputs: the names of what `compute` reads. The arguments are these as `identifier` has them.
     """
     names: list[str] = []
-    before = vars(model).get("forward")
     forward = model.forward
 
     @functools.wraps(forward)
@@ -151,13 +153,8 @@ def tensor_outputs(
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         arguments = [inspect.Parameter(identifier(name), kind) for name in inputs]
         vars(flat)["__signature__"] = inspect.Signature(arguments)
-    vars(model)["forward"] = flat
-    try:
+    with _other_forward(model, flat):
         yield names
-    finally:
-        vars(model).pop("forward")
-        if before is not None:
-            vars(model)["forward"] = before
 
 
 def identifier(name: str) -> str:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from upcycle.errors import UnsupportedError
+from upcycle.targets.onnx.axes import Axes, Inputs
 from upcycle.targets.onnx.cache import (
     CacheShape,
     cache_argument,
@@ -34,16 +35,15 @@ MODEL = "model.onnx"
 ENCODER, DECODER = "encoder_model.onnx", "decoder_with_past_model.onnx"
 FILES = (MODEL, ENCODER, DECODER)
 
-Axes = Mapping[str, Mapping[int, str]]
 # The model's own forward and the inputs by name -> the outputs by name.
 Compute = Callable[[Callable[..., Any], dict[str, Tensor]], Mapping[str, Any]]
 _TEXT = {"input_ids", "attention_mask", "position_ids"}
 # Sizes of the example, all distinct; only their number of axes matters.
 _BATCH, _NEW, _PAST, _ENCODED = 2, 3, 5, 7
-_LINE = {0: "batch", 1: "sequence"}
-_CACHED = {0: "batch", 2: "past"}
-_ENCODED_PAST = {0: "batch", 2: "encoded"}
-_LONGER = {0: "batch", 1: "past + sequence"}
+_TEXT_AXES = {0: "batch", 1: "sequence"}
+_MASK_AXES = {0: "batch", 1: "past + sequence"}
+_PAST_AXES = {0: "batch", 2: "past"}
+_ENCODED_AXES = {0: "batch", 2: "encoded"}
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,20 @@ class Part:
     """
 
     file: str
-    example: Mapping[str, Tensor] | tuple[Tensor, ...]
+    example: Inputs
     axes: Axes | None = None
     compute: Compute | None = None
 
 
-def parts(
-    model: nn.Module,
-    example: Mapping[str, Tensor] | tuple[Tensor, ...],
-    *,
-    cache: bool = True,
-) -> list[Part]:
-    """The files to write for `model`, which runs once, on one token.
+def parts(model: nn.Module, example: Inputs, *, cache: bool = True) -> list[Part]:
+    """The files to write for `model` (float32, on the CPU), which runs once, on one token.
 
-    Args:
-        model: any module, float32 on the CPU.
-        example: inputs of its forward: by name, or in order.
-        cache: whether a model that has a cache keeps it.
+    With `cache` a model that has a cache keeps it.
 
     Raises:
         UnsupportedError: it has a cache that no file can hand on.
     """
-    if not cache or not _remembers(model):
+    if not cache or not _generates_with_cache(model):
         return [Part(MODEL, example)]
     try:
         if not isinstance(example, Mapping):
@@ -94,27 +86,23 @@ def parts(
         ) from error
 
 
-def _remembers(model: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether `model` generates text, and faster with what it remembers of the text so far."""
+def _generates_with_cache(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return False
     return "use_cache" in inspect.signature(model.forward).parameters
 
 
 def _causal(model: PreTrainedModel, example: Mapping[str, Tensor]) -> Part:
-    parameters = inspect.signature(model.forward).parameters
     argument = cache_argument(model)
-    if argument is None:
-        raise UnsupportedError("its forward has no argument for a cache")
     if more := set(example) - _TEXT:
         raise UnsupportedError(f"it also reads {', '.join(sorted(more))}")
     shape = shape_of(_cache_of(model, {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}))
     tokens = torch.zeros(_BATCH, _NEW, dtype=torch.int64)
     inputs = {"input_ids": tokens, "attention_mask": tokens.new_ones(_BATCH, _PAST + _NEW)}
-    axes: dict[str, dict[int, str]] = {"input_ids": _LINE, "attention_mask": _LONGER}
-    if "position_ids" in parameters:
+    axes: dict[str, dict[int, str]] = {"input_ids": _TEXT_AXES, "attention_mask": _MASK_AXES}
+    if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW)
-        axes["position_ids"] = _LINE
+        axes["position_ids"] = _TEXT_AXES
 
     def compute(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
         text = {name: given[name] for name in inputs}
@@ -123,7 +111,7 @@ def _causal(model: PreTrainedModel, example: Mapping[str, Tensor]) -> Part:
         return {"logits": out.logits, **tensors_of(shape, cache_in(out))}
 
     past = shape.zeros(_BATCH, _PAST)
-    axes |= dict.fromkeys(past, _CACHED)
+    axes |= dict.fromkeys(past, _PAST_AXES)
     return Part(MODEL, {**inputs, **past}, axes, compute)
 
 
@@ -152,16 +140,14 @@ def _encoder_decoder(model: PreTrainedModel, example: Mapping[str, Tensor]) -> l
 
 def _decoder(model: PreTrainedModel, own: CacheShape, crossed: CacheShape, has_mask: bool) -> Part:
     inputs = {"input_ids": torch.zeros(_BATCH, _NEW, dtype=torch.int64)}
-    axes: dict[str, dict[int, str]] = {"input_ids": _LINE}
+    axes: dict[str, dict[int, str]] = {"input_ids": _TEXT_AXES}
     if has_mask:
         inputs["encoder_attention_mask"] = torch.ones(_BATCH, _ENCODED, dtype=torch.int64)
         axes["encoder_attention_mask"] = {0: "batch", 1: "encoded"}
     past, encoded = own.zeros(_BATCH, _PAST), crossed.zeros(_BATCH, _ENCODED)
-    axes |= dict.fromkeys(past, _CACHED) | dict.fromkeys(encoded, _ENCODED_PAST)
+    axes |= dict.fromkeys(past, _PAST_AXES) | dict.fromkeys(encoded, _ENCODED_AXES)
     width = model.config.hidden_size
     argument = cache_argument(model)
-    if argument is None:
-        raise UnsupportedError("its forward has no argument for a cache")
 
     def decode(forward: Callable[..., Any], given: dict[str, Tensor]) -> Mapping[str, Any]:
         cache = {argument: EncoderDecoderCache(filled(own, given), filled(crossed, given))}
@@ -183,7 +169,6 @@ def _decoder(model: PreTrainedModel, own: CacheShape, crossed: CacheShape, has_m
 
 
 def _cache_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> object:
-    """What `model` remembers of `inputs`."""
     with torch.no_grad():
         out = model(**inputs, use_cache=True)
     return cache_in(out)

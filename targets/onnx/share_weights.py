@@ -1,4 +1,4 @@
-"""Pointing the initializers of a graph at tensors that are already on disk.
+"""Point the initializers of a graph at tensors that are already on disk.
 
 Names differ between a graph and a checkpoint, so tensors are found by their bits: a fingerprint of
 256 of them for the search, then a comparison of all.
@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from upcycle.errors import UnsupportedError
 from upcycle.onnx.nodes import Nodes
 from upcycle.onnx.tensors import ONNX_TYPES, tensor_of
 from upcycle.targets.files.stored import Stored, read_stored
@@ -30,10 +29,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Match:
-    """A stored tensor that equals a wanted one, after a transposition and a cast to float32.
-
-    Transposed are the last two axes of two or three.
-    """
+    """A stored tensor that equals a wanted one after a cast, and a swap of its last two axes."""
 
     name: str
     stored: Stored
@@ -65,7 +61,7 @@ class Store:
             for transposed in (False, True) if len(entry.shape) in (2, 3) else (False,):
                 for cast in (False, True) if entry.dtype in _NARROW else (False,):
                     match = Match(name, entry, transposed, cast)
-                    self._index[_fingerprint_of(self, match)].append(match)
+                    self._index[self._fingerprint(match)].append(match)
 
     def value(self, match: Match) -> torch.Tensor:
         """What the graph gets from `match`, without the cast."""
@@ -82,6 +78,13 @@ class Store:
                 return match
         return None
 
+    def _fingerprint(self, match: Match) -> object:
+        shape, dtype, sample = _fingerprint(self.value(match))
+        if match.cast:
+            narrow = torch.frombuffer(bytearray(sample), dtype=dtype)
+            dtype, sample = torch.float32, narrow.float().numpy().tobytes()
+        return shape, dtype, sample
+
     def _equal(self, match: Match, tensor: torch.Tensor) -> bool:
         value = self.value(match)
         rows = max(1, (1 << 24) // max(1, math.prod(tensor.shape[1:])))  # a copy of 64 MB at most
@@ -91,22 +94,10 @@ class Store:
         )
 
 
-def _fingerprint_of(store: Store, match: Match) -> object:
-    shape, dtype, sample = _fingerprint(store.value(match))
-    if match.cast:
-        narrow = torch.frombuffer(bytearray(sample), dtype=dtype)
-        dtype, sample = torch.float32, narrow.float().numpy().tobytes()
-    return shape, dtype, sample
-
-
-def share_weights(model: ir.Model, store: Store, path: Path, *, strict: bool) -> int:
+def share_weights(model: ir.Model, store: Store, path: Path) -> int:
     """Point every initializer of `model` that is on disk at its file; returns how many are not.
 
-    Args:
-        model: the graph; changed in place.
-        store: the tensors on disk, in the folder of `path`.
-        path: where the graph will be saved; what is nowhere on disk goes to ``<path>.data``.
-        strict: raise UnsupportedError for a tensor that is nowhere on disk.
+    The rest goes to ``<path>.data``, beside `path`, where the graph will be saved.
     """
     graph = model.graph
     head = Nodes()
@@ -128,9 +119,6 @@ def share_weights(model: ir.Model, store: Store, path: Path, *, strict: bool) ->
         graph.register_initializer(value)
     if head.nodes:
         graph.insert_before(graph[0], head.nodes)
-    if missing and strict:
-        names = ", ".join(str(value.name) for value in missing)
-        raise UnsupportedError(f"{path.name}: not in the checkpoint: {names}")
     size = _write(missing, path)
     if missing:
         log.warning(
@@ -172,10 +160,7 @@ def stored_value(name: str, stored: Stored, directory: Path) -> ir.Value:
     """An initializer that is read from where it is stored, in a file of `directory`."""
     dtype, shape = ONNX_TYPES[stored.dtype], ir.Shape(stored.shape)
     tensor = ir.ExternalTensor(
-        stored.file,
-        stored.offset,
-        stored.nbytes,
-        dtype,
+        *(stored.file, stored.offset, stored.nbytes, dtype),
         shape=shape,
         name=name,
         base_dir=directory,

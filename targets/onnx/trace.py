@@ -1,4 +1,4 @@
-"""Torch's exporter: a module in, a graph out, without its opinions about itself."""
+"""Torch's exporter: a module in, a graph out, without its messages."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.nodes import OPSET
-from upcycle.targets.onnx.axes import Axes
+from upcycle.targets.onnx.axes import Axes, Inputs
 from upcycle.targets.onnx.torch_ops.attention import attention
 from upcycle.util.fast_path import no_fast_path
 from upcycle.util.quiet_logs import quiet_logs
@@ -22,7 +22,7 @@ ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def trace(
     model: nn.Module,
-    inputs: Mapping[str, Tensor] | tuple[Tensor, ...],
+    inputs: Inputs,
     named: Mapping[str, Tensor],
     axes: Axes,
     *,
@@ -32,7 +32,7 @@ def trace(
 
     Args:
         model: in eval mode.
-        inputs: an example of its arguments: by name, or in order.
+        inputs: an example of its arguments.
         named: the same by name.
         axes: which may vary, by the names of `named`.
         optimize: fold what follows from weights and constants.

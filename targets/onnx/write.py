@@ -16,8 +16,10 @@ from upcycle.errors import UnsupportedError
 from upcycle.layers.moe import MoE
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.stored import Stored
+from upcycle.targets.onnx.axes import Inputs
 from upcycle.targets.onnx.cache import PAST
 from upcycle.targets.onnx.export import export_onnx
+from upcycle.targets.onnx.narrow import cast_inputs
 from upcycle.targets.onnx.parts import Part, parts
 from upcycle.util.eval_mode import eval_mode
 from upcycle.util.module_facts import device_of, model_dtype
@@ -30,19 +32,10 @@ def write_onnx(
     stored: Mapping[str, Stored],
     options: Onnx = ONNX_DEFAULTS,
 ) -> list[Path]:
-    """Write the ONNX files, which read the weights of the checkpoint where they are the same.
+    """Write the ONNX files of a model, as `in_float32` returns it, beside its checkpoint.
 
-    A model that generates text gets files with a cache; see `upcycle.targets.onnx.parts`.
-
-    Args:
-        directory: of the checkpoint.
-        model: as `in_float32` returns it.
-        example: inputs that it accepts.
-        stored: the tensors of the checkpoint.
-        options: of the recipe.
-
-    Returns:
-        The files.
+    They read the weights of the checkpoint where they are the same. A model that generates text
+    gets files with a cache; see `upcycle.targets.onnx.parts`. Returns the files.
 
     Raises:
         UnsupportedError: torch cannot export the model.
@@ -69,7 +62,7 @@ def write_onnx(
 
 
 def _tokens(options: Onnx, part: Part) -> int | tuple[int, int] | None:
-    """Of typical calls: with a cache a text is read, and another written token by token."""
+    """Of typical calls: with a cache one reads a text, and the others write a token each."""
     names = part.example if isinstance(part.example, Mapping) else ()
     has_cache = any(name.startswith(f"{PAST}.") for name in names)
     return options.tokens or ((1, 256) if has_cache else None)
@@ -78,9 +71,7 @@ def _tokens(options: Onnx, part: Part) -> int | tuple[int, int] | None:
 def in_float32(model: nn.Module, *, rounded_routers: bool = False) -> nn.Module:
     """The model in the type and on the device that ONNX Runtime has everywhere; a copy if needed.
 
-    Args:
-        model: any converted model.
-        rounded_routers: the checkpoint holds the routers in the dtype of the other weights.
+    With `rounded_routers` the checkpoint holds the routers in the dtype of the other weights.
 
     Raises:
         UnsupportedError: its weights are float64.
@@ -98,31 +89,24 @@ def in_float32(model: nn.Module, *, rounded_routers: bool = False) -> nn.Module:
     return model.to(device="cpu", dtype=torch.float32)
 
 
-def float_tensors(model: nn.Module, example: ExampleInputs) -> Any:
+def float_tensors(model: nn.Module, example: ExampleInputs) -> Inputs:
     """The tensors among the inputs, floats in float32: an ONNX graph has no other kind.
 
     A model of transformers gets them by name.
     """
     if isinstance(model, PreTrainedModel) and not isinstance(example, Mapping):
         example = inspect.signature(model.forward).bind(*example).arguments
-
-    def single(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.float() if tensor.is_floating_point() else tensor
-
     if isinstance(example, Mapping):
-        return {k: single(v) for k, v in example.items() if isinstance(v, torch.Tensor)}
-    return tuple(single(v) for v in example)
+        example = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
+    return cast_inputs(example, torch.float32)
 
 
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """A graph from token ids to outputs, without the key-value cache of generation."""
+    """Within it the model goes from token ids to outputs, without a key-value cache."""
     config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    try:
-        if use_cache is not None:
+    with contextlib.ExitStack() as undo:
+        if (use_cache := getattr(config, "use_cache", None)) is not None:
+            undo.callback(setattr, config, "use_cache", use_cache)
             config.use_cache = False
         yield
-    finally:
-        if use_cache is not None:
-            config.use_cache = use_cache

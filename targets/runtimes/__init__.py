@@ -18,14 +18,7 @@ RUNTIMES: Mapping[str, Judge] = {
 
 
 def matrix(target: str, config: Config, plan: Plan) -> dict[str, Support]:
-    """What each runtime does with the model.
-
-    Args:
-        target: what it is written as: a model type of `targets.native`, ``remote_code`` or
-            ``module``.
-        config: the content of its ``config.json``.
-        plan: what is converted, which is not nothing.
-    """
+    """What each runtime does with the model; the arguments are those of a `Judge`."""
     return {name: judge(target, config, plan) for name, judge in RUNTIMES.items()}
 
 

@@ -25,30 +25,22 @@ from upcycle.targets.runtimes.support import (
 )
 
 # Whether its graph divides the weights of the chosen experts by their sum.
+GRANITE = ("granitemoe", "granitemoeshared", "granitemoe_swa")
 RENORMALISES = {
-    "mixtral": True,
-    "qwen2_moe": False,
-    "qwen3_moe": True,
-    "qwen3_5_moe": True,
-    "qwen3_5_moe_text": True,
-    "olmoe": False,
-    "granitemoe": True,
-    "granitemoeshared": True,
-    "granitemoe_swa": True,
-    "ernie4_5_moe": True,
+    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text"), True),
+    **dict.fromkeys((*GRANITE, "ernie4_5_moe"), True),
+    **dict.fromkeys(("qwen2_moe", "olmoe"), False),
 }
 READS_NORM = ("cohere2_moe", "dots1")  # from the file
 READS_WINDOWS = ("cohere2_moe", "granitemoe_swa")
 ABSENT = {
-    "flex_olmo": "it has no such architecture",
-    "switch_transformers": "it has no such architecture",
+    **dict.fromkeys(("flex_olmo", "switch_transformers"), "it has no such architecture"),
     "llama4_text": "its converter reads only the multimodal Llama4ForConditionalGeneration",
     "hunyuan_v1_moe": "its converter reads other fields than transformers writes",
     "glm4_moe": "its converter wants the tokens of GLM's own tokenizer",
     "solar_open": "its converter wants the tokens of Solar's own tokenizer",
     "gpt_oss": "it computes SwiGLU with alpha 1.702, and the experts here need 1",
-    CUSTOM: "it runs no code that comes with a model",
-    PLAIN: "it runs no code that comes with a model",
+    **dict.fromkeys((CUSTOM, PLAIN), "it runs no code that comes with a model"),
 }
 MOST_EXPERTS = 1024
 SENTENCEPIECE = "its converter reads the words from tokenizer.model, and no tokenizer.json will do"
@@ -65,9 +57,8 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
         _norm(target, config),
         _experts(plan),
         _special(target, config),
+        None if target in READS_NORM else needs_every_layer(plan),  # they have leading dense layers
     )
-    if target not in READS_NORM:  # the others have leading dense layers
-        refusal = refusal or needs_every_layer(plan)
     return refusal or loads(
         sliding(config) if target not in READS_WINDOWS else None,
         _quantised(plan),
@@ -97,7 +88,7 @@ def _special(target: str, config: Config) -> Support | None:
         if config.get("tie_word_embeddings"):
             return refuses("tie_word_embeddings", "its qwen2moe has an output matrix of its own")
         return has_own_head_dim(config)
-    if target in ("granitemoe", "granitemoeshared", "granitemoe_swa"):
+    if target in GRANITE:
         return has_own_head_dim(config)
     if target == "dots1" and config.get("scoring_func") != "sigmoid":
         return refuses("scoring_func", "without it its converter writes no rule for the scores")

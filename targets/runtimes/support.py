@@ -1,9 +1,9 @@
-"""What a runtime does with a converted model, and the facts that several runtimes ask for.
+"""What a runtime does with a converted model, and the conditions that several runtimes have.
 
-A runtime is data and one pure function of three things: what the model is written as (a native
-architecture, ``remote_code`` or ``module``), the ``config.json`` of that, and the plan. The facts
-are read in the source of the runtime, and each file names what was read; only transformers, ONNX
-Runtime and llama.cpp are run by the tests.
+A runtime is one pure function of what the model is written as (a native architecture,
+``remote_code`` or ``module``), the ``config.json`` of that, and the plan. The conditions are read
+in the source of the runtime, and each file names what was read; the tests run only transformers,
+ONNX Runtime and llama.cpp.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,6 @@ from typing import Any, Literal
 from upcycle.ir.spec import Plan
 from upcycle.targets.native.layers import is_swiglu
 
-Level = Literal["yes", "limits", "no"]
 Config = Mapping[str, Any]
 CUSTOM, PLAIN = "remote_code", "module"  # what is written where no native architecture fits
 
@@ -28,7 +27,7 @@ class Support:
         field: for a ``no``, the field of the model's configuration or of the recipe that decides.
     """
 
-    level: Level
+    level: Literal["yes", "limits", "no"]
     why: tuple[str, ...] = ()
     field: str | None = None
 
@@ -42,6 +41,7 @@ class Support:
         return asdict(self) | {"why": list(self.why)}
 
 
+# What the model is written as, its ``config.json``, and the plan, which converts something.
 Judge = Callable[[str, Config, Plan], Support]
 
 
@@ -67,19 +67,14 @@ def lacks(target: str) -> Support | None:
     return None
 
 
-def left_dense(plan: Plan) -> list[str]:
-    """The paths of the FFNs that the plan does not convert."""
-    converted = {spec.ffn.path for spec in plan.specs}
-    kinds = {spec.ffn.kind for spec in plan.specs}
-    return [f.path for f in plan.located.ffns if f.path not in converted and f.kind in kinds]
-
-
 def needs_every_layer(plan: Plan) -> Support | None:
     """For a runtime that makes every layer of the architecture a mixture of experts."""
-    dense = left_dense(plan)
-    if not dense:
-        return None
-    return refuses("layers", f"it makes every layer sparse, and {dense[0]} stays dense")
+    converted = {spec.ffn.path for spec in plan.specs}
+    kinds = {spec.ffn.kind for spec in plan.specs}
+    for ffn in plan.located.ffns:
+        if ffn.path not in converted and ffn.kind in kinds:
+            return refuses("layers", f"it makes every layer sparse, and {ffn.path} stays dense")
+    return None
 
 
 def has_own_head_dim(config: Config) -> Support | None:
@@ -88,9 +83,8 @@ def has_own_head_dim(config: Config) -> Support | None:
     head_dim = config.get("head_dim") or width // heads
     if head_dim * heads == width:
         return None
-    return refuses(
-        "head_dim", f"it takes {width} / {heads} for the width of a head, not {head_dim}"
-    )
+    why = f"it takes {width} / {heads} for the width of a head, not {head_dim}"
+    return refuses("head_dim", why)
 
 
 def sliding(config: Config) -> str | None:
@@ -109,9 +103,10 @@ def scaled_rope(config: Config) -> Support | None:
     return refuses("rope_parameters", f"it does not scale positions, and {rope_type} does")
 
 
-def without_biases(config: Config, field: str = "attention_bias") -> Support | None:
+def without_biases(config: Config) -> Support | None:
     """For a runtime whose attention has no biases in this architecture."""
-    return refuses(field, "its attention has no biases") if config.get(field) else None
+    has_biases = config.get("attention_bias")
+    return refuses("attention_bias", "its attention has no biases") if has_biases else None
 
 
 def other_activation(config: Config) -> Support | None:
@@ -122,8 +117,7 @@ def other_activation(config: Config) -> Support | None:
 
 def only_silu(plan: Plan) -> Support | None:
     """For a runtime whose kernel for experts in custom code is SwiGLU, whatever the code says."""
-    for spec in plan.specs:
-        ffn = spec.ffn
+    for ffn in (spec.ffn for spec in plan.specs):
         if not is_swiglu(ffn.pointwise):
             name = ffn.pointwise.name
             return refuses("hidden_act", f"its kernel for experts computes SwiGLU, not {name}")

@@ -17,24 +17,15 @@ def _plain(op_type: str) -> Operation:
     return lambda n, *args: n(op_type, *args)
 
 
-def _sum(n: Nodes, x: ir.Value, y: ir.Value, alpha: ir.Value | None = None) -> ir.Value:
-    return n("Add", x, y if alpha is None else n("Mul", y, alpha))
-
-
-def _sub(n: Nodes, x: ir.Value, y: ir.Value, alpha: ir.Value | None = None) -> ir.Value:
-    return n("Sub", x, y if alpha is None else n("Mul", y, alpha))
+def _with_alpha(op_type: str) -> Operation:
+    """A sum or a difference, whose second operand torch may multiply."""
+    return lambda n, x, y, alpha=None: n(op_type, x, y if alpha is None else n("Mul", y, alpha))
 
 
 def _div(n: Nodes, x: ir.Value, y: ir.Value, rounding_mode: None = None) -> ir.Value:
     if rounding_mode is not None:
         raise UnsupportedError(f"ONNX export of div(rounding_mode={rounding_mode!r}) is not there")
     return n("Div", x, y)
-
-
-def _clip(
-    n: Nodes, x: ir.Value, min: ir.Value | None = None, max: ir.Value | None = None
-) -> ir.Value:
-    return n("Clip", x, min, max)
 
 
 def _hardtanh(
@@ -44,7 +35,7 @@ def _hardtanh(
 
 
 def _with_slope(op_type: str, argument: str, default: float) -> Operation:
-    """An op of ONNX whose parameter is the attribute `alpha`, not an input."""
+    """An operation whose parameter is the attribute `alpha` of ONNX, not an input."""
 
     def build(n: Nodes, x: ir.Value, *args: float, **kwargs: float) -> ir.Value:
         slope = args[0] if args else kwargs.get(argument, default)
@@ -54,10 +45,7 @@ def _with_slope(op_type: str, argument: str, default: float) -> Operation:
 
 
 def _shrink(*, soft: bool) -> Operation:
-    def build(n: Nodes, x: ir.Value, lambd: float = 0.5) -> ir.Value:
-        return n("Shrink", x, lambd=float(lambd), bias=float(lambd) * soft)
-
-    return build
+    return lambda n, x, lambd=0.5: n("Shrink", x, lambd=float(lambd), bias=float(lambd) * soft)
 
 
 def _softplus(
@@ -65,12 +53,9 @@ def _softplus(
 ) -> ir.Value:
     scaled = x if beta is None else n("Mul", x, beta)
     soft = n("Softplus", scaled)
-    soft = soft if beta is None else n("Div", soft, beta)
+    if beta is not None:
+        soft = n("Div", soft, beta)
     return n("Where", n("Greater", scaled, n.const(float(threshold))), x, soft)
-
-
-def _silu(n: Nodes, x: ir.Value) -> ir.Value:
-    return n("Mul", x, n("Sigmoid", x))
 
 
 def _gelu(n: Nodes, x: ir.Value, approximate: str = "none") -> ir.Value:
@@ -96,46 +81,37 @@ def _comparison(op_type: str) -> Operation:
     return lambda n, x, y: n("Cast", n(op_type, x, y), to=n.dtype.value)
 
 
-def _where(n: Nodes, condition: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
-    return n("Where", n("Cast", condition, to=ir.DataType.BOOL.value), x, y)
-
-
-# Keyword and positional arguments that are attributes or choices, and not numbers to compute with.
+# Arguments that are attributes or choices, not numbers to compute with: by name, by operation.
 _RAW = {"approximate", "rounding_mode", "dtype", "threshold"}
 _RAW_OPS = {"cast", "celu", "elu", "hardshrink", "leaky_relu", "softshrink"}
 
+# Operations of ONNX that have the name of torch.
+_SAME_NAME = (
+    *("Abs", "Acos", "Asin", "Asinh", "Atan", "Ceil", "Cos", "Cosh", "Erf", "Exp", "Floor"),
+    *("HardSwish", "Log", "Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Round", "Selu"),
+    *("Sigmoid", "Sign", "Sin", "Sinh", "Softsign", "Sqrt", "Tan", "Tanh"),
+)
+
 OPERATIONS: dict[str, Operation] = {
-    "abs": _plain("Abs"),
-    "acos": _plain("Acos"),
-    "add": _sum,
-    "asin": _plain("Asin"),
-    "asinh": _plain("Asinh"),
-    "atan": _plain("Atan"),
+    **{name.lower(): _plain(name) for name in _SAME_NAME},
+    "add": _with_alpha("Add"),
     "cast": _cast,
     "cast_like": lambda n, x, like: x,
-    "ceil": _plain("Ceil"),
     "celu": _with_slope("Celu", "alpha", 1.0),
-    "clamp": _clip,
-    "cos": _plain("Cos"),
-    "cosh": _plain("Cosh"),
+    "clamp": lambda n, x, min=None, max=None: n("Clip", x, min, max),
     "div": _div,
     "elu": _with_slope("Elu", "alpha", 1.0),
-    "erf": _plain("Erf"),
     "erfc": lambda n, x: n("Sub", n.const(1.0), n("Erf", x)),
-    "exp": _plain("Exp"),
     "exp2": lambda n, x: n("Pow", n.const(2.0), x),
     "expm1": lambda n, x: n("Sub", n("Exp", x), n.const(1.0)),
-    "floor": _plain("Floor"),
     "ge": _comparison("GreaterOrEqual"),
     "gelu": _gelu,
     "gt": _comparison("Greater"),
     "hardshrink": _shrink(soft=False),
     "hardsigmoid": lambda n, x: n("HardSigmoid", x, alpha=1 / 6, beta=0.5),
-    "hardswish": _plain("HardSwish"),
     "hardtanh": _hardtanh,
     "le": _comparison("LessOrEqual"),
     "leaky_relu": _with_slope("LeakyRelu", "negative_slope", 0.01),
-    "log": _plain("Log"),
     "log10": lambda n, x: n("Div", n("Log", x), n.const(math.log(10))),
     "log1p": lambda n, x: n("Log", n("Add", x, n.const(1.0))),
     "log2": lambda n, x: n("Div", n("Log", x), n.const(math.log(2))),
@@ -146,34 +122,20 @@ OPERATIONS: dict[str, Operation] = {
     "lt": _comparison("Less"),
     "maximum": _plain("Max"),
     "minimum": _plain("Min"),
-    "mish": _plain("Mish"),
-    "mul": _plain("Mul"),
-    "neg": _plain("Neg"),
-    "pow": _plain("Pow"),
-    "reciprocal": _plain("Reciprocal"),
-    "relu": _plain("Relu"),
     "relu6": lambda n, x: n("Clip", x, n.const(0.0), n.const(6.0)),
-    "round": _plain("Round"),
     "rsqrt": lambda n, x: n("Reciprocal", n("Sqrt", x)),
-    "rsub": lambda n, x, y, alpha=None: _sub(n, y, x, alpha),
-    "selu": _plain("Selu"),
-    "sigmoid": _plain("Sigmoid"),
-    "sign": _plain("Sign"),
-    "silu": _silu,
-    "sin": _plain("Sin"),
-    "sinh": _plain("Sinh"),
+    "rsub": lambda n, x, y, alpha=None: _with_alpha("Sub")(n, y, x, alpha),
+    "silu": lambda n, x: n("Mul", x, n("Sigmoid", x)),
     "softplus": _softplus,
     "softshrink": _shrink(soft=True),
-    "softsign": _plain("Softsign"),
-    "sqrt": _plain("Sqrt"),
     "square": lambda n, x: n("Mul", x, x),
-    "sub": _sub,
-    "tan": _plain("Tan"),
-    "tanh": _plain("Tanh"),
+    "sub": _with_alpha("Sub"),
     "tanhshrink": lambda n, x: n("Sub", x, n("Tanh", x)),
     "threshold": lambda n, x, threshold, value: n("Where", n("Greater", x, threshold), x, value),
     "trunc": lambda n, x: n("Mul", n("Sign", x), n("Floor", n("Abs", x))),
-    "where": _where,
+    "where": lambda n, condition, x, y: n(
+        "Where", n("Cast", condition, to=ir.DataType.BOOL.value), x, y
+    ),
 }
 
 

@@ -27,12 +27,10 @@ class Choice:
     """What a layer becomes.
 
     Attributes:
-        form: of every call, or of calls of less than `limit` tokens.
-        pointwise: what the experts compute in every form: that of the layer, or the kernel's form
-            of GELU.
+        form: of every call, or of calls of fewer than `limit` tokens.
+        pointwise: what the experts compute: as the layer says, or the kernel's form of GELU.
         kernel: the node behind a form that is fused or quantised.
-        longer: the form of longer calls, if that is another one.
-        limit: tokens from which on a call is one of those.
+        longer: the form of calls of `limit` tokens or more, if that is another one.
     """
 
     form: Form
@@ -56,7 +54,7 @@ KERNELS = tuple(
 
 
 def kernel_named(activation: str) -> tuple[Kernel, Pointwise]:
-    """The one of `KERNELS` whose nodes have this `activation_type`."""
+    """The entry of `KERNELS` with this `activation_type`."""
     return next(pair for pair in KERNELS if pair[0].activation == activation)
 
 
@@ -67,7 +65,9 @@ def choose(layer: MoE, options: Onnx) -> Choice:
     """
     own = layer.experts.act_fn.pointwise
     kernel = fused_form(layer, gelu=options.gelu)
-    may_round = kernel is not None and options.may_round and _fits_quantised(layer, options.bits)
+    widths = (layer.experts.hidden_dim, layer.experts.intermediate_dim)
+    fills_bytes = options.bits == 8 or all(width % 2 == 0 for width in widths)
+    may_round = kernel is not None and options.may_round and fills_bytes
     asked: Form | None = None if options.form == "auto" else options.form
     if asked is None and options.profile == "portable":
         asked = "unrolled"
@@ -84,15 +84,12 @@ def choose(layer: MoE, options: Onnx) -> Choice:
     return replace(made, kernel=kernel, pointwise=own if same_function(own, program) else program)
 
 
-def _fits_quantised(layer: MoE, bits: int) -> bool:
-    """Whether the kernel for rounded weights takes the shapes: two 4-bit numbers fill a byte."""
-    experts = layer.experts
-    return bits == 8 or (experts.hidden_dim % 2 == 0 and experts.intermediate_dim % 2 == 0)
-
-
 def _fastest(layer: MoE, kernel: Kernel | None, options: Onnx, *, may_round: bool) -> Choice:
-    """The fastest exact form, or one for short and one for long calls; one form where the layer
-    may be rounded, as a token is to get the same whatever the length of the call."""
+    """The fastest exact form, or one for short and one for long calls.
+
+    Where the layer may be rounded it is one form, so that a token gets the same output whatever
+    the length of the call.
+    """
     experts, own = layer.experts, layer.experts.act_fn.pointwise
     kinds: dict[Form, str] = {"unrolled": "unrolled", "dense": "dense"}
     if kernel is not None:
@@ -128,12 +125,7 @@ def _fastest(layer: MoE, kernel: Kernel | None, options: Onnx, *, may_round: boo
 
 
 def fused_form(layer: MoE, *, gelu: str = "exact") -> Kernel | None:
-    """The fused node that computes `layer`, or None if there is none.
-
-    Args:
-        layer: the layer.
-        gelu: ``tanh`` lets the kernel's tanh form stand for the erf form.
-    """
+    """The fused node that computes `layer`, or None; with ``tanh`` its GELU may stand for erf."""
     pointwise = layer.experts.act_fn.pointwise
     router = layer.router
     if router.weights == "gain" and (router.gain.is_meta or not bool((router.gain > -1).all())):
@@ -160,7 +152,7 @@ def total_weight(layer: MoE) -> float | None:
 
 
 def most_visited(layer: MoE) -> int:
-    """How many experts a token visits at most."""
+    """The most experts that a token visits."""
     select = layer.router.config.select
     by_score = select.rule in ("top_k", "top_p", "null")
     return min(select.k, layer.router.num_experts) if by_score else layer.router.num_experts

@@ -28,10 +28,12 @@ class Work:
     gelu: bool = False
 
     def features(self, kind: str) -> tuple[float, ...]:
-        """What takes time: experts, those that are visited, their weights that are read, and
-        arranged for a product of matrices, products, numbers of tokens that are carried to experts
-        and back, activations that are no GELU, and those that are. The dense form is one expert
-        that everybody visits.
+        """What takes time.
+
+        The number of experts, of visited ones, of their weights that are read, and of those that
+        are arranged for a matrix product; of multiplications, of numbers carried to experts and
+        back, of activations other than GELU, and of GELUs. The dense form is one expert that every
+        token visits.
         """
         if kind == "dense":
             whole = replace(self, num_experts=1, top_k=1, width=self.num_experts * self.width)

@@ -22,8 +22,8 @@ def dense(
 ) -> ir.Value:
     """Every expert on every token, in two products; the value is [T, O].
 
-    A little slower than the dense FFN of all neurons for any number of tokens, which is faster
-    than many small experts that each get a part of them.
+    A little slower than the dense FFN of all neurons, whatever the number of tokens, and faster
+    than many small experts on a part of the tokens each.
     """
     rest = n.const([-1])
     up_FD = n("Reshape", up_EGD, n("Concat", rest, n("Shape", up_EGD, start=2), axis=0))

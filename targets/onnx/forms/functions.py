@@ -23,12 +23,8 @@ OWN = "upcycle"
 STANDARD: Final[dict[Form, Callable[..., ir.Value]]] = {"unrolled": grouped, "dense": dense}
 
 FUSED_ATTRIBUTES = (
-    "k",
-    "activation_type",
-    "normalize_routing_weights",
-    "swiglu_fusion",
-    "activation_alpha",
-    "activation_beta",
+    *("k", "activation_type", "normalize_routing_weights"),
+    *("swiglu_fusion", "activation_alpha", "activation_beta"),
 )
 
 
@@ -81,11 +77,8 @@ def fused(
         ir.Value(name=i) for i in ("x", "scores", "up", "up_bias", "down")
     )
     n = Nodes(dtype=dtype)
-    k = n(
-        "Reshape",
-        n("Constant", value_int=ir.RefAttr("value_int", "k", ir.AttributeType.INT)),
-        n.const([1]),
-    )
+    given_k = ir.RefAttr("value_int", "k", ir.AttributeType.INT)
+    k = n("Reshape", n("Constant", value_int=given_k), n.const([1]))
     single_TE = n("Cast", scores_TE, to=ir.DataType.FLOAT.value) if n.is_half else scores_TE
     p_TE = n("Softmax", single_TE, axis=-1)
     top_TK, index_TK = n.many("TopK", p_TE, k, outputs=2, axis=-1)
@@ -101,9 +94,8 @@ def fused(
     y_ETD = n("MatMul", hidden_ETI, n("Transpose", down_EDI, perm=[0, 2, 1]))
     weights_ET1 = n("Unsqueeze", n("Transpose", weights_TE, perm=[1, 0]), n.const([2]))
     y_TD = n("ReduceSum", n("Mul", y_ETD, weights_ET1), n.const([0]), keepdims=0)
-    return _function(
-        MS, "MoE", [x_TD, scores_TE, up_EGD, bias_EG, down_EDI], y_TD, n, FUSED_ATTRIBUTES
-    )
+    inputs = [x_TD, scores_TE, up_EGD, bias_EG, down_EDI]
+    return _function(MS, "MoE", inputs, y_TD, n, FUSED_ATTRIBUTES)
 
 
 def _choose(n: Nodes, activations: list[str], z: ir.Value) -> ir.Value:

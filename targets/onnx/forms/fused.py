@@ -31,7 +31,7 @@ def fused(
     bias_EG = _alternating(n, bias[0], layer, kernel) if bias else None
     if bias_EG is None and biased:  # the function behind all these nodes reads one
         bias_EG = n.zeros(n.const(list(experts.up_EGD.shape[:2])))
-    # In float32 whatever the graph is: of Log(1e-30) a narrow type knows nothing.
+    # In float32 whatever the graph is: a narrow type has no 1e-30.
     scores_TE = n("Log", n("Max", weights_TE, n.single(_FLOOR)), name="scores")
     if n.is_half:
         scores_TE = n("CastLike", scores_TE, x_TD)
@@ -55,10 +55,9 @@ def fused(
 
 
 def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) -> ir.Value:
-    """``QMoE``: the weights that the router found choose the experts, and weigh them as they are.
+    """``QMoE``: the weights of the router choose the experts, and are used as they are.
 
-    The rounded matrices and their scales become initializers, named after the ones that they are
-    made of.
+    The rounded matrices and their scales become initializers, named after their originals.
     """
     x_TD, weights_TE, up_EGD, down_EDI, *bias = node.inputs
     graph = node.graph
@@ -74,9 +73,8 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) 
     values: list[ir.Value] = []
     for value, stack in zip((up_EGD, down_EDI), stacks, strict=True):
         stem = f"{value.name}.int{options.bits}"
-        scale = stack.scale.to(up.dtype)
         values.append(initializer(graph, stem, stack.packed))
-        values.append(initializer(graph, f"{stem}.scale", scale))
+        values.append(initializer(graph, f"{stem}.scale", stack.scale.to(up.dtype)))
     packed_up, scale_up, packed_down, scale_down = values
     bias_EG = _alternating(n, bias[0], layer, kernel) if bias else None
     weights_TE = n("CastLike", weights_TE, x_TD) if n.is_half else weights_TE

@@ -38,7 +38,7 @@ def lower(
         model: the exported graph.
         layers: the layer behind each opaque node, by path.
         store: what is on disk: decides whether a gated layer reads one stack or two.
-        options: which form each layer gets, see `choose`.
+        options: decide which form each layer gets, see `choose`.
         dtype: in which the experts compute.
 
     Returns:
@@ -59,7 +59,8 @@ def lower(
     biased = any(layers[path].experts.has_bias for path in by_kernel)
     made = _Made(store, options, biased)
     for node, path in zip(nodes, paths, strict=True):
-        n = Nodes(f"{path}/" if path else "", _scopes(node), dtype=dtype)
+        scopes = {key: value for key, value in node.metadata_props.items() if key == SCOPES}
+        n = Nodes(f"{path}/" if path else "", scopes, dtype=dtype)
         _put(node, n, _layer(n, node, layers[path], chosen[path], made))
     functions = list(made.functions.values())
     if used:
@@ -85,10 +86,6 @@ class _Made:
     options: Onnx
     biased: bool
     functions: dict[str, ir.Function] = field(default_factory=dict)
-
-
-def _scopes(node: ir.Node) -> dict[str, str]:
-    return {key: value for key, value in node.metadata_props.items() if key == SCOPES}
 
 
 def _put(old: ir.Node, n: Nodes, out: ir.Value) -> None:

@@ -1,8 +1,8 @@
-"""Rounding the weights of experts to few bits, in the layout of the kernel ``QMoE``.
+"""Round the weights of experts to few bits, in the layout of the kernel ``QMoE``.
 
 Symmetric, in groups along a row, without calibration data, after Kim et al., "FineQuant", 2023,
-https://arxiv.org/abs/2308.09723. How large the groups have to be is asked of each expert's matrix,
-and as the kernel has one size for all matrices of a layer, it is the smallest that one asks for.
+https://arxiv.org/abs/2308.09723. Each expert's matrix has a group size of its own; the kernel has
+one size for all matrices of a layer, so it is the smallest of them.
 
 Shape suffixes: E experts, N rows, K inputs of a row, G groups of a row, P packed bytes of a row.
 """
@@ -36,35 +36,30 @@ class Quantised:
 
 
 def quantise(stacks: Sequence[torch.Tensor], bits: int, block: Block) -> list[Quantised]:
-    """Round stacks of matrices [E, N, K], which one kernel reads, to `bits` bits.
+    """Round stacks of matrices [E, N, K] float32, which one kernel reads, to 8 or 4 bits.
 
     Every element is off by at most half the scale of its group, which is the group's largest
-    magnitude over ``2 ** (bits - 1) - 1``.
-
-    Args:
-        stacks: float32; K even for 4 bits.
-        bits: 8 or 4.
-        block: ``row``, inputs that share a scale, or ``adaptive``.
+    magnitude over ``2 ** (bits - 1) - 1``. `block` is ``row``, a group size, or ``adaptive``; for
+    4 bits K is even.
     """
     size = None if block == "row" else _common(stacks, block)
     return [_in_groups(stack, bits, size) for stack in stacks]
 
 
 def _common(stacks: Sequence[torch.Tensor], block: Block) -> int | None:
-    """The one block of all matrices, or None for rows; which are all that a short row can have."""
+    """The group size of all matrices, or None for whole rows, as for rows below `SMALLEST`."""
     widths = [stack.shape[2] for stack in stacks]
     largest: int = min(2 ** int(math.log2(width)) for width in widths)
     if largest < SMALLEST:
         return None
     if isinstance(block, int):
         return min(block, largest)
-    asked = [adaptive_group(matrix) for stack in stacks for matrix in stack]
-    rows = [stack.shape[2] for stack in stacks for _ in stack]
-    if asked == rows:
+    groups = [(adaptive_group(matrix), matrix.shape[1]) for stack in stacks for matrix in stack]
+    if all(group == row for group, row in groups):
         return None
     # The kernel is fast where the block divides all widths.
     even = min(math.gcd(width, 2**30) for width in widths)
-    return max(min(even, *asked), SMALLEST)
+    return max(min(even, *(group for group, _ in groups)), SMALLEST)
 
 
 def _in_groups(weight_ENK: torch.Tensor, bits: int, block: int | None) -> Quantised:
@@ -80,20 +75,18 @@ def _in_groups(weight_ENK: torch.Tensor, bits: int, block: int | None) -> Quanti
 
 def dequantise(quantised: Quantised, columns: int) -> torch.Tensor:
     """The rounded matrices [E, N, K] in float32; `columns` is K."""
-    q_ENK: torch.Tensor = _unpack(quantised.packed, quantised.bits).float() - 2 ** (
-        quantised.bits - 1
-    )
-    scale = quantised.scale
+    zero = 2 ** (quantised.bits - 1)
+    q_ENK: torch.Tensor = _unpack(quantised.packed, quantised.bits).float() - zero
     if quantised.block is None:
-        return q_ENK * scale[..., None]
-    return q_ENK * _spread(scale, quantised.block, columns)
+        return q_ENK * quantised.scale[..., None]
+    return q_ENK * _spread(quantised.scale, quantised.block, columns)
 
 
 def adaptive_group(weight_NK: torch.Tensor) -> int:
-    """How many inputs of a row share a scale: as many as the outliers of the matrix let them.
+    """The group size that the outliers of a matrix ask for.
 
-    From whole rows on, groups become smaller as long as each halving shrinks the mean range of a
-    group to 0.9 or less; so a matrix whose magnitudes are alike keeps one scale for each row.
+    It is halved from whole rows on as long as each halving shrinks the mean range of a group to 0.9
+    or less; so a matrix whose magnitudes are alike keeps one scale for each row.
     """
     columns = weight_NK.shape[1]
     group, mean = columns, _largest(weight_NK, columns).mean()

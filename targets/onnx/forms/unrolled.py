@@ -25,12 +25,11 @@ def grouped(
     up_bias_EG: ir.Value | None,
     down_EOI: ir.Value,
 ) -> ir.Value:
-    """Each expert on the tokens only whose weight for it is not zero; the value is [T, O].
+    """Each expert only on the tokens whose weight for it is not zero; the value is [T, O].
 
-    What belongs to all experts is done once, and what is left for each, two products and the
-    activation, are the fewest nodes: at one token a node takes ONNX Runtime as long as 30,000
-    weights. The sum over a token's experts is a product for the same reason, and because adding
-    rows to the same token (ScatterND) from several threads loses some of them.
+    For each expert there are only two products and the activation: at one token a node takes ONNX
+    Runtime as long as 30,000 weights. The sum over a token's experts is a product for the same
+    reason, and because ScatterND loses some of the rows that several threads add to one token.
     """
     chosen_ET = n("Transpose", n("Cast", weights_TE, to=ir.DataType.BOOL.value), perm=[1, 0])
     one_ET = n("Cast", chosen_ET, to=INT64)

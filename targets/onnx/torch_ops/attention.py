@@ -1,8 +1,8 @@
 """torch's attention in standard ONNX operations, with fewer of them than its exporter takes.
 
-The exporter scales queries and keys, transposes keys by their shape, and looks at every weight of
-every head for what is no number: a tenth of the time of a decoder that reads 512 tokens. It lets a
-query that may attend to nothing attend to everything, or gives no numbers; torch gives zeros.
+The exporter scales queries and keys, transposes keys by their shape, and looks for NaN at every
+weight of every head: a tenth of the time of a decoder that reads 512 tokens. A query that may
+attend to nothing attends to everything there, or gives NaN; in torch it gives zeros.
 
 Shape suffixes: B batch, H heads, J heads of keys and values, T queries, S keys, D d_head.
 """
@@ -27,12 +27,12 @@ def attention(
     """``torch.nn.functional.scaled_dot_product_attention`` in eval mode, up to rounding.
 
     Args:
-        query: [B, H, T, D]; other ranks torch takes apart before. H, J and D are fixed.
+        query: [B, H, T, D]; torch takes other ranks apart before. H, J and D are fixed.
         key: [B, J, S, D].
         value: [B, J, S, O].
-        attn_mask: [B, H, T, S] or what broadcasts to it: true where a query may attend, or what is
-            added to the scores.
-        dropout_p: not of eval mode.
+        attn_mask: broadcasts to [B, H, T, S]: true where a query may attend, or what is added to
+            the scores.
+        dropout_p: ignored.
         is_causal: query t attends to the keys 0 to t.
         scale: of the scores; by default one over the root of D.
         enable_gqa: J may be a part of H.
@@ -53,7 +53,7 @@ def attention(
     if attn_mask is None:
         return n("MatMul", n("Softmax", scores_BHTS, axis=-1), value)
     weights_BHTS = n("Softmax", n("Add", scores_BHTS, attn_mask), axis=-1)
-    # Either all weights of a query are numbers or none is, so the first one tells.
+    # All weights of a query are NaN or none is, so one look is enough.
     first_BHT1 = n("Slice", weights_BHTS, n.const([0]), n.const([1]), n.const([-1]))
     y_BHTO = n("MatMul", weights_BHTS, value)
     return n("Where", n("IsNaN", first_BHT1), n.const(0.0), y_BHTO)
