@@ -24,20 +24,21 @@ def card(
     is_pair: bool = False,
 ) -> str:
     """README.md as text; with `is_pair` the ONNX files are an encoder and a decoder."""
+    form = written.destination
     onnx = ["onnx_pair" if is_pair else "onnx"] if "onnx" in targets else []
     return model_card.model_card(
         name=name,
         **_common(plan, report),
-        targets=[written.form, *onnx],
+        targets=[form.form, *onnx],
         auto_class=written.auto_class,
         runtimes={
             name: support.text()
-            for name, support in written.runtimes.items()
+            for name, support in form.runtimes.items()
             if name != "onnxruntime" or "onnx" in targets
         },
         notes=[
             *_notes(plan, targets),
-            *(_tempered(report) if is_tempered(written.target, plan.specs) else ()),
+            *(_tempered(report) if is_tempered(form.target, plan.specs) else ()),
         ],
     )
 

@@ -7,7 +7,7 @@ with a self-contained modeling file. Any other module becomes ``model.safetensor
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,11 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import MoEWeights
 from upcycle.layers.moe import MoE
 from upcycle.targets import remote_code
-from upcycle.targets.destination import destination
+from upcycle.targets.destination import Destination, destination
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
-from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.choose import build_config
 from upcycle.targets.native.tensors import OneLayer, entries
-from upcycle.targets.runtimes import Support
 from upcycle.util.lazy_tensors import LazyTensors
 from upcycle.version import __version__
 
@@ -37,26 +35,25 @@ UPCYCLE_JSON = "upcycle.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was written; `form`, `reasons`, `runtimes` and `target` as in `Destination`.
+    """What was written.
 
     Attributes:
+        destination: the form.
         architecture: the model type in config.json, or the class of the module.
         stored: where every tensor is.
         auto_class: the Auto class of transformers that loads it.
     """
 
-    form: str
+    destination: Destination
     architecture: str
     stored: dict[str, Stored]
-    reasons: dict[str, str] = field(default_factory=dict)
     auto_class: str = "AutoModel"
-    runtimes: Mapping[str, Support] = field(default_factory=dict)
-    target: NativeTarget | None = None
 
     def facts(self) -> CheckpointFacts:
         """For ``report.json``."""
-        runtimes = {name: support.to_json() for name, support in self.runtimes.items()}
-        return CheckpointFacts(self.form, self.architecture, self.reasons, runtimes)
+        form, reasons = self.destination.form, dict(self.destination.reasons)
+        runtimes = {name: found.to_json() for name, found in self.destination.runtimes.items()}
+        return CheckpointFacts(form, self.architecture, reasons, runtimes)
 
 
 @dataclass(frozen=True)
@@ -124,8 +121,7 @@ def write_checkpoint(
             "sites": [spec.site() for spec in plan.specs],
         }
         _write_json(directory / UPCYCLE_JSON, description)
-        name = type(model).__name__
-        return Checkpoint(chosen.form, name, stored, runtimes=chosen.runtimes)
+        return Checkpoint(chosen, type(model).__name__, stored)
     if target is not None:
         config = build_config(target, model.config, plan, dtype=model.dtype)
         auto_class = target.auto_class
@@ -142,10 +138,7 @@ def write_checkpoint(
     path = directory / "generation_config.json"
     if model.can_generate() and generation is not None and not path.exists():
         _write_json(path, generation.to_diff_dict())
-    reasons = dict(chosen.reasons)
-    return Checkpoint(
-        chosen.form, architecture, stored, reasons, auto_class, chosen.runtimes, target
-    )
+    return Checkpoint(chosen, architecture, stored, auto_class)
 
 
 def planned_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[MoESpec, MoE]]:

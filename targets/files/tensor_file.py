@@ -195,26 +195,24 @@ def _aligned(shard: list[TensorEntry]) -> list[TensorEntry]:
 def _layout(file: str, shard: list[TensorEntry]) -> tuple[bytes, dict[str, Stored]]:
     """The bytes before the first tensor, and where each tensor will be."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in shard:
+    ends = list(itertools.accumulate(entry.nbytes for entry in shard))
+    for entry, end in zip(shard, ends, strict=True):
         header[entry.name] = {
             "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.nbytes],
+            "data_offsets": [end - entry.nbytes, end],
         }
-        offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = struct.pack("<Q", len(text)) + text
     stored: dict[str, Stored] = {}
-    offset = len(start)
-    for entry in shard:
+    for entry, end in zip(shard, ends, strict=True):
+        offset = len(start) + end - entry.nbytes
         stored[entry.name] = Stored(file, offset, entry.shape, entry.dtype)
         if entry.stack is not None:
             first = stored.get(entry.stack) or Stored(file, offset, (0, *entry.shape), entry.dtype)
             shape = (first.shape[0] + 1, *entry.shape)
             stored[entry.stack] = replace(first, shape=shape)
-        offset += entry.nbytes
     return start, stored
 
 

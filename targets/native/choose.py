@@ -159,12 +159,12 @@ def _config_reason(target: NativeTarget, config: PreTrainedConfig) -> str | None
     if target.refused:
         return f"upcycle writes nothing as {target.model_type}: {target.refused}"
     if config.model_type not in target.sources:
-        held = " and ".join(target.sources)
-        return f"the dense model is {config.model_type}, and {target.model_type} holds {held}"
+        sources = " and ".join(target.sources)
+        return f"the dense model is {config.model_type}, and {target.model_type} holds {sources}"
     source = target.sources[config.model_type]
-    wanted = source.architecture
-    if config.architectures and wanted not in config.architectures:
-        return f"the dense model is {config.architectures[0]}, and only {wanted} has a twin"
+    twin = source.architecture
+    if config.architectures and twin not in config.architectures:
+        return f"the dense model is {config.architectures[0]}, and only {twin} has a twin"
     if getattr(config, "auto_map", None):
         return "the dense model brings its own code (auto_map), which may differ from its type"
     if getattr(config, "quantization_config", None):

@@ -25,16 +25,21 @@ def folded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpec)
         UnsupportedError: the experts are not, or no longer, what the fold needs.
     """
     experts = weights.experts
-    if fold.needs == "copies" and not _are_equal(experts):
+    up, down = experts.up_EGD, experts.down_EOI
+    if fold.needs == "copies" and not bool((up == up[:1]).all() and (down == down[:1]).all()):
         raise _changed(target, spec, "are not equal, and its router holds only copies")
-    if fold.needs == "zeros" and experts.down_EOI.any():
+    if fold.needs == "zeros" and down.any():
         raise _changed(target, spec, "are not zero, and it holds only experts that add nothing")
     if "gain" in weights.router and weights.router["gain"].any():
         raise _changed(target, spec, "have gains by now, and its router has none")
-    if fold.needs == "distances":
-        _check_distances(weights, target, spec)
+    if fold.needs == "distances":  # the router is multiplied by a large number
+        if len(set(map(tuple, weights.router["weight"].tolist()))) < spec.num_experts:
+            raise _changed(target, spec, "have equal router rows, and its router needs a best one")
+        if down.dtype == torch.float16:
+            how = "are float16, and its router needs larger numbers than that"
+            raise _changed(target, spec, how)
     if fold.down != 1:
-        experts = replace(experts, down_EOI=scaled(experts.down_EOI, fold.down))
+        experts = replace(experts, down_EOI=scaled(down, fold.down))
     shared = shared_on_disk(weights, target, spec)
     router = router_on_disk(weights.router, fold, spec)
     return replace(weights, experts=experts, router=router, shared=shared)
@@ -91,19 +96,6 @@ def unfolded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpe
             torch.full((1, spec.shared), -1),
         )
     return replace(weights, experts=experts, router=made, shared=shared if spec.shared else None)
-
-
-def _are_equal(experts: ExpertWeights) -> bool:
-    up, down = experts.up_EGD, experts.down_EOI
-    return bool((up == up[:1]).all() and (down == down[:1]).all())
-
-
-def _check_distances(weights: MoEWeights, target: NativeTarget, spec: MoESpec) -> None:
-    """A router that is multiplied by a large number: one expert must be the best."""
-    if len(set(map(tuple, weights.router["weight"].tolist()))) < spec.num_experts:
-        raise _changed(target, spec, "have equal router rows, and its router needs a best one")
-    if weights.experts.down_EOI.dtype == torch.float16:
-        raise _changed(target, spec, "are float16, and its router needs larger numbers than that")
 
 
 def _expansions(weights: ExpertWeights) -> torch.Tensor:

@@ -83,6 +83,8 @@ FORMS = tuple(  # first without a division: where all experts are visited each w
     for rule in reversed(NORM_TOPK_PROB)
 )
 
+ONE_GROUP = {"n_group": 1, "topk_group": 1, "output_router_logits": False}
+
 GLM4_MOE = NativeTarget(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
@@ -90,13 +92,7 @@ GLM4_MOE = NativeTarget(
     forms=FORMS,
     num_experts="n_routed_experts",
     dense=_dense,
-    constants={
-        "n_group": 1,
-        "num_nextn_predict_layers": 0,
-        "output_router_logits": False,
-        "partial_rotary_factor": 1.0,
-        "topk_group": 1,
-    },
+    constants={**ONE_GROUP, "num_nextn_predict_layers": 0, "partial_rotary_factor": 1.0},
     selection_bias="{layer}.mlp.gate.e_score_correction_bias",
     shared=Shared(
         gate_up_down("{layer}.mlp.shared_experts"), count="n_shared_experts", always=True
@@ -108,12 +104,7 @@ DOTS1 = replace(
     model_type="dots1",
     architecture="Dots1ForCausalLM",
     sources={"qwen3": QWEN3_WINDOWS},
-    constants={
-        "n_group": 1,
-        "output_router_logits": False,
-        "scoring_func": "sigmoid",
-        "topk_group": 1,
-    },
+    constants={**ONE_GROUP, "scoring_func": "sigmoid"},
 )
 SOLAR_OPEN = replace(
     GLM4_MOE,
@@ -121,5 +112,5 @@ SOLAR_OPEN = replace(
     architecture="SolarOpenForCausalLM",
     sources={"llama": PLAIN_LLAMA},
     dense=all_sparse,
-    constants={"n_group": 1, "output_router_logits": False, "topk_group": 1},
+    constants=ONE_GROUP,
 )

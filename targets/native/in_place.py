@@ -61,10 +61,10 @@ def _only_order_counts(spec: MoESpec) -> bool:
 
 def _router(undo: ExitStack, layer: MoE, made: Fold, spec: MoESpec) -> None:
     router = layer.router
-    held = router_on_disk(router.state_dict(), made, spec)
+    written = router_on_disk(router.state_dict(), made, spec)
     for name, before in (("weight", router.weight), ("bias", router.bias)):
         if before is not None:
-            after = held[name] if name in held else torch.zeros_like(before)
+            after = written[name] if name in written else torch.zeros_like(before)
             _set(undo, before, "data", after.to(before))
 
 

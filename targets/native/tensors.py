@@ -174,14 +174,16 @@ def _shared_entries(
     rows = len(spec.ffn.expansions) * size // len(up_names)
 
     def up(part: int) -> torch.Tensor:
-        held = weights(spec).shared
-        if held is None:
+        expert = weights(spec).shared
+        if expert is None:
             return torch.empty(rows, d_model, dtype=dtype)
-        return held.up_EGD[0, part * rows : (part + 1) * rows].to(dtype)
+        return expert.up_EGD[0, part * rows : (part + 1) * rows].to(dtype)
 
     def down() -> torch.Tensor:
-        held = weights(spec).shared
-        return torch.empty(d_model, 0, dtype=dtype) if held is None else held.down_EOI[0].to(dtype)
+        expert = weights(spec).shared
+        if expert is None:
+            return torch.empty(d_model, 0, dtype=dtype)
+        return expert.down_EOI[0].to(dtype)
 
     def gate() -> torch.Tensor:
         return gate_noise((1, d_model), dtype, spec.generator("gate"))
@@ -203,23 +205,23 @@ def read_native(
     (source,) = target.sources.values()
     layer = str(layer_of(spec.ffn, source))
 
-    def held(name: str) -> torch.Tensor:
+    def tensor(name: str) -> torch.Tensor:
         return read(name.format(layer=layer))
 
     if isinstance(target.experts, FusedTensors):
-        up_EGD, down_EDI = unfuse(target.experts, held)
+        up_EGD, down_EDI = unfuse(target.experts, tensor)
     else:
         *ups, down_EDI = map(read, target.experts.stacked(layer))
         up_EGD = torch.cat(ups, dim=1)
     padding = torch.full((spec.num_experts, spec.width), -1)
-    router = {"weight": held(target.router).float()}
+    router = {"weight": tensor(target.router).float()}
     if target.router_bias is not None:
-        router["bias"] = held(target.router_bias).float()
+        router["bias"] = tensor(target.router_bias).float()
     if target.selection_bias is not None:
-        router["selection_bias"] = held(target.selection_bias).flatten()
+        router["selection_bias"] = tensor(target.selection_bias).flatten()
     shared = None
     if target.shared is not None and (size := target.shared.size(spec)):
-        *ups, down = (held(name) for name in target.shared.matrices)
+        *ups, down = (tensor(name) for name in target.shared.matrices)
         none = torch.full((1, size), -1)
         shared = ExpertWeights(torch.cat(ups)[None], None, down[None], none)
     made = MoEWeights(ExpertWeights(up_EGD, None, down_EDI, padding), router, None, shared)

@@ -10,19 +10,8 @@ glm4_moe and solar_open need tokens that only their own tokenizers have. Read: `
 """
 
 from upcycle.ir.spec import Plan
-from upcycle.targets.runtimes.support import (
-    CUSTOM,
-    PLAIN,
-    Config,
-    Support,
-    first,
-    has_own_head_dim,
-    loads,
-    needs_every_layer,
-    other_activation,
-    refuses,
-    sliding,
-)
+from upcycle.targets.runtimes import conditions
+from upcycle.targets.runtimes.support import CUSTOM, PLAIN, Config, Support, first, loads, refuses
 
 # Whether its graph divides the weights of the chosen experts by their sum.
 GRANITE = ("granitemoe", "granitemoeshared", "granitemoe_swa")
@@ -53,14 +42,15 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
     if target not in RENORMALISES and target not in READS_NORM:
         return refuses("model_type", "upcycle does not know whether it has this architecture")
     refusal = first(
-        other_activation(config),
+        conditions.other_activation(config),
         _norm(target, config),
         _experts(plan),
         _special(target, config),
-        None if target in READS_NORM else needs_every_layer(plan),  # they have leading dense layers
+        # Those of READS_NORM have leading dense layers.
+        None if target in READS_NORM else conditions.needs_every_layer(plan),
     )
     return refusal or loads(
-        sliding(config) if target not in READS_WINDOWS else None,
+        conditions.sliding(config) if target not in READS_WINDOWS else None,
         _quantised(plan),
         SENTENCEPIECE if target == "ernie4_5_moe" else None,
     )
@@ -87,9 +77,9 @@ def _special(target: str, config: Config) -> Support | None:
             return refuses("experts.shared", "its qwen2moe always has a shared expert")
         if config.get("tie_word_embeddings"):
             return refuses("tie_word_embeddings", "its qwen2moe has an output matrix of its own")
-        return has_own_head_dim(config)
+        return conditions.has_own_head_dim(config)
     if target in GRANITE:
-        return has_own_head_dim(config)
+        return conditions.has_own_head_dim(config)
     if target == "dots1" and config.get("scoring_func") != "sigmoid":
         return refuses("scoring_func", "without it its converter writes no rule for the scores")
     if target == "ernie4_5_moe" and (count := config.get("moe_num_shared_experts", 0)):

@@ -5,21 +5,8 @@ granitemoe, mixtral: the width of a head is hidden_size / num_attention_heads, a
 """
 
 from upcycle.ir.spec import Plan
-from upcycle.targets.runtimes.support import (
-    CUSTOM,
-    Config,
-    Support,
-    first,
-    has_own_head_dim,
-    lacks,
-    loads,
-    needs_every_layer,
-    only_silu,
-    other_activation,
-    scaled_rope,
-    sliding,
-    without_biases,
-)
+from upcycle.targets.runtimes import conditions
+from upcycle.targets.runtimes.support import CUSTOM, Config, Support, first, loads
 
 NATIVE = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe"),
@@ -31,18 +18,25 @@ GENERIC = "with --model-impl transformers"
 
 def judge(target: str, config: Config, plan: Plan) -> Support:
     """Whether SGLang loads it and computes the same."""
-    if missing := lacks(target):
+    if missing := conditions.lacks(target):
         return missing
     if target == CUSTOM:
-        return only_silu(plan) or loads(f"{GENERIC} and --trust-remote-code")
+        return conditions.only_silu(plan) or loads(f"{GENERIC} and --trust-remote-code")
     if target not in NATIVE:
         return loads(GENERIC)
-    found = other_activation(config)
+    found = conditions.other_activation(config)
     if target == "mixtral":
-        found = first(found, has_own_head_dim(config), scaled_rope(config))
+        found = first(found, conditions.has_own_head_dim(config), conditions.scaled_rope(config))
     elif target == "qwen2_moe":
-        found = first(found, needs_every_layer(plan), has_own_head_dim(config))
+        found = first(
+            found, conditions.needs_every_layer(plan), conditions.has_own_head_dim(config)
+        )
     elif target in ("granitemoe", "granitemoeshared"):
-        found = first(found, without_biases(config), has_own_head_dim(config), scaled_rope(config))
+        found = first(
+            found,
+            conditions.without_biases(config),
+            conditions.has_own_head_dim(config),
+            conditions.scaled_rope(config),
+        )
     ignores = target in ("mixtral", "qwen2_moe", "qwen3_moe")
-    return found or loads(sliding(config) if ignores else None)
+    return found or loads(conditions.sliding(config) if ignores else None)

@@ -1,4 +1,4 @@
-"""What a runtime does with a converted model, and the conditions that several runtimes have.
+"""What a runtime does with a converted model.
 
 A runtime is one pure function of what the model is written as (a native architecture,
 ``remote_code`` or ``module``), the ``config.json`` of that, and the plan. The conditions are read
@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from upcycle.ir.spec import Plan
-from upcycle.targets.native.layers import is_swiglu
 
 Config = Mapping[str, Any]
 CUSTOM, PLAIN = "remote_code", "module"  # what is written where no native architecture fits
@@ -54,76 +53,6 @@ def loads(*limits: str | None) -> Support:
 def refuses(field: str, why: str) -> Support:
     """It does not, because of `field`."""
     return Support("no", (why,), field)
-
-
-def lacks(target: str) -> Support | None:
-    """For a server: what neither vLLM nor SGLang runs, whatever the config says."""
-    if target == PLAIN:
-        return refuses("MODEL", "it loads models of transformers, and this is a plain module")
-    if target == "gpt_oss":
-        return refuses("swiglu_alpha", "it computes with 1.702, and the experts here need 1")
-    if target == "switch_transformers":
-        return refuses("model_type", "it has no T5 and no Switch Transformers")
-    return None
-
-
-def needs_every_layer(plan: Plan) -> Support | None:
-    """For a runtime that makes every layer of the architecture a mixture of experts."""
-    converted = {spec.ffn.path for spec in plan.specs}
-    kinds = {spec.ffn.kind for spec in plan.specs}
-    for ffn in plan.located.ffns:
-        if ffn.path not in converted and ffn.kind in kinds:
-            return refuses("layers", f"it makes every layer sparse, and {ffn.path} stays dense")
-    return None
-
-
-def has_own_head_dim(config: Config) -> Support | None:
-    """For a runtime that computes the width of a head from two other fields."""
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    head_dim = config.get("head_dim") or width // heads
-    if head_dim * heads == width:
-        return None
-    why = f"it takes {width} / {heads} for the width of a head, not {head_dim}"
-    return refuses("head_dim", why)
-
-
-def sliding(config: Config) -> str | None:
-    """The limit of a runtime that attends to everything in spite of a sliding window."""
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
-        return None
-    return f"it ignores `sliding_window`: right for texts of up to {window} tokens"
-
-
-def scaled_rope(config: Config) -> Support | None:
-    """For a runtime that reads ``rope_theta`` and nothing else about positions."""
-    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope_type == "default":
-        return None
-    return refuses("rope_parameters", f"it does not scale positions, and {rope_type} does")
-
-
-def without_biases(config: Config) -> Support | None:
-    """For a runtime whose attention has no biases in this architecture."""
-    has_biases = config.get("attention_bias")
-    return refuses("attention_bias", "its attention has no biases") if has_biases else None
-
-
-def other_activation(config: Config) -> Support | None:
-    """For a runtime that computes SwiGLU in its native architectures, whatever the config says."""
-    name = config.get("hidden_act", "silu")
-    return None if name == "silu" else refuses("hidden_act", f"it computes SwiGLU, not {name}")
-
-
-def only_silu(plan: Plan) -> Support | None:
-    """For a runtime whose kernel for experts in custom code is SwiGLU, whatever the code says."""
-    for ffn in (spec.ffn for spec in plan.specs):
-        if not is_swiglu(ffn.pointwise):
-            name = ffn.pointwise.name
-            return refuses("hidden_act", f"its kernel for experts computes SwiGLU, not {name}")
-        if ffn.has_up_bias:
-            return refuses("mlp_bias", "its kernel for experts has no biases")
-    return None
 
 
 def first(*found: Support | None) -> Support | None:

@@ -5,19 +5,8 @@ as transformers does. The number of tensor-parallel ranks may not exceed that of
 """
 
 from upcycle.ir.spec import Plan
-from upcycle.targets.runtimes.support import (
-    CUSTOM,
-    Config,
-    Support,
-    first,
-    has_own_head_dim,
-    lacks,
-    loads,
-    only_silu,
-    other_activation,
-    refuses,
-    without_biases,
-)
+from upcycle.targets.runtimes import conditions
+from upcycle.targets.runtimes.support import CUSTOM, Config, Support, first, loads, refuses
 
 NATIVE = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe"),
@@ -28,22 +17,22 @@ GENERIC = "through its backend for transformers models"
 
 def judge(target: str, config: Config, plan: Plan) -> Support:
     """Whether vLLM loads it and computes the same."""
-    if missing := lacks(target):
+    if missing := conditions.lacks(target):
         return missing
     if target == CUSTOM:
         generic = f"{GENERIC}, with --trust-remote-code, where that knows the dense class"
-        return only_silu(plan) or loads(generic)
+        return conditions.only_silu(plan) or loads(generic)
     if target == "dots1":
         return loads("in versions up to 0.23.0, which still have this architecture")
     if target not in NATIVE:
         return loads(GENERIC)
-    found = other_activation(config)
+    found = conditions.other_activation(config)
     if target == "qwen2_moe":
         if not config.get("qkv_bias", True):
             found = refuses("qkv_bias", "it always reads biases of queries, keys and values")
-        found = first(found, has_own_head_dim(config))
+        found = first(found, conditions.has_own_head_dim(config))
     elif target == "qwen3_moe":
-        found = first(found, without_biases(config))
+        found = first(found, conditions.without_biases(config))
     elif target in ("granitemoe", "granitemoeshared"):
-        found = first(found, without_biases(config), has_own_head_dim(config))
+        found = first(found, conditions.without_biases(config), conditions.has_own_head_dim(config))
     return found or loads()

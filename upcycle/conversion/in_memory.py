@@ -179,8 +179,9 @@ class InMemory:
     def _for_onnx(self, made: Made, written: Checkpoint) -> Iterator[nn.Module]:
         """The converted module with the numbers that the checkpoint has, in float32."""
         model = self.finish(made)
-        with eval_mode(model), as_on_disk(planned_layers(model, made.plan), written.target):
-            yield in_float32(model, rounded_routers=written.form == "native")
+        form = written.destination
+        with eval_mode(model), as_on_disk(planned_layers(model, made.plan), form.target):
+            yield in_float32(model, rounded_routers=form.form == "native")
 
     def checkpoint(self, written: Checkpoint) -> CheckpointFacts:
         """What the weights were written as."""

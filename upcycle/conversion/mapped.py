@@ -236,7 +236,7 @@ class Mapped:
 
         def weights(spec: MoESpec) -> MoEWeights:
             give_back()  # the layer before has been compared
-            return read_layer(written.target, spec, read)
+            return read_layer(written.destination.target, spec, read)
 
         origins = Origins(self.tensors, made.provenance, self.sources.tensors)
         with single_threads(local_jobs(self.options.workers, specs)) as pool:

@@ -45,9 +45,9 @@ def verify_files(
         evaluation: the inputs.
     """
     allowed = ROUNDING[model_dtype(model)]
-    if written.form == "native":  # whose routers compute in float32, in transformers
+    if written.destination.form == "native":  # whose routers compute in float32, in transformers
         allowed = max(allowed, ROUNDING[torch.float32])
-    target, change = written.target, report.tempered
+    target, change = written.destination.target, report.tempered
     with eval_mode(dense, model):
         if target is not None and is_tempered(target, plan.specs):
             checks, change = _tempered(directory, model, evaluation, plan, target, allowed)

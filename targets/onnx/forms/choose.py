@@ -102,7 +102,7 @@ def _fastest(layer: MoE, kernel: Kernel | None, options: Onnx, *, may_round: boo
         work = Work(
             tokens=tokens,
             num_experts=experts.num_experts,
-            top_k=most_visited(layer),
+            top_k=max_experts_per_token(layer),
             d_model=experts.hidden_dim,
             width=experts.intermediate_dim,
             arity=own.arity,
@@ -147,11 +147,11 @@ def total_weight(layer: MoE) -> float | None:
     if router.weights in ("renormalised", "renorm_detach"):
         return None if rule in ("null", "expert_choice") else float(router.scale)
     if router.weights == "one" and rule in ("top_k", "all"):
-        return float(router.scale * most_visited(layer))
+        return float(router.scale * max_experts_per_token(layer))
     return None
 
 
-def most_visited(layer: MoE) -> int:
+def max_experts_per_token(layer: MoE) -> int:
     """The most experts that a token visits."""
     select = layer.router.config.select
     by_score = select.rule in ("top_k", "top_p", "null")

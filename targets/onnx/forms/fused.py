@@ -13,7 +13,7 @@ from upcycle.onnx.tensors import tensor_of
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms import functions as bodies
-from upcycle.targets.onnx.forms.choose import Kernel, most_visited, total_weight
+from upcycle.targets.onnx.forms.choose import Kernel, max_experts_per_token, total_weight
 from upcycle.targets.onnx.forms.quantise import quantise
 from upcycle.targets.onnx.share_weights import Store
 
@@ -60,10 +60,8 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) 
     The rounded matrices and their scales become initializers, named after their originals.
     """
     x_TD, weights_TE, up_EGD, down_EDI, *bias = node.inputs
-    graph = node.graph
     assert up_EGD is not None
     assert down_EDI is not None
-    assert graph is not None
     up, down = tensor_of(up_EGD), tensor_of(down_EDI)
     assert up is not None
     assert down is not None
@@ -73,8 +71,8 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) 
     values: list[ir.Value] = []
     for value, stack in zip((up_EGD, down_EDI), stacks, strict=True):
         stem = f"{value.name}.int{options.bits}"
-        values.append(initializer(graph, stem, stack.packed))
-        values.append(initializer(graph, f"{stem}.scale", stack.scale.to(up.dtype)))
+        values.append(initializer(node.graph, stem, stack.packed))
+        values.append(initializer(node.graph, f"{stem}.scale", stack.scale.to(up.dtype)))
     packed_up, scale_up, packed_down, scale_down = values
     bias_EG = _alternating(n, bias[0], layer, kernel) if bias else None
     weights_TE = n("CastLike", weights_TE, x_TD) if n.is_half else weights_TE
@@ -97,7 +95,7 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) 
 def _attributes(layer: MoE, kernel: Kernel) -> dict[str, int | float | str]:
     """All attributes of the function, also those with their defaults: evaluators want them."""
     return {
-        "k": most_visited(layer),
+        "k": max_experts_per_token(layer),
         "activation_type": kernel.activation,
         "swiglu_fusion": int(kernel.gated),
         "activation_alpha": 1.0,
@@ -118,7 +116,6 @@ def expansion(n: Nodes, node: ir.Node, layer: MoE, store: Store, *, interleave: 
     """The fused expansion [E, G, D], made from what is on disk; ONNX Runtime folds it at load."""
     up_EGD, graph = node.inputs[2], node.graph
     assert up_EGD is not None
-    assert graph is not None
     tensor = tensor_of(up_EGD)
     arity = layer.experts.act_fn.pointwise.arity
     if arity == 1 or tensor is None:
@@ -143,7 +140,7 @@ def expansion(n: Nodes, node: ir.Node, layer: MoE, store: Store, *, interleave: 
     return n("Reshape", n("Transpose", split, perm=[0, 2, 1, 3]), shape, name="gate_up")
 
 
-def initializer(graph: ir.Graph | ir.Function, name: str, tensor: torch.Tensor) -> ir.Value:
+def initializer(graph: ir.Graph | ir.Function | None, name: str, tensor: torch.Tensor) -> ir.Value:
     """An initializer of this name, made if there is none yet."""
     assert isinstance(graph, ir.Graph)
     if name not in graph.initializers:

@@ -117,17 +117,10 @@ def _form(form: Form, n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made:
         return fused(n, node, layer, choice.kernel, made.store, biased=made.biased)
     if form == "quantised" and choice.kernel is not None:
         return rounded(n, node, layer, choice.kernel, made.options)
-    return _standard(form, n, node, layer, choice, made)
-
-
-def _standard(
-    form: Form, n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made
-) -> ir.Value:
-    """A node ``upcycle::MoE_...``; layers that compute the same share one function."""
     x_TD, weights_TE, _, down_EOI, *bias = node.inputs
     up_EGD = expansion(n, node, layer, made.store, interleave=False)
     pointwise, count = choice.pointwise, layer.experts.num_experts
-    key = json.dumps([form, pointwise.to_json(), count, bool(bias)])
+    key = json.dumps([form, pointwise.to_json(), count, bool(bias)])  # of layers that compute alike
     if key not in made.functions:
         stem = f"MoE_{'dense_' if form == 'dense' else ''}{pointwise.name}_{count}"
         taken = sum(function.name.startswith(stem) for function in made.functions.values())
@@ -137,9 +130,5 @@ def _standard(
         )
     if n.is_half:
         weights_TE = n("CastLike", weights_TE, x_TD)
-    return n(
-        made.functions[key].name,
-        *(x_TD, weights_TE, up_EGD, *bias, down_EOI),
-        domain=bodies.OWN,
-        name="MoE",
-    )
+    inputs = (x_TD, weights_TE, up_EGD, *bias, down_EOI)
+    return n(made.functions[key].name, *inputs, domain=bodies.OWN, name="MoE")
