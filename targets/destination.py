@@ -136,5 +136,4 @@ def _config(model: nn.Module, plan: Plan, target: NativeTarget | None) -> dict[s
         return {"dtype": str(model_dtype(model)).removeprefix("torch.")}
     if target is not None:
         return build_config(target, model.config, plan)
-    config: dict[str, Any] = model.config.to_dict()
-    return config
+    return dict(model.config.to_dict())

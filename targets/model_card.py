@@ -68,10 +68,9 @@ def model_card(
     notes: Sequence[str] = (),
     library: str = "transformers",
 ) -> str:
-    """The text of the card.
+    """The text of the card, with `name` as its title and `notes` as further paragraphs.
 
     Args:
-        name: its title.
         base_model: the dense model: a Hub id (then the Hub links to it), or any other name.
         promise: a `Promise` of `upcycle.ir.spec`.
         recipe_name, recipe_text: the recipe and its YAML.
@@ -80,7 +79,6 @@ def model_card(
         targets: which of `LOADING` the directory contains.
         auto_class: the transformers class that loads it.
         runtimes: other software and how it runs the model.
-        notes: further paragraphs.
         library: what loads it, in the words of the Hub.
     """
     sections = [

@@ -1,8 +1,8 @@
-"""``provenance.json``: what each converted layer is, and the dense neuron behind each of its rows.
+"""``provenance.json``: what each converted layer is, and the dense neuron behind each neuron.
 
-Row i of an expert is row i of its gate and up matrices and column i of its down matrix. The rows
-are written as runs, in their order: ``0-383 500 zero*2 new*3`` are the dense neurons 0 to 383, then
-500, two rows of zero padding, and three that were drawn anew.
+Neuron i of an expert is row i of its gate and up matrices and column i of its down matrix. They are
+written as runs, in their order: ``0-383 500 zero*2 new*3`` are the dense neurons 0 to 383, then
+500, two of zero padding, and three that were drawn anew.
 """
 
 import json
@@ -20,12 +20,12 @@ from upcycle.ir.weights import Provenance
 from upcycle.util.json_text import read_json
 
 FILE = "provenance.json"
-PADDING, DRAWN = -1, -2
+PADDING, DRAWN = -1, -2  # in the place of a dense neuron
 _WORDS = {PADDING: "zero", DRAWN: "new"}
 
 
 def runs(neurons: Iterable[int]) -> str:
-    """The neurons as runs; -1 is padding and -2 a neuron that was drawn anew."""
+    """The neurons as runs; see `PADDING` and `DRAWN`."""
     parts = []
     for _, group in groupby(enumerate(neurons), key=lambda pair: _run(*pair)):
         found = [neuron for _, neuron in group]
@@ -102,8 +102,8 @@ def _provenance_of(layer: Mapping[str, Any]) -> Provenance:
 def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
     """The plan with the widths that the layers in `directory` have, and their provenance.
 
-    A recipe may adapt widths to its data. What an older version wrote without provenance is taken
-    to be as planned.
+    A recipe may choose widths from its data. Without ``provenance.json``, which older versions did
+    not write, the layers are taken to be as planned.
 
     Raises:
         UsageError: the layers are those of another model.

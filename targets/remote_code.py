@@ -1,10 +1,9 @@
 """A self-contained modeling file for an architecture that has no native MoE twin.
 
-The file is the source text of upcycle's own layer, with the kinds of routers that it has, and a
+The file is the source text of upcycle's own layer, with the kinds of routers of the model, and a
 subclass of the dense transformers class that puts the layers in place when it is built, from the
-description in ``config.json``. The classes with other heads are there, too, for finetuning. It
-needs transformers and torch, not upcycle. Experts are stored fused, so no weight converter is
-needed.
+description in ``config.json``; for finetuning also one of each class with another head. It needs
+transformers and torch, not upcycle. Experts are stored fused and need no weight converter.
 """
 
 import inspect
@@ -106,8 +105,8 @@ def new_name(dense: type) -> str:
 def new_model_type(dense_config: Any, dense: type) -> str:
     """A model type of its own: under the dense one the file would load with missing weights.
 
-    Those of transformers' own classes are known to `upcycle.auto_classes`; a dense class from
-    elsewhere may have the model type of one of them, and gets another.
+    `upcycle.auto_classes` registers those of transformers' own classes; a dense class from
+    elsewhere may share a model type with one of them, so it gets another.
     """
     own = "" if _is_theirs(dense) and _is_theirs(dense_config) else "own_"
     return f"upcycle_{own}{dense_config.model_type}"
@@ -166,8 +165,8 @@ def auto_map(dense_config: type, dense: Mapping[str, type]) -> dict[str, str]:
 def heads(dense_config: type, dense: type) -> dict[str, type]:
     """Auto class of transformers -> the class that it makes of the dense configuration.
 
-    Where it knows several, that is `dense` if it is among them. A class that no Auto class knows
-    becomes that of ``AutoModel``, and one that is not of transformers is the only one.
+    Of several it is `dense`, if that is among them. A class that no Auto class knows becomes that
+    of ``AutoModel``, and one that is not of transformers is the only one.
     """
     found = {}
     for name, known in auto_mapping(dense_config).items():

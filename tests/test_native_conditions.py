@@ -27,7 +27,9 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4Mo
 
 from upcycle import convert, load
 from upcycle.errors import UnsupportedError
+from upcycle.ir.layer_weights import weights_of
 from upcycle.ir.spec import Plan
+from upcycle.targets.files.read_back import read_by_name, read_layer
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.fold_layer import folded
@@ -101,6 +103,11 @@ def test_a_switch_is_saved_verified_and_opened_again(tmp_path: Path) -> None:
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     assert relative_error(logits(theirs, "t5"), expected) < 1e-5
     assert relative_error(logits(load(tmp_path / "out"), "t5"), expected) < 1e-5
+    plan, target, _ = switch()
+    again = read_layer(target, plan.specs[0], read_by_name(tmp_path / "out"))
+    written = weights_of(done.model.get_submodule(plan.specs[0].ffn.place)).experts
+    assert torch.equal(again.experts.up_EGD, written.up_EGD)
+    assert torch.equal(again.experts.down_EOI, written.down_EOI)
 
 
 def test_gains_that_were_trained_are_refused(tmp_path: Path) -> None:

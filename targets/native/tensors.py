@@ -57,15 +57,13 @@ def entries(
             raise UsageError(f"{name}: the checkpoint lacks this tensor of {spec.ffn.path}")
     done: set[str] = set()
     for name in dense_tensors:
-        if name in spec_of:
-            spec = spec_of[name]
-            if spec.ffn.path not in done:
-                done.add(spec.ffn.path)
-                layer = layer_of(spec.ffn, source)
-                dtype = dense_tensors[name].dtype
-                yield from _moe_entries(target, str(layer), spec, dtype, one_layer)
-        elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints contain
-            yield from _dense_entries(name, dense_tensors, rules)
+        if name not in spec_of:
+            if not name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints contain
+                yield from _dense_entries(name, dense_tensors, rules)
+        elif (spec := spec_of[name]).ffn.path not in done:
+            done.add(spec.ffn.path)
+            layer, dtype = layer_of(spec.ffn, source), dense_tensors[name].dtype
+            yield from _moe_entries(target, str(layer), spec, dtype, one_layer)
 
 
 class OneLayer:

@@ -1,1 +1,1 @@
-"""ONNX files of converted models; their weights stay in the safetensors files."""
+"""A converted model as ONNX files."""

@@ -1,1 +1,1 @@
-"""forms."""
+"""The forms that an MoE layer takes in an ONNX graph."""

@@ -1,1 +1,1 @@
-"""torch_ops."""
+"""Operations of torch in ONNX, for its own exporter."""
