@@ -57,7 +57,7 @@ def split_qkv(config: PreTrainedConfig) -> list[TensorRule]:
     pattern = NAMES.format(name="") + r"qkv_proj\.weight"
 
     def part(word: str, index: int) -> TensorRule:
-        return TensorRule(pattern, rf"\1{word}_proj.weight", lambda t: t.split(sizes)[index])
+        return TensorRule(pattern, rf"\1{word}_proj.weight", lambda t: torch.split(t, sizes)[index])
 
     return [part(word, index) for index, word in enumerate("qkv")]
 

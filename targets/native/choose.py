@@ -139,8 +139,8 @@ def build_config(
     }
     if target.untied:
         written["tie_word_embeddings"] = False
-    if (dtype := dtype or config.dtype) is not None:
-        name = str(dtype).removeprefix("torch.")
+    if (stored_as := dtype or config.dtype) is not None:
+        name = str(stored_as).removeprefix("torch.")
         written |= {"dtype": name, "torch_dtype": name}
     return dict(sorted(written.items()))
 

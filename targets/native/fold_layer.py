@@ -100,7 +100,8 @@ def unfolded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpe
 
 def _expansions(weights: ExpertWeights) -> torch.Tensor:
     """[E, M, I, D]."""
-    return weights.up_EGD.unflatten(1, (-1, weights.down_EOI.shape[2]))
+    count, _, d_model = weights.up_EGD.shape
+    return weights.up_EGD.reshape(count, -1, weights.down_EOI.shape[2], d_model)
 
 
 def _changed(target: NativeTarget, spec: MoESpec, how: str) -> UnsupportedError:
@@ -138,7 +139,8 @@ def gate_noise(shape: tuple[int, ...], dtype: torch.dtype, draw: torch.Generator
 
 def interleaved(up_EGD: torch.Tensor, arity: int) -> torch.Tensor:
     """Rows in the order gate 0, up 0, gate 1, up 1, ..."""
-    return up_EGD.unflatten(1, (arity, -1)).transpose(1, 2).flatten(1, 2)
+    count, _, d_model = up_EGD.shape
+    return up_EGD.reshape(count, arity, -1, d_model).transpose(1, 2).flatten(1, 2)
 
 
 def fuse(layout: FusedTensors, weights: ExpertWeights) -> Mapping[str, torch.Tensor]:
@@ -166,5 +168,5 @@ def unfuse(
     if layout.transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     if layout.interleaved:
-        up = up.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        up = up.reshape(len(up), -1, 2, up.shape[2]).transpose(1, 2).flatten(1, 2)
     return up.contiguous(), down.contiguous()
