@@ -14,7 +14,7 @@ from upcycle.errors import UnsupportedError, UsageError
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.tap import place_of
 from upcycle.passes.calibrate.sites import run_batch
-from upcycle.util.eval_mode import eval_mode
+from upcycle.util.modules import eval_mode
 
 
 @torch.no_grad()

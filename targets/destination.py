@@ -20,7 +20,7 @@ from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.choose import build_config, choose
 from upcycle.targets.runtimes import RUNTIMES, Support, matrix, refusal
 from upcycle.targets.runtimes.support import CUSTOM, PLAIN, loads, refuses
-from upcycle.util.module_facts import model_dtype
+from upcycle.util.modules import model_dtype
 
 GRAPH = "onnx"
 

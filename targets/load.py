@@ -15,7 +15,7 @@ from upcycle.targets import remote_code
 from upcycle.targets.checkpoint import UPCYCLE_JSON
 from upcycle.util.json_text import read_json
 from upcycle.util.named_callable import call_named
-from upcycle.util.quiet_transformers import quiet
+from upcycle.util.quiet import quiet_transformers
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -77,7 +77,7 @@ def _load_transformers(directory: Path) -> nn.Module:
     # AutoModel last: it holds the classes that have no Auto class of their own
     autos = sorted(autos, key=lambda item: (item[0] == "AutoModel", item[0]))
     name = next((auto for auto, home in autos if home.endswith(f".{written}")), written)
-    with warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")  # transformers warns about its own classes
         try:
             model, info = getattr(transformers, name).from_pretrained(

@@ -17,7 +17,7 @@ from upcycle.kernels import run_experts, weights_of
 from upcycle.kernels import torch_cpu as expert_kernels
 from upcycle.kernels.torch_cpu import KernelWeights
 from upcycle.layers.experts import Experts
-from upcycle.util.quiet_transformers import quiet
+from upcycle.util.quiet import quiet_transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 t: Any = transformers
@@ -258,7 +258,7 @@ def tiny(name: str) -> Any:
     kind = {"mixtral": t.MixtralConfig, "qwen3_moe": t.Qwen3MoeConfig, "gpt_oss": t.GptOssConfig}
     experts = "num_experts" if name == "qwen3_moe" else "num_local_experts"
     torch.manual_seed(0)
-    with quiet():
+    with quiet_transformers():
         model = t.AutoModelForCausalLM.from_config(kind[name](**sizes, **{experts: 4}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

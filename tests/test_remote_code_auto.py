@@ -24,7 +24,7 @@ from upcycle.cli.main import main
 from upcycle.conversion.api import convert
 from upcycle.errors import UsageError
 from upcycle.targets.load import load
-from upcycle.util.quiet_transformers import quiet
+from upcycle.util.quiet import quiet_transformers
 
 t: Any = transformers
 
@@ -54,7 +54,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def opened(auto: str, directory: Path, **options: Any) -> Any:
-    with quiet():
+    with quiet_transformers():
         return getattr(t, auto).from_pretrained(directory, **options)
 
 
@@ -193,7 +193,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[1] / "docs" / "custom-code.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
     namespace: dict[str, Any] = {}
-    with quiet():
+    with quiet_transformers():
         for block in blocks:
             exec(compile(block, page.name, "exec"), namespace)
     assert namespace["classifier"].num_labels == 3

@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_expe
 
 from upcycle.conversion.api import convert
 from upcycle.layers.experts import Experts
-from upcycle.util.quiet_transformers import quiet
+from upcycle.util.quiet import quiet_transformers
 
 t: Any = transformers
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(directory: Path, **options: Any) -> Any:
-    with quiet():
+    with quiet_transformers():
         return t.AutoModelForCausalLM.from_pretrained(directory, **options).eval()
 
 

@@ -28,8 +28,8 @@ from upcycle.layers.moe import MoE
 from upcycle.layers.router import Router
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.util.eval_mode import eval_mode
 from upcycle.util.json_text import json_text
+from upcycle.util.modules import eval_mode
 from upcycle.verification.checks import RELOADED, check, raise_if_failed
 from upcycle.verification.distinct_experts import distinct_experts_error
 from upcycle.verification.metrics import ROUNDING

@@ -16,7 +16,7 @@ from upcycle.errors import UsageError
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.layers.moe import MoE
-from upcycle.util.eval_mode import eval_mode
+from upcycle.util.modules import eval_mode
 
 # Arguments with a token at each place, and the mask that says which of them are padding.
 _TEXTS = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))

@@ -17,7 +17,7 @@ from upcycle.layers.config import RouterConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.targets.onnx.parts import Compute
-from upcycle.util.eval_mode import eval_mode
+from upcycle.util.modules import eval_mode
 
 OPAQUE = ("upcycle", "MoE")
 

@@ -12,8 +12,8 @@ from upcycle.errors import UnsupportedError
 from upcycle.onnx.nodes import OPSET
 from upcycle.targets.onnx.axes import Axes, Inputs
 from upcycle.targets.onnx.torch_ops.attention import attention
-from upcycle.util.fast_path import no_fast_path
-from upcycle.util.quiet_logs import quiet_logs
+from upcycle.util.modules import no_fast_path
+from upcycle.util.quiet import quiet_logs
 
 ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: attention

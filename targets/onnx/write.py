@@ -21,8 +21,7 @@ from upcycle.targets.onnx.cache import PAST
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.narrow import cast_inputs
 from upcycle.targets.onnx.parts import Part, parts
-from upcycle.util.eval_mode import eval_mode
-from upcycle.util.module_facts import device_of, model_dtype
+from upcycle.util.modules import device_of, eval_mode, model_dtype
 
 
 def write_onnx(

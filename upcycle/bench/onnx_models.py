@@ -22,7 +22,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.parts import MODEL
 from upcycle.targets.onnx.write import in_float32, write_onnx
-from upcycle.util.quiet_logs import quiet_logs
+from upcycle.util.quiet import quiet_logs
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -31,8 +31,8 @@ from torch.utils import _pytree as pytree
 from upcycle.capture.recorder import Call, Program, Recorder, replayed_block, source_of
 from upcycle.capture.repeated_blocks import repeated_blocks
 from upcycle.errors import CaptureError, ValueNeededError
-from upcycle.util.fast_path import no_fast_path
-from upcycle.util.quiet_logs import quiet_logs
+from upcycle.util.modules import no_fast_path
+from upcycle.util.quiet import quiet_logs
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
 

@@ -20,7 +20,7 @@ from upcycle.capture.input_shapes import BATCH, LENGTH, unknown_arguments, value
 from upcycle.capture.recorder import Program, words_of
 from upcycle.capture.transformers_inputs import combinations
 from upcycle.errors import CaptureError, ValueNeededError
-from upcycle.util.module_facts import model_dtype
+from upcycle.util.modules import model_dtype
 
 # A model of transformers that refuses every combination is rarely served by its layers' widths.
 _LAYER_GUESSES = 4

@@ -36,8 +36,7 @@ from upcycle.targets.files.tensor_file import check_disk
 from upcycle.targets.native.in_place import as_on_disk
 from upcycle.targets.onnx.parts import ENCODER
 from upcycle.targets.onnx.write import in_float32, write_onnx
-from upcycle.util.eval_mode import eval_mode
-from upcycle.util.module_facts import model_dtype
+from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.util.progress import Progress, step
 from upcycle.verification.files import verify_files
 from upcycle.verification.in_memory import verify_module

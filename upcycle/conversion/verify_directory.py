@@ -28,7 +28,7 @@ from upcycle.targets.load import load
 from upcycle.targets.onnx.parts import FILES as ONNX_FILES
 from upcycle.targets.onnx.write import in_float32
 from upcycle.targets.provenance_file import as_made
-from upcycle.util.module_facts import device_of, model_dtype
+from upcycle.util.modules import device_of, model_dtype
 from upcycle.util.named_callable import one_line
 from upcycle.util.progress import silent
 from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers

@@ -33,7 +33,7 @@ from upcycle.errors import UsageError
 from upcycle.ir.measured import Calibrated, Usage
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.recipe.schema import Calibration, Recipe
-from upcycle.util.module_facts import device_of
+from upcycle.util.modules import device_of
 
 MOST_BATCHES = 16  # each has a thread and a residual stream
 LEAST_PLACES = 2048  # of tokens in one batch, if there are so many

@@ -22,7 +22,7 @@ from upcycle.data.text import (
 )
 from upcycle.errors import UsageError
 from upcycle.models import samples
-from upcycle.util.module_facts import device_of, model_dtype
+from upcycle.util.modules import device_of, model_dtype
 
 MIN_CHARACTERS = 200
 SENTENCES, SENTENCE_TOKENS = 16, 64

@@ -14,7 +14,7 @@ from upcycle.models import samples
 from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.util.json_text import read_json
 from upcycle.util.named_callable import call_named, one_line
-from upcycle.util.quiet_transformers import quiet
+from upcycle.util.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from upcycle.models.onnx_file import OnnxSource
@@ -55,7 +55,7 @@ class Source:
         config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
         cls = self._model_class(config)
         try:
-            with torch.device("meta"), quiet():
+            with torch.device("meta"), quiet_transformers():
                 model: nn.Module = (
                     cls.from_config(config, trust_remote_code=self.trust_remote_code)
                     if hasattr(cls, "from_config")
@@ -96,7 +96,7 @@ class Source:
         if mapped:
             options["state_dict"] = dict(stored)
         try:
-            with quiet():
+            with quiet_transformers():
                 model, info = self._model_class(config).from_pretrained(
                     None if mapped else self.directory,
                     config=config,

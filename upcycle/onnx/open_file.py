@@ -14,7 +14,7 @@ from onnxscript.version_converter import ConvertVersionPass
 
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.onnx.nodes import OPSET
-from upcycle.util.quiet_logs import quiet_logs
+from upcycle.util.quiet import quiet_logs
 
 MIN_OPSET = 11  # below it the version converter lacks adapters for common operations
 STANDARD = ("", "ai.onnx")

@@ -17,8 +17,7 @@ from upcycle.targets.load import load
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.fold_router import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
 from upcycle.targets.native.tempered import every_expert, is_tempered, tempered
-from upcycle.util.eval_mode import eval_mode
-from upcycle.util.module_facts import model_dtype
+from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.verification.checks import ELSEWHERE, GREEDY, RELOADED, TEMPERED, TIES, check
 from upcycle.verification.metrics import ROUNDING
 from upcycle.verification.near_ties import NearTies, choices_of, following

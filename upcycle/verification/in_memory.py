@@ -14,8 +14,7 @@ from upcycle.ir.weights import Provenance
 from upcycle.layers.moe import MoE
 from upcycle.models.expert_sources import NO_SOURCES, Sources
 from upcycle.targets.checkpoint import planned_layers
-from upcycle.util.eval_mode import eval_mode
-from upcycle.util.module_facts import model_dtype
+from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
 from upcycle.verification.source_distances import source_distances
 from upcycle.verification.whole_model import compare_models, end_to_end

@@ -11,8 +11,7 @@ from upcycle.data.text import is_language_model
 from upcycle.errors import VerificationError
 from upcycle.ir.measured import Check, Distance, ModelDistance
 from upcycle.recipe.schema import Recipe
-from upcycle.util.eval_mode import eval_mode
-from upcycle.util.module_facts import device_of
+from upcycle.util.modules import device_of, eval_mode
 from upcycle.verification.checks import END_TO_END, check
 from upcycle.verification.metrics import ROUNDING, LanguageModelDistance, distance
 

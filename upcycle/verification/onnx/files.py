@@ -14,7 +14,7 @@ from upcycle.layers.moe import MoE
 from upcycle.targets.onnx.decode import OnnxFiles
 from upcycle.targets.onnx.opaque_experts import named_tensors
 from upcycle.targets.onnx.write import float_tensors, without_cache
-from upcycle.util.eval_mode import eval_mode
+from upcycle.util.modules import eval_mode
 from upcycle.verification.checks import ONNX, ONNX_TIES, check
 from upcycle.verification.metrics import ROUNDING, distance
 from upcycle.verification.near_ties import Choices, following

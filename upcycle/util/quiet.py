@@ -3,6 +3,9 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import transformers
 
 
 @contextmanager
@@ -17,3 +20,18 @@ def quiet_logs(*names: str, level: int = logging.ERROR) -> Iterator[None]:
     finally:
         for logger, was in zip(loggers, before, strict=True):
             logger.setLevel(was)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers shows errors alone, and no progress bar."""
+    log: Any = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
