@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from upcycle.errors import UsageError
+from upcycle.errors import UsageError, one_line
 from upcycle.layers.tap import install
 from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.targets import remote_code
@@ -90,7 +90,7 @@ def _load_transformers(directory: Path) -> nn.Module:
             )
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise UsageError(
-                f"{directory}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
+                f"{directory}: transformers cannot load it: {one_line(error)}"
             ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:

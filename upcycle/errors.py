@@ -13,6 +13,8 @@
 Each message is one sentence that says what is wrong, where, and what to do.
 """
 
+import textwrap
+
 
 class UpcycleError(Exception):
     """Base of every error that upcycle raises on purpose; ``str()`` is the sentence to print."""
@@ -60,3 +62,22 @@ class ResourceError(UpcycleError):
     """Disk or memory is too small for the conversion."""
 
     exit_code = 5
+
+
+def one_line(error: BaseException) -> str:
+    """The words of an error on one line, cut after about 300 characters."""
+    text = textwrap.shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+    name = type(error).__name__
+    return f"{name} {text}" if isinstance(error, KeyError) else text or name
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the words of an error, or else its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch ran out; torch's CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator" in str(error)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
-from upcycle.errors import UsageError
+from upcycle.errors import UsageError, first_line
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights
 from upcycle.layers.moe import MoE
@@ -68,7 +68,7 @@ def _backward(total: torch.Tensor) -> None:
     try:
         total.backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UsageError(
             f"the model gives no gradients, which the recipe's methods look at ({reason}); choose "
             "methods that need none"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle.errors import UnsupportedError
+from upcycle.errors import UnsupportedError, first_line
 from upcycle.onnx.nodes import OPSET
 from upcycle.targets.onnx.axes import Axes, Inputs
 from upcycle.targets.onnx.torch_ops.attention import attention
@@ -59,7 +59,7 @@ def trace(
                 **arguments,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise UnsupportedError(f"torch.onnx cannot export this model: {reason}") from error
     assert program is not None
     return program

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from upcycle.capture.recorder import Call, Program, Recorder, replayed_block, source_of
 from upcycle.capture.repeated_blocks import repeated_blocks
-from upcycle.errors import CaptureError, ValueNeededError
+from upcycle.errors import CaptureError, ValueNeededError, first_line
 from upcycle.util.modules import no_fast_path
 from upcycle.util.quiet import quiet_logs
 
@@ -80,11 +80,10 @@ def _refusal(model: nn.Module, example: ExampleInputs, error: Exception) -> Capt
             "what runs next depends on it; replace it there, as with torch.where, or convert a "
             "submodule that does without"
         )
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     at = f" at {where}" if where else ""
     return CaptureError(
         f"{name}: the forward fails on example inputs {_describe(example)} "
-        f"({type(error).__name__}{at}: {first_line}); give inputs that it accepts with "
+        f"({type(error).__name__}{at}: {first_line(error)}); give inputs that it accepts with "
         "--inputs module:callable"
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from upcycle.cli import console
-from upcycle.errors import UpcycleError, VerificationError
+from upcycle.errors import UpcycleError, VerificationError, is_out_of_memory
 
 DIFFERENT = VerificationError.exit_code
 
@@ -65,7 +65,7 @@ def failure(error: BaseException) -> tuple[str, int]:
         return sentence + where, error.exit_code
     if isinstance(error, click.ClickException):
         return error.format_message(), error.exit_code
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "there is not enough memory for this; choose a smaller --dtype or model", 5
     if isinstance(error, OSError):
         place = error.filename or "a file"
@@ -77,13 +77,6 @@ def failure(error: BaseException) -> tuple[str, int]:
             return f"{place}: {error.strerror}; choose another path", 2
     about = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
     return f"this is a bug in upcycle ({about}); -v shows where it happened", 1
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python or torch ran out; torch's CPU allocator raises a plain RuntimeError."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def size_in_bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:

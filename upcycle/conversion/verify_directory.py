@@ -12,7 +12,7 @@ from upcycle.conversion.onnx_file import OnnxFile
 from upcycle.conversion.onnx_rewrite import EXPERTS, FILE
 from upcycle.conversion.options import DEFAULTS
 from upcycle.data.evaluation import evaluation_for
-from upcycle.errors import UsageError
+from upcycle.errors import UsageError, one_line
 from upcycle.ir.report import Report
 from upcycle.models.dense import DTYPES, Source
 from upcycle.models.expert_sources import open_sources
@@ -29,7 +29,6 @@ from upcycle.targets.onnx.parts import FILES as ONNX_FILES
 from upcycle.targets.onnx.write import in_float32
 from upcycle.targets.provenance_file import as_made
 from upcycle.util.modules import device_of, model_dtype
-from upcycle.util.named_callable import one_line
 from upcycle.util.progress import silent
 from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers
 from upcycle.verification.onnx.files import verify_onnx

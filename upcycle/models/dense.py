@@ -9,11 +9,11 @@ import transformers
 from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
-from upcycle.errors import UnsupportedError, UpcycleError, UsageError
+from upcycle.errors import UnsupportedError, UpcycleError, UsageError, is_out_of_memory, one_line
 from upcycle.models import samples
 from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.util.json_text import read_json
-from upcycle.util.named_callable import call_named, one_line
+from upcycle.util.named_callable import call_named
 from upcycle.util.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -262,8 +262,6 @@ def _device(device: str | None) -> str:
 
 def _unless_ours(error: Exception, problem: str) -> Exception:
     """What to raise for a failure inside transformers; running out of memory is not the model's."""
-    if isinstance(error, UpcycleError | MemoryError | torch.OutOfMemoryError):
-        return error
-    if "DefaultCPUAllocator" in str(error):
+    if isinstance(error, UpcycleError) or is_out_of_memory(error):
         return error
     return UsageError(f"{problem}: {one_line(error)}")

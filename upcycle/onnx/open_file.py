@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript.version_converter import ConvertVersionPass
 
-from upcycle.errors import UnsupportedError, UsageError
+from upcycle.errors import UnsupportedError, UsageError, first_line
 from upcycle.onnx.nodes import OPSET
 from upcycle.util.quiet import quiet_logs
 
@@ -78,7 +78,7 @@ def check_graph(path: Path) -> str:
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return _first_line(error)
+        return first_line(error)
     return ""
 
 
@@ -174,7 +174,7 @@ def _raise_opset(path: Path, model: ir.Model, version: int) -> None:
     try:
         ConvertVersionPass(target_version=OPSET, fallback=True)(model)
     except Exception as error:  # the converter's own types, and whatever its adapters stumble over
-        reason = reason or f" ({_first_line(error)})"
+        reason = reason or f" ({first_line(error)})"
     if model.opset_imports.get("", 0) != OPSET:
         raise UnsupportedError(
             f"{path}: its opset {version} cannot be raised to {OPSET}{reason}; export the model "
@@ -196,9 +196,4 @@ def _root(error: BaseException) -> str:
     """The first line of what was behind an error."""
     while behind := error.__cause__ or error.__context__:
         error = behind
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.splitlines()[0].split())[:300]
+    return first_line(error)

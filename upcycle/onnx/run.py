@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from upcycle.errors import UnsupportedError, UpcycleError, UsageError
+from upcycle.errors import UnsupportedError, UpcycleError, UsageError, one_line
 from upcycle.onnx.inputs import Array
 
 MANY_NODES = 10_000
@@ -128,8 +128,7 @@ def described(path: Path) -> Iterator[None]:
     except UpcycleError:
         raise
     except Exception as error:  # onnxruntime's own types, which say what and where
-        reason = " ".join(str(error).split())[:300]
-        raise UnsupportedError(f"ONNX Runtime cannot run {path.name}: {reason}") from error
+        raise UnsupportedError(f"ONNX Runtime cannot run {path.name}: {one_line(error)}") from error
 
 
 def _with_outputs(path: Path, names: Sequence[str], *, only: bool = False) -> bytes:

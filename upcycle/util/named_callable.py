@@ -2,11 +2,10 @@
 
 import importlib
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
-from upcycle.errors import UsageError
+from upcycle.errors import UsageError, one_line
 
 
 def call_named(name: str, kind: Any, wanted: str) -> Any:
@@ -30,10 +29,3 @@ def call_named(name: str, kind: Any, wanted: str) -> Any:
     if not isinstance(value, kind):
         raise UsageError(f"{name}: it returned {type(value).__name__}, not {wanted}")
     return value
-
-
-def one_line(error: BaseException) -> str:
-    """The error's own words on one line, at most about 300 characters of them."""
-    text = textwrap.shorten(" ".join(str(error).split()), 300, placeholder=" ...")
-    name = type(error).__name__
-    return f"{name} {text}" if isinstance(error, KeyError) else text or name

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Progress for nobody: into the debug log."""
+    """Progress that goes to the debug log alone."""
     log.debug("%s %d/%d", stage, done, total)
 
 
