@@ -46,6 +46,15 @@ def run_experts(
     return visit(weights_of(experts), x_TD, index_TK, weights_TK)
 
 
+def fits_grouped_mm(*weights: torch.Tensor) -> bool:
+    """Whether torch's grouped_mm takes these weights [E, ., .]: no float64, and rows of a multiple
+    of 16 bytes, transposed or not."""
+    return all(
+        w.element_size() <= 4 and all(n * w.element_size() % 16 == 0 for n in w.shape[1:])
+        for w in weights
+    )
+
+
 def visit_by_all(shared: Any, x_TD: torch.Tensor) -> torch.Tensor | None:
     """What an expert adds that every token visits, an `upcycle.layers.experts.SharedExpert`.
 

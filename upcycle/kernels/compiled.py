@@ -4,8 +4,7 @@
 machine in about two seconds; the library is kept in the user's cache directory.
 Without a compiler, or with ``UPCYCLE_COMPILE=0``, experts run on torch's products.
 
-Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
-G = arity * I.
+Shape suffixes: those of `upcycle.kernels`.
 """
 
 import ctypes
@@ -32,6 +31,7 @@ ACTIVATIONS = {row.name: row.kernel for row in KNOWN_ACTIVATIONS if row.kernel i
 RULES = ("one", "renormalised", "softmax")  # as in cpp/routing.h
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_Experts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
 _log = logging.getLogger(__name__)
 
 
@@ -52,10 +52,7 @@ def run_compiled(
     their index is not looked at.
 
     Args:
-        up_EGD: float32 or bfloat16; with G = 2 I the gate comes first.
-        up_bias_EG: of the same dtype, or None.
-        down_EOI: of the same dtype.
-        down_bias_EO: of the same dtype, or None.
+        up_EGD: float32 or bfloat16, as the other parameters; with G = 2 I the gate comes first.
         activation: one of `ACTIVATIONS`, or None if it has no name.
         x_TD: tokens, float.
         index_TK: integers.
@@ -116,7 +113,7 @@ def run_routed(
 
 def _call(
     name: str,
-    experts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None],
+    experts: _Experts,
     activation: str | None,
     x_TD: torch.Tensor,
     second: torch.Tensor,
@@ -157,42 +154,32 @@ def _call(
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Contiguous, in that dtype. A question takes an eighth of the time of a cast to the same."""
+    """Contiguous, in that dtype. To ask takes an eighth of the time of a cast to the same."""
     return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
-def _can_run(
-    given: tuple[torch.Tensor | None, ...], inputs: tuple[torch.Tensor | None, ...]
-) -> bool:
-    """Whether `given` are plain, of one dtype and contiguous, and nobody asks for gradients.
+def _can_run(experts: _Experts, inputs: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether the tensors are plain and without gradients, and `experts` contiguous in one dtype.
 
     It is asked for each call, as parameters may be replaced at any time.
     """
-    by_gradients = torch.is_grad_enabled()
-    dtype = None
-    for tensor in given:
+    has_gradients = torch.is_grad_enabled()
+    for tensor in (*experts, *inputs):
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN or not tensor.is_cpu:
             return False  # fake, distributed, ...
-        if dtype is None:
-            dtype = tensor.dtype
-        if tensor.dtype != dtype or not tensor.is_contiguous():
+        if has_gradients and tensor.requires_grad:
             return False
-        if by_gradients and tensor.requires_grad:
-            return False
-    for tensor in inputs:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
-            return False
-        if by_gradients and tensor.requires_grad:
+    dtype = experts[0].dtype
+    for tensor in experts:
+        if tensor is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
             return False
     if dtype == torch.float32:
         return True
     # Rows are read in words of 32 bits.
     return dtype == torch.bfloat16 and all(
-        t is None or t.dim() < 3 or t.shape[2] % 2 == 0 for t in given
+        t is None or t.dim() < 3 or t.shape[2] % 2 == 0 for t in experts
     )
 
 

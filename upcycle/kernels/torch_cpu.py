@@ -1,8 +1,7 @@
 """Ways to run experts on the CPU, of which a table of costs chooses one for each call.
 
-Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
-G = arity * I, S visits (pairs of a token and an expert), R rows with padding, N experts of a chunk,
-C rows of each of them.
+Shape suffixes: those of `upcycle.kernels`, S visits (pairs of a token and an expert), R rows with
+padding, N experts of a chunk, C rows of each of them.
 """
 
 from collections.abc import Callable
@@ -84,7 +83,7 @@ def _visits(index_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) 
 
 
 def one_by_one(w: KernelWeights, top_k: int) -> bool:
-    """Whether `one_token` is the cheapest for one token: it has no time to ask numpy."""
+    """Whether `one_token` is the cheapest for one token; numpy would take longer than to tell."""
     num_experts, d_out, width = w.down_EOI.shape
     size = w.up_EGD.shape[1] * w.up_EGD.shape[2] + d_out * width
     return top_k * (ONE_CALL + size * ONE) <= CALL + num_experts * size * BESIDE[0]
@@ -141,7 +140,7 @@ def in_chunks(
     first_row_E, most = _rows(visits.load_E, chunk)
     order_S = visits.expert_S.astype(numpy.uint16).argsort(kind="stable")
     rank_S = numpy.arange(len(order_S))
-    # A row that nobody has reads token 0, and nobody reads what it gives.
+    # A row of padding reads token 0, and its result is not read.
     token_R = numpy.zeros(sum(min(chunk, len(w.up_EGD) - e) * n for e, n in most), numpy.int64)
     row_S = numpy.empty_like(rank_S)
     before_E = visits.load_E.cumsum() - visits.load_E

@@ -2,13 +2,12 @@
 
 ``torch.compile`` and ``torch.export`` see one node, whose shapes do not depend on the routing.
 
-Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
-G = arity * I.
+Shape suffixes: those of `upcycle.kernels`.
 """
 
 import json
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,11 +30,11 @@ def run_as_one_node(
 def activation(program: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], str | None]:
     """The activation that `Pointwise.to_json` describes, on expansions side by side; its name."""
     pointwise = Pointwise.from_json(json.loads(program))
-    return partial(_activate, pointwise), of_pointwise(pointwise.name, pointwise.arity)
 
+    def activate(z_TG: torch.Tensor) -> torch.Tensor:
+        return pointwise(*z_TG.chunk(pointwise.arity, dim=-1))
 
-def _activate(pointwise: Pointwise, z_TG: torch.Tensor) -> torch.Tensor:
-    return pointwise(*z_TG.chunk(pointwise.arity, dim=-1))
+    return activate, of_pointwise(pointwise.name, pointwise.arity)
 
 
 def moe(
@@ -74,36 +73,20 @@ def moe_backward(
         bias = None if up_bias_EG is None else up_bias_EG.detach().requires_grad_()
         y_TO = moe(x, index_TK, weights, up, bias, down, program)
         given = [tensor for tensor in (x, weights, up, bias, down) if tensor is not None]
-        if not y_TO.requires_grad:  # nobody is visited
+        if not y_TO.requires_grad:  # no expert is visited
             return [tensor.new_zeros(tensor.shape) for tensor in given]
         found = torch.autograd.grad(y_TO, given, grad_TO, materialize_grads=True)
     return [gradient.contiguous() for gradient in found]  # as a compiler was promised
 
 
-def _moe_shape(
-    x_TD: torch.Tensor,
-    index_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    up_EGD: torch.Tensor,
-    up_bias_EG: torch.Tensor | None,
-    down_EOI: torch.Tensor,
-    program: str,
-) -> torch.Tensor:
+def _moe_shape(x_TD: torch.Tensor, *given: Any) -> torch.Tensor:
+    *_, down_EOI, _ = given
     return x_TD.new_empty(x_TD.shape[0], down_EOI.shape[1])
 
 
-def _backward_shapes(
-    grad_TO: torch.Tensor,
-    x_TD: torch.Tensor,
-    index_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    up_EGD: torch.Tensor,
-    up_bias_EG: torch.Tensor | None,
-    down_EOI: torch.Tensor,
-    program: str,
-) -> list[torch.Tensor]:
-    given = (x_TD, weights_TK, up_EGD, up_bias_EG, down_EOI)
-    return [tensor.new_empty(tensor.shape) for tensor in given if tensor is not None]
+def _backward_shapes(grad_TO: torch.Tensor, x_TD: torch.Tensor, *given: Any) -> list[torch.Tensor]:
+    _, *parameters, _ = given
+    return [t.new_empty(t.shape) for t in (x_TD, *parameters) if t is not None]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

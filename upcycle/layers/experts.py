@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from upcycle.kernels import run_experts, visit_by_all
+from upcycle.kernels import fits_grouped_mm, run_experts, visit_by_all
 from upcycle.pointwise import Pointwise
 
 
@@ -115,7 +115,8 @@ class Experts(nn.Module):
                 return run_experts(self, hidden_states, top_k_index, top_k_weights)
         # The functions of transformers take the width of the output from the input.
         is_square = self.down_proj.shape[1] == self.hidden_dim
-        if not is_square or (name == "grouped_mm" and not self._fits_grouped_mm()):
+        fits = name != "grouped_mm" or fits_grouped_mm(self.up_EGD, self.down_proj)
+        if not (is_square and fits):
             name = "eager"
         if name != "eager":
             kernel = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(self).eager_forward)
@@ -132,16 +133,9 @@ class Experts(nn.Module):
             return False
         return torch.onnx.is_in_onnx_export() or (self.training and self.act_fn.dropout > 0)
 
-    def _fits_grouped_mm(self) -> bool:
-        """torch's grouped_mm: no float64, and rows whose length in bytes is a multiple of 16."""
-        size = self.down_proj.element_size()
-        widths = (self.hidden_dim, self.intermediate_dim, self.up_EGD.shape[1])
-        return size <= 4 and all(width * size % 16 == 0 for width in widths)
-
     def expert(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
         """What one expert adds for tokens [T, D], not weighted; [T, O]."""
-        up_bias_EG = self.up_bias_EG
-        bias = None if up_bias_EG is None else up_bias_EG[expert]
+        bias = None if self.up_bias_EG is None else self.up_bias_EG[expert]
         hidden = self._apply_gate(F.linear(x_TD, self.up_EGD[expert], bias))
         return F.linear(hidden, self.down_proj[expert])
 
@@ -215,6 +209,6 @@ class SharedExpert(nn.Module):
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Nobody has put an adapter or a hook there."""
+    """Whether no adapter and no hook was put there."""
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is kind and not hooks

@@ -1,7 +1,6 @@
 """The layer that a converted model contains: a router and experts, and what every token gets.
 
-This file and those that it imports are also the source text of the self-contained modeling files
-that `targets.remote_code` writes.
+This file and those that it imports are also the text of the files of `targets.remote_code`.
 
 Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
 G = arity * I.
@@ -37,28 +36,19 @@ class MoE(nn.Module):
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config = config
-        d_model, d_out = config.d_model, config.d_out
-        pointwise, bias, dropout = config.pointwise, config.up_bias, config.hidden_dropout
+        d_model, d_out, rank = config.d_model, config.d_out, config.low_rank
+        ffn: dict[str, Any] = {
+            "pointwise": config.pointwise,
+            "bias": config.up_bias,
+            "dropout": config.hidden_dropout,
+        }
         self.router = ROUTER_KINDS[config.router.kind](config.router)
-        self.experts = Experts(
-            config.num_experts,
-            d_model,
-            config.width,
-            d_out,
-            pointwise=pointwise,
-            bias=bias,
-            dropout=dropout,
-        )
+        self.experts = Experts(config.num_experts, d_model, config.width, d_out, **ffn)
         self.router_size = sum(tensor.numel() for tensor in self.router.state_dict().values())
         self.router.attach(self.experts)
         self.shared_expert = (
-            SharedExpert(
-                d_model, config.shared, d_out, pointwise=pointwise, bias=bias, dropout=dropout
-            )
-            if config.shared
-            else None
+            SharedExpert(d_model, config.shared, d_out, **ffn) if config.shared else None
         )
-        rank = config.low_rank
         self.low_rank = (
             nn.Sequential(nn.Linear(d_model, rank, bias=False), nn.Linear(rank, d_out, bias=False))
             if rank
@@ -93,8 +83,8 @@ class MoE(nn.Module):
         return y_TO if self.output_bias is None else y_TO + self.output_bias
 
     def _at_once(self, x_TD: torch.Tensor) -> torch.Tensor | None:
-        """What router and experts give for few tokens, where torch would be slower than they are;
-        None where only torch can compute it, or somebody watches."""
+        """Router and experts in one call for few tokens, where the calls of torch take longer than
+        they do; None where only torch can compute it, or a hook watches."""
         if torch.compiler.is_compiling() or not 0 < x_TD.shape[0] * self.router_size < AT_ONCE:
             return None
         parts = self._modules
@@ -109,9 +99,8 @@ class MoE(nn.Module):
         return None if linear is None else route_and_visit(experts, x_TD, linear)
 
     def _route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling() or not x_TD.is_cpu:
-            return self.router(x_TD)  # type: ignore[no-any-return]
-        if not 0 < x_TD.shape[0] * self.router_size < ONE_THREAD:
+        is_eager = not torch.compiler.is_compiling() and x_TD.is_cpu
+        if not (is_eager and 0 < x_TD.shape[0] * self.router_size < ONE_THREAD):
             return self.router(x_TD)  # type: ignore[no-any-return]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -136,18 +125,17 @@ class MoE(nn.Module):
 def all_experts(model: nn.Module) -> Iterator[None]:
     """Within it every MoE layer of `model` runs all its experts with weight one (K = N).
 
-    A split is then exactly the dense FFN, whatever its router says: the check that every split
-    method is run with.
+    A split is then exactly the dense FFN, whatever its router says.
     """
     routers = [m.router for m in model.modules() if isinstance(m, MoE)]
-    saved = [r.all_experts for r in routers]
+    before = {router: router.all_experts for router in routers}
     try:
         for router in routers:
             router.all_experts = True
         yield
     finally:
-        for router, before in zip(routers, saved, strict=True):
-            router.all_experts = before
+        for router, was in before.items():
+            router.all_experts = was
 
 
 def rebalance(model: nn.Module, rate: float = 1e-3) -> None:

@@ -10,7 +10,6 @@ projection of attention and MLP) goes on computing the rest: the tap returns zer
 contraction adds it.
 """
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,19 +19,7 @@ from torch.nn import functional as F
 
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.moe import MoE
-from upcycle.layers.token_context import tell_routers
-
-
-class _Remembered(threading.local):
-    """The input of an FFN, between its expansion and its contraction; each thread has its own.
-
-    A copy or a pickle of a model is not in the middle of a forward, so it remembers nothing.
-    """
-
-    x: torch.Tensor | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Remembered, ()
+from upcycle.layers.token_context import ForwardState, tell_routers
 
 
 class _Absent(torch.Tensor):
@@ -57,26 +44,11 @@ class TappedMoE(MoE):
         if columns:
             kept = torch.zeros(config.d_out, hidden - (columns[1] - columns[0]))
             self.kept_weight = nn.Parameter(kept)
-        self._remembered = _Remembered()
-        self._compiled_x: torch.Tensor | None = None  # what a compiler can follow
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled_x": None}
-
-    def remember(self, x: torch.Tensor) -> None:
-        """Keep the input of the FFN until the contraction runs."""
-        if torch.compiler.is_compiling():
-            self._compiled_x = x
-        else:
-            self._remembered.x = x
+        self.input = ForwardState()  # of the FFN, between its expansion and its contraction
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` gives the shape of the result, and the inputs of the columns that are kept."""
-        x = self._compiled_x
-        if x is not None:
-            self._compiled_x = None
-        elif not torch.compiler.is_compiling():
-            x, self._remembered.x = self._remembered.x, None
+        x = self.input.take()
         if x is None:
             raise RuntimeError(
                 "a contraction ran without its expansion: the forward of the model has changed "
@@ -121,7 +93,7 @@ class Tap(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D] -> zeros [..., width]."""
         if self.first:
-            self._layer.remember(x)
+            self._layer.input.put(x)
         shape = list(x.shape)
         shape[self._layer.axis] = self.width
         return x.new_zeros(shape)
@@ -171,7 +143,7 @@ class PartialTap(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D] -> [..., width]."""
         if self.first:
-            self._layer.remember(x)
+            self._layer.input.put(x)
         z = F.linear(x.movedim(self._layer.axis, -1), self.weight, self.bias)
         pieces, done, at = [], 0, 0
         for start, stop in [*self.taken, (self.width, self.width)]:
@@ -200,18 +172,16 @@ def _taps(layer: TappedMoE, site: Mapping[str, Any]) -> Iterator[tuple[str, nn.M
 
 def place_of(site: Mapping[str, Any]) -> str:
     """The path of the `MoE` that `install` makes."""
-    where: str = site["path"] if site["placement"] == "module" else site["contraction"]
-    return where
+    return str(site["path"] if site["placement"] == "module" else site["contraction"])
 
 
 def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
-    """Put an MoE layer, with weights of zero, at each site of `model`, in place.
-
-    Args:
-        model: the dense model; on the meta device the layers are made there too.
-        sites: as ``MoESpec.site()`` describes them.
+    """Put an MoE layer, with weights of zero, at each site of the dense `model`, in place.
 
     A module that is registered at several places of `model` is replaced at all of them.
+
+    Args:
+        sites: as ``MoESpec.site()`` describes them.
 
     Returns:
         The layers, in the order of `sites`.
@@ -227,7 +197,7 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
         for place in places[id(model.get_submodule(path))]:
             model.set_submodule(place, new)
 
-    layers: list[MoE] = []
+    layers: dict[str, MoE] = {}
     for site in sites:
         config = LayerConfig.from_json(site["layer"])
         if site["placement"] == "module":
@@ -238,8 +208,6 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
             for path, tap in _taps(layer, site):
                 put(path, tap.train(model.training))
         put(place_of(site), layer)
-        layer.train(model.training)
-        layers.append(layer)
-    routers = [layer.router for layer in layers]
-    tell_routers(model, dict(zip(map(place_of, sites), routers, strict=True)))
-    return layers
+        layers[place_of(site)] = layer.train(model.training)
+    tell_routers(model, {path: layer.router for path, layer in layers.items()})
+    return list(layers.values())

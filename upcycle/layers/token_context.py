@@ -1,8 +1,7 @@
-"""What a router may need besides the tokens: their ids, their types, or the domain of a text.
+"""What a router may read besides the tokens: their ids, their types, or the domain of a text.
 
-A `TokenContext` hooks the nearest module above a layer that is called with them, so it works where
-a part of a model is called by itself, as ``generate`` calls an encoder, and with a cache, where the
-ids are those of the new tokens.
+A `TokenContext` hooks the nearest module above a layer that is called with them, so it also works
+where ``generate`` calls an encoder alone, and with a cache, where the ids are those of new tokens.
 """
 
 import inspect
@@ -17,13 +16,38 @@ from torch import nn
 ARGUMENTS = {"token": "input_ids", "type": "token_type_ids", "domain": "domain_ids"}
 
 
-class _Kept(threading.local):
-    """Each thread has its own; a copy or a pickle of a model is not in the middle of a forward."""
+class ForwardState:
+    """A tensor that one module leaves for a later one of the same forward, in each thread.
 
-    ids: torch.Tensor | None = None
+    A copy or a pickle of a model is not in the middle of a forward, so it holds nothing.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+        self._compiled: torch.Tensor | None = None  # what a compiler can follow
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Kept, ()
+        return ForwardState, ()
+
+    def put(self, tensor: torch.Tensor | None) -> None:
+        """What `get` and `take` return from now on."""
+        if torch.compiler.is_compiling():
+            self._compiled = tensor
+        else:
+            self._thread.tensor = tensor
+
+    def get(self) -> torch.Tensor | None:
+        """What was put last; None if nothing was."""
+        if torch.compiler.is_compiling():
+            return self._compiled
+        return getattr(self._thread, "tensor", None)
+
+    def take(self) -> torch.Tensor | None:
+        """As `get`, once; also eagerly what was put in a compiled part of the forward."""
+        tensor, self._compiled = self._compiled, None
+        if tensor is None and not torch.compiler.is_compiling():
+            tensor, self._thread.tensor = self.get(), None
+        return tensor
 
 
 class TokenContext:
@@ -43,11 +67,7 @@ class TokenContext:
         self.name = ARGUMENTS[by]
         self.position = position
         self.always: torch.Tensor | None = None  # where the argument is not given
-        self._kept = _Kept()
-        self._compiled: torch.Tensor | None = None  # what a compiler can follow
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}
+        self._state = ForwardState()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Keep the argument; as ``register_forward_pre_hook(..., with_kwargs=True)`` calls it."""
@@ -55,31 +75,27 @@ class TokenContext:
         if ids is None and self.position is not None and self.position < len(args):
             ids = args[self.position]
         self.keep(self.always if ids is None else ids)
-        if self.position is None and self.name in kwargs:
+        if self.position is None:
             kwargs = {name: value for name, value in kwargs.items() if name != self.name}
         return args, kwargs
 
     def keep(self, ids: torch.Tensor | None) -> None:
         """What `of_tokens` returns from now on, in this thread."""
-        if torch.compiler.is_compiling():
-            self._compiled = ids
-        else:
-            self._kept.ids = ids
+        self._state.put(ids)
 
     def of_tokens(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """One number for each token, [T] int64.
+        """The kept ids, one for each token, [T] int64.
 
         Raises:
             RuntimeError: token ids are missing, or there are not as many as tokens.
         """
-        ids = self._compiled if torch.compiler.is_compiling() else self._kept.ids
+        ids, count = self._state.get(), x_TD.shape[0]
         if ids is None:
             if self.by == "token":
                 raise RuntimeError(
                     f"the router of an MoE layer looks at {self.name}, and they were not given"
                 )
-            return x_TD.new_zeros(x_TD.shape[0], dtype=torch.int64)
-        count = x_TD.shape[0]
+            return x_TD.new_zeros(count, dtype=torch.int64)
         if ids.ndim == 1 and ids.shape[0] != count and count % ids.shape[0] == 0:
             ids = ids.repeat_interleave(count // ids.shape[0])  # one for each text
         ids_T = ids.reshape(-1)
@@ -92,10 +108,9 @@ class TokenContext:
 
 
 def hooked_module(model: nn.Module, path: str, by: str) -> tuple[str, int | None] | None:
-    """The nearest module above `path` that has the argument, and its position.
+    """The nearest module above `path` that has the argument of `TokenContext`, and its position.
 
-    A domain may be an argument of no module: the model itself then takes it. None if there is no
-    such module.
+    A domain that is an argument of no module is taken by the model itself; else None.
     """
     parts = path.split(".") if path else []
     for end in range(len(parts), -1, -1):
@@ -107,13 +122,8 @@ def hooked_module(model: nn.Module, path: str, by: str) -> tuple[str, int | None
 
 
 def tell_routers(model: nn.Module, routers: Mapping[str, nn.Module]) -> None:
-    """Register the hooks that the routers need.
-
-    Args:
-        model: has the layers in place.
-        routers: path of a layer -> its router.
-    """
-    known: dict[tuple[str, str], TokenContext] = {}
+    """Register the hooks on `model` that its routers need; `routers` are by the path of a layer."""
+    contexts: dict[tuple[str, str], TokenContext] = {}
     for path, router in routers.items():
         by = getattr(router, "by", None)
         if by is None:
@@ -122,10 +132,10 @@ def tell_routers(model: nn.Module, routers: Mapping[str, nn.Module]) -> None:
         if found is None:
             raise RuntimeError(f"{path}: no module above it is called with {ARGUMENTS[by]}")
         above, position = found
-        if (above, by) not in known:
-            given = known[above, by] = TokenContext(by, position)
-            model.get_submodule(above).register_forward_pre_hook(given, with_kwargs=True)
-        router.given = known[above, by]  # type: ignore[assignment]  # no module
+        if (above, by) not in contexts:
+            context = contexts[above, by] = TokenContext(by, position)
+            model.get_submodule(above).register_forward_pre_hook(context, with_kwargs=True)
+        router.given = contexts[above, by]  # type: ignore[assignment]  # no module
 
 
 @contextmanager
@@ -134,12 +144,11 @@ def domains(model: nn.Module, ids: torch.Tensor) -> Iterator[None]:
 
     For ``generate``, which takes no ``domain_ids``.
     """
-    routers = [m for m in model.modules() if getattr(m, "by", None) == "domain"]
-    known = {id(router.given): router.given for router in routers}
+    contexts: list[Any] = [m.given for m in model.modules() if getattr(m, "by", None) == "domain"]
     try:
-        for given in known.values():
-            given.always = ids  # type: ignore[union-attr]
+        for context in contexts:
+            context.always = ids
         yield
     finally:
-        for given in known.values():
-            given.always = None  # type: ignore[union-attr]
+        for context in contexts:
+            context.always = None

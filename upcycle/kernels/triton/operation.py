@@ -7,22 +7,18 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I exp
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.integrations import moe
 
+from upcycle.kernels import fits_grouped_mm
 from upcycle.kernels.triton.launch import launch
 
 
 def unfused(*weights: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """The function of transformers for these weights.
-
-    torch's grouped_mm has no float64, and needs rows of a multiple of 16 bytes.
-    """
-    fits = all(
-        w.element_size() <= 4 and all(n * w.element_size() % 16 == 0 for n in w.shape[1:])
-        for w in weights
-    )
+    """The function of transformers for these weights."""
+    fits = fits_grouped_mm(*weights)
     function: Callable[..., torch.Tensor] = (
         moe.grouped_mm_experts_forward if fits else moe.batched_mm_experts_forward
     )
@@ -48,13 +44,9 @@ def fused_experts(
         x_TD: in the dtype of the weights: float32, bfloat16 or float16.
         index_TK: integers; E and more stand for nothing.
         weights_TK: any float dtype.
-        up_EGD: with a gate the rows of the gate come first; [E, D, G] if `transposed`.
+        up_EGD: the rows of the gate come first if `gated`; [E, D, G] if `transposed`.
         down_EOI: [E, I, O] if `transposed`.
-        up_bias_EG: or None.
-        down_bias_EO: or None.
         act: a name in `upcycle.kernels.activations` with a number in the kernels.
-        gated: the expansion has two halves.
-        transposed: see above.
     """
     up_EGD, down_EOI = (w.transpose(1, 2) if transposed else w for w in (up_EGD, down_EOI))
     return launch(
@@ -69,10 +61,7 @@ def _fake(
     weights_TK: torch.Tensor,
     up_EGD: torch.Tensor,
     down_EOI: torch.Tensor,
-    up_bias_EG: torch.Tensor | None,
-    down_bias_EO: torch.Tensor | None,
-    act: str,
-    gated: bool,
-    transposed: bool,
+    *rest: Any,
 ) -> torch.Tensor:
+    transposed: bool = rest[-1]
     return x_TD.new_empty(len(x_TD), down_EOI.shape[2 if transposed else 1])
