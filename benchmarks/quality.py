@@ -25,8 +25,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import upcycle
+from upcycle.data import default_data
 from upcycle.ir.spec import Plan
-from upcycle.models import samples
 from upcycle.models.dense import open_model
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.plan.costs import costs, model_size
@@ -78,8 +78,8 @@ def active_part(plan: Plan) -> float:
 
 def texts() -> dict[str, str]:
     return {
-        "documentation": samples.verification_text(),
-        "source code": samples.library_source(held_out=True),
+        "documentation": default_data.verification_text(),
+        "source code": default_data.library_source(held_out=True),
     }
 
 
@@ -101,7 +101,7 @@ def mean_loss(model: nn.Module, ids: torch.Tensor) -> float:
 
 
 def sentences() -> list[str]:
-    lines = (line.strip() for line in samples.verification_text().splitlines())
+    lines = (line.strip() for line in default_data.verification_text().splitlines())
     return [line for line in lines if len(line.split()) > 6][:256]
 
 

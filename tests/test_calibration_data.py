@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 import upcycle
 from upcycle.cli.main import main
+from upcycle.data import default_data
 from upcycle.data.calibration import calibration_data, given_data, verification_inputs
 from upcycle.data.calibration_files import CalibrationInput, read_calibration
 from upcycle.errors import UsageError
-from upcycle.models import samples
 from upcycle.passes.calibrate.usage import usage
 from upcycle.recipe.reader import load_recipe
 from upcycle.recipe.schema import Recipe
@@ -52,20 +52,20 @@ def convert(model: Path, out: Path, *options: object) -> Result:
 
 
 def test_verification_reads_a_quarter_and_calibration_the_rest() -> None:
-    first, rest = samples.verification_text(), samples.calibration_text()
-    assert first + rest == samples.default_text()
-    assert len(first) == len(samples.default_text()) // 4
+    first, rest = default_data.verification_text(), default_data.calibration_text()
+    assert first + rest == default_data.default_text()
+    assert len(first) == len(default_data.default_text()) // 4
 
 
 def test_source_code_that_is_held_out_is_not_calibrated_on() -> None:
-    held_out, rest = (samples.library_source(held_out=held) for held in (True, False))
-    mixed = samples.mixed_calibration_text()
+    held_out, rest = (default_data.library_source(held_out=held) for held in (True, False))
+    mixed = default_data.mixed_calibration_text()
     assert not any(line in rest for line in held_out.splitlines()[::50] if len(line) > 70)
-    assert len(mixed) > 1.9 * len(samples.calibration_text())
+    assert len(mixed) > 1.9 * len(default_data.calibration_text())
     first = mixed[:20_000]
-    assert samples.calibration_text()[:4000] in first
+    assert default_data.calibration_text()[:4000] in first
     assert rest[:4000] in first
-    assert samples.verification_text()[:4000] not in mixed
+    assert default_data.verification_text()[:4000] not in mixed
 
 
 @pytest.mark.parametrize(

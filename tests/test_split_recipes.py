@@ -8,8 +8,8 @@ import torch
 import transformers
 
 import upcycle
+from upcycle.data import default_data
 from upcycle.errors import UsageError
-from upcycle.models import samples
 from upcycle.models.dense import open_model
 
 PROMISES = {
@@ -24,7 +24,7 @@ SMALL = ["calibration.tokens=4096", "calibration.length=64", "verify.max_relativ
 @pytest.mark.parametrize("name", PROMISES)
 def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path) -> None:
     source = open_model(str(small_models.saved("llama", tmp_path / "dense", with_tokenizer=True)))
-    text = samples.default_text()[:60_000]
+    text = default_data.default_text()[:60_000]
     done = upcycle.convert(source.load(), name, calibration=text, source=source, overrides=SMALL)
     assert done.plan.promise == PROMISES[name]
     assert done.report.end_to_end.relative > 1e-3
@@ -47,7 +47,7 @@ def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path)
 def test_layers_of_different_widths_are_merged_back_bit_for_bit(tmp_path: Path) -> None:
     source = open_model(str(small_models.saved("llama", tmp_path / "dense", with_tokenizer=True)))
     dense = source.load()
-    text = samples.default_text()[:60_000]
+    text = default_data.default_text()[:60_000]
     done = upcycle.convert(dense, "expertweaver", calibration=text, source=source, overrides=SMALL)
     shared = [spec.shared for spec in done.plan.specs]
     assert sum(shared) == 2 * 64 // 4

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.calibration_files import HELD_OUT, CalibrationInput
-from upcycle.data.default_calibration import EXAMPLE, RANDOM, for_calibration
+from upcycle.data.default_data import EXAMPLE, RANDOM, for_calibration
 from upcycle.data.evaluation import MIN_CHARACTERS, evaluation_for, in_dtype_of
 from upcycle.data.images import pixels
 from upcycle.data.text import (
@@ -36,7 +36,7 @@ from upcycle.recipe.schema import Calibration, Recipe
 from upcycle.util.modules import device_of
 
 MOST_BATCHES = 16  # each has a thread and a residual stream
-LEAST_PLACES = 2048  # of tokens in one batch, if there are so many
+LEAST_PLACES = 2048  # tokens of a batch, if there are as many
 PER_IMAGE = 256  # tokens that an image counts as
 
 Data = str | CalibrationInput | Iterable[str] | Iterable[ExampleInputs]
@@ -96,7 +96,7 @@ def given_data(data: Data | None) -> CalibrationInput | None:
 
 
 def needs_domains(recipe: Recipe) -> bool:
-    """Whether the methods want to know which kind of text a token is from."""
+    """Whether the methods read the domain of the text that a token is from."""
     experts = recipe.experts
     by_domain = experts.method.startswith("gradient_domain") or experts.shared_by == "domains"
     return by_domain or recipe.router.method == "assigned"
@@ -115,11 +115,10 @@ def calibration_data(
 
     Args:
         model: the dense model, perhaps on the meta device; its data is then on the CPU.
-        recipe: how many tokens in sequences of what length, and whether domains are wanted. Those
+        recipe: how many tokens in sequences of what length, and whether domains are needed. Those
             that are not given are found by clustering the sequences.
-        given: by the user. If None: three quarters of the documentation of Python, for a language
-            model in turn with its source code; without a tokenizer random inputs, from which
-            nothing is to be learned.
+        given: by the user. If None, what `upcycle.data.default_data` has; without a tokenizer
+            random inputs, from which nothing is to be learned.
         directory: where its tokenizer is, if it has one.
         example: inputs that the user gave for the capture, which are better than random ones.
         domains: how many the methods want, if they want any.
@@ -139,7 +138,7 @@ def calibration_data(
         return _placed(model, given.batches, given.what)
     if given.tensors is not None or given.images:
         return _placed(model, _examples(model, given, wanted, directory), given.what)
-    _check_reads_text(model)
+    _check_reads(model, "input_ids", "a text", unnamed="input_ids")
     if tokenizer is None:
         raise UsageError(
             f"--calibration: a text needs a tokenizer, and {directory or 'the model'} has none"
@@ -178,7 +177,7 @@ def verification_inputs(
     if held.images or held.tensors is not None:
         batches = _examples(model, held, recipe.calibration, directory)
         return None, in_dtype_of(model, batches[0])
-    _check_reads_text(model)
+    _check_reads(model, "input_ids", "a text", unnamed="input_ids")
     size = sum(len(text.strip()) for text in given.texts)
     if is_shared and size < HELD_OUT * MIN_CHARACTERS:
         raise UsageError(
@@ -188,10 +187,11 @@ def verification_inputs(
     return "\n\n".join(held.texts), None
 
 
-def _check_reads_text(model: nn.Module) -> None:
-    kind = getattr(model, "main_input_name", "input_ids")
-    if kind != "input_ids":
-        raise UsageError(f"--calibration: a text, and the model reads {kind}; give that")
+def _check_reads(model: nn.Module, kind: str, given: str, *, unnamed: str) -> None:
+    """The main input of `model` must be `kind`; `unnamed` is what a module without a name reads."""
+    read = getattr(model, "main_input_name", unnamed)
+    if read != kind:
+        raise UsageError(f"--calibration: {given}, and the model reads {read}; give that")
 
 
 def _sequences(
@@ -228,18 +228,6 @@ def _padded(tokenizer: Any, ids: list[list[int]]) -> dict[str, Any]:
     return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
 
-def _images(
-    model: nn.Module, given: CalibrationInput, wanted: Calibration, directory: Path | None
-) -> Mapping[str, torch.Tensor]:
-    kind = getattr(model, "main_input_name", None)
-    if kind != "pixel_values":
-        raise UsageError(
-            f"--calibration: images, and the model reads {kind or 'tensors'}; give that"
-        )
-    files = given.images[: max(4, wanted.tokens // PER_IMAGE)]
-    return {"pixel_values": pixels(model, files, directory)}
-
-
 def _check_arguments(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -259,7 +247,11 @@ def _examples(
     model: nn.Module, given: CalibrationInput, wanted: Calibration, directory: Path | None
 ) -> list[dict[str, Any]]:
     """Images or tensors in batches."""
-    tensors = given.tensors or _images(model, given, wanted, directory)
+    tensors = given.tensors
+    if not tensors:
+        _check_reads(model, "pixel_values", "images", unnamed="tensors")
+        files = given.images[: max(4, wanted.tokens // PER_IMAGE)]
+        tensors = {"pixel_values": pixels(model, files, directory)}
     _check_arguments(model, tensors)
     rows = max(4, -(-len(next(iter(tensors.values()))) // MOST_BATCHES))
     pieces = {name: torch.split(tensor, rows) for name, tensor in tensors.items()}
@@ -273,10 +265,8 @@ def _placed(
     domains: Sequence[torch.Tensor] | None = None,
 ) -> CalibrationData:
     """In the dtype and on the device of the model."""
-    here = device_of(model)
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if here.type == "meta" else tensor.to(here)
-
-    cast = [in_dtype_of(model, batch) for batch in batches]
-    return CalibrationData(pytree.tree_map_only(torch.Tensor, move, cast), what, domains)
+    device = device_of(model)
+    batches = [in_dtype_of(model, batch) for batch in batches]
+    if device.type != "meta":
+        batches = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batches)
+    return CalibrationData(batches, what, domains)

@@ -19,7 +19,7 @@ from upcycle.models.checkpoint_tensors import read_tensors
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TENSORS = (".safetensors", ".npz", ".pt", ".pth")
 RECORDS = (".jsonl", ".ndjson")
-HELD_OUT = 4  # one part in so many is what verification reads, where calibration reads the rest
+HELD_OUT = 4  # verification reads one part in four, and calibration the rest
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CalibrationInput:
         domains: the kind of each text, or empty if it is not known.
         images: files.
         tensors: arguments of the model by name, the examples along the first axis.
-        batches: inputs of the model as they are.
+        batches: inputs of the model.
     """
 
     what: str
@@ -48,41 +48,33 @@ class CalibrationInput:
         A quarter is held out: every fourth text, image, example or batch; of fewer than four texts
         the first quarter of each. Fewer than four of the others serve both.
         """
-        if self.tensors is not None:
-            rows = torch.arange(_examples(self.tensors))
-            return self._of_tensors(_held(rows)), self._of_tensors(_rest(rows))
-        if self.images:
-            return replace(self, images=_held(self.images)), replace(
-                self, images=_rest(self.images)
-            )
-        if self.batches:
-            held, rest = _held(self.batches), _rest(self.batches)
-            return replace(self, batches=held), replace(self, batches=rest)
-        if len(self.texts) < HELD_OUT:
+        if 0 < len(self.texts) < HELD_OUT:
             cuts = [len(text) // HELD_OUT for text in self.texts]
             pairs = list(zip(self.texts, cuts, strict=True))
             held_texts = tuple(text[:cut] for text, cut in pairs)
             rest_texts = tuple(text[cut:] for text, cut in pairs)
             return replace(self, texts=held_texts), replace(self, texts=rest_texts)
-        return (
-            replace(self, texts=_held(self.texts), domains=_held(self.domains)),
-            replace(self, texts=_rest(self.texts), domains=_rest(self.domains)),
+        return self._part(is_held=True), self._part(is_held=False)
+
+    def _part(self, *, is_held: bool) -> "CalibrationInput":
+        def chosen(items: Sequence[Any]) -> tuple[Any, ...]:
+            everything = len(items) < HELD_OUT
+            return tuple(
+                x for i, x in enumerate(items) if everything or (i % HELD_OUT == 0) == is_held
+            )
+
+        tensors = self.tensors
+        if tensors is not None:
+            rows = list(chosen(range(_examples(tensors))))
+            tensors = {name: tensor[rows] for name, tensor in tensors.items()}
+        return replace(
+            self,
+            texts=chosen(self.texts),
+            domains=chosen(self.domains),
+            images=chosen(self.images),
+            tensors=tensors,
+            batches=chosen(self.batches),
         )
-
-    def _of_tensors(self, rows: torch.Tensor) -> "CalibrationInput":
-        assert self.tensors is not None
-        return replace(self, tensors={name: t[rows] for name, t in self.tensors.items()})
-
-
-def _held(items: Any) -> Any:
-    return items[::HELD_OUT] if len(items) >= HELD_OUT else items
-
-
-def _rest(items: Any) -> Any:
-    if len(items) < HELD_OUT:
-        return items
-    chosen = [i for i in range(len(items)) if i % HELD_OUT]
-    return items[chosen] if isinstance(items, torch.Tensor) else tuple(items[i] for i in chosen)
 
 
 def read_calibration(paths: Sequence[str], *, field: str = "text") -> CalibrationInput:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.capture.guess_inputs import find_example, randomised
+from upcycle.data.default_data import verification_text
 from upcycle.data.text import (
     WINDOW,
     check_tokens,
@@ -21,7 +22,6 @@ from upcycle.data.text import (
     tokenizer_in,
 )
 from upcycle.errors import UsageError
-from upcycle.models import samples
 from upcycle.util.modules import device_of, model_dtype
 
 MIN_CHARACTERS = 200
@@ -38,6 +38,7 @@ class Evaluation:
         batches: compared output by output; small.
         windows: [n, 512] tokens of running text for perplexity, or None.
         what: where they come from, in a few words.
+        prompts: [1, 8] tokens each, which a language model continues.
     """
 
     batches: list[ExampleInputs]
@@ -60,7 +61,7 @@ def evaluation_for(
         model: the dense model, with weights.
         directory: where its tokenizer is, if it has one.
         example: inputs given by the user, which are used as they are.
-        text: what to tokenise; a quarter of the standard library's documentation if None.
+        text: what to tokenise; `verification_text` if None.
         seed: of random inputs.
 
     Raises:
@@ -83,7 +84,7 @@ def evaluation_for(
         batches = [randomised(found, vocabulary=vocabulary, seed=seed + i) for i in range(2)]
         return Evaluation([in_dtype_of(model, batch) for batch in batches])
     what = "the given text" if text is not None else "the documentation of Python"
-    text = text if text is not None else samples.verification_text()
+    text = text if text is not None else verification_text()
     if len(text.strip()) < MIN_CHARACTERS:
         raise UsageError(
             f"--calibration: the text has {len(text.strip())} characters; give at least "
@@ -139,11 +140,6 @@ def _sentences(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evalua
     return Evaluation([{**batch, **many}, {**single, **one}], what=what)
 
 
-def _is_cache(name: str, value: object) -> bool:
-    """Whether an output is what a decoder remembers; a tuple of tensors in a model's own code."""
-    return isinstance(value, Cache) or name == "past_key_values"
-
-
 def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tensor]:
     """Every float tensor that `model` returns, by name, as `comparable` gives them.
 
@@ -155,9 +151,10 @@ def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tenso
         torch.manual_seed(0)
         out = model(**given) if isinstance(given, Mapping) else model(*given)
     named = dict(out) if isinstance(out, Mapping) else {"output": out}
-    named = {name: value for name, value in named.items() if not _is_cache(name, value)}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in named.items():
+        if isinstance(value, Cache) or name == "past_key_values":  # a model's own may be tuples
+            continue
         leaves = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
         leaves = [t for t in leaves if t.is_floating_point() and t.numel()]
         for i, tensor in enumerate(leaves):

@@ -22,7 +22,7 @@ def pixels(model: nn.Module, files: Sequence[Path], directory: Path | None = Non
     The shorter side is resized (bicubic) to the size of the model, the middle cut out, and
     ``(value / 255 - mean) / std`` computed. Sizes, mean and std are those of
     ``preprocessor_config.json`` in `directory`, else the ``image_size`` of the configuration (224)
-    and 0.5. The processor of the model itself is not run, as it may need torchvision.
+    and 0.5. The model's own processor is not run, as it may need torchvision.
 
     Raises:
         UsageError: Pillow is not installed, or a file is no image.
@@ -34,10 +34,11 @@ def pixels(model: nn.Module, files: Sequence[Path], directory: Path | None = Non
             "--calibration: reading images needs Pillow: pip install pillow; or give their pixels "
             "as tensors"
         ) from error
-    config = _processor(directory)
-    height, width = _size(model, config)
-    mean_C11 = torch.tensor(config.get("image_mean") or MEAN).reshape(-1, 1, 1)
-    std_C11 = torch.tensor(config.get("image_std") or STD).reshape(-1, 1, 1)
+    path = None if directory is None else directory / "preprocessor_config.json"
+    processor = read_json(path) if path is not None and path.is_file() else {}
+    height, width = _size(model, processor)
+    mean_C11 = torch.tensor(processor.get("image_mean") or MEAN).reshape(-1, 1, 1)
+    std_C11 = torch.tensor(processor.get("image_std") or STD).reshape(-1, 1, 1)
     rows = []
     for file in files:
         try:
@@ -50,13 +51,6 @@ def pixels(model: nn.Module, files: Sequence[Path], directory: Path | None = Non
         image_HWC = torch.from_numpy(np.array(fitted, dtype=np.float32) / 255)
         rows.append((image_HWC.permute(2, 0, 1) - mean_C11) / std_C11)
     return torch.stack(rows)
-
-
-def _processor(directory: Path | None) -> dict[str, Any]:
-    path = None if directory is None else directory / "preprocessor_config.json"
-    if path is None or not path.is_file():
-        return {}
-    return read_json(path)
 
 
 def _size(model: nn.Module, processor: dict[str, Any]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from upcycle.data.calibration_files import CalibrationInput
-from upcycle.data.default_calibration import EXAMPLE, RANDOM, for_calibration
+from upcycle.data.default_data import EXAMPLE, RANDOM, for_calibration
 from upcycle.data.text import SEQUENCE, sequences, tokenizer_in
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.ffn_inputs import FFNInputs

@@ -1,4 +1,4 @@
-"""Kinds of text, found where nobody has named them.
+"""Domains of texts that have no names.
 
 Shape suffixes: N sequences, T tokens of all of them, V tokens of the vocabulary that occur, R
 directions.
@@ -20,7 +20,7 @@ def text_domains(
 
     Args:
         ids: sequences of tokens.
-        count: groups; their sizes differ by at most one sequence.
+        count: of the groups, whose sizes differ by at most one sequence.
         generator: draws the first centres.
 
     Returns:

