@@ -19,95 +19,34 @@ from torch.nn import functional as F
 Step = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
-def _cast(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    return x.to(getattr(torch, dtype))
-
-
-def _cast_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return x.to(like.dtype)
-
-
 def _comparison(compare: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Ones and zeros in the dtype of the data: a step has no other type than a float."""
     return lambda x, y: compare(x, y).to(x.dtype)
 
 
-def _where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
-    return torch.where(condition != 0, x, y)
-
-
+_OF_TORCH = (
+    *("abs", "ceil", "clamp", "floor", "maximum", "minimum", "neg", "round", "sign", "trunc"),
+    *("acos", "asin", "asinh", "atan", "cos", "cosh", "sin", "sinh", "tan", "tanh"),
+    *("add", "div", "mul", "pow", "reciprocal", "rsqrt", "rsub", "sqrt", "square", "sub"),
+    *("erf", "erfc", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "sigmoid"),
+)
+_OF_FUNCTIONAL = (
+    *("celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"),
+    *("logsigmoid", "mish", "relu", "relu6", "selu", "silu", "softplus", "softshrink"),
+    *("softsign", "tanhshrink", "threshold"),
+)
 # Every operation that is known to be pointwise. `tests/test_pointwise.py` perturbs one element and
 # checks for each entry that no other element moves.
 OPS: dict[str, Callable[..., torch.Tensor]] = {
-    "abs": torch.abs,
-    "acos": torch.acos,
-    "add": torch.add,
-    "asin": torch.asin,
-    "asinh": torch.asinh,
-    "atan": torch.atan,
-    "cast": _cast,
-    "cast_like": _cast_like,
-    "ceil": torch.ceil,
-    "celu": F.celu,
-    "clamp": torch.clamp,
-    "cos": torch.cos,
-    "cosh": torch.cosh,
-    "div": torch.div,
-    "elu": F.elu,
-    "erf": torch.erf,
-    "erfc": torch.erfc,
-    "exp": torch.exp,
-    "exp2": torch.exp2,
-    "expm1": torch.expm1,
-    "floor": torch.floor,
-    "ge": _comparison(torch.ge),
-    "gelu": F.gelu,
-    "gt": _comparison(torch.gt),
-    "hardshrink": F.hardshrink,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "hardtanh": F.hardtanh,
-    "le": _comparison(torch.le),
-    "leaky_relu": F.leaky_relu,
-    "log": torch.log,
-    "log10": torch.log10,
-    "log1p": torch.log1p,
-    "log2": torch.log2,
+    **{name: getattr(torch, name) for name in _OF_TORCH},
+    **{name: getattr(F, name) for name in _OF_FUNCTIONAL},
+    **{name: _comparison(getattr(torch, name)) for name in ("ge", "gt", "le", "lt")},
+    "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
+    "cast_like": lambda x, like: x.to(like.dtype),
     "logical_and": lambda x, y: x * y,
     "logical_not": lambda x: 1 - x,
     "logical_or": torch.maximum,
-    "logsigmoid": F.logsigmoid,
-    "lt": _comparison(torch.lt),
-    "maximum": torch.maximum,
-    "minimum": torch.minimum,
-    "mish": F.mish,
-    "mul": torch.mul,
-    "neg": torch.neg,
-    "pow": torch.pow,
-    "reciprocal": torch.reciprocal,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "round": torch.round,
-    "rsqrt": torch.rsqrt,
-    "rsub": torch.rsub,
-    "selu": F.selu,
-    "sigmoid": torch.sigmoid,
-    "sign": torch.sign,
-    "silu": F.silu,
-    "sin": torch.sin,
-    "sinh": torch.sinh,
-    "softplus": F.softplus,
-    "softshrink": F.softshrink,
-    "softsign": F.softsign,
-    "sqrt": torch.sqrt,
-    "square": torch.square,
-    "sub": torch.sub,
-    "tan": torch.tan,
-    "tanh": torch.tanh,
-    "tanhshrink": F.tanhshrink,
-    "threshold": F.threshold,
-    "trunc": torch.trunc,
-    "where": _where,
+    "where": lambda condition, x, y: torch.where(condition != 0, x, y),
 }
 
 

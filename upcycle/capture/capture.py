@@ -1,13 +1,13 @@
 """Capture: record one ordinary forward of a model as a graph, without its arithmetic.
 
 The model's own Python runs on fake tensors (shapes and dtypes only), and every torch call that
-returns a tensor becomes a node. Control flow, caches and keyword objects therefore just work, and
-the weights may be absent (meta device). Only what follows from integer inputs alone has values
-(`upcycle.capture.known_values`). The graph is a view to decide on: it is never executed.
+returns a tensor becomes a node. Control flow, caches and keyword objects therefore just work. Only
+what follows from integer inputs alone has values (`upcycle.capture.known_values`). The graph is a
+view to decide on: it is never executed.
 
-Sibling blocks of a ModuleList or Sequential that have the same structure are recorded twice; the
-further ones replay the shapes, so the time does not grow with the depth of the model. Two and not
-one, so that a region that crosses from one block to the next is seen.
+Sibling blocks of a ModuleList or Sequential that have the same structure are recorded twice, so
+that a region that crosses from one block to the next is seen; the further ones replay the shapes,
+so the time does not grow with the depth of the model.
 """
 
 import functools
@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from upcycle.capture.recorder import Call, Program, Recorder, replayed_block, source_of
+from upcycle.capture.recorder import Call, Program, Recorder, leaves_of, replayed_block, source_of
 from upcycle.capture.repeated_blocks import repeated_blocks
 from upcycle.errors import CaptureError, ValueNeededError, first_line
 from upcycle.util.modules import no_fast_path
@@ -46,7 +46,7 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
     recorded in evaluation mode.
 
     Args:
-        model: any module, in any mode; its weights may be on the meta device. It is left as it was.
+        model: in any mode; its weights may be on the meta device. It is left as it was.
         example: keyword arguments, or a tuple of positional ones; of float tensors only shapes and
             dtypes matter.
         repeat_blocks: record at most two of equal sibling blocks.
@@ -96,11 +96,11 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
             for name, t in [*model.named_parameters(), *model.named_buffers()]
         }
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
-    given = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
+    given = leaves_of((args, kwargs))
     args, kwargs = pytree.tree_map_only(
         torch.Tensor, lambda t: fake_mode.from_tensor(t.detach().cpu()), (args, kwargs)
     )
-    fakes = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
+    fakes = leaves_of((args, kwargs))
     recorder = Recorder(tensors, fakes)
     integers = list(zip(fakes, given, strict=True))
     integers += [(tensors[name], buffer) for name, buffer in model.named_buffers()]
@@ -170,12 +170,11 @@ def _watch_calls(model: nn.Module, recorder: Recorder, blocks: Mapping[str, Any]
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
             inputs = recorder.nodes_of((args, kwargs))
-            key = (
-                (blocks[path], _call_structure(args, kwargs, recorder)) if path in blocks else None
-            )
-            if key is not None and recorded[key] >= 2:
+            is_block = path in blocks
+            key = (blocks[path], _call_structure(args, kwargs, recorder)) if is_block else None
+            if is_block and recorded[key] >= 2:
                 template, out = templates[key]
-                out = _fresh(out)
+                out = pytree.tree_map_only(torch.Tensor, lambda t: t.new_empty(t.shape), out)
                 recorder.record(replayed_block, (inputs,), {}, out)
                 recorder.program.replays.setdefault(template, []).append(path)
             else:
@@ -208,7 +207,3 @@ def _call_structure(args: Any, kwargs: Any, recorder: Recorder) -> Any:
         return repr(value) if plain else type(value)
 
     return str(form), tuple(leaf(value) for value in leaves)
-
-
-def _fresh(tree: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.new_empty(t.shape), tree)

@@ -1,10 +1,10 @@
 """Functions that remember tensors must not remember the fake ones of a capture."""
 
+import contextlib
 import functools
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 _CACHED = type(functools.lru_cache(len))
 
 
-@contextmanager
+@contextlib.contextmanager
 def caches_cleared(model: nn.Module) -> Iterator[None]:
     """Empty every ``functools.lru_cache`` of the model's own Python files afterwards."""
     try:
@@ -26,24 +26,18 @@ def caches_cleared(model: nn.Module) -> Iterator[None]:
 
 def _clear(names: dict[str, Any], module: str) -> None:
     for value in list(names.values()):
-        if isinstance(value, type) and value.__module__ == module:
-            for member in list(vars(value).values()):
-                _clear_one(member)
-        else:
-            _clear_one(value)
+        is_own_class = isinstance(value, type) and value.__module__ == module
+        for member in list(vars(value).values()) if is_own_class else (value,):
+            _clear_one(member)
 
 
 def _clear_one(value: Any) -> None:
     """Clear `value`, or the cached function that it wraps."""
     function = getattr(value, "__func__", value)
-    inner = function.__closure__ if isinstance(function, types.FunctionType) else None
-    for found in (function, *(cell.cell_contents for cell in inner or () if _filled(cell))):
-        if isinstance(found, _CACHED):
-            found.cache_clear()
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # not set yet
-        return False
+    if isinstance(function, _CACHED):
+        function.cache_clear()
+    elif isinstance(function, types.FunctionType):
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # the cell is not set yet
+                if isinstance(cell.cell_contents, _CACHED):
+                    cell.cell_contents.cache_clear()

@@ -65,19 +65,12 @@ def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[Examp
 
 
 def randomised(example: ExampleInputs, *, vocabulary: int, seed: int) -> ExampleInputs:
-    """Inputs of the shapes of `example` with random content: normal floats, tokens, the same masks.
-
-    Args:
-        example: as `find_example` returns it.
-        vocabulary: exclusive upper bound of random integers.
-        seed: of the draw.
-    """
+    """Inputs of the shapes of `example` with normal floats, tokens below `vocabulary`, and the same
+    masks and other integers."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: object, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
-            return value
-        if "mask" in str(name):
+        if not isinstance(value, torch.Tensor) or value.dtype == torch.bool or "mask" in str(name):
             return value
         if value.is_floating_point():
             return torch.randn(value.shape, generator=generator).to(value.dtype)
@@ -123,8 +116,8 @@ def _completed(
         return None
     arguments = inspect.signature(model.forward).parameters
     message = str(failure)
-    told = [set(re.findall(r"\w+", message.lower())), *words_of(failure.__cause__ or failure)]
-    for words in told:
+    in_message = set(re.findall(r"\w+", message.lower()))
+    for words in (in_message, *words_of(failure.__cause__ or failure)):
         more = {}
         for name in (n for n in arguments if n in words and n not in example):
             value = next(values_of(name, config, model_dtype(model), arguments), None)
@@ -140,11 +133,8 @@ def _completed(
 def _from_layers(model: nn.Module) -> Iterator[tuple[torch.Tensor, ...]]:
     """Any module: as many tensors as its forward requires, of the width that its layers want."""
     parameters = inspect.signature(model.forward).parameters.values()
-    required = sum(
-        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        for p in parameters
-    )
-    count = max(required, 1)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    count = max(sum(p.default is p.empty and p.kind in kinds for p in parameters), 1)
     dtype = model_dtype(model)
     for width, kind in _widths(model):
         if kind == "tokens":
@@ -176,7 +166,5 @@ def _widths(model: nn.Module) -> Iterator[tuple[int, str]]:
         if found not in seen:
             seen.add(found)
             yield found
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            yield (parameter.shape[0], "features")
-            yield (parameter.shape[1], "features")
+    for parameter in (p for p in model.parameters() if p.dim() == 2):
+        yield from ((width, "features") for width in parameter.shape)

@@ -40,8 +40,8 @@ def values_of(
     Args:
         name: of the argument.
         config: of the model.
-        dtype: of its floats.
-        arguments: all names of its forward.
+        dtype: of floats.
+        arguments: all names of the forward.
     """
     if name in _GRIDS:
         yield torch.tensor([_GRIDS[name]] * BATCH)
@@ -87,16 +87,15 @@ _GRIDS: dict[str, Any] = {
     "pixel_position_ids": [[i % _GRID, i // _GRID] for i in range(_GRID**2)],
 }
 _WIDTHS = ("hidden_size", "d_model", "embed_dim", "dim", "n_embd")
-
-
-# Of images whose size the configuration does not tell: what detectors and depth estimators want.
-_SIDES = (640, 1536)
+# Of images whose size the configuration does not have; the larger ones are for detectors and depth
+# estimators.
+_SIDES = (224, 640, 1536)
 
 
 def _images(config: Any) -> Iterator[tuple[int, ...]]:
     part = part_of(config, "vision") or config
     size = _first(part, config, "image_size") or _deep(config, "image_size")
-    for side in (size,) if size else (224, *_SIDES):
+    for side in (size,) if size else _SIDES:
         yield from _images_of(side, part, config)
 
 
@@ -178,8 +177,13 @@ def _time_features(of: Any) -> Any:
     return shapes
 
 
-def _fixed(*shape: int) -> Any:
-    return lambda config: iter([shape])
+def _shape(*axes: Any) -> Any:
+    """One shape, whose axes are sizes, or names of settings followed by the default."""
+
+    def shapes(config: Any) -> list[tuple[int, ...]]:
+        return [tuple(a if isinstance(a, int) else _number(config, *a[:-1]) or a[-1] for a in axes)]
+
+    return shapes
 
 
 _SHAPES: dict[str, Any] = {
@@ -191,34 +195,22 @@ _SHAPES: dict[str, Any] = {
     "past_time_features": _time_features(_series),
     "future_values": _future,
     "future_time_features": _time_features(_future),
-    "static_categorical_features": lambda config: iter(
-        [(BATCH, _number(config, "num_static_categorical_features") or 0)]
-    ),
-    "static_real_features": lambda config: iter(
-        [(BATCH, _number(config, "num_static_real_features") or 0)]
-    ),
-    "bbox": _fixed(BATCH, LENGTH, 4),
-    "is_longer": _fixed(BATCH, 1),
-    "freq": _fixed(BATCH, 1),
-    "pixel_mask": lambda config: iter([(BATCH, *next(_images(config))[-2:])]),
-    "query_embeds": lambda config: iter(
-        [(BATCH, _number(config, "num_query_tokens") or LENGTH, _number(config, *_WIDTHS) or 768)]
-    ),
-    "visual_feats": lambda config: iter(
-        [(BATCH, DECODER_LENGTH, _number(config, "visual_feat_dim") or 2048)]
-    ),
-    "visual_pos": _fixed(BATCH, DECODER_LENGTH, 4),
-    "flattened_patches": lambda config: iter(
-        [(BATCH, LENGTH, 2 + (_number(config, "patch_embed_hidden_size") or 768))]
-    ),
-    "decoder_input_values": lambda config: iter(
-        [(BATCH, DECODER_LENGTH, _number(config, *_WIDTHS) or 80)]
-    ),
+    "static_categorical_features": _shape(BATCH, ("num_static_categorical_features", 0)),
+    "static_real_features": _shape(BATCH, ("num_static_real_features", 0)),
+    "bbox": _shape(BATCH, LENGTH, 4),
+    "is_longer": _shape(BATCH, 1),
+    "freq": _shape(BATCH, 1),
+    "pixel_mask": lambda config: [(BATCH, *next(_images(config))[-2:])],
+    "query_embeds": _shape(BATCH, ("num_query_tokens", LENGTH), (*_WIDTHS, 768)),
+    "visual_feats": _shape(BATCH, DECODER_LENGTH, ("visual_feat_dim", 2048)),
+    "visual_pos": _shape(BATCH, DECODER_LENGTH, 4),
+    "flattened_patches": lambda config: [
+        (BATCH, LENGTH, 2 + (_number(config, "patch_embed_hidden_size") or 768))
+    ],
+    "decoder_input_values": _shape(BATCH, DECODER_LENGTH, (*_WIDTHS, 80)),
     "audio_values": _waves,
     "input_audio": _waves,
-    "audio_codes": lambda config: iter(
-        [(BATCH, _number(config, "num_codebooks", "num_quantizers") or 8, LENGTH)]
-    ),
+    "audio_codes": _shape(BATCH, ("num_codebooks", "num_quantizers", 8), LENGTH),
 }
 
 

@@ -85,7 +85,7 @@ class KnownValues:
         return all(id(fake) in self._real for fake in fakes)
 
     def content(self, fake: torch.Tensor) -> bytes | None:
-        """Something to compare the value of `fake` by; None if it is not known."""
+        """The bytes of the value of `fake`, to compare it by; None if it is not known."""
         real = self._real.get(id(fake))
         if real is None:
             return None

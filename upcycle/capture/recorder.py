@@ -55,14 +55,13 @@ def overwritten(before: Any, write: Any) -> Any:
     raise AssertionError("the graph is a view, it does not run")
 
 
-def _item(outputs: Any, index: int) -> Any:
+def getitem_of(outputs: Any, index: int) -> Any:
+    """Target of the node of one of several outputs."""
     raise AssertionError("the graph is a view, it does not run")
 
 
 def op_name(target: Any) -> str:
     """One name for all spellings of an operation: ``__iadd__`` and ``add_`` are ``add``."""
-    if target is _item:
-        return "getitem_of"
     name: str = getattr(target, "__name__", "") or type(target).__name__
     if name == "__get__":  # a property such as Tensor.T
         return str(target.__self__.__name__)
@@ -87,6 +86,11 @@ _SPELLINGS = {
     "clip": "clamp",
     "permute_copy": "permute",
 }
+
+
+def leaves_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors of nested tuples, lists and dicts."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -154,12 +158,12 @@ class Recorder(TorchFunctionMode):
         node.meta["path"] = self.path[-1]
         for i, tensor in enumerate(pytree.tree_leaves(out)):
             if isinstance(tensor, torch.Tensor):
-                self._bind(tensor, self.graph.call_function(_item, (node, i)))
+                self._bind(tensor, self.graph.call_function(getitem_of, (node, i)))
         return node
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
+        given = leaves_of((args, kwargs))
         versions = [tensor._version for tensor in given]
         known = self.values.knows(given)
         try:
@@ -175,7 +179,7 @@ class Recorder(TorchFunctionMode):
         if op_name(func) == "dropout" and any(out is tensor for tensor in given):
             out = out.view(out.shape)  # outside training it does nothing, and is to be seen
         written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
-        returned = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        returned = leaves_of(out)
         if written:
             self._write(func, args, kwargs, out if returned else written[0], written)
         elif any(all(t is not g for g in given) for t in returned):
@@ -208,12 +212,11 @@ class Recorder(TorchFunctionMode):
         self, func: Any, args: Any, kwargs: Any, out: Any, written: list[torch.Tensor]
     ) -> None:
         try:
-            self._learn(out, self.values.run(func, args, kwargs))
+            real = pytree.tree_leaves(self.values.run(func, args, kwargs))
         except UnknownValueError:
             self._forget(written)
-
-    def _learn(self, out: Any, real: Any) -> None:
-        for fake, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(real), strict=True):
+            return
+        for fake, value in zip(pytree.tree_leaves(out), real, strict=True):
             if isinstance(fake, torch.Tensor):
                 self.values.learn(fake, value)
 
@@ -248,21 +251,23 @@ def _source() -> str:
 
 def source_of(error: BaseException) -> str:
     """The innermost line of the model's own code where `error` was raised; empty if in none."""
-    lines = [
-        f"{Path(frame.f_code.co_filename).name}:{line}"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if _is_of_model(frame)
-    ]
-    return lines[-1] if lines else ""
+    lines = [f"{Path(file).name}:{line}" for file, line in _passed(error)]
+    return lines[0] if lines else ""
 
 
 def words_of(error: BaseException) -> list[set[str]]:
     """The words of the lines of the model's own code that `error` passed, the innermost first."""
-    lines = []
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if _is_of_model(frame):
-            lines.append(linecache.getline(frame.f_code.co_filename, line))
-    return [set(re.findall(r"\w+", line)) for line in reversed(lines)]
+    return [set(re.findall(r"\w+", linecache.getline(*place))) for place in _passed(error)]
+
+
+def _passed(error: BaseException) -> list[tuple[str, int]]:
+    """File and line of the model's own code that `error` passed, the innermost first."""
+    places = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if _is_of_model(frame)
+    ]
+    return places[::-1]
 
 
 def _is_of_model(frame: types.FrameType) -> bool:

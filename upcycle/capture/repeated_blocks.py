@@ -45,9 +45,8 @@ def _used(module: nn.Module) -> list[int]:
     """The id of every module and tensor at each place where it is registered below `module`."""
     found: list[int] = []
     for _, inner in module.named_modules(remove_duplicate=False):
-        found.append(id(inner))
         tensors = [*inner._parameters.values(), *inner._buffers.values()]
-        found += [id(tensor) for tensor in tensors if tensor is not None]
+        found += [id(inner), *(id(tensor) for tensor in tensors if tensor is not None)]
     return found
 
 

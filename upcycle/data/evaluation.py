@@ -132,12 +132,9 @@ def _sentences(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evalua
     extra = fixed_inputs(model)
     batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     single = {name: tensor[:1, :1] for name, tensor in batch.items()}
-    one = {n: t[:1] if isinstance(t, torch.Tensor) else t for n, t in extra.items()}
-    many = {
-        n: t.expand(len(batch["input_ids"]), -1) if isinstance(t, torch.Tensor) else t
-        for n, t in extra.items()
-    }
-    return Evaluation([{**batch, **many}, {**single, **one}], what=what)
+    rows = len(batch["input_ids"])
+    many = pytree.tree_map_only(torch.Tensor, lambda t: t.expand(rows, -1), extra)
+    return Evaluation([{**batch, **many}, {**single, **extra}], what=what)
 
 
 def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from upcycle.util.lazy_tensors import LazyTensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-MAPPED = 2**28
+MAPPED = 2**28  # bytes
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -59,12 +59,11 @@ def read_tensors(source: Path, *, allow_pickle: bool = False) -> Mapping[str, to
     """
     if not source.exists():
         raise UsageError(f"{source}: no such file or directory")
-    if source.is_file():
-        if source.suffix in PICKLE_SUFFIXES:
-            return _read_pickles([source], allow_pickle)
-        return _mapped(_names_in([source]))
-    if (source / SINGLE).is_file():
-        return _mapped(_names_in([source / SINGLE]))
+    if source.is_file() and source.suffix in PICKLE_SUFFIXES:
+        return _read_pickles([source], allow_pickle)
+    single = source if source.is_file() else source / SINGLE
+    if single.is_file():
+        return _mapped(_names_in([single]))
     if (source / INDEX).is_file():
         return _mapped(_checked_index(source / INDEX))
     if (source / PICKLE_INDEX).is_file():

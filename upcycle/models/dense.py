@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
           "float16": torch.float16}  # fmt: skip
+_MODEL = "MODEL is a Hugging Face directory, an .onnx file, sample:NAME or package.module:callable"
 
 
 @dataclass
@@ -123,20 +124,18 @@ class Source:
         return model.to(self.device).eval()  # type: ignore[no-any-return]
 
     def _model_class(self, config: Any) -> Any:
-        names = config.architectures or []
-        if self.trust_remote_code and getattr(config, "auto_map", None):
-            for name in config.auto_map:
+        if self.trust_remote_code:
+            for name in getattr(config, "auto_map", None) or ():
                 if name.startswith("AutoModel"):
                     return getattr(transformers, name)
-        if names and hasattr(transformers, names[0]):
-            return getattr(transformers, names[0])
-        if names:
+        name = next(iter(config.architectures or ["AutoModel"]))
+        if not hasattr(transformers, name):
             raise UnsupportedError(
-                f"{self.directory}: the architecture {names[0]} is not part of transformers "
+                f"{self.directory}: the architecture {name} is not part of transformers "
                 f"{transformers.__version__}; if the checkpoint brings its own code, pass "
                 "--trust-remote-code"
             )
-        return transformers.AutoModel
+        return getattr(transformers, name)
 
 
 def open_model(
@@ -158,23 +157,20 @@ def open_model(
         raise UsageError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
     directory: Path | None = None
     if model.endswith(".onnx") and not Path(model).is_dir():
+        from upcycle.models.onnx_file import open_onnx  # onnx is not imported for other models
+
+        example = call_named(inputs, dict, "a dict of tensors or arrays") if inputs else None
         elsewhere = device not in (None, "cpu")
-        return _open_onnx(model, inputs, {"--dtype": dtype, "--device": elsewhere})
+        return open_onnx(model, example, {"--dtype": dtype, "--device": elsewhere})
     if model.startswith(samples.PREFIX):
         directory = samples.path(model)
     elif Path(model).exists():
         directory = Path(model)
         _check_not_ours(directory)
         if not (directory / "config.json").is_file():
-            raise UsageError(
-                f"{model}: not a model directory, it has no config.json; MODEL is a Hugging Face "
-                "directory, an .onnx file, sample:NAME or package.module:callable"
-            )
+            raise UsageError(f"{model}: not a model directory, it has no config.json; {_MODEL}")
     elif ":" not in model:
-        raise UsageError(
-            f"{model}: there is no such directory; MODEL is a Hugging Face directory, an .onnx "
-            "file, sample:NAME or package.module:callable"
-        )
+        raise UsageError(f"{model}: there is no such directory; {_MODEL}")
     example = call_named(inputs, (dict, tuple), "a dict or a tuple of tensors") if inputs else None
     source = Source(
         name=model,
@@ -188,14 +184,6 @@ def open_model(
     if directory is not None:
         _check_dense(directory, read_config(directory, trust_remote_code=trust_remote_code))
     return source
-
-
-def _open_onnx(model: str, inputs: str | None, options: dict[str, object]) -> "OnnxSource":
-    from upcycle.models.onnx_file import open_onnx  # onnx is not imported for other models
-
-    wanted = "a dict of tensors or arrays"
-    example = call_named(inputs, dict, wanted) if inputs else None
-    return open_onnx(model, example, options)
 
 
 def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
@@ -228,8 +216,7 @@ def _check_not_ours(directory: Path) -> None:
 
 
 def _check_dense(directory: Path, config: Any) -> None:
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
+    if quantised := getattr(config, "quantization_config", None):
         data = quantised if isinstance(quantised, dict) else quantised.to_dict()
         method = data.get("quant_method", "unknown method")
         raise UnsupportedError(
@@ -237,10 +224,11 @@ def _check_dense(directory: Path, config: Any) -> None:
             "model first"
         )
     for field in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        if (getattr(config, field, None) or 0) > 1:
+        count = getattr(config, field, None) or 0
+        if count > 1:
             raise UnsupportedError(
-                f"{directory}: it is already a mixture of experts ({field} = "
-                f"{getattr(config, field)}); upcycle starts from a dense model"
+                f"{directory}: it is already a mixture of experts ({field} = {count}); upcycle "
+                "starts from a dense model"
             )
 
 
@@ -261,7 +249,7 @@ def _device(device: str | None) -> str:
 
 
 def _unless_ours(error: Exception, problem: str) -> Exception:
-    """What to raise for a failure inside transformers; running out of memory is not the model's."""
+    """What to raise for a failure inside transformers; lack of memory is no fault of the model."""
     if isinstance(error, UpcycleError) or is_out_of_memory(error):
         return error
     return UsageError(f"{problem}: {one_line(error)}")

@@ -5,7 +5,7 @@ same configuration wherever it says what is computed.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,6 @@ def merged(model: nn.Module, sources: Sources, merge: str | int) -> nn.Module:
     """A copy of `model` with the weights that the sources have in common.
 
     Args:
-        model: left alone.
-        sources: models of its shape.
         merge: ``mean`` of all (one that is listed twice counts twice), ``first``, or a number.
 
     Returns:
@@ -97,10 +95,9 @@ def merged(model: nn.Module, sources: Sources, merge: str | int) -> nn.Module:
     """
     made = copy.deepcopy(model)
     state = made.state_dict()
-    rest = merged_tensors(state, sources, merge)
     with torch.no_grad():
-        for name, tensor in state.items():
-            tensor.copy_(rest[name])
+        for name, tensor in merged_tensors(state, sources, merge).items():
+            state[name].copy_(tensor)
     return made
 
 
@@ -124,7 +121,7 @@ def merged_tensors(
 
 
 def _like(tensors: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> LazyTensors:
-    """Tensors in the dtypes and on the devices of others."""
+    """The tensors that `held` has, too, in its dtypes and on its devices."""
     names = (name for name in tensors if name in held)
     return LazyTensors(names, lambda name: tensors[name].detach().to(held[name]))
 
@@ -165,7 +162,10 @@ def _check_same(name: str, model: nn.Module, other: nn.Module) -> None:
             f"{name}: it is a {theirs}, and the dense model is a {ours}; experts are taken from "
             "models of one architecture"
         )
-    shapes = [dict(_shapes(module)) for module in (model, other)]
+    shapes = [
+        {n: p.shape for n, p in module.named_parameters(remove_duplicate=False)}
+        for module in (model, other)
+    ]
     for tensor in dict.fromkeys([*shapes[0], *shapes[1]]):
         mine, its = (found.get(tensor) for found in shapes)
         if its is None or mine is None:
@@ -182,30 +182,21 @@ def _check_same(name: str, model: nn.Module, other: nn.Module) -> None:
         raise UsageError(
             f"{name}: {tensor} {word}, unlike in the dense model; save both the same way"
         )
-    for field, ours_is, its_is in _different_fields(model, other):
-        raise UsageError(
-            f"{name}: its configuration has {field} = {its_is}, and the dense model's {ours_is}; "
-            "the two do not compute the same from the same weights"
-        )
-
-
-def _shapes(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield name, parameter.shape
+    fields, its_fields = (_computing(getattr(module, "config", None)) for module in (model, other))
+    for field in sorted({*fields, *its_fields}):
+        if fields.get(field) != its_fields.get(field):
+            raise UsageError(
+                f"{name}: its configuration has {field} = {its_fields.get(field)}, and the dense "
+                f"model's {fields.get(field)}; the two do not compute the same from the same "
+                "weights"
+            )
 
 
 def _tied(module: nn.Module) -> set[str]:
-    """The names of parameters that are another one, too."""
+    """The names of parameters that have another name, too."""
     first = {id(parameter): name for name, parameter in module.named_parameters()}
     every = module.named_parameters(remove_duplicate=False)
     return {name for name, parameter in every if first[id(parameter)] != name}
-
-
-def _different_fields(model: nn.Module, other: nn.Module) -> Iterator[tuple[str, object, object]]:
-    mine, its = (_computing(getattr(module, "config", None)) for module in (model, other))
-    for field in sorted({*mine, *its}):
-        if mine.get(field) != its.get(field):
-            yield field, mine.get(field), its.get(field)
 
 
 def _computing(config: object) -> dict[str, object]:

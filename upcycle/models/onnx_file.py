@@ -84,7 +84,7 @@ def open_onnx(model: str, inputs: Any, options: Mapping[str, object]) -> OnnxSou
     Args:
         model: the path.
         inputs: what ``--inputs`` returned, or None.
-        options: other options and their values; none of them means anything for a file.
+        options: options that do not apply to a file, and their values.
 
     Raises:
         UsageError: there is no such file, or an option does not apply.
@@ -108,7 +108,7 @@ def _constant(node: ir.Node) -> ir.TensorProtocol | None:
 
 
 def _floats(tensor: ir.TensorProtocol | None) -> tuple[int, int]:
-    """How many parameters a tensor holds, and the bytes of one; single numbers are none."""
+    """How many parameters a tensor holds, and the bytes of one; a scalar is not a parameter."""
     if tensor is None or tensor.size <= 1 or not tensor.dtype.is_floating_point():
         return 0, 0
     dtype = TORCH_TYPES.get(tensor.dtype)

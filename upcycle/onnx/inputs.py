@@ -1,4 +1,4 @@
-"""Inputs for a graph that nobody described: token ids, masks, images, by what the graph does."""
+"""Inputs for a graph without a description: token ids, masks, images, by what the graph does."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,12 @@ _PASSES = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqu
 
 
 def draw_inputs(model: ir.Model, *, seed: int = 0) -> dict[str, Array]:
-    """Random inputs of `model`: floats are normal, masks all ones, ids within their embedding.
-
-    Args:
-        model: the graph.
-        seed: of the draws.
-    """
+    """Random inputs of `model`: floats are normal, masks all ones, ids within their embedding."""
     generator = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
+    shapes = axis_sizes(model)
     for value in model.graph.inputs:
-        shape = axis_sizes(model)[str(value.name)]
+        shape = shapes[str(value.name)]
         dtype = value.dtype or ir.DataType.FLOAT
         kind, name = dtype.numpy(), str(value.name).lower()
         if "mask" in name or kind == np.bool_:
@@ -34,13 +30,13 @@ def draw_inputs(model: ir.Model, *, seed: int = 0) -> dict[str, Array]:
             row = np.arange(shape[-1] if shape else 1).astype(kind)
             feeds[str(value.name)] = np.broadcast_to(row, shape).copy()
         else:
-            drawn = generator.integers(0, _rows_behind(value), shape)
-            feeds[str(value.name)] = np.asarray(drawn).astype(kind)
+            rows = min(_embeddings(value), default=2)
+            feeds[str(value.name)] = np.asarray(generator.integers(0, rows, shape)).astype(kind)
     return feeds
 
 
 def given_inputs(model: ir.Model, example: Mapping[str, Array]) -> dict[str, Array]:
-    """The inputs that the user gave, in the types of the graph; its own names are wanted.
+    """The inputs that the user gave, by the names and in the types of the graph.
 
     Raises:
         KeyError: one is missing.
@@ -51,33 +47,25 @@ def given_inputs(model: ir.Model, example: Mapping[str, Array]) -> dict[str, Arr
     }
 
 
-def _rows_behind(value: ir.Value) -> int:
-    """One more than the largest id that every embedding that `value` chooses from can take."""
-    return min(_embeddings(value), default=2)
-
-
 def _embeddings(value: ir.Value) -> Iterator[int]:
+    """The rows of the embeddings that `value` chooses from."""
     for node, index in value.uses():
         if node.op_type in _PASSES and index == 0 and node.outputs:
             yield from _embeddings(node.outputs[0])
-        elif node.op_type == "Gather" and index == 1 and _rank(node.inputs[0]) == 2:
+        elif node.op_type == "Gather" and index == 1 and len(_shape(node.inputs[0])) == 2:
             yield _rows(node.inputs[0])
         elif node.op_type == "EmbedLayerNormalization" and index < 2:
             yield _rows(node.inputs[(2, 4)[index]])
 
 
-def _rank(value: ir.Value | None) -> int:
+def _shape(value: ir.Value | None) -> tuple[object, ...]:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is not None:
-        return len(tensor.shape)
-    return 0 if value is None or value.shape is None else len(value.shape)
+    shape = getattr(value, "shape", None) if tensor is None else tensor.shape
+    return tuple(shape or ())
 
 
 def _rows(value: ir.Value | None) -> int:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is not None:
-        return int(tensor.shape.numpy()[0])
-    first = None if value is None or value.shape is None else value.shape[0]
+    first = next(iter(_shape(value)), None)
     return first if isinstance(first, int) else 2
 
 

@@ -1,4 +1,4 @@
-"""Reading an ONNX file that somebody else wrote, and bringing it to the opset of our nodes.
+"""Reading an ONNX file of any origin, and bringing it to the opset of our nodes.
 
 Weights in external files are not read: onnx_ir maps them when they are asked for.
 """
@@ -14,6 +14,7 @@ from onnxscript.version_converter import ConvertVersionPass
 
 from upcycle.errors import UnsupportedError, UsageError, first_line
 from upcycle.onnx.nodes import OPSET
+from upcycle.onnx.shapes import subgraphs
 from upcycle.util.quiet import quiet_logs
 
 MIN_OPSET = 11  # below it the version converter lacks adapters for common operations
@@ -56,7 +57,7 @@ def open_graph(path: Path) -> ir.Model:
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """The file without external data; refused if it is none, or if its graph is not valid.
+    """The file without external data.
 
     Raises:
         UsageError: the file is no ONNX file, or its graph is broken.
@@ -113,9 +114,8 @@ def _check_order(path: Path, graph: onnx.GraphProto, outside: Set[str] = frozens
         for name in (name for name in node.input if name and name not in made):
             why = "before it is made, or in a cycle" if name in later else "and nothing makes it"
             raise UsageError(f"{broken} the {node.op_type} node {node.name!r} reads {name!r} {why}")
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                _check_order(path, inner, made)
+        for inner in subgraphs(node):
+            _check_order(path, inner, made)
         for name in filter(None, node.output):
             if name in made:
                 raise UsageError(f"{broken} the tensor {name!r} is made twice")
@@ -142,9 +142,8 @@ def _name_apart(model: ir.Model) -> None:
 
 
 def _check_external(path: Path, model: ir.Model) -> None:
-    folder = path.parent
     for tensor in _external_tensors(model):
-        file = folder / str(tensor.location)
+        file = path.parent / str(tensor.location)
         if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
             raise UsageError(
                 f"{path}: its weight {tensor.name} is said to be in {tensor.location}, outside the "
@@ -193,7 +192,7 @@ def _unknown_operation(model: ir.Model) -> str:
 
 
 def _root(error: BaseException) -> str:
-    """The first line of what was behind an error."""
+    """The first line of the error that was first in a chain."""
     while behind := error.__cause__ or error.__context__:
         error = behind
     return first_line(error)

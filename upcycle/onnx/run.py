@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError, one_line
 from upcycle.onnx.inputs import Array
+from upcycle.onnx.shapes import subgraphs
 
 MANY_NODES = 10_000
 
@@ -55,7 +56,7 @@ def session(
 
 
 def _nodes(model: Path | bytes) -> int:
-    """How many nodes there are when every function is put in its place; 0 of what is no model."""
+    """How many nodes there are when every function is put in its place; 0 for no ONNX model."""
     try:
         if isinstance(model, bytes):
             proto = onnx.load_model_from_string(model)
@@ -71,13 +72,12 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Those of the graph and of every branch in it."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _all_nodes(attribute.g)
+        for inner in subgraphs(node):
+            yield from _all_nodes(inner)
 
 
 def _has_rounded(model: Path | bytes) -> bool:
-    """Whether a file has the name of the kernel of rounded experts in it."""
+    """Whether the name of the kernel of rounded experts is in a file."""
     if isinstance(model, bytes):
         return b"QMoE" in model
     if not model.is_file() or not model.stat().st_size:
@@ -115,14 +115,14 @@ def fetch(
     """
     with described(path):
         runner = session(_with_outputs(path, names, only=True), weights=path.parent)
-        known = {value.name for value in runner.get_inputs()}
-        given = [{n: array for n, array in feeds.items() if n in known} for feeds in batches]
+        needed = {value.name for value in runner.get_inputs()}
+        given = [{n: array for n, array in feeds.items() if n in needed} for feeds in batches]
         return [list(runner.run(list(names), feeds)) for feeds in given]
 
 
 @contextmanager
 def described(path: Path) -> Iterator[None]:
-    """Within it what ONNX Runtime raises becomes an UnsupportedError that names the file."""
+    """Within it errors of ONNX Runtime become an UnsupportedError that names the file."""
     try:
         yield
     except UpcycleError:
@@ -135,8 +135,8 @@ def _with_outputs(path: Path, names: Sequence[str], *, only: bool = False) -> by
     proto = onnx.load(path, load_external_data=False)
     if only:
         del proto.graph.output[:]
-    known = {value.name for value in proto.graph.output}
+    present = {value.name for value in proto.graph.output}
     for name in dict.fromkeys(names):
-        if name not in known:
+        if name not in present:
             proto.graph.output.append(onnx.ValueInfoProto(name=name))
     return bytes(proto.SerializeToString())

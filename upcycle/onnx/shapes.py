@@ -22,7 +22,7 @@ def axis_sizes(model: ir.Model) -> dict[str, Shape]:
     Axes of one name get one size; a sum of names, as in ``past + sequence``, the sum. The past of
     a cache is empty.
     """
-    known: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     shapes: dict[str, Shape] = {}
     unnamed = 0
     for value in model.graph.inputs:
@@ -34,36 +34,36 @@ def axis_sizes(model: ir.Model) -> dict[str, Shape]:
             if isinstance(label, str) and len(value.shape or ()) == 4 and axis > 1:
                 is_image = value.dtype is not None and value.dtype.is_floating_point()
                 if is_image and "past" not in f"{label} {value.name}":
-                    known.setdefault(label, _IMAGE)
+                    sizes.setdefault(label, _IMAGE)
             dims.append(label)
         shapes[str(value.name)] = tuple(
-            size if isinstance(size, int) else _evaluate(size, known) for size in dims
+            dim if isinstance(dim, int) else _evaluate(dim, sizes) for dim in dims
         )
     return shapes
 
 
-def _evaluate(label: str, known: dict[str, int]) -> int:
+def _evaluate(label: str, sizes: dict[str, int]) -> int:
     names = re.findall(r"[A-Za-z_]\w*", label)
     if len(names) < 2 and "+" not in label:
-        if label not in known:
-            taken = sum(size in _SIZES for size in known.values())
-            is_past = label.startswith("past") and "+" not in label
-            known[label] = 0 if is_past else _SIZES[min(taken, len(_SIZES) - 1)]
-        return known[label]
+        if label not in sizes:
+            taken = sum(size in _SIZES for size in sizes.values())
+            is_past = label.startswith("past")
+            sizes[label] = 0 if is_past else _SIZES[min(taken, len(_SIZES) - 1)]
+        return sizes[label]
     parts = [part.strip() for part in label.split("+")]
-    return sum(int(part) if part.isdigit() else _evaluate(part, known) for part in parts if part)
+    return sum(int(part) if part.isdigit() else _evaluate(part, sizes) for part in parts if part)
 
 
 @dataclass(frozen=True)
 class Inferred:
-    """Shapes and element types of the tensors that onnx can tell of, by name."""
+    """Shapes and element types of the tensors that onnx can infer, by name."""
 
     shapes: Mapping[str, Shape]
     types: Mapping[str, ir.DataType]
 
 
 def infer(model: ir.Model, inputs: Mapping[str, Shape]) -> Inferred:
-    """What onnx can tell of the tensors inside, for these shapes of the inputs."""
+    """What onnx infers of the tensors inside, for these shapes of the inputs."""
     proto = _without_weights(model)
     sizes = _sizes_by_label(model, inputs)
     for value in chain(proto.graph.input, proto.graph.output, proto.graph.value_info):
@@ -85,9 +85,16 @@ def infer(model: ir.Model, inputs: Mapping[str, Shape]) -> Inferred:
 def _values(graph: onnx.GraphProto) -> Iterator[Sequence[onnx.ValueInfoProto]]:
     """Those of the graph, and of what is inside its nodes."""
     yield from (graph.input, graph.output, graph.value_info)
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            yield from _values(inner)
+    for inner in chain.from_iterable(map(subgraphs, graph.node)):
+        yield from _values(inner)
+
+
+def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The branches and bodies that are attributes of a node."""
+    graphs = []
+    for attribute in node.attribute:
+        graphs += [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+    return graphs
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
@@ -117,12 +124,12 @@ def _elements(value: ir.Value) -> int:
 
 
 def _sizes_by_label(model: ir.Model, inputs: Mapping[str, Shape]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for value in model.graph.inputs:
-        for axis, size in zip(value.shape or (), inputs[str(value.name)], strict=True):
-            if not isinstance(axis, int) and axis.value:
-                sizes[str(axis.value)] = size
-    return sizes
+    return {
+        str(axis.value): size
+        for value in model.graph.inputs
+        for axis, size in zip(value.shape or (), inputs[str(value.name)], strict=True)
+        if not isinstance(axis, int) and axis.value
+    }
 
 
 def _fix(value: onnx.ValueInfoProto, shape: Shape | None, sizes: Mapping[str, int]) -> None:
