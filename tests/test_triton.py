@@ -19,9 +19,8 @@ from transformers.integrations.moe import use_experts_implementation
 from upcycle.errors import UnsupportedError
 from upcycle.ir.weights import FFNWeights
 from upcycle.kernels.activations import of_module
-from upcycle.kernels.triton import why_unfused
+from upcycle.kernels.triton import fused_experts, why_unfused
 from upcycle.kernels.triton.launch import choose_tiles, fit_stages
-from upcycle.kernels.triton.operation import fused_experts
 from upcycle.layers.experts import Experts
 
 HAS_TRITON = find_spec("triton") is not None

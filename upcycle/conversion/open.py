@@ -16,9 +16,9 @@ from upcycle.data.evaluation import evaluation_for
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.measured import Costs
 from upcycle.ir.spec import Plan
+from upcycle.models.checkpoint_tensors import by_module_name
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import Sources, check_sources, merged_tensors, open_sources
-from upcycle.models.module_tensors import by_module_name
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.calibration_needs import needs

@@ -22,11 +22,11 @@ def run_experts(
 ) -> torch.Tensor:
     """What the chosen experts of each token add, weighted.
 
-    Pairs of weight zero cost nothing, and their index is not looked at. The order of the sums
-    depends on the arguments alone, so the result is the same each time. Differentiable. Where
-    shapes may not depend on the routing (compilation, export, fake tensors) it is the operation
-    ``upcycle::moe`` for experts that have a `program`; that, and other devices than the CPU, are
-    transformers' `grouped_mm` for the experts of other models.
+    Pairs of weight zero cost nothing, and their index is not read. The order of the sums depends on
+    the arguments alone, so the result is the same each time. Differentiable. Where shapes may not
+    depend on the routing (compilation, export, fake tensors) experts with a `program` are the
+    operation ``upcycle::moe``; all others, and those on other devices than the CPU, run
+    transformers' `grouped_mm`.
 
     Args:
         experts: a module with the experts interface of transformers.
@@ -56,26 +56,20 @@ def fits_grouped_mm(*weights: torch.Tensor) -> bool:
 
 
 def visit_by_all(shared: Any, x_TD: torch.Tensor) -> torch.Tensor | None:
-    """What an expert adds that every token visits, an `upcycle.layers.experts.SharedExpert`.
-
-    Returns:
-        [T, O], or None where only torch can compute it.
-    """
+    """What a `SharedExpert` adds, [T, O]; None where only torch can compute it."""
     if run_compiled is None or torch.compiler.is_compiling() or x_TD.device.type != "cpu":
         return None
     up, down = shared.up, shared.down_proj
     bias_1G = None if up.bias is None else up.bias[None]
-    index_T1 = torch.zeros(len(x_TD), 1, dtype=torch.int64)
     weights = (up.weight[None], bias_1G, down.weight[None], None, of_module(shared))
+    index_T1 = torch.zeros(len(x_TD), 1, dtype=torch.int64)
     return run_compiled(*weights, x_TD, index_T1, torch.ones(len(x_TD), 1))
 
 
 def route_and_visit(experts: Any, x_TD: torch.Tensor, router: Any) -> torch.Tensor | None:
-    """What the experts add that a linear router chooses, in one call.
+    """What those of `Experts` add that a linear router chooses, in one call.
 
     Args:
-        experts: an `upcycle.layers.experts.Experts`.
-        x_TD: tokens, float.
         router: as of `upcycle.kernels.compiled.run_routed`.
 
     Returns:
@@ -93,15 +87,14 @@ def route_and_visit(experts: Any, x_TD: torch.Tensor, router: Any) -> torch.Tens
 
 def weights_of(experts: Any) -> KernelWeights:
     """The parameters of a module with the experts interface of transformers."""
-    gated, biased = experts.has_gate, experts.has_bias
-    up_EGD = experts.gate_up_proj if gated else experts.up_proj
-    down_EOI, up_bias_EG, down_bias_EO = experts.down_proj, None, None
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    up_EGD, down_EOI = getattr(experts, up), experts.down_proj
     if experts.is_transposed:
         up_EGD, down_EOI = up_EGD.mT, down_EOI.mT
-    if biased:
-        up_bias_EG = experts.gate_up_proj_bias if gated else experts.up_proj_bias
-        down_bias_EO = None if hasattr(experts, "program") else experts.down_proj_bias
-    activate = experts._apply_gate if gated else experts.act_fn
+    up_bias_EG = getattr(experts, f"{up}_bias") if experts.has_bias else None
+    has_down_bias = experts.has_bias and not hasattr(experts, "program")
+    down_bias_EO = experts.down_proj_bias if has_down_bias else None
+    activate = experts._apply_gate if experts.has_gate else experts.act_fn
     norm = experts.post_expert_norm if experts.has_post_expert_norm else None
     name = of_module(experts)
     return KernelWeights(up_EGD, up_bias_EG, down_EOI, down_bias_EO, activate, name, norm)

@@ -1,7 +1,7 @@
-"""The activations that are known by a name: one table, from which all that asks for one is derived.
+"""The activations that have a name: one table, from which every other list of them is derived.
 
-To add an activation, add its row. A kernel of upcycle that is to know it gets its code, too, in
-``cpp/activations.h`` and ``triton/source.py``, and the row the number that it has there.
+To add an activation, add its row. A row with a number has code in ``cpp/activations.h`` and
+``triton/source.py``, too.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class KnownActivation(NamedTuple):
 
     Attributes:
         name: of the function.
-        steps: what computes it of ``z0``; its values are what counts, not its spelling.
+        steps: one way to compute it from ``z0``.
         gated: name of the product with ``z1``, if that has one.
         kernel: its number in upcycle's own kernels, with a gate and without, if they have it.
         onnx: its name in the nodes ``MoE`` and ``QMoE`` of ONNX Runtime, if they have it.
@@ -89,8 +89,8 @@ _OF_CLASS = {name: act.name for act in KNOWN_ACTIVATIONS for name in act.classes
 
 
 def of_pointwise(name: str, arity: int) -> str | None:
-    """The activation of a `Pointwise` with that name, with a gate that of the gate; None if the
-    kernels do not know it."""
+    """The activation of a `Pointwise` of that name, for a product that of the gate; None if the
+    kernels do not have it."""
     return _IN_KERNELS.get((name, arity))
 
 

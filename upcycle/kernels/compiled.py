@@ -87,8 +87,7 @@ def run_routed(
 ) -> torch.Tensor | None:
     """As `run_compiled`, with the visits that a linear router chooses in the same call.
 
-    Scores are float32. None also where two scores are equal and a choice between them matters: it
-    is torch's.
+    Scores are float32. None also where two scores are equal and torch has to choose between them.
 
     Args:
         router: weight [E, D] and bias [E] or None, float32; how many are chosen; one of `RULES`
@@ -104,11 +103,10 @@ def run_routed(
         return None
     if weight_ED.dtype != torch.float32 or x_TD.dtype != up_EGD.dtype:
         return None
-    weight_ED = weight_ED.contiguous()
     bias_E = None if bias_E is None else _as(bias_E, torch.float32)
-    given = (weight_ED, bias_E, top_k, RULES.index(rule), scale)
-    found = _call("routed", experts, activation, x_TD, *given)
-    return found[1] if found is not None and found[0] == 0 else None
+    given = (weight_ED.contiguous(), bias_E, top_k, RULES.index(rule), scale)
+    status, y_TO = _call("routed", experts, activation, x_TD, *given) or (1, None)
+    return None if status else y_TO
 
 
 def _call(
@@ -185,8 +183,8 @@ def _can_run(experts: _Experts, inputs: tuple[torch.Tensor | None, ...]) -> bool
 
 @lru_cache(maxsize=1)
 def library() -> dict[tuple[str, torch.dtype], Callable[..., int]] | None:
-    """The compiled functions, ``experts`` and ``routed`` for each dtype; None, with a line in the
-    log, if there are none."""
+    """The compiled functions, ``experts`` and ``routed`` for each dtype; None, and a warning in the
+    log, without a compiler."""
     if os.environ.get("UPCYCLE_COMPILE") == "0":
         return None
     try:
@@ -214,18 +212,17 @@ def build() -> Path:
         subprocess.CalledProcessError: the compiler refuses the source.
     """
     names = filter(None, (os.environ.get("CXX"), *COMPILERS))
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler was found; install g++ 12 or clang++, or set CXX")
     # What `native` means here: a home directory may be shared by machines.
     macros = _run(compiler, *FLAGS[:3], "-dM", "-E", "-x", "c++", os.devnull)
     sources = [file.read_text() for file in sorted(SOURCE.iterdir())]
     key = hashlib.sha256("\0".join([macros, *FLAGS, *sources]).encode()).hexdigest()[:16]
-    cache = cache_directory()
-    path = cache / f"experts-{key}.so"
+    path = cache_directory() / f"experts-{key}.so"
     if not path.exists():
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # others may compile it, too
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may compile it, too
             made = Path(folder) / path.name
             _run(compiler, *FLAGS, str(SOURCE / "experts.cpp"), "-o", str(made))
             made.replace(path)

@@ -55,27 +55,20 @@ def moe(
     return visit(weights, x_TD, index_TK, weights_TK)
 
 
-def moe_backward(
-    grad_TO: torch.Tensor,
-    x_TD: torch.Tensor,
-    index_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    up_EGD: torch.Tensor,
-    up_bias_EG: torch.Tensor | None,
-    down_EOI: torch.Tensor,
-    program: str,
-) -> list[torch.Tensor]:
-    """The gradients of `moe` by its tokens, weights and parameters; it is computed again."""
+def moe_backward(grad_TO: torch.Tensor, *given: Any) -> list[torch.Tensor]:
+    """The gradients of ``moe(*given)`` by its float tensors; it is computed again."""
+
+    def leaf(value: Any) -> Any:
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.detach().requires_grad_() if is_float else value
+
     with torch.enable_grad():
-        x, weights, up, down = (
-            tensor.detach().requires_grad_() for tensor in (x_TD, weights_TK, up_EGD, down_EOI)
-        )
-        bias = None if up_bias_EG is None else up_bias_EG.detach().requires_grad_()
-        y_TO = moe(x, index_TK, weights, up, bias, down, program)
-        given = [tensor for tensor in (x, weights, up, bias, down) if tensor is not None]
+        again = [leaf(value) for value in given]
+        y_TO = moe(*again)
+        leaves = [t for t in again if isinstance(t, torch.Tensor) and t.requires_grad]
         if not y_TO.requires_grad:  # no expert is visited
-            return [tensor.new_zeros(tensor.shape) for tensor in given]
-        found = torch.autograd.grad(y_TO, given, grad_TO, materialize_grads=True)
+            return [t.new_zeros(t.shape) for t in leaves]
+        found = torch.autograd.grad(y_TO, leaves, grad_TO, materialize_grads=True)
     return [gradient.contiguous() for gradient in found]  # as a compiler was promised
 
 
@@ -97,7 +90,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _gradients(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     saved = ctx.saved_tensors
     x, weights, up, *bias, down = torch.ops.upcycle.moe_backward(grad_TO, *saved, ctx.program)
-    return x, None, weights, up, bias[0] if bias else None, down, None
+    return x, None, weights, up, *(bias or [None]), down, None
 
 
 _GIVEN = (

@@ -46,29 +46,32 @@ class Settings:
         """
         if not isinstance(data, Mapping):
             raise _misfit(where, f"is {data!r:.60} and no object")
-        known = {field.name: field for field in fields(cls)}
-        here = cls._special.get(str(data.get(next(iter(known)))), ())
-        names = cls._names(here)
+        optional = cls._fields(data.get(fields(cls)[0].name))
         for name in data:
-            if name not in names:
+            if name not in optional:
                 raise _misfit(where, f"has `{name}`, which is unknown")
-        for name in names:
-            if name not in data and (name in here or known[name].default is MISSING):
+        for name, is_optional in optional.items():
+            if not is_optional and name not in data:
                 raise _misfit(where, f"has no `{name}`")
-        values = {n: _checked(known[n].type, value, f"{where}.{n}") for n, value in data.items()}
-        return cls(**values)
+        types = {field.name: field.type for field in fields(cls)}
+        return cls(**{n: _checked(types[n], value, f"{where}.{n}") for n, value in data.items()})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_json` reads back."""
-        here = self._special.get(str(getattr(self, fields(self)[0].name)), ())
-        values = {name: getattr(self, name) for name in self._names(here)}
+        first = getattr(self, fields(self)[0].name)
+        values = {name: getattr(self, name) for name in self._fields(first)}
         return {n: v.to_json() if hasattr(v, "to_json") else v for n, v in values.items()}
 
     @classmethod
-    def _names(cls, here: tuple[str, ...]) -> list[str]:
-        """All fields but the special ones that are not `here`."""
+    def _fields(cls, first: object) -> dict[str, bool]:
+        """The fields beside that value of the first one -> whether they may be missing."""
+        present = cls._special.get(str(first), ())
         special = {name for names in cls._special.values() for name in names}
-        return [f.name for f in fields(cls) if f.name in here or f.name not in special]
+        return {
+            f.name: f.name not in special and f.default is not MISSING
+            for f in fields(cls)
+            if f.name in present or f.name not in special
+        }
 
 
 def _checked(kind: Any, value: Any, where: str) -> Any:
@@ -124,7 +127,7 @@ class RouterConfig(Settings):
         kind: a key of `ROUTER_KINDS`.
         num_experts, d_model: E and D.
         select, weights, scale: the experts of a token, and their weights.
-        bias, tied, frozen, balance: what there is besides the rows, and who changes those.
+        bias, tied, frozen, balance: what there is besides the rows, and what changes those.
         nulls: rows that stand for doing nothing.
         hidden: mlp, cosine: the width between the two maps.
         entries, by: table: its rows, and what it is read by.
@@ -164,7 +167,7 @@ class RouterConfig(Settings):
         return is_linear and self.weights != "gain" and not self.balance and not self.nulls
 
     def to_json(self) -> dict[str, Any]:
-        """As of all settings; `extended` is written where it is true."""
+        """As `Settings.to_json`; `extended` is written where it is true."""
         data = super().to_json()
         if not self.extended:
             del data["extended"]

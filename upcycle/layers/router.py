@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from upcycle.layers.config import RouterConfig, WeightRule
 from upcycle.layers.selection import Selected, everything, select
 
-_OWN = frozenset(("forward", "scores", "choose", "_weigh"))  # where somebody else's may be
+_OWN = frozenset(("forward", "scores", "choose", "_weigh"))  # methods that may be replaced
 
 
 class Router(nn.Module):
@@ -26,8 +26,8 @@ class Router(nn.Module):
     - ``renormalised``: p / sum of p over S. Sums to one.
     - ``softmax``: p. Sums to less than one.
     - ``one``: 1 for each chosen expert.
-    - ``renorm_detach``: as renormalised, but no gradient through the sum, so that the router gets
-      a gradient from the task even while all experts are equal.
+    - ``renorm_detach``: as renormalised, without a gradient through the sum, so that the task
+      trains the router even while all experts are equal.
     - ``gain``: 1 + g p with one trained g per expert, which starts at zero
       (Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416).
 
@@ -79,10 +79,10 @@ class Router(nn.Module):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
 
     def attach(self, experts: nn.Module) -> None:
-        """Meet the experts of the layer, which no scores but an oracle's read."""
+        """Keep the experts of the layer, which only the scores of an oracle read."""
 
     def stand_in(self, count: int) -> None:
-        """Get ready for `count` tokens of a layer that is run outside its model."""
+        """Prepare for `count` tokens of a layer that is run outside its model."""
 
     def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Tokens in float32 or float64 -> logits [T, E] (null experts last)."""
@@ -109,7 +109,7 @@ class Router(nn.Module):
 
     def as_linear(self) -> tuple[torch.Tensor, torch.Tensor | None, int, WeightRule, float] | None:
         """Weight, bias, K, rule and scale where these are all that `forward` computes with, in
-        evaluation, and nobody watches it or has put something in its place; else None."""
+        evaluation, without a hook and without a replaced method; else None."""
         if not self.has_kernel or self.training or self.all_experts:
             return None
         if self._forward_hooks or self._forward_pre_hooks or not _OWN.isdisjoint(self.__dict__):
@@ -133,11 +133,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def rebalance(self, rate: float = 1e-3) -> None:
-        """Move the selection bias by `rate` towards even load, and forget the load.
+        """Move the selection bias by `rate` towards even load, and reset the load.
 
         To be called after each optimizer step. Experts that were visited less than the mean since
-        the last call go up, the others down; without training nothing was counted and nothing
-        moves. Null experts stay. Only what this process has seen counts.
+        the last call go up, the others down; null experts stay. Only training in this process is
+        counted.
         """
         load_E, self.load_E = self.load_E, None
         if load_E is not None:
@@ -158,9 +158,9 @@ class Router(nn.Module):
         if self.weights in ("renormalised", "renorm_detach"):
             total_T1 = weights_TK.sum(-1, keepdim=True)
             total_T1 = total_T1.clamp(min=torch.finfo(total_T1.dtype).tiny)  # no expert at all
-            weights_TK = weights_TK / (
-                total_T1.detach() if self.weights == "renorm_detach" else total_T1
-            )
+            if self.weights == "renorm_detach":
+                total_T1 = total_T1.detach()
+            weights_TK = weights_TK / total_T1
         elif self.weights == "gain":
             gain_TK = self.gain.to(weights_TK.dtype)[index_TK]
             weights_TK = 1 + gain_TK * weights_TK

@@ -1,8 +1,7 @@
 """Which experts a token visits, from the scores of a router.
 
 Each rule takes scores [T, E] in float32 or float64 and returns `index` [T, K] int64, distinct in a
-row, and `kept` [T, K] bool, or None where every entry counts. A token that visits fewer than K
-experts, or none, has entries that are not kept.
+row, and `kept` [T, K] bool, or None where every entry is an expert that the token visits.
 
 Shape suffixes: T tokens, E experts, K chosen experts at most.
 """

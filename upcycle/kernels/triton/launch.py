@@ -1,7 +1,7 @@
 """How the Triton kernels of the experts are launched: tiles, memory, grids.
 
-Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, S = T * K slots, I expert
-width, G = I or 2 I, B blocks, R rows of all blocks, N columns of a result, X depth of a product.
+Shape suffixes: those of `upcycle.kernels.triton`, B blocks, R rows of all blocks, N columns of a
+result, X depth of a product.
 """
 
 from contextlib import nullcontext
@@ -88,25 +88,25 @@ def launch(
     gated: bool,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> torch.Tensor:
-    """Run the kernels; see `upcycle.kernels.triton.operation.fused_experts`. The weights may be
-    strided.
+    """Run the kernels; see `upcycle.kernels.triton.fused_experts`.
 
-    `tiles` of the two products, with equal `rows`, replace the choice by shape.
+    The weights may be strided. `tiles` of the two products, with equal `rows`, replace the choice
+    by shape.
     """
     source = _source()
     experts, chosen = len(up_EGD), index_TK.shape[1]
     slots = index_TK.numel()
+    width = down_EOI.shape[1]
     hidden_SI = x_TD.new_empty(slots, up_EGD.shape[1] // (2 if gated else 1))
-    part_SO = x_TD.new_empty(slots, down_EOI.shape[1])
-    y_TO = x_TD.new_empty(len(x_TD), down_EOI.shape[1])
+    part_SO = x_TD.new_empty(slots, width)
+    y_TO = x_TD.new_empty(len(x_TD), width)
     if not slots:
         return y_TO.zero_()
     index_S, router_S = index_TK.contiguous().view(-1), weights_TK.contiguous().view(-1)
     wide, flat = tiles or _tiles(slots / min(slots, experts), x_TD, gated=gated)
     # A token's experts differ, so that nothing is gained by sorting one token.
     placed = len(x_TD) > 1
-    here = torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext()
-    with here:
+    with torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext():
         lists = _place(index_S, router_S, experts, wide.rows) if placed else (index_S,) * 3
         common = (index_S, router_S, *lists, slots, experts)
         x_TD = x_TD.contiguous()
@@ -114,7 +114,6 @@ def launch(
         second = {"PER_ROW": 1, "ACT": "none", "GATED": False, "WEIGHTED": True}
         _gemm(x_TD, up_EGD, up_bias_EG, hidden_SI, common, wide, first)
         _gemm(hidden_SI, down_EOI, down_bias_EO, part_SO, common, flat, second)
-        width = y_TO.shape[1]
         grid = (len(x_TD), -(-width // 1024))
         source.sum_slots[grid](part_SO, index_S, router_S, y_TO, experts, width, K=chosen, BN=1024)
     return y_TO
@@ -122,12 +121,12 @@ def launch(
 
 def _tiles(rows: float, x_TD: torch.Tensor, *, gated: bool) -> tuple[Tiles, Tiles]:
     """The tiles of the two products on the device of `x_TD`."""
-    room, size = _shared_memory(x_TD.device), x_TD.element_size()
-    first, second = (
-        fit_stages(choose_tiles(rows, x_TD.dtype, gated=g), size, room, gated=g)
-        for g in (gated, False)
-    )
-    return first, second
+
+    def fitting(gated: bool) -> Tiles:
+        tiles, room = choose_tiles(rows, x_TD.dtype, gated=gated), _shared_memory(x_TD.device)
+        return fit_stages(tiles, x_TD.element_size(), room, gated=gated)
+
+    return fitting(gated), fitting(False)
 
 
 def _most_blocks(slots: int, experts: int, rows: int) -> int:
