@@ -132,7 +132,7 @@ def test_tapped_layer(tmp_path) -> None:
     tapped = TappedMoE(layer.config)
     tapped.load_state_dict(layer.state_dict())
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
-    model.linear1, model.linear2 = Tap(tapped, first=True), tapped.eval()
+    model.linear1, model.linear2 = Tap(tapped, first=True, width=0), tapped.eval()
     x = torch.randn(2, 5, 16)
     path = export_onnx(
         model,

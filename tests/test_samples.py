@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from upcycle.data.default_data import default_text
 from upcycle.errors import UsageError
 from upcycle.models import sample_store, samples
 from upcycle.models.sample_store import Package
@@ -165,6 +166,6 @@ def test_looking_for_samples_imports_no_framework() -> None:
 
 
 def test_the_default_text_is_long_and_stable() -> None:
-    text = samples.default_text()
+    text = default_text()
     assert len(text) > 400_000
-    assert text == samples.default_text()
+    assert text == default_text()

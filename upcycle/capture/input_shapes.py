@@ -35,13 +35,8 @@ def values_of(
 ) -> Iterator[torch.Tensor]:
     """The usual forms of the argument `name`; none if unknown.
 
-    Floats and tokens are zeros, masks are ones, and grids tell how many patches there are.
-
-    Args:
-        name: of the argument.
-        config: of the model.
-        dtype: of floats.
-        arguments: all names of the forward.
+    Floats, of `dtype`, and tokens are zeros, masks are ones, and grids are numbers of patches.
+    `arguments` are all names of the forward.
     """
     if name in _GRIDS:
         yield torch.tensor([_GRIDS[name]] * BATCH)

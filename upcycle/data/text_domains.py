@@ -18,10 +18,7 @@ def text_domains(
 ) -> torch.Tensor:
     """`count` groups of sequences of similar words: TF-IDF, its first directions, and k-means.
 
-    Args:
-        ids: sequences of tokens.
-        count: of the groups, whose sizes differ by at most one sequence.
-        generator: draws the first centres.
+    The sizes of the groups differ by at most one sequence. `generator` draws the first centres.
 
     Returns:
         The group of each sequence, int64 [N]. Memory: [N, V] float64.

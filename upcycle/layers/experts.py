@@ -39,7 +39,7 @@ class Activation(nn.Module):
 
 
 class Experts(nn.Module):
-    """E experts of I neurons each, stored as 3-D tensors.
+    """E experts of I neurons each, as 3-D tensors.
 
     Gated: `gate_up_proj` [E, 2I, D] (gate rows first); plain: `up_proj` [E, I, D]; then
     `down_proj` [E, O, I]; optional `*_bias`. `program` is the activation as a line of JSON.
@@ -128,10 +128,9 @@ class Experts(nn.Module):
         return out
 
     def _must_be_unrolled(self) -> bool:
-        """A graph of ordinary operations is wanted, or one that ``upcycle::moe`` cannot be in."""
-        if not torch.compiler.is_compiling():
-            return False
-        return torch.onnx.is_in_onnx_export() or (self.training and self.act_fn.dropout > 0)
+        """Whether a compiler must see ordinary operations instead of ``upcycle::moe``."""
+        has_dropout = self.training and self.act_fn.dropout > 0
+        return torch.compiler.is_compiling() and (torch.onnx.is_in_onnx_export() or has_dropout)
 
     def expert(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
         """What one expert adds for tokens [T, D], not weighted; [T, O]."""
@@ -165,7 +164,7 @@ _FORWARD = Experts.forward
 
 
 def are_untouched(experts: nn.Module) -> bool:
-    """`Experts` whose `forward` is the one above, unwatched."""
+    """Whether these are `Experts` with the `forward` above, and without a hook."""
     return is_untouched(experts, Experts) and Experts.forward is _FORWARD
 
 
@@ -204,8 +203,7 @@ class SharedExpert(nn.Module):
                 return found
         z_TG = self.up(x_TD)
         hidden_TI = self.act_fn(*z_TG.chunk(self.act_fn.pointwise.arity, dim=-1))
-        out: torch.Tensor = self.down_proj(hidden_TI)
-        return out
+        return self.down_proj(hidden_TI)  # type: ignore[no-any-return]
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -15,10 +15,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install, place_of
 
-FORMAT = 1  # of the description in config.json; a later one may say what this code does not know
+FORMAT = 1  # of the description in config.json
 
-# Functions of transformers that read the activation from elsewhere, or that nothing here was
-# compared with.
+# Functions of transformers that read the activation from elsewhere, or that were not compared.
 FOREIGN_KERNELS = ("deepgemm", "sonicmoe")
 
 
@@ -60,10 +59,8 @@ class UpcycledModel(nn.Module):
             layer.experts.config = config
             experts = re.sub(r"\.\d+(?=\.|$)", ".*", f"{place_of(site)}.experts")
             shards = [f"{experts}.{name}" for name, _ in layer.experts.named_parameters()]
-            self._ep_plan |= {
-                **dict.fromkeys(shards, "grouped_gemm"),
-                experts: "ep_dispatch_experts",
-            }
+            self._ep_plan |= dict.fromkeys(shards, "grouped_gemm")
+            self._ep_plan[experts] = "ep_dispatch_experts"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -75,7 +72,7 @@ class UpcycledModel(nn.Module):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: the configuration, from the same file, brings the file along when it is saved.
+        """Nothing: saving the configuration, from the same file, also saves the file.
 
         The class of a model may be one that FSDP made, and transformers would save FSDP's file.
         """
@@ -86,11 +83,8 @@ class UpcycledModel(nn.Module):
 
     def get_correct_experts_implementation(self, requested: str | None) -> str | None:
         """`requested`, a way to run the experts; ValueError for one that may compute another."""
-        if requested in FOREIGN_KERNELS or requested not in (
-            None,
-            "eager",
-            *ALL_EXPERTS_FUNCTIONS.keys(),
-        ):
+        possible = {None, "eager", *ALL_EXPERTS_FUNCTIONS.keys()} - set(FOREIGN_KERNELS)
+        if requested not in possible:
             raise ValueError(
                 f'experts_implementation="{requested}": it is not known to compute what these '
                 "experts compute; choose upcycle, eager, grouped_mm or batched_mm"

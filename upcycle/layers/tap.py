@@ -4,10 +4,9 @@ An FFN that is exactly one module is swapped. One that is spread over siblings (
 inline by its layer (OPT, nn.TransformerEncoderLayer) is *tapped*: the expansion becomes a `Tap`,
 which hands its input to the MoE layer and returns a hidden tensor of width zero, on which every
 pointwise operation is free; the contraction becomes a `TappedMoE`, which computes the whole layer
-from that input. The model's own code stays as it is. Where that code reshapes the hidden tensor,
-the tap returns zeros of the old width. A linear map of which only a part is the FFN's (a fused
-projection of attention and MLP) goes on computing the rest: the tap returns zeros among it, and the
-contraction adds it.
+from that input. Where the model's own code reshapes the hidden tensor, the tap returns zeros of the
+old width. A linear map of which only a part is the FFN's (a fused projection of attention and MLP)
+still computes the rest: the tap returns zeros among it, and the contraction adds it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ class _Absent(torch.Tensor):
 
 
 class TappedMoE(MoE):
-    """The MoE layer in the place of a contraction: it computes on what its taps were given.
+    """The MoE layer in the place of a contraction: it computes on the input of its expansion.
 
     Where other columns of the contraction map something else, `kept_weight` [O, C] holds them, and
     `columns` are the ``(start, stop)`` of the neurons between them.
@@ -79,11 +78,11 @@ class TappedMoE(MoE):
 
 
 class Tap(nn.Module):
-    """In the place of an expansion: remembers its input, returns an empty hidden tensor."""
+    """In the place of an expansion: hands its input over, returns an empty hidden tensor."""
 
     _layer: TappedMoE
 
-    def __init__(self, layer: TappedMoE, *, first: bool, width: int = 0) -> None:
+    def __init__(self, layer: TappedMoE, *, first: bool, width: int) -> None:
         super().__init__()
         self.first = first
         self.width = width
@@ -114,7 +113,7 @@ class Tap(nn.Module):
 
 
 class PartialTap(nn.Module):
-    """In the place of an expansion that also maps x to something else, which it goes on doing.
+    """In the place of an expansion that also maps x to something else, which it still computes.
 
     `weight` [R, D] and `bias` [R] hold the rows that stay; `taken` are the ``(start, stop)`` of the
     FFN's rows, which come out as zeros, in the `width` of the dense map.

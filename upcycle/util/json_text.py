@@ -1,4 +1,4 @@
-"""JSON files: written so that every program reads them, and read or said what is wrong."""
+"""Writing JSON that every program reads, and reading JSON files."""
 
 import json
 import math
@@ -9,19 +9,12 @@ from upcycle.errors import UsageError
 
 
 def json_text(data: Any) -> str:
-    """`data` as indented JSON; infinite numbers and those that are none become null.
-
-    Python's own would write them as words that JSON does not have.
-    """
+    """`data` as indented JSON; numbers that are not finite become null: JSON has none."""
     return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, remedy: str = "copy or download it again") -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Args:
-        path: a file that exists.
-        remedy: what the message says to do about a damaged one.
+    """The object in a JSON file; `remedy` is what a message says to do about a damaged one.
 
     Raises:
         UsageError: it is not JSON, or not an object.

@@ -1,4 +1,4 @@
-"""Tensors by name that are nowhere together: each is made when it is asked for."""
+"""Tensors by name, each made when it is read."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 

@@ -1,4 +1,4 @@
-"""How much memory is free, and giving back to the system what was freed.
+"""How much memory is free, and how to return freed memory to the system.
 
 Once a tensor of up to 32 MB is freed, glibc takes later ones of that size from its heap, and keeps
 what lies free between them: 15 MB for each layer of 35 million weights, over all layers.

@@ -1,4 +1,4 @@
-"""Objects that the user names: what ``package.module:callable`` returns."""
+"""Objects that the user names as ``package.module:callable``."""
 
 import importlib
 import sys

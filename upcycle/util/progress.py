@@ -1,4 +1,4 @@
-"""How a long run tells what it does: a function of stage, items done and items in all."""
+"""The progress of a long run: a function of stage, items done and items in all."""
 
 import logging
 from collections.abc import Callable, Iterator
