@@ -14,26 +14,26 @@ from transformers.activations import ACT2FN
 import upcycle.kernels
 from upcycle.ir.same_function import TOLERANCE, same_function
 from upcycle.kernels.activations import (
-    KNOWN_ACTIVATIONS,
+    NAMED_ACTIVATIONS,
     NAMED_POINTWISE,
-    KnownActivation,
+    NamedActivation,
     of_module,
 )
 from upcycle.pointwise import Pointwise
 from upcycle.targets.native.layers import computes
 
 KERNELS = Path(upcycle.kernels.__file__).parent
-NUMBERS = {row.name: row.kernel for row in KNOWN_ACTIVATIONS if row.kernel is not None}
+NUMBERS = {row.name: row.kernel for row in NAMED_ACTIVATIONS if row.kernel is not None}
 CLASSES = {type(ACT2FN[name]).__name__: ACT2FN[name] for name in ACT2FN}
 SILU = NAMED_POINTWISE["silu"]
 
 
 def test_no_two_rows_share_a_name_or_a_number() -> None:
     columns = [
-        [name for row in KNOWN_ACTIVATIONS for name in (row.name, row.gated) if name],
+        [name for row in NAMED_ACTIVATIONS for name in (row.name, row.gated) if name],
         list(NUMBERS.values()),
-        [name for row in KNOWN_ACTIVATIONS for name in (row.onnx, row.onnx_gated) if name],
-        [name for row in KNOWN_ACTIVATIONS for name in row.classes],
+        [name for row in NAMED_ACTIVATIONS for name in (row.onnx, row.onnx_gated) if name],
+        [name for row in NAMED_ACTIVATIONS for name in row.classes],
     ]
     for column in columns:
         assert len(column) == len(set(column))
@@ -63,15 +63,15 @@ def test_the_triton_kernels_have_the_names_of_the_table() -> None:
     assert sorted(["none", *names]) == sorted(NUMBERS)
 
 
-@pytest.mark.parametrize("name", [n for row in KNOWN_ACTIVATIONS for n in row.classes])
+@pytest.mark.parametrize("name", [n for row in NAMED_ACTIVATIONS for n in row.classes])
 def test_a_class_computes_its_row(name: str) -> None:
     function = CLASSES.get(name) or getattr(nn, name)()
     known = of_module(SimpleNamespace(act_fn=function, has_gate=False))
     assert same_function(NAMED_POINTWISE[known or ""], function)
 
 
-@pytest.mark.parametrize("row", KNOWN_ACTIVATIONS, ids=lambda row: row.name)
-def test_degrees(row: KnownActivation) -> None:
+@pytest.mark.parametrize("row", NAMED_ACTIVATIONS, ids=lambda row: row.name)
+def test_degrees(row: NamedActivation) -> None:
     """``a(3 z) = 3^d a(z)`` with the degree of the row, and with no degree where it has none."""
     function = row.forms()[0]
     found = [

@@ -52,10 +52,10 @@ def scores(rule: str, tokens: int = 40, seed: int = 0, spread: float = 2.0) -> t
 
 def chosen(found: Selected, count: int = EXPERTS) -> torch.Tensor:
     """Which experts each token visits, [T, E] bool."""
-    index_TK, kept_TK = found
-    kept_TK = torch.ones_like(index_TK, dtype=torch.bool) if kept_TK is None else kept_TK
+    index_TK, mask_TK = found
+    mask_TK = torch.ones_like(index_TK, dtype=torch.bool) if mask_TK is None else mask_TK
     visits = torch.zeros(len(index_TK), count, dtype=torch.int64)
-    return visits.scatter_add(1, index_TK, kept_TK.long()).bool()
+    return visits.scatter_add(1, index_TK, mask_TK.long()).bool()
 
 
 def select_config(rule: str, **more: Any) -> SelectConfig:

@@ -1,8 +1,8 @@
-"""Make the Auto classes of transformers know converted models, so that they need no trust flag.
+"""Register converted models with the Auto classes of transformers, so they need no trust flag.
 
 A model type ``upcycle_X`` stands for the dense type X with the layers that ``config.json``
-describes. There are as many as transformers has model types, so their classes are made when one is
-asked for, and nothing is imported before. A directory's own Python file is then not run.
+describes. There are as many as transformers has model types, so their classes are made on demand,
+and nothing is imported before. A directory's own Python file is then not run.
 """
 
 import importlib.util
@@ -49,17 +49,17 @@ class _WhenImported(MetaPathFinder):
 
 def _teach(module: ModuleType) -> None:
     mapping = module.CONFIG_MAPPING
-    known = getattr(mapping, "_extra_content", None)
+    registered = getattr(mapping, "_extra_content", None)
     # Without the attribute this transformers keeps its types elsewhere: the trust flag stays.
-    if type(known) is dict:
-        mapping._extra_content = _OnDemand(known, module.CONFIG_MAPPING_NAMES)
+    if type(registered) is dict:
+        mapping._extra_content = _OnDemand(registered, module.CONFIG_MAPPING_NAMES)
 
 
 class _OnDemand(dict[str, Any]):
     """Model type -> configuration class, of which those of converted models are made here."""
 
-    def __init__(self, known: dict[str, Any], dense_types: Any) -> None:
-        super().__init__(known)
+    def __init__(self, registered: dict[str, Any], dense_types: Any) -> None:
+        super().__init__(registered)
         self._dense_types = dense_types
 
     def __contains__(self, key: object) -> bool:
@@ -95,7 +95,7 @@ def _make(dense_type: str) -> type:
             config_class = Config
 
             def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-                """As the dense model; the file for those who have no upcycle is written, too."""
+                """As the dense model; also writes the file that stands in for upcycle."""
                 kinds = {site["layer"]["router"]["kind"] for site in self.config.upcycle["sites"]}
                 classes = remote_code.heads(dense_config, dense)
                 self.config.auto_map = remote_code.auto_map(dense_config, classes)
@@ -108,8 +108,8 @@ def _make(dense_type: str) -> type:
         return _named(Model, dense)
 
     _named(Config, dense_config)
-    for name, known in remote_code.auto_mapping(dense_config).items():
-        classes = tuple(map(converted, known))
+    for name, dense_classes in remote_code.auto_mapping(dense_config).items():
+        classes = tuple(map(converted, dense_classes))
         mapping = getattr(modeling_auto, name)._model_mapping
         mapping.register(Config, classes if len(classes) > 1 else classes[0])
     return Config

@@ -12,7 +12,7 @@ import torch
 
 from upcycle.ir.ffn import FFN
 from upcycle.ir.weights import gather_experts
-from upcycle.kernels.activations import KNOWN_ACTIVATIONS, NAMED_POINTWISE
+from upcycle.kernels.activations import NAMED_ACTIVATIONS, NAMED_POINTWISE
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 from upcycle.pointwise import Pointwise
 from upcycle.recipe import schema as recipe
@@ -20,7 +20,7 @@ from upcycle.recipe import schema as recipe
 # f(c z) = c^degree f(z) for every c > 0.
 _DEGREE = {
     form.name: row.degree + form.arity - 1
-    for row in KNOWN_ACTIVATIONS
+    for row in NAMED_ACTIVATIONS
     if row.degree is not None
     for form in row.forms()
 }

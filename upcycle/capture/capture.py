@@ -2,7 +2,7 @@
 
 The model's own Python runs on fake tensors (shapes and dtypes only), and every torch call that
 returns a tensor becomes a node. Control flow, caches and keyword objects therefore just work. Only
-what follows from integer inputs alone has values (`upcycle.capture.known_values`). The graph is a
+what follows from integer inputs alone has values (`upcycle.capture.concrete_values`). The graph is a
 view to decide on: it is never executed.
 
 Sibling blocks of a ModuleList or Sequential that have the same structure are recorded twice, so

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from upcycle.capture.known_values import KnownValues, UnknownValueError
+from upcycle.capture.concrete_values import ConcreteValues, UnknownValueError
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Recorder(TorchFunctionMode):
         self._views: dict[int, list[torch.Tensor]] = {}  # tensors of one storage; keeps ids unique
         for tensor in (t for t in inputs if isinstance(t, torch.Tensor)):
             self._bind(tensor, self.graph.placeholder(f"input_{len(self._node)}"))
-        self.values = KnownValues()
+        self.values = ConcreteValues()
         self._names = {id(t): name for name, t in tensors.items()}
         self._weights = list(tensors.values())
 

@@ -159,11 +159,11 @@ def _of_records(
             )
         texts.append(text)
         domains.append(None if record.get("domain") is None else str(record["domain"]))
-    known = {domain is not None for domain in domains}
-    if len(known) > 1:
+    with_domain = tuple(domain for domain in domains if domain is not None)
+    if with_domain and None in domains:
         lacking = domains.index(None) + 1
         raise UsageError(f"{where}: record {lacking} has no `domain`, and others have one")
-    return CalibrationInput(what, tuple(texts), tuple(d for d in domains if d is not None))
+    return CalibrationInput(what, tuple(texts), with_domain)
 
 
 def _data_set(path: Path, column: str, where: str) -> Iterator[Mapping[str, Any]]:

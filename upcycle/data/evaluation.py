@@ -171,13 +171,13 @@ def comparable(
     if mask is None or not tensors:
         return dict(tensors)
     mask = mask.to(next(iter(tensors.values())).device)
-    kept = {n: t[mask.bool()] if t.shape[:2] == mask.shape else t for n, t in tensors.items()}
+    found = {n: t[mask.bool()] if t.shape[:2] == mask.shape else t for n, t in tensors.items()}
     if "last_hidden_state" in tensors:
         hidden = tensors["last_hidden_state"]
         weight = mask[..., None].to(hidden.dtype)
         mean = (hidden * weight).sum(1) / weight.sum(1)
-        kept["sentence_embedding"] = torch.nn.functional.normalize(mean, dim=-1)
-    return kept
+        found["sentence_embedding"] = torch.nn.functional.normalize(mean, dim=-1)
+    return found
 
 
 def in_dtype_of(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:

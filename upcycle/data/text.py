@@ -87,8 +87,8 @@ def sequences(
     ).input_ids
     has_padding = tokenizer.pad_token is not None
     special = tokenizer.num_special_tokens_to_add()
-    kept = [row for row in cut if (len(row) > special if has_padding else len(row) == length)]
-    return kept[: max(1, most // length)]
+    rows = [row for row in cut if (len(row) > special if has_padding else len(row) == length)]
+    return rows[: max(1, most // length)]
 
 
 def tokenizer_in(directory: Path | None) -> Any:

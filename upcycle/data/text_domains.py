@@ -39,6 +39,6 @@ def text_domains(
     rare_V = (len(ids) / (count_NV > 0).sum(0)).log() + 1
     weight_NV = torch.nn.functional.normalize(count_NV * rare_V)
     values_N, vectors_NN = torch.linalg.eigh(weight_NV @ weight_NV.t())
-    kept = min(len(ids), 8 * count)
-    features_NR = vectors_NN[:, -kept:] * values_N[-kept:].clamp(min=0).sqrt()
+    directions = min(len(ids), 8 * count)
+    features_NR = vectors_NN[:, -directions:] * values_N[-directions:].clamp(min=0).sqrt()
     return balanced_clusters(features_NR, group_sizes(len(ids), count), generator=generator)

@@ -12,7 +12,7 @@ from transformers.integrations import moe as _interface
 from upcycle.pointwise import Pointwise, Step
 
 
-class KnownActivation(NamedTuple):
+class NamedActivation(NamedTuple):
     """A function a, and what it is the gate of: ``a(z_0) * z_1``.
 
     Attributes:
@@ -44,11 +44,11 @@ class KnownActivation(NamedTuple):
         return plain, Pointwise(2, (*self.steps, product), self.gated)
 
 
-def _row(name: str, *steps: Step, **more: Any) -> KnownActivation:
-    return KnownActivation(name, steps or ((name, ("z0",), {}),), **more)
+def _row(name: str, *steps: Step, **more: Any) -> NamedActivation:
+    return NamedActivation(name, steps or ((name, ("z0",), {}),), **more)
 
 
-KNOWN_ACTIVATIONS = (
+NAMED_ACTIVATIONS = (
     _row(
         "none", ("mul", ("z0", 1.0), {}), gated="bilinear", kernel=0, onnx="identity",
         classes=("LinearActivation",), degree=1
@@ -78,14 +78,14 @@ KNOWN_ACTIVATIONS = (
     _row("hardswish"),
     _row("mish"),
 )  # fmt: skip
-NAMED_POINTWISE = {form.name: form for row in KNOWN_ACTIVATIONS for form in row.forms()}
+NAMED_POINTWISE = {form.name: form for row in NAMED_ACTIVATIONS for form in row.forms()}
 _IN_KERNELS = {
-    (pointwise.name, pointwise.arity): known.name
-    for known in KNOWN_ACTIVATIONS
-    for pointwise in known.forms()
-    if known.kernel is not None
+    (form.name, form.arity): row.name
+    for row in NAMED_ACTIVATIONS
+    for form in row.forms()
+    if row.kernel is not None
 }
-_OF_CLASS = {name: act.name for act in KNOWN_ACTIVATIONS for name in act.classes}
+_OF_CLASS = {name: row.name for row in NAMED_ACTIVATIONS for name in row.classes}
 
 
 def of_pointwise(name: str, arity: int) -> str | None:

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from upcycle.kernels.activations import KNOWN_ACTIVATIONS
+from upcycle.kernels.activations import NAMED_ACTIVATIONS
 from upcycle.util.cache_folder import cache_directory
 
 SOURCE = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
-ACTIVATIONS = {row.name: row.kernel for row in KNOWN_ACTIVATIONS if row.kernel is not None}
+ACTIVATIONS = {row.name: row.kernel for row in NAMED_ACTIVATIONS if row.kernel is not None}
 RULES = ("one", "renormalised", "softmax")  # as in cpp/routing.h
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

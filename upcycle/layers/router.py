@@ -101,10 +101,10 @@ class Router(nn.Module):
         if self.all_experts:
             index_TK, _ = everything(true_TE, k=self.num_experts)
             return true_TE, torch.ones_like(true_TE), index_TK
-        index_TK, kept_TK = self.choose(logits_TE)
-        weights_TK = self._weigh(logits_TE, index_TK, kept_TK)
+        index_TK, mask_TK = self.choose(logits_TE)
+        weights_TK = self._weigh(logits_TE, index_TK, mask_TK)
         if self.training and self.config.balance:
-            self._count(index_TK, kept_TK)
+            self._count(index_TK, mask_TK)
         return true_TE, weights_TK * self.scale, index_TK
 
     def as_linear(self) -> tuple[torch.Tensor, torch.Tensor | None, int, WeightRule, float] | None:
@@ -125,8 +125,8 @@ class Router(nn.Module):
         return select(logits_TE, self.config.select)
 
     @torch.no_grad()
-    def _count(self, index_TK: torch.Tensor, kept_TK: torch.Tensor | None) -> None:
-        visits_TK = torch.ones_like(index_TK) if kept_TK is None else kept_TK.to(index_TK.dtype)
+    def _count(self, index_TK: torch.Tensor, mask_TK: torch.Tensor | None) -> None:
+        visits_TK = torch.ones_like(index_TK) if mask_TK is None else mask_TK.to(index_TK.dtype)
         load_E = index_TK.new_zeros(self.num_experts)
         load_E = load_E.index_add(0, index_TK.reshape(-1), visits_TK.reshape(-1))
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
@@ -145,16 +145,16 @@ class Router(nn.Module):
             self.selection_bias[: self.num_experts] += rate * (mean - load_E).sign()
 
     def _weigh(
-        self, logits_TE: torch.Tensor, index_TK: torch.Tensor, kept_TK: torch.Tensor | None
+        self, logits_TE: torch.Tensor, index_TK: torch.Tensor, mask_TK: torch.Tensor | None
     ) -> torch.Tensor:
         if self.weights == "one":
             weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
-        elif self.weights == "renormalised" and kept_TK is None:
+        elif self.weights == "renormalised" and mask_TK is None:
             return logits_TE.gather(-1, index_TK).softmax(-1)
         else:
             weights_TK = logits_TE.softmax(-1).gather(-1, index_TK)
-        if kept_TK is not None:
-            weights_TK = weights_TK * kept_TK
+        if mask_TK is not None:
+            weights_TK = weights_TK * mask_TK
         if self.weights in ("renormalised", "renorm_detach"):
             total_T1 = weights_TK.sum(-1, keepdim=True)
             total_T1 = total_T1.clamp(min=torch.finfo(total_T1.dtype).tiny)  # no expert at all
@@ -164,7 +164,7 @@ class Router(nn.Module):
         elif self.weights == "gain":
             gain_TK = self.gain.to(weights_TK.dtype)[index_TK]
             weights_TK = 1 + gain_TK * weights_TK
-            weights_TK = weights_TK if kept_TK is None else weights_TK * kept_TK
+            weights_TK = weights_TK if mask_TK is None else weights_TK * mask_TK
         return weights_TK
 
     def extra_repr(self) -> str:

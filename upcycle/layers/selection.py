@@ -1,7 +1,7 @@
 """Which experts a token visits, from the scores of a router.
 
 Each rule takes scores [T, E] in float32 or float64 and returns `index` [T, K] int64, distinct in a
-row, and `kept` [T, K] bool, or None where every entry is an expert that the token visits.
+row, and `mask` [T, K] bool, or None where every entry is an expert that the token visits.
 
 Shape suffixes: T tokens, E experts, K chosen experts at most.
 """
@@ -47,9 +47,9 @@ def entropy(scores_TE: torch.Tensor, *, k: int, mass: float, above: float, q: fl
     p_TE = scores_TE.softmax(-1)
     count = p_TE.shape[-1]
     sorted_TE, index_TE = p_TE.topk(count, dim=-1)
-    kept_TE = sorted_TE.cumsum(-1) <= mass
-    kept_TE = kept_TE | (torch.arange(count, device=p_TE.device) < k)
-    return index_TE, kept_TE | (tsallis_entropy(p_TE, q) > above)[:, None]
+    mask_TE = sorted_TE.cumsum(-1) <= mass
+    mask_TE = mask_TE | (torch.arange(count, device=p_TE.device) < k)
+    return index_TE, mask_TE | (tsallis_entropy(p_TE, q) > above)[:, None]
 
 
 def tsallis_entropy(p_TE: torch.Tensor, q: float) -> torch.Tensor:

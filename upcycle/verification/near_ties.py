@@ -109,16 +109,16 @@ def _follower(
         seen.apart = max(seen.apart, _apart(choose, logits_TE, want_TE, moved_T))
         most = int(want_TE.sum(-1).max())
         index_TK = want_TE.to(torch.uint8).topk(most, dim=-1).indices
-        kept_TK = want_TE.gather(-1, index_TK)
-        return index_TK, None if kept_TK.all() else kept_TK
+        mask_TK = want_TE.gather(-1, index_TK)
+        return index_TK, None if mask_TK.all() else mask_TK
 
     return follow
 
 
 def _mask(chosen: Selected, like_TE: torch.Tensor) -> torch.Tensor:
-    index_TK, kept_TK = chosen
-    kept_TK = torch.ones_like(index_TK, dtype=torch.bool) if kept_TK is None else kept_TK
-    return torch.zeros_like(like_TE).scatter(-1, index_TK, kept_TK)
+    index_TK, mask_TK = chosen
+    mask_TK = torch.ones_like(index_TK, dtype=torch.bool) if mask_TK is None else mask_TK
+    return torch.zeros_like(like_TE).scatter(-1, index_TK, mask_TK)
 
 
 def _apart(

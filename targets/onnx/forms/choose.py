@@ -7,7 +7,7 @@ recognised by its values and not by its name, so that one spelled out in many st
 from dataclasses import dataclass, replace
 
 from upcycle.ir.same_function import same_function
-from upcycle.kernels.activations import KNOWN_ACTIVATIONS, NAMED_POINTWISE
+from upcycle.kernels.activations import NAMED_ACTIVATIONS, NAMED_POINTWISE
 from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Form, Onnx
@@ -47,7 +47,7 @@ class Choice:
 
 KERNELS = tuple(
     (Kernel(name, gated=form.arity == 2), form)
-    for row in KNOWN_ACTIVATIONS
+    for row in NAMED_ACTIVATIONS
     for form, name in zip(row.forms(), (row.onnx, row.onnx_gated), strict=False)
     if name is not None
 )

@@ -1,4 +1,4 @@
-"""Values that are known while nothing is computed: those that follow from small integer inputs.
+"""Concrete values in a graph of fake tensors: those that follow from small integer inputs.
 
 On fake tensors a model cannot ask ``if mask.all()`` or call ``lengths.tolist()``. But such values
 depend on token ids, masks and sizes alone, never on a float weight or a float input. They are
@@ -20,7 +20,7 @@ class UnknownValueError(Exception):
     """A value depends on weights, on float inputs or on chance."""
 
 
-class KnownValues:
+class ConcreteValues:
     """The real tensor of each fake one whose value is known; views stay views."""
 
     def __init__(self) -> None:
