@@ -1,9 +1,9 @@
 """Capture: record one ordinary forward of a model as a graph, without its arithmetic.
 
-The model's own Python runs on fake tensors (shapes and dtypes only), and every torch call that
+The model's own Python code runs on fake tensors (shapes and dtypes only), and every torch call that
 returns a tensor becomes a node. Control flow, caches and keyword objects therefore just work. Only
-what follows from integer inputs alone has values (`upcycle.capture.concrete_values`). The graph is a
-view to decide on: it is never executed.
+what follows from integer inputs alone has values, see `upcycle.capture.concrete_values`. The graph
+is a view to decide on: it is never executed.
 
 Sibling blocks of a ModuleList or Sequential that have the same structure are recorded twice, so
 that a region that crosses from one block to the next is seen; the further ones replay the shapes,
