@@ -32,7 +32,7 @@ def costs(plan: Plan, total_parameters: int, itemsize: int) -> Costs:
         parameters_before=total_parameters,
         parameters_after=after,
         active_parameters=total_parameters - dense + active,
-        flops_before=sum(2 * f.d_ff * (len(f.expansions) * f.d_model + f.d_out) for f in ffns),
+        flops_before=sum(2 * spec.ffn.num_weights for spec in specs),
         flops_after=flops,
         compensation_parameters=layers - bare,
         compensation_flops=flops - sum(layer_flops(spec) for spec in plain),

@@ -36,8 +36,7 @@ class Floor:
     def of_layer(self, spec: MoESpec, tokens: int, visited: int) -> dict[str, float]:
         """Seconds of ``dense`` and ``converted`` for tokens that visit so many experts together."""
         ffn = spec.ffn
-        flops = 2 * ffn.d_ff * (len(ffn.expansions) * ffn.d_model + ffn.d_out) * tokens
-        dense = self.machine.floor(flops, ffn.num_parameters * self.itemsize)
+        dense = self.machine.floor(2 * ffn.num_weights * tokens, ffn.num_parameters * self.itemsize)
         sparse = self.machine.floor(layer_flops(spec) * tokens, self._layer_bytes(spec, visited))
         return {"dense": dense, "converted": sparse}
 

@@ -81,7 +81,7 @@ class FFN:
             one: the output width of each module in `expansions`, each once; else empty.
         hidden_width: width of the input of the contraction where `shared`, else 0.
         shared: other rows of an expansion, or other columns of the contraction, compute something
-            that the model uses; they stay, as `kept` tells.
+            that the model uses; they stay, as `kept` lists.
     """
 
     path: str
@@ -124,11 +124,10 @@ class FFN:
         modules = {p.module: p for p in self.expansions} if self.shared else {}
         for (module, p), width in zip(modules.items(), self.tap_widths, strict=self.shared):
             taken = self.rows_of(module)
-            if taken == ((0, width),):
-                continue
-            kept.append(Kept(f"{module}.weight", p.weight, p.transposed, False, taken))
-            if p.bias:
-                kept.append(Kept(f"{module}.bias", p.bias, False, False, taken))
+            if taken != ((0, width),):
+                kept.append(Kept(f"{module}.weight", p.weight, p.transposed, False, taken))
+                if p.bias:
+                    kept.append(Kept(f"{module}.bias", p.bias, False, False, taken))
         down = self.contraction
         if down.columns:
             name = f"{down.module}.kept_weight"
@@ -143,11 +142,15 @@ class FFN:
         return tuple(dict.fromkeys(names))
 
     @property
+    def num_weights(self) -> int:
+        """Weights without biases, which is also the number of multiply-adds per token."""
+        return self.d_ff * (len(self.expansions) * self.d_model + self.d_out)
+
+    @property
     def num_parameters(self) -> int:
-        """How many numbers the FFN holds."""
+        """Weights and biases."""
         biases = sum(self.d_ff for p in self.expansions if p.bias)
-        biases += self.d_out if self.contraction.bias else 0
-        return self.d_ff * (len(self.expansions) * self.d_model + self.d_out) + biases
+        return self.num_weights + biases + (self.d_out if self.contraction.bias else 0)
 
     def to_json(self) -> dict[str, Any]:
         """The FFN as ``upcycle inspect --json`` prints it."""
@@ -166,7 +169,7 @@ class FFN:
 
 @dataclass(frozen=True)
 class Miss:
-    """A place that looks like an FFN and is none, and why.
+    """A place that looks like an FFN, and why it is none.
 
     Attributes:
         path: the module, which is the contraction where the linear maps lie in several.
@@ -183,17 +186,12 @@ class Miss:
 
     def to_json(self) -> dict[str, str]:
         """The miss as ``upcycle inspect --json`` prints it."""
-        return {
-            "path": self.path,
-            "reason": self.reason,
-            "node": self.node,
-            "source": self.source,
-        }
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Located:
     """Everything that `locate` found, in the order in which the model runs it."""
 
-    ffns: tuple[FFN, ...] = field(default=())
-    misses: tuple[Miss, ...] = field(default=())
+    ffns: tuple[FFN, ...] = ()
+    misses: tuple[Miss, ...] = ()

@@ -12,9 +12,8 @@ import torch
 from upcycle.ir.weights import FFNWeights
 
 CHUNK = 2048  # tokens at a time
-# Numbers of one FFN's hidden activations that are kept, because methods read them several times;
-# where there are more they are computed again.
-KEPT = 2**27
+# Methods read the hidden activations several times: up to this many numbers are cached.
+CACHED = 2**27
 
 
 @dataclass(frozen=True)
@@ -23,17 +22,17 @@ class FFNInputs:
 
     Attributes:
         x: the tokens in chunks [t, D], as they came.
-        id_T: the token of the vocabulary at each place, int64, or None where there is none.
-        domain_T: the group of texts that each token belongs to, int64, or None.
+        id_T: the vocabulary id of each token, int64, or None.
+        domain_T: the domain of each token, int64, or None.
         importance_NF: mean over the tokens of a domain of ``|h dL/dh|`` for each neuron, float32;
-            None unless gradients were asked for.
+            None unless gradients were computed.
     """
 
     x: tuple[torch.Tensor, ...]
     id_T: torch.Tensor | None = None
     domain_T: torch.Tensor | None = None
     importance_NF: torch.Tensor | None = None
-    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return sum(map(len, self.x))
@@ -47,13 +46,13 @@ class FFNInputs:
     def hidden(self, ffn: FFNWeights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Tokens [t, D] with the hidden activations of `ffn` on them [t, F], float32.
 
-        They may be asked for again, so they must not be changed.
+        They may be cached, so they must not be changed.
         """
-        if self._kept.get("rows") is not ffn.up_MFD:
-            self._kept.clear()
-            if len(self) * ffn.up_MFD.shape[1] <= KEPT:
-                self._kept.update(hidden=list(self._hidden(ffn)), rows=ffn.up_MFD)
-        yield from zip(self.chunks(), self._kept.get("hidden") or self._hidden(ffn), strict=True)
+        if self._cache.get("rows") is not ffn.up_MFD:
+            self._cache.clear()
+            if len(self) * ffn.up_MFD.shape[1] <= CACHED:
+                self._cache.update(hidden=list(self._hidden(ffn)), rows=ffn.up_MFD)
+        yield from zip(self.chunks(), self._cache.get("hidden") or self._hidden(ffn), strict=True)
 
     def _hidden(self, ffn: FFNWeights) -> Iterator[torch.Tensor]:
         ffn = ffn.to(torch.float32)
@@ -61,12 +60,12 @@ class FFNInputs:
             yield ffn.hidden(x_TD)
 
     def cpu(self) -> "FFNInputs":
-        """The same in the memory of the host; this one, if it is there."""
-        values = (*self.x, self.id_T, self.domain_T, self.importance_NF)
-        if all(tensor is None or tensor.device.type == "cpu" for tensor in values):
+        """The same in host memory; itself if it is there already."""
+        others = (self.id_T, self.domain_T, self.importance_NF)
+        if all(tensor is None or tensor.is_cpu for tensor in (*self.x, *others)):
             return self
-        id_T, domain_T, importance_NF = (None if t is None else t.cpu() for t in values[-3:])
-        return FFNInputs(tuple(x_TD.cpu() for x_TD in self.x), id_T, domain_T, importance_NF)
+        x = tuple(x_TD.cpu() for x_TD in self.x)
+        return FFNInputs(x, *(None if tensor is None else tensor.cpu() for tensor in others))
 
     def of_neurons(self, neuron_F: torch.Tensor) -> "FFNInputs":
         """The same for an FFN that has only some of the neurons."""

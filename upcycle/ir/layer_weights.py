@@ -50,12 +50,11 @@ def layer_tensors(layer: MoE, weights: MoEWeights) -> dict[str, torch.Tensor]:
 def weights_of(layer: MoE, provenance: Provenance | None = None) -> MoEWeights:
     """The tensors of a layer, as they are now and without a copy.
 
-    Without `provenance` every neuron counts as one that comes from nowhere (-1).
+    Without `provenance` the dense neuron behind each neuron is unknown (-1).
     """
-    experts = layer.experts
+    experts, bias_EG = layer.experts, layer.experts.up_bias_EG
     thin = None if layer.low_rank is None else list(layer.low_rank.parameters())
     shape = (experts.num_experts, experts.intermediate_dim)
-    bias_EG = experts.up_bias_EG
     return MoEWeights(
         experts=ExpertWeights(
             up_EGD=experts.up_EGD.detach(),

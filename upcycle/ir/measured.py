@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-# JSON has no infinite numbers: there they are null.
+# An infinite number is null in JSON.
 Number = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
@@ -16,11 +16,9 @@ class Check:
 
     Attributes:
         what: what was compared, and where it is worst.
-        error: what was measured.
         allowed: the largest error that passes.
-        passed: whether it did.
-        tokens, elsewhere: of a check of near ties: how many choices of experts were looked at, and
-            how many of them fell otherwise.
+        tokens, elsewhere: for a check of near ties, the number of choices of experts, and how many
+            of them differ.
     """
 
     what: str
@@ -51,19 +49,17 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDistance(Distance):
-    """Of one converted layer from its dense FFN, and what else was measured of it.
+    """Between one converted layer and its dense FFN, and what else was measured of the layer.
 
     Attributes:
-        path: of the FFN.
-        promise: of its method.
-        tokens_per_expert: visits on the tokens that were compared.
+        tokens_per_expert: load on the tokens that were compared.
         distinct_experts_relative: with other weights in every expert, against a plain loop.
         all_experts_relative: with all experts at weight one, for a split.
         untraced_rows: neurons that are not their dense neuron.
         redrawn_rows: neurons that were drawn anew.
         lost_neurons: dense neurons that are not exactly once in a split layer.
-        inputs: what the layer was shown, if not what it gets in the model.
-        nodes_relative: of the nodes of an ONNX file from the layer in torch.
+        inputs: what the layer was run on, if not the tokens it gets in the model.
+        nodes_relative: from the layer in torch to its nodes in an ONNX file.
     """
 
     path: str
@@ -80,7 +76,7 @@ class LayerDistance(Distance):
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Of next-token predictions: KL divergence in nats per token, and both perplexities."""
+    """Next-token predictions: KL divergence in nats per token, and both perplexities."""
 
     tokens: int
     kl: Number
@@ -91,13 +87,12 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class ModelDistance:
-    """Of a whole model from another one.
+    """Between two whole models.
 
     Attributes:
-        inputs: what both were shown.
-        outputs: of each output of the model.
-        relative: the largest of their relative errors.
-        language_model: of its predictions, if it makes some.
+        inputs: what both were run on.
+        outputs: the distance of each output.
+        relative: the largest relative error of an output.
     """
 
     inputs: str
@@ -108,7 +103,7 @@ class ModelDistance:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the tokens of the calibration make of a layer; see `upcycle.passes.calibrate.usage`."""
+    """How the calibration tokens use a layer; see `upcycle.passes.calibrate.usage`."""
 
     path: str
     tokens: int
@@ -127,7 +122,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What the methods were shown: where it is from, in how many batches, of how many domains."""
+    """The calibration data, and how its tokens use each layer."""
 
     data: str
     batches: int
@@ -138,14 +133,13 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Costs:
-    """The size of a model before and after.
+    """The size of a whole model before and after.
 
     Attributes:
-        parameters_before, parameters_after: of the whole model.
-        active_parameters: of those, the ones that a token meets.
+        active_parameters: the parameters after that one token uses.
         flops_before, flops_after: per token, in the linear maps of the converted FFNs and in their
             routers; a multiply-add is two.
-        compensation_parameters, compensation_flops: of those after, what `compensate` added.
+        compensation_parameters, compensation_flops: the part of those after from `compensate`.
         bytes_before, bytes_on_disk: of the dense and of the converted weights.
         peak_bytes: the dense model and the converted layers side by side.
     """
@@ -199,7 +193,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """Of files that are not float32: their distance from the model, or why they were not run."""
+    """For files that are not float32: their distance from the model, or why they were not run."""
 
     relative: Number | None = None
     layers: tuple[Rounded, ...] | None = None

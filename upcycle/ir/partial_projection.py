@@ -2,7 +2,7 @@
 
 One projection may give queries, keys, values and the FFN's rows (ViT-22B, PaLM), and one may map
 the attention's output beside the hidden tensor. The rest keeps computing what it did: it is stored
-once, as a smaller matrix ``[out, in]``, under the name that `FFN.kept` tells.
+once, as a smaller matrix ``[out, in]``, under the name in `FFN.kept`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from upcycle.ir.ffn import Kept
+from upcycle.ir.weights import as_matrix
 
 
 def read_kept(kept: Kept, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -33,7 +34,7 @@ def _as_rows(kept: Kept, stored: torch.Tensor) -> torch.Tensor:
     """A view in which each row stays or goes."""
     if stored.dim() == 1:
         return stored
-    stored = (stored.t() if kept.transposed else stored).flatten(1)
+    stored = as_matrix(stored, transposed=kept.transposed)
     return stored.t() if kept.columns else stored
 
 

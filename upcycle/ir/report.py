@@ -39,17 +39,13 @@ class Report:
     Attributes:
         upcycle, torch: versions.
         model: the dense model, as the user named it.
-        recipe: its name; `resolved_recipe` is all of it.
-        promise: of the plan.
+        recipe: its name; `resolved_recipe` has every key.
         dtype: of the dense weights.
         checks: the verification; empty if it was not run.
-        costs: before and after.
         streamed: how the model was converted, if it was never whole in memory.
-        calibration: what the methods were shown.
-        checkpoint: form and architecture of the files, and which software runs them.
         layers, end_to_end: what verification measured.
         sources: the distance from each of the models that experts were taken from.
-        tempered, onnx, rounding: of files that are not exactly the model.
+        tempered, onnx, rounding: for files that are not exactly the model.
     """
 
     upcycle: str
@@ -79,8 +75,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``report.json``."""
         data: dict[str, Any] = plain(self)
-        if self.worst_layer is not None:
-            worst = self.worst_layer
+        if worst := self.worst_layer:
             data["largest_error_at"] = {"layer": worst.path, "relative": worst.relative}
         return data
 
@@ -89,7 +84,7 @@ class Report:
         """The report that `to_json` wrote, also by an earlier version.
 
         Raises:
-            UsageError: it is none, or a field has another type; the message begins with `where`.
+            UsageError: a field is missing or has another type; the message begins with `where`.
         """
         try:
             return _ADAPTER.validate_python(data)

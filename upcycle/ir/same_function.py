@@ -1,4 +1,4 @@
-"""Whether two functions of one or two arguments are the same: decided by their values."""
+"""Whether two functions of one or two arguments are the same, judged by their values."""
 
 from collections.abc import Callable
 from functools import cache
@@ -23,10 +23,7 @@ def same_function(
 ) -> bool:
     """Whether the values of `a` and `b` in float64 are within ``tolerance * (1 + |b|)``.
 
-    Args:
-        a: of one or two arguments.
-        b: of as many, or another `Pointwise`; one with another arity is another function.
-        tolerance: another one than `TOLERANCE` needs a reason.
+    A `Pointwise` `b` may have another arity; any other `b` takes as many arguments as `a`.
     """
     if isinstance(b, Pointwise) and b.arity != a.arity:
         return False

@@ -25,7 +25,6 @@ class MoESpec:
     """The MoE layer that one dense FFN becomes.
 
     Attributes:
-        ffn: the FFN.
         experts, router, compensate: the recipe's sections, with what is special to the methods.
         num_experts: routed experts (copies times granularity for granular upcycling).
         width: neurons of one routed expert, zero padding included.
@@ -33,9 +32,9 @@ class MoESpec:
         top_k: routed experts that a token visits, at most; `select` may leave some out.
         scale: factor on the expert weights at run time.
         promise: what the algebra of the method says about equality with the dense FFN.
-        seed: seed of this layer's random draws; differs from layer to layer.
-        router_kind: of the runtime router, a key of `upcycle.layers.routers.ROUTER_KINDS`.
-        router_facts: what its kind or its method sets in its configuration.
+        seed: of this layer's random draws; differs from layer to layer.
+        router_kind: a key of `upcycle.layers.routers.ROUTER_KINDS`.
+        router_facts: what the kind or the method sets in the configuration of the router.
     """
 
     ffn: FFN
@@ -71,7 +70,7 @@ class MoESpec:
         return wanted if isinstance(wanted, int) else round(wanted * self.ffn.d_model)
 
     def router_config(self) -> RouterConfig:
-        """What the runtime router is made of."""
+        """The configuration of the runtime router."""
         router = self.router
         arguments = {n: getattr(router, n) for n in SELECT_ARGUMENTS.get(router.select, ())}
         select = SelectConfig(rule=router.select, k=self.top_k, **arguments)
@@ -90,9 +89,9 @@ class MoESpec:
         return RouterConfig(**settings | self.router_facts)
 
     def layer_config(self) -> LayerConfig:
-        """What the runtime layer is made of."""
+        """The configuration of the runtime layer."""
         ffn = self.ffn
-        is_moved = self.compensate.mean or self.compensate.affine
+        has_offset = self.compensate.mean or self.compensate.affine
         return LayerConfig(
             num_experts=self.num_experts,
             width=self.width,
@@ -103,7 +102,7 @@ class MoESpec:
             axis=ffn.axis,
             pointwise=ffn.pointwise,
             up_bias=ffn.has_up_bias,
-            output_bias=ffn.contraction.bias is not None or is_moved,
+            output_bias=ffn.contraction.bias is not None or has_offset,
             router=self.router_config(),
             hidden_dropout=ffn.hidden_dropout,
             output_dropout=ffn.output_dropout,
@@ -123,15 +122,14 @@ class MoESpec:
 
     def _kept(self) -> dict[str, Any]:
         """What the taps and the contraction go on computing beside the layer, if anything."""
-        ffn = self.ffn
-        if not ffn.shared:
+        if not self.ffn.shared:
             return {}
-        modules = {p.module: p for p in ffn.expansions}
+        modules = {p.module: p for p in self.ffn.expansions}
         return {
-            "rows": [[list(run) for run in ffn.rows_of(module)] for module in modules],
+            "rows": [[list(run) for run in self.ffn.rows_of(module)] for module in modules],
             "biases": [p.bias is not None for p in modules.values()],
-            "columns": list(ffn.contraction.columns or ()),
-            "hidden": ffn.hidden_width,
+            "columns": list(self.ffn.contraction.columns or ()),
+            "hidden": self.ffn.hidden_width,
         }
 
 

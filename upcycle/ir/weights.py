@@ -4,12 +4,12 @@ Shape suffixes: D d_model, O d_out, F d_ff (neurons), M expansions, E experts, I
 expert, G = M * I rows of an expert's fused expansion.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from upcycle.ir.ffn import FFN, Projection
+from upcycle.ir.ffn import FFN
 from upcycle.pointwise import Pointwise
 
 
@@ -50,34 +50,21 @@ class FFNWeights:
             down_OF=self.down_OF[:, neuron_F],
         )
 
-    def to(self, dtype: torch.dtype) -> "FFNWeights":
-        """The same FFN in another float dtype."""
-
-        def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(dtype)
-
-        return FFNWeights(
-            pointwise=self.pointwise,
-            up_MFD=self.up_MFD.to(dtype),
-            up_bias_MF=cast(self.up_bias_MF),
-            down_OF=self.down_OF.to(dtype),
-            down_bias_O=cast(self.down_bias_O),
-            sources=tuple(source.to(dtype) for source in self.sources),
-        )
-
-    def cpu(self) -> "FFNWeights":
-        """The same FFN in the memory of the host; this one, if it is there or has no numbers."""
-        if self.up_MFD.device.type in ("cpu", "meta"):
-            return self
+    def to(self, target: torch.dtype | str) -> "FFNWeights":
+        """The same FFN in another float dtype, or on another device."""
         bias_MF, bias_O = self.up_bias_MF, self.down_bias_O
         return FFNWeights(
             pointwise=self.pointwise,
-            up_MFD=self.up_MFD.cpu(),
-            up_bias_MF=None if bias_MF is None else bias_MF.cpu(),
-            down_OF=self.down_OF.cpu(),
-            down_bias_O=None if bias_O is None else bias_O.cpu(),
-            sources=tuple(source.cpu() for source in self.sources),
+            up_MFD=self.up_MFD.to(target),
+            up_bias_MF=None if bias_MF is None else bias_MF.to(target),
+            down_OF=self.down_OF.to(target),
+            down_bias_O=None if bias_O is None else bias_O.to(target),
+            sources=tuple(source.to(target) for source in self.sources),
         )
+
+    def cpu(self) -> "FFNWeights":
+        """The same FFN in host memory; itself if it is there already, or on the meta device."""
+        return self if self.up_MFD.device.type in ("cpu", "meta") else self.to("cpu")
 
 
 @dataclass(frozen=True)
@@ -90,10 +77,8 @@ class ExpertWeights:
         down_EOI: [E, O, I]. The output bias of the FFN is kept out of the experts: the layer adds
             it once, which is right under every routing rule.
         neuron_EI: [E, I] int64, the dense neuron behind each neuron; -1 is zero padding.
-        up_scale: factor on expansion 1 of a gated FFN (on expansion 0 of a plain one, and on every
-            expansion when `scale_gate`) relative to the dense rows.
-        down_scale: factor on the contraction relative to the dense columns.
-        scale_gate: `up_scale` applies to every expansion.
+        up_scale, down_scale: factors on the expansions and on the contraction, relative to the
+            dense FFN.
     """
 
     up_EGD: torch.Tensor
@@ -102,7 +87,6 @@ class ExpertWeights:
     neuron_EI: torch.Tensor
     up_scale: float = 1.0
     down_scale: float = 1.0
-    scale_gate: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,7 +132,6 @@ class MoEWeights:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor under its name in `upcycle.layers.moe.MoE`; nothing is copied."""
-
         experts, shared = self.experts, self.shared
         up = "gate_up_proj" if experts.up_EGD.shape[1] > experts.down_EOI.shape[2] else "up_proj"
         named: dict[str, torch.Tensor | None] = {
@@ -184,36 +167,47 @@ def gather_experts(
         ffn: the dense FFN.
         neuron_EI: [E, I] int64, dense neuron of each expert neuron; -1 makes a neuron of zeros,
             which adds nothing to the output because its column of `down` is zero.
-        up_scale, down_scale, scale_gate: see `ExpertWeights`.
+        up_scale: factor on the last expansion, or on every one when `scale_gate`.
+        down_scale: factor on the contraction.
 
     Returns:
         Experts in the dtype of `ffn`, E * I / F times its memory.
     """
-    num_experts, width = neuron_EI.shape
     padding_EI = neuron_EI < 0
-    flat = neuron_EI.clamp(min=0).reshape(-1)
-    blocks, biases = [], []
-    last = len(ffn.up_MFD) - 1
-    for i, up_FD in enumerate(ffn.up_MFD):
-        factor = up_scale if scale_gate or i == last else 1.0
-        rows = up_FD[flat].reshape(num_experts, width, -1) * factor
-        rows[padding_EI] = 0
-        blocks.append(rows)
-        if ffn.up_bias_MF is not None:
-            bias = ffn.up_bias_MF[i][flat].reshape(num_experts, width) * factor
-            bias[padding_EI] = 0
-            biases.append(bias)
-    down_EIO = ffn.down_OF.t()[flat].reshape(num_experts, width, -1) * down_scale
-    down_EIO[padding_EI] = 0
+
+    def gathered(rows: torch.Tensor, factor: float) -> torch.Tensor:
+        """[F, ...] -> [E, I, ...]."""
+        chosen = rows[neuron_EI.clamp(min=0)] * factor
+        chosen[padding_EI] = 0
+        return chosen
+
+    def fused(rows_M: torch.Tensor) -> torch.Tensor:
+        """[M, F, ...] -> [E, M * I, ...]."""
+        *firsts, last = rows_M
+        first_scale = up_scale if scale_gate else 1.0
+        blocks = [gathered(first, first_scale) for first in firsts]
+        return torch.cat([*blocks, gathered(last, up_scale)], dim=1)
+
     return ExpertWeights(
-        up_EGD=torch.cat(blocks, dim=1),
-        up_bias_EG=torch.cat(biases, dim=1) if biases else None,
-        down_EOI=down_EIO.transpose(1, 2).contiguous(),
+        up_EGD=fused(ffn.up_MFD),
+        up_bias_EG=None if ffn.up_bias_MF is None else fused(ffn.up_bias_MF),
+        down_EOI=gathered(ffn.down_OF.t(), down_scale).transpose(1, 2).contiguous(),
         neuron_EI=neuron_EI,
         up_scale=up_scale,
         down_scale=down_scale,
-        scale_gate=scale_gate,
     )
+
+
+def as_matrix(stored: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """A view of a weight as [out, in]; a 1x1 convolution is a linear map."""
+    return (stored.t() if transposed else stored).flatten(1)
+
+
+def read_matrices(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Views of the expansions of an FFN, each [F, D], and then of its contraction, [O, F]."""
+    for p in (*ffn.expansions, ffn.contraction):
+        matrix = as_matrix(parameters[p.weight].detach(), transposed=p.transposed)
+        yield matrix[slice(*p.rows), slice(*p.columns or (None,))]
 
 
 def read_ffn(
@@ -228,30 +222,17 @@ def read_ffn(
         parameters: tensor by name, read lazily: only the names in ``ffn.parameters`` are asked for.
         sources: the same of other models, for ``FFNWeights.sources``.
     """
-
-    def rows(p: Projection, tensor: torch.Tensor, *, is_weight: bool) -> torch.Tensor:
-        if is_weight and p.transposed:
-            tensor = tensor.t()
-        if is_weight:
-            tensor = tensor.reshape(tensor.shape[0], -1)  # a 1x1 convolution is a linear map
-        if is_weight and p.columns:
-            tensor = tensor[:, slice(*p.columns)]
-        return tensor[slice(*p.rows)]
-
-    ups = [rows(p, parameters[p.weight].detach(), is_weight=True) for p in ffn.expansions]
+    *ups, down_OF = read_matrices(ffn, parameters)
+    zeros_F = ups[0].new_zeros(ffn.d_ff)
     biases = [
-        rows(p, parameters[p.bias].detach(), is_weight=False)
-        if p.bias
-        else ups[0].new_zeros(ffn.d_ff)
-        for p in ffn.expansions
+        parameters[p.bias].detach()[slice(*p.rows)] if p.bias else zeros_F for p in ffn.expansions
     ]
-    down = ffn.contraction
-    bias = parameters[down.bias].detach() if down.bias else None
+    bias_name = ffn.contraction.bias
     return FFNWeights(
         pointwise=ffn.pointwise,
         up_MFD=torch.stack(ups),
         up_bias_MF=torch.stack(biases) if ffn.has_up_bias else None,
-        down_OF=rows(down, parameters[down.weight].detach(), is_weight=True).contiguous(),
-        down_bias_O=bias,
+        down_OF=down_OF.contiguous(),
+        down_bias_O=parameters[bias_name].detach() if bias_name else None,
         sources=tuple(read_ffn(ffn, source) for source in sources),
     )

@@ -3,14 +3,13 @@
 Shape suffixes: E experts, I neurons of an expert, D d_model, O d_out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import torch
 
-from upcycle.ir.ffn import FFN
 from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import Provenance
+from upcycle.ir.weights import Provenance, read_matrices
 from upcycle.layers.moe import MoE
 
 ROWS = 1024  # in float64 at a time
@@ -33,8 +32,8 @@ def untraced_rows(
         spec: the plan of the layer.
         layer: what the FFN became.
         origin: the dense neuron of each of its neurons.
-        parameters: of the dense model, by name.
-        sources: of the models that experts were taken from, if not from the dense one.
+        parameters: tensors of the dense model, by name.
+        sources: the same of the models that experts were taken from, if not from the dense one.
     """
     routed = _routed_matrices(layer)
     groups = [(_shared_matrices(layer), origin.shared_S[None], parameters)]
@@ -48,11 +47,10 @@ def untraced_rows(
     for made, neuron_EI, held in groups:
         if not neuron_EI.numel():
             continue
-        dense = list(_dense_matrices(spec.ffn, held))
+        *ups_FD, down_OF = read_matrices(spec.ffn, held)
+        dense = ups_FD if spec.compensate.changes_down else [*ups_FD, down_OF.t()]
         wrong_EI = torch.zeros_like(neuron_EI, dtype=torch.bool)
-        for i, (made_EID, dense_FD) in enumerate(zip(made, dense, strict=True)):
-            if i == len(dense) - 1 and spec.compensate.changes_down:
-                continue
+        for made_EID, dense_FD in zip(made[: len(dense)], dense, strict=True):
             here = neuron_EI.to(dense_FD.device)
             wrong_EI |= _wrong(made_EID, dense_FD, here).to(wrong_EI.device)
         wrong += int((wrong_EI & (neuron_EI >= -1)).sum())
@@ -71,19 +69,8 @@ def lost_neurons(spec: MoESpec, origin: Provenance) -> int:
     return int((times_F != 1).sum())
 
 
-def _dense_matrices(ffn: FFN, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Each matrix of the dense FFN with a row for each neuron, [F, D]; the contraction last."""
-    for projection in ffn.expansions:
-        stored = parameters[projection.weight].detach()
-        stored = (stored.t() if projection.transposed else stored).flatten(1)
-        yield stored[slice(*projection.rows)]
-    down = parameters[ffn.contraction.weight].detach()
-    columns_FO = down if ffn.contraction.transposed else down.flatten(1).t()
-    yield columns_FO[slice(*ffn.contraction.columns or (None,))]
-
-
 def _routed_matrices(layer: MoE) -> list[torch.Tensor]:
-    """The same matrices of the routed experts, [E, I, D]."""
+    """Each matrix of the routed experts with a row for each neuron, [E, I, D]."""
     experts = layer.experts
     ups = torch.split(experts.up_EGD.detach(), experts.intermediate_dim, dim=1)
     return [*ups, experts.down_proj.detach().transpose(1, 2)]
