@@ -59,9 +59,9 @@ def test_onnx_files_may_decide_near_ties_otherwise(tmp_path: Path) -> None:
     done, layers = converted(recipe())
     tie(layers)
     found = checks(done, tmp_path / "out", "safetensors", "onnx")
-    assert found[ONNX.words].passed
-    assert 0 < found[ONNX_TIES.words].elsewhere < found[ONNX_TIES.words].tokens
-    assert 0 < found[ONNX_TIES.words].error <= NEAR
+    assert found[ONNX].passed
+    assert 0 < found[ONNX_TIES].elsewhere < found[ONNX_TIES].tokens
+    assert 0 < found[ONNX_TIES].error <= NEAR
 
 
 def test_another_router_is_no_near_tie(tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_another_router_is_no_near_tie(tmp_path: Path) -> None:
     evaluation = Evaluation([{"input_ids": torch.arange(40)[None]}])
     layers[1].router.weight.data.mul_(-1)
     found = {c.what: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
-    assert not found[ONNX_TIES.words].passed
-    assert found[ONNX_TIES.words].error > 1e-2
+    assert not found[ONNX_TIES].passed
+    assert found[ONNX_TIES].error > 1e-2
 
 
 def test_other_weights_of_the_same_experts_are_no_near_tie(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_other_weights_of_the_same_experts_are_no_near_tie(tmp_path: Path) -> No
     evaluation = Evaluation([{"input_ids": torch.arange(40)[None]}])
     layers[1].experts.down_proj.data.mul_(1.01)
     found = {c.what: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
-    assert found[ONNX_TIES.words].passed
-    assert not found[ONNX.words].passed
+    assert found[ONNX_TIES].passed
+    assert not found[ONNX].passed
 
 
 def test_native_files_in_bfloat16_decide_near_ties_otherwise(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_native_files_in_bfloat16_decide_near_ties_otherwise(tmp_path: Path) -> 
         rows[1::2] = rows[::2] * (1 + 2**-7)  # a few bits of bfloat16
     found = checks(done, tmp_path / "out", "safetensors")
     assert done.report.checks
-    assert found[RELOADED.words].passed
-    assert 0 < found[TIES.words].elsewhere < found[TIES.words].tokens
+    assert found[RELOADED].passed
+    assert 0 < found[TIES].elsewhere < found[TIES].tokens
 
 
 def test_choices_are_seen_beside_shared_experts() -> None:

@@ -19,7 +19,7 @@ from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Form
 from upcycle.targets.onnx.forms import functions as bodies
 from upcycle.targets.onnx.forms.activation import OPERATIONS
-from upcycle.verification.onnx.rounding import run_experts
+from upcycle.verification.onnx.rounding import weighted_sum
 
 T, D, WIDTH = 9, 6, 5
 # As `test_onnx_forms` allows; of float16, 2^-11 for each of the numbers that are added.
@@ -49,7 +49,7 @@ class Layer:
     def exact(self, weights_TE: Tensor) -> Tensor:
         bias = None if self.bias_EG is None else self.bias_EG.double()
         x, up, down = self.x_TD.double(), self.up_EGD.double(), self.down_EDI.double()
-        return run_experts(self.pointwise, up, bias, down, x, weights_TE)
+        return weighted_sum(self.pointwise, up, bias, down, x, weights_TE)
 
 
 def layer_of(pointwise: Pointwise, num_experts: int, k: int, *, bias: bool) -> Layer:

@@ -22,7 +22,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.forms.choose import Choice, choose, fused_form
 from upcycle.targets.onnx.forms.cost_model import NANOSECONDS, Work, seconds
-from upcycle.verification.onnx.rounding import rounded_layers, run_experts, verify_rounding
+from upcycle.verification.onnx.rounding import rounded_layers, verify_rounding, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -281,7 +281,7 @@ def test_experts_by_hand() -> None:
     weights_TE = torch.zeros(11, E).scatter(1, index_TK, weights_TK)
     experts = layer.experts
     with torch.no_grad():
-        got = run_experts(
+        got = weighted_sum(
             ACTIVATIONS["swiglu"],
             *(experts.up_EGD, experts.up_bias_EG, experts.down_proj, x_TD, weights_TE),
         )

@@ -56,7 +56,7 @@ def test_every_layer_is_what_torch_has(recipe: str, tmp_path: Path) -> None:
     path = onnx_files.by_hand(tmp_path / "dense.onnx", "swiglu")
     report = convert(path, tmp_path / "out", recipe, *RECIPES[recipe])
     assert all(check.passed for check in report.checks)
-    assert found(report, NODES.words) <= 1e-5
+    assert found(report, NODES) <= 1e-5
     assert all(row.nodes_relative is not None for row in report.layers)
     onnx.checker.check_model(tmp_path / "out" / "model.onnx", full_check=True)
 
@@ -64,7 +64,7 @@ def test_every_layer_is_what_torch_has(recipe: str, tmp_path: Path) -> None:
 def test_a_convolution_with_shared_experts(tmp_path: Path) -> None:
     path = onnx_files.by_hand(tmp_path / "dense.onnx", "convolution")
     report = convert(path, tmp_path / "out", "cmoe", *RECIPES["cmoe"])
-    assert found(report, NODES.words) <= 1e-5
+    assert found(report, NODES) <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["oracle", "hash"])

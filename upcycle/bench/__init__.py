@@ -1,5 +1,5 @@
 """Measure a converted model beside the dense one: time, memory, and how far it is from the floor.
 
-Everything is measured in one process, in turn, so that a machine that is busy is busy for all; what
-counts is the ratio. A time is the median of the rounds, beside the quartiles.
+Everything is measured in turn in one process, so that other load slows both models alike; the ratio
+is what counts. A time is the median of the rounds, with its quartiles.
 """

@@ -1,9 +1,10 @@
-"""What runs the two models: torch, or ONNX Runtime."""
+"""The engines that run both models: torch and ONNX Runtime."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,32 +31,38 @@ class Engine:
 
     Attributes:
         pairs: layers that can be run by themselves.
-        read: inputs -> calls of both models.
-        write: ids [B, L] of a prompt -> calls that write the next token; None if they write none.
-        last_logits_only: reading a text makes the logits of its last token and no others.
+        models: ``dense`` and ``converted``, as `reader` and `writer` take them.
+        reader: a model and its inputs -> a call that runs it.
+        writer: a model and ids [B, L] of a prompt -> a call that writes the next token; None if
+            they write no text.
+        last_logits_only: reading a text makes the logits of its last token alone.
     """
 
     pairs: list[Pair]
-    read: Callable[[ExampleInputs], Calls]
-    write: Callable[[torch.Tensor], Calls] | None
+    models: Mapping[str, Any]
+    reader: Callable[[Any, ExampleInputs], Call]
+    writer: Callable[[Any, torch.Tensor], Call] | None
     last_logits_only: bool
+
+    def read(self, inputs: ExampleInputs) -> Calls:
+        """Calls that run both models on `inputs`."""
+        return {name: self.reader(model, inputs) for name, model in self.models.items()}
+
+    def write(self, ids_BL: torch.Tensor) -> Calls | None:
+        """Calls that write the next token after a prompt."""
+        if self.writer is None:
+            return None
+        return {name: self.writer(model, ids_BL) for name, model in self.models.items()}
 
 
 def torch_engine(dense: nn.Module, converted: nn.Module, specs: Sequence[MoESpec]) -> Engine:
     """Both models in torch; `specs` are the layers to run by themselves."""
-    models = {"dense": dense, "converted": converted}
-
-    def read(inputs: ExampleInputs) -> Calls:
-        return {name: whole.reader(model, inputs) for name, model in models.items()}
-
-    def write(ids_BL: torch.Tensor) -> Calls:
-        return {name: whole.writer(model, ids_BL) for name, model in models.items()}
-
     is_writer = is_language_model(dense)
     return Engine(
         pairs=[pair(dense, converted, spec) for spec in specs],
-        read=read,
-        write=write if is_writer and cache_argument(dense) else None,
+        models={"dense": dense, "converted": converted},
+        reader=whole.reader,
+        writer=whole.writer if is_writer and cache_argument(dense) else None,
         last_logits_only=is_writer and whole.only_last(dense),
     )
 
@@ -73,17 +80,13 @@ def onnx_engine(
     """Both models in ONNX Runtime.
 
     Args:
-        dense, converted: the same in torch; the dense one is exported.
+        dense, converted: both models in torch; the dense one is exported.
         directory: of the converted model.
         specs: the layers to run by themselves.
-        evaluation: gives the example of the export.
+        evaluation: its first batch is the example of the export.
         folder: for the dense file.
         threads: of ONNX Runtime.
-
-    Raises:
-        UsageError: there is no file.
     """
-    check_file(directory)
     ours = onnx_models.opened(directory / MODEL, threads)
     options = Onnx(cache=onnx_models.has_cache(ours))
     files = {
@@ -93,37 +96,25 @@ def onnx_engine(
     runners = {"dense": onnx_models.opened(files["dense"], threads), "converted": ours}
     pairs = []
     for spec in specs:
-        inside, ffn = pair(dense, converted, spec), spec.ffn
-        place = spec.ffn.place
+        ffn = spec.ffn
         ends = (ffn.expansions[0].module, ffn.contraction.module)
-        found = {
-            "dense": onnx_models.layer(files["dense"], *ends, threads),
-            "converted": onnx_models.layer(files["converted"], place, place, threads),
-        }
-        if found["dense"] is None or found["converted"] is None:
+        before = onnx_models.layer(files["dense"], *ends, threads)
+        after = onnx_models.layer(files["converted"], ffn.place, ffn.place, threads)
+        if before is None or after is None:
             log.warning("%s: the ONNX graph does not show it apart; not measured", ffn.path)
-            continue
-        pairs.append(replace(inside, dense=found["dense"], converted=found["converted"]))
-
-    def read(inputs: ExampleInputs) -> Calls:
-        return {name: onnx_models.reader(runner, inputs) for name, runner in runners.items()}
-
-    def write(ids_BL: torch.Tensor) -> Calls:
-        return {name: onnx_models.writer(runner, ids_BL) for name, runner in runners.items()}
-
-    is_writer = all(onnx_models.has_cache(runner) for runner in runners.values())
-    return Engine(pairs, read, write if is_writer else None, last_logits_only=False)
+        else:
+            pairs.append(replace(pair(dense, converted, spec), dense=before, converted=after))
+    is_writer = all(map(onnx_models.has_cache, runners.values()))
+    writer = onnx_models.writer if is_writer else None
+    return Engine(pairs, runners, onnx_models.reader, writer, last_logits_only=False)
 
 
 def check_file(directory: Path) -> None:
-    """Raises UsageError if there is no ONNX file that is the whole model."""
+    """Raise UsageError unless one ONNX file is the whole model."""
     if not (directory / MODEL).is_file():
-        more = " (an encoder and a decoder apart are not measured)" if _is_pair(directory) else ""
+        is_pair = (directory / ENCODER).is_file()
+        more = " (an encoder and a decoder apart are not measured)" if is_pair else ""
         raise UsageError(
             f"{directory}: no {MODEL} is here{more}; convert with --target onnx, or use --engine "
             "torch"
         )
-
-
-def _is_pair(directory: Path) -> bool:
-    return (directory / ENCODER).is_file()

@@ -15,15 +15,15 @@ from upcycle.recipe.onnx import Onnx
 
 @dataclass(frozen=True)
 class Floor:
-    """What counts: the FLOPs of linear maps that a token meets, and the bytes of their weights.
+    """Counts the FLOPs of the linear maps that a token visits, and the bytes of their weights.
 
     Attributes:
         machine: its rates.
-        itemsize: bytes of a weight as it is computed with.
-        routed_itemsize: of a weight of a routed expert, which may be rounded.
-        specs: of all converted layers.
-        parameters: of the dense model, without tables of embeddings, which are looked up.
-        head: of those, the ones that make logits of a hidden state.
+        itemsize: bytes of a weight in the computation.
+        routed_itemsize: the same for a weight of a routed expert, which may be rounded.
+        specs: all converted layers.
+        parameters: of the dense model, without embeddings, which are looked up.
+        head: those of them that make the logits.
     """
 
     machine: Machine
@@ -34,16 +34,16 @@ class Floor:
     head: int
 
     def of_layer(self, spec: MoESpec, tokens: int, visited: int) -> dict[str, float]:
-        """Seconds of ``dense`` and ``converted`` for tokens that visit so many experts together."""
+        """Seconds of ``dense`` and ``converted`` for tokens that visit `visited` experts in all."""
         ffn = spec.ffn
         dense = self.machine.floor(2 * ffn.num_weights * tokens, ffn.num_parameters * self.itemsize)
         sparse = self.machine.floor(layer_flops(spec) * tokens, self._layer_bytes(spec, visited))
         return {"dense": dense, "converted": sparse}
 
     def of_model(self, tokens: int, logits: int) -> dict[str, float]:
-        """Seconds for so many tokens, of which so many get logits.
+        """Seconds for `tokens` tokens, `logits` of which get logits.
 
-        Attention to other tokens is left out, and so are all experts that one token does not meet.
+        Attention to other tokens is left out, and so are the experts that one token does not visit.
         """
         before = sum(spec.ffn.num_parameters for spec in self.specs)
         rest = self.parameters - before
@@ -61,7 +61,7 @@ class Floor:
         }
 
     def weight_bytes(self, parameters: int) -> dict[str, float]:
-        """What the weights of ``dense``, which has so many, and of ``converted`` are run with."""
+        """Bytes of the weights of ``dense``, which has `parameters`, and of ``converted``."""
         before = sum(spec.ffn.num_parameters for spec in self.specs)
         layers = sum(self._layer_bytes(spec, spec.num_experts) for spec in self.specs)
         dense = parameters * self.itemsize
@@ -81,26 +81,23 @@ def floor_of(
     itemsize: int,
     options: Onnx | None,
 ) -> Floor:
-    """The floor of a dense model and what its FFNs became.
+    """The floor of a dense model and its converted layers.
 
     Args:
         machine: its rates.
         dense: the dense model.
-        specs: as the layers are.
-        itemsize: bytes of a weight as it is computed with.
+        specs: all converted layers.
+        itemsize: bytes of a weight in the computation.
         options: of the ONNX file, if that is run.
     """
-    asked: Any = dense.get_output_embeddings if isinstance(dense, PreTrainedModel) else lambda: None
-    makes_logits = asked()
-    head = [*makes_logits.parameters()] if isinstance(makes_logits, nn.Module) else []
+    output: Any = dense.get_output_embeddings() if isinstance(dense, PreTrainedModel) else None
+    head = [*output.parameters()] if isinstance(output, nn.Module) else []
     is_head = {id(p) for p in head}
     tables = {
         id(m.weight): m.weight.numel() for m in dense.modules() if isinstance(m, nn.Embedding)
     }
     looked_up = sum(size for key, size in tables.items() if key not in is_head)
-    size: float = itemsize
-    if options is not None:
-        size = 2 if options.half else itemsize
+    size: float = 2 if options is not None and options.half else itemsize
     return Floor(
         machine,
         size,

@@ -22,9 +22,9 @@ Layer = Callable[[torch.Tensor], Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """A dense FFN and what it became, both as functions of tokens [T, D].
+    """A dense FFN and its layer, both as functions of tokens [T, D].
 
-    `visited` says how many experts some tokens visit together.
+    `visited` counts the experts that at least one of the tokens visits.
     """
 
     spec: MoESpec
@@ -44,7 +44,7 @@ def converted_layer(model: nn.Module, spec: MoESpec) -> nn.Module:
     parent, _, name = spec.ffn.path.rpartition(".")
     beside = dict(model.get_submodule(parent).named_children())
     beside = {name: beside.pop(name), **beside} if name in beside else beside
-    for layer in beside.values():  # an architecture may have another name for it
+    for layer in beside.values():  # the name may differ in a native architecture
         if isinstance(layer, MoE) or hasattr(layer, "experts") or hasattr(layer, "router"):
             return layer
     raise AttributeError(f"{spec.ffn.path} has no experts")
@@ -62,17 +62,16 @@ def pair(dense: nn.Module, converted: nn.Module, spec: MoESpec) -> Pair:
         return layer(x_TD[None])
 
     def visited(x_TD: torch.Tensor) -> int:
-        most = min(spec.num_experts, len(x_TD) * spec.top_k)
-        with _visits(layer) as seen:
+        with _visited_experts(layer) as seen:
             run(x_TD)
-        return min(most, *seen) if seen else most
+        return min(spec.num_experts, len(x_TD) * spec.top_k, *seen)
 
     return Pair(spec, ffn, run, visited)
 
 
 @contextmanager
-def _visits(layer: nn.Module) -> Iterator[list[int]]:
-    """Within it the experts of `layer` note how many of them are visited, if they are told."""
+def _visited_experts(layer: nn.Module) -> Iterator[list[int]]:
+    """How many experts are visited in each run of `layer` within it, where their inputs tell."""
     seen: list[int] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
@@ -87,17 +86,14 @@ def _visits(layer: nn.Module) -> Iterator[list[int]]:
     if not isinstance(experts, nn.Module):
         yield seen
         return
-    handle = experts.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with experts.register_forward_pre_hook(note, with_kwargs=True):
         yield seen
-    finally:
-        handle.remove()
 
 
 def inputs_of(
     model: nn.Module, spec: MoESpec, batches: Sequence[ExampleInputs], count: int
 ) -> torch.Tensor:
-    """What the FFN is given in the dense model, [count, D]; repeated if `batches` have less."""
+    """Tokens [count, D] that the FFN gets in the dense model; repeated if `batches` have fewer."""
     seen: list[torch.Tensor] = []
 
     def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -105,13 +101,10 @@ def inputs_of(
         seen.append(x.reshape(-1, x.shape[-1]))
 
     first = model.get_submodule(spec.ffn.expansions[0].module)
-    handle = first.register_forward_pre_hook(note)
-    try:
+    with first.register_forward_pre_hook(note):
         for batch in batches:
             outputs_of(model, batch)
             if sum(map(len, seen)) >= count:
                 break
-    finally:
-        handle.remove()
     x_TD = torch.cat(seen)
     return x_TD.repeat(-(-count // len(x_TD)), 1)[:count]

@@ -1,4 +1,4 @@
-"""What this machine can do at best: the floor that no implementation goes below."""
+"""The best rates of this machine, below whose floor no implementation goes."""
 
 import time
 from dataclasses import dataclass
@@ -6,20 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-# Many short rounds: on a machine that does other things, too, some of them are not disturbed.
-ROUNDS = 40
+ROUNDS = 40  # many and short, so that other load leaves some of them alone
 SIDE = 1024  # of the square matrices that are multiplied
-MEGABYTES = 256  # of the matrix that is read once; more than any cache
+MEGABYTES = 256  # of the matrix that is read once; larger than any cache
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The best rates seen.
+    """The best rates measured.
 
     Attributes:
-        flops: multiplications and additions in a second, in a product of large matrices.
-        bandwidth: bytes of a large matrix read in a second, in a product with one vector.
-        dtype, threads: that it was measured with.
+        flops: per second, in a product of large matrices; a multiply-add is two.
+        bandwidth: bytes of a large matrix read per second, in a product with one vector.
+        dtype, threads: of the measurement.
     """
 
     flops: float
@@ -28,7 +27,7 @@ class Machine:
     threads: int
 
     def floor(self, flops: float, weight_bytes: float) -> float:
-        """Seconds that so many operations on so many bytes of weights take at least."""
+        """The least seconds for `flops` operations on `weight_bytes` bytes of weights."""
         return max(flops / self.flops, weight_bytes / self.bandwidth)
 
 
@@ -44,10 +43,9 @@ def measure(dtype: torch.dtype = torch.float32) -> Machine:
             start = time.perf_counter()
             F.linear(left, right)
             best[name] = min(best[name], time.perf_counter() - start)
-    name = str(dtype).removeprefix("torch.")
     return Machine(
         flops=2 * SIDE**3 / best["product"],
         bandwidth=tall.numel() * dtype.itemsize / best["read"],
-        dtype=name,
+        dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
     )

@@ -24,14 +24,9 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """What is measured, for `seconds` per figure.
 
-    Attributes:
-        dense: the dense model in torch.
-        evaluation: inputs.
-        engine: both models, ready to run.
-        floor: what they cannot go below.
-        seconds: for each figure.
+    `dense` is the dense model in torch, whatever the engine.
     """
 
     dense: nn.Module
@@ -42,7 +37,7 @@ class Subject:
 
 
 def layer_rows(subject: Subject, tokens: Sequence[int], tick: Tick) -> list[dict[str, Any]]:
-    """Each layer with each number of tokens, which are those of the dense model."""
+    """Each layer with each number of tokens, which it gets in the dense model."""
     rows = []
     for pair in subject.engine.pairs:
         batches = subject.evaluation.batches
@@ -63,17 +58,15 @@ def _layer_calls(dense: Any, converted: Any, x_TD: torch.Tensor) -> Calls:
 
 
 def reading_rows(subject: Subject, tokens: Sequence[int], tick: Tick) -> list[dict[str, Any]]:
-    """The whole models on texts of so many tokens; on one batch if they read other things."""
+    """The whole models on texts of each number of tokens; on one batch if they read no text."""
     rows: list[dict[str, Any]] = []
     for count in tokens:
         calls, read, logits = _reading(subject, count)
-        none = {"dense": None, "converted": None}
-        floors: Mapping[str, float | None] = (
-            none if read is None else subject.floor.of_model(read, logits)
-        )
-        rows.append(
-            {"tokens": read} | compared(interleaved(calls, seconds=subject.seconds), floors)
-        )
+        floors: Mapping[str, float | None] = {"dense": None, "converted": None}
+        if read is not None:
+            floors = subject.floor.of_model(read, logits)
+        found = interleaved(calls, seconds=subject.seconds)
+        rows.append({"tokens": read} | compared(found, floors))
         tick()
         if read is None:
             break
@@ -81,7 +74,7 @@ def reading_rows(subject: Subject, tokens: Sequence[int], tick: Tick) -> list[di
 
 
 def _reading(subject: Subject, count: int) -> tuple[Calls, int | None, int]:
-    """Calls that read a text; how many tokens it has, None if it is none; how many get logits."""
+    """Calls that read; the number of tokens, None if they read no text; how many get logits."""
     ids_BL = text_of(subject.dense, subject.evaluation, count)
     if ids_BL is None:
         return subject.engine.read(subject.evaluation.batches[0]), None, 0
@@ -102,23 +95,18 @@ def writing_row(subject: Subject, tick: Tick) -> dict[str, Any] | None:
 
 def _writing(subject: Subject) -> tuple[Calls | None, int]:
     """Calls that write the next token, and how often they may be called after the first time."""
-    ids_1L = text_of(subject.dense, subject.evaluation, min(PROMPT, longest(subject.dense) // 2))
-    most = min(MOST, longest(subject.dense) // 2 - 1)
-    if subject.engine.write is None or ids_1L is None or most < 1:
+    half = longest(subject.dense) // 2
+    ids_1L = text_of(subject.dense, subject.evaluation, min(PROMPT, half))
+    most = min(MOST, half - 1)
+    if ids_1L is None or most < 1:
         return None, 0
     return subject.engine.write(ids_1L), most
 
 
 def six(
-    subject: Subject,
-    last: Mapping[str, Any],
-    size: Costs,
-    report: Report,
-    tick: Tick,
+    subject: Subject, last: Mapping[str, Any], size: Costs, report: Report, tick: Tick
 ) -> dict[str, dict[str, float | None]]:
-    """EfficientLLM's metrics of each model, which then runs by itself.
-
-    It writes a text, or reads if it writes none, for as long as each figure takes.
+    """EfficientLLM's metrics of each model by itself, writing text, or reading if it writes none.
 
     Args:
         subject: what is measured.
@@ -132,22 +120,21 @@ def six(
     if calls is None:
         calls, tokens, _ = _reading(subject, last["tokens"] or 1)
         most = MOST
-    measured = report.end_to_end.language_model if report.end_to_end else None
+    sizes = {"dense": size.bytes_before, "converted": size.bytes_on_disk}
     found = {}
     for name, call in calls.items():
         with readings() as meters:
             alone = {name: call}
             times = interleaved(alone, seconds=subject.seconds, least=1, most=most)[name]
-        of = {"dense": size.bytes_before, "converted": size.bytes_on_disk}[name]
         quality = None
-        if measured is not None:
-            kept = {"dense": measured.dense_perplexity, "converted": measured.converted_perplexity}
-            quality = 1 / measured.dense_perplexity, 1 / kept[name]
+        if report.end_to_end and (text := report.end_to_end.language_model):
+            perplexities = {"dense": text.dense_perplexity, "converted": text.converted_perplexity}
+            quality = 1 / text.dense_perplexity, 1 / perplexities[name]
         found[name] = six_metrics(
             meters,
             times,
             None if tokens is None else tokens * len(times),
-            sizes=(size.bytes_before, of),
+            sizes=(size.bytes_before, sizes[name]),
             quality=quality,
         )
         tick()

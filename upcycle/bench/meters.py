@@ -1,7 +1,7 @@
 """Memory, load and energy while something runs, and the six figures made of them.
 
-Zheng et al., "EfficientLLM", 2025, https://arxiv.org/abs/2505.13840. What this machine has no meter
-for is None, never zero.
+Zheng et al., "EfficientLLM", 2025, https://arxiv.org/abs/2505.13840. A figure without a meter on
+this machine is None, never zero.
 """
 
 import os
@@ -26,12 +26,12 @@ def memory_part() -> float:
 
 
 def busy_seconds() -> float:
-    """How long this process has kept all processors of the machine busy, as a counter."""
+    """A counter: processor seconds of this process over the number of processors."""
     return time.process_time() / (os.cpu_count() or 1)
 
 
 def joules() -> float | None:
-    """The energy counters of the processor packages, or None where they cannot be read."""
+    """The energy counter of the processor packages, or None where it cannot be read."""
     try:
         files = [d / "energy_uj" for d in _COUNTERS.glob("intel-rapl:*") if d.name.count(":") == 1]
         return sum(int(file.read_text("ascii")) for file in files) / 1e6 if files else None
@@ -41,7 +41,7 @@ def joules() -> float | None:
 
 @dataclass
 class Readings:
-    """Samples in time of the memory in use; the busy seconds and the joules that were added."""
+    """Samples of the memory in use over time, and what the counters have counted."""
 
     seconds: list[float] = field(default_factory=list)
     memory: list[float | None] = field(default_factory=list)
@@ -78,16 +78,16 @@ def readings(
 
 
 def _added(before: float | None, after: float | None) -> float | None:
-    """What a counter has counted; None if there is none, or it has started again from zero."""
+    """None if there is no counter, or it has started again from zero."""
     return None if before is None or after is None or after < before else after - before
 
 
 def mean_over_time(seconds: Sequence[float], values: Sequence[float | None]) -> float | None:
     """The integral of samples by trapezoids, over the duration; None if a sample is missing."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or len(known) < 2:
+    present = [value for value in values if value is not None]
+    if len(present) < len(values) or len(present) < 2:
         return None
-    samples = pairwise(zip(seconds, known, strict=True))
+    samples = pairwise(zip(seconds, present, strict=True))
     area = sum((t1 - t0) * (v0 + v1) / 2 for (t0, v0), (t1, v1) in samples)
     return area / (seconds[-1] - seconds[0])
 
@@ -103,17 +103,17 @@ def six_metrics(
     """The figures of the paper, by their names there, and the energy.
 
     Args:
-        found: the meters of the whole run, which took some time.
+        found: the meters of the whole run.
         latencies: seconds of each request.
-        tokens: read or written by all of them together; None if they have none.
-        sizes: bytes of the dense weights and of these.
-        quality: of both, larger is better; None if it was not measured.
+        tokens: of all requests together; None if they have none.
+        sizes: bytes of the dense weights and of this model's.
+        quality: of the dense model and of this one, larger is better; None if not measured.
 
     Returns:
-        ``AMU`` mean part of the memory, ``PCU`` mean part of the processors (called a peak in the
-        paper, and a mean there, too), ``AL`` seconds of a request, ``TT`` tokens per second,
-        ``AEC`` watts, ``MCR`` the compression rate times what is kept of the quality; and
-        ``energy`` in joules, which AEC is not.
+        ``AMU`` mean part of the memory, ``PCU`` mean part of the processors (the paper calls it a
+        peak, and takes the mean, too), ``AL`` seconds of a request, ``TT`` tokens per second,
+        ``AEC`` watts, ``MCR`` the compression rate times the part of the quality that is left; and
+        ``energy`` in joules.
     """
     duration = found.seconds[-1] - found.seconds[0]
     return {

@@ -29,20 +29,14 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def write_dense(directory: Path, model: nn.Module, evaluation: Evaluation, options: Onnx) -> Path:
-    """Write the dense model as the converted one was written; the file, with all weights in it.
-
-    Args:
-        directory: for the file.
-        model, evaluation: the model, and inputs whose first batch is the example.
-        options: whether the file has a cache.
-    """
-    with quiet_logs("upcycle.targets.onnx"):  # it would warn that the weights lie in no checkpoint
+    """Write the dense model as the converted one was written; the file, with all weights in it."""
+    with quiet_logs("upcycle.targets.onnx"):  # it would warn that the weights are in no checkpoint
         write_onnx(directory, in_float32(model), evaluation.batches[0], {}, options)
     return directory / MODEL
 
 
 def opened(file: Path | onnx.ModelProto, threads: int, weights: Path | None = None) -> Any:
-    """A session as one who wants speed opens it: with weights laid out for the kernels once."""
+    """The fastest session: the weights are laid out for the kernels."""
     name = file if isinstance(file, Path) else Path(MODEL)
     model = file if isinstance(file, Path) else file.SerializeToString()
     with described(name):
@@ -52,8 +46,9 @@ def opened(file: Path | onnx.ModelProto, threads: int, weights: Path | None = No
 def reader(runner: Any, inputs: ExampleInputs) -> Call:
     """A function that runs the file on `inputs`, with an empty past if it reads one."""
     wanted = runner.get_inputs()
-    named = dict(zip([v.name for v in wanted], inputs, strict=False))
-    given = {n: _array(t) for n, t in (inputs if isinstance(inputs, Mapping) else named).items()}
+    if not isinstance(inputs, Mapping):
+        inputs = dict(zip([value.name for value in wanted], inputs, strict=False))
+    given = {name: _array(tensor) for name, tensor in inputs.items()}
     feeds = {}
     for value in wanted:
         if value.name.startswith(f"{PAST}."):
@@ -106,8 +101,8 @@ def layer(file: Path, first: str, last: str, threads: int) -> Layer | None:
     """One layer of a file as a function of tokens [T, D].
 
     Args:
-        file: of a whole model, as upcycle writes it.
-        first, last: the paths of the modules that read the tokens and that make the result.
+        file: a whole model, as upcycle writes it.
+        first, last: paths of the modules that read the tokens and that make the result.
         threads: of ONNX Runtime.
 
     Returns:
@@ -123,7 +118,7 @@ def layer(file: Path, first: str, last: str, threads: int) -> Layer | None:
     def run(x_TD: torch.Tensor) -> Any:
         tokens = len(x_TD)
         sizes = {"sequence": tokens, "past + sequence": tokens, "past": 0}
-        feeds = {  # of all but the tokens only the shape is read
+        feeds = {  # only the shape of other inputs is read
             value.name: np.zeros(
                 [n if isinstance(n, int) else sizes.get(n, 1) for n in value.shape],
                 types[value.name],
@@ -138,7 +133,7 @@ def layer(file: Path, first: str, last: str, threads: int) -> Layer | None:
 
 
 def _cut(graph: Any, first: str, last: str) -> str | None:
-    """Leave of a graph what is between the tokens and the layer's result; the tokens' name."""
+    """Cut a graph down to the layer; the name of the tokens, or None if it cannot be cut out."""
     kinds = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
     fixed = {tensor.name for tensor in graph.initializer}
     reads: set[str] = set()
@@ -158,12 +153,12 @@ def _cut(graph: Any, first: str, last: str) -> str | None:
         return None
     (x,), (y,) = starts, ends
     needed: set[str] = {y}
-    kept: list[onnx.NodeProto] = []
+    nodes: list[onnx.NodeProto] = []
     for node in reversed(graph.node):
         if needed & set(node.output) and x not in node.output:
-            kept.append(node)
+            nodes.append(node)
             needed |= set(_read(node))
-    _keep(graph.node, kept[::-1])
+    _keep(graph.node, nodes[::-1])
     _keep(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
     _keep(graph.input, [value for value in (*graph.input, kinds[x]) if value.name in needed])
     _keep(graph.output, [kinds[y]])
@@ -177,7 +172,7 @@ def _keep(field: Any, kept: Sequence[Any]) -> None:
 
 
 def _read(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node reads, with the nodes inside it."""
+    """The inputs of a node and of the nodes inside it."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:

@@ -1,4 +1,4 @@
-"""A whole benchmark of a converted directory: opened, measured, plain data in the end."""
+"""A whole benchmark of a converted directory, as plain data."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -32,11 +32,11 @@ class Wanted:
     """What to measure.
 
     Attributes:
-        tokens: how many at a time.
-        layers: how many of the converted layers, from the middle outwards; 0 is all.
+        tokens: numbers of tokens at a time.
+        layers: number of converted layers, from the middle outwards; 0 is all.
         seconds: for each figure, at least five rounds.
-        engine: what runs the models.
-        threads: of it; None leaves them as they are.
+        engine: runs the models.
+        threads: of the engine; None leaves them as they are.
     """
 
     tokens: Sequence[int] = (1, 16, 256, 2048)
@@ -59,10 +59,10 @@ def bench(
         progress: called after each figure.
 
     Returns:
-        Plain data: ``machine``, ``costs``, ``memory`` (bytes of the weights as they are run), and
-        of each figure the times of both models and their ratio: ``layers``, ``reading``, and
-        ``writing``, which is None for a model that writes no text; and ``six``, the metrics of
-        EfficientLLM. What cannot be known is None.
+        ``machine``, ``costs``, ``memory`` (bytes of the weights in the computation); the times of
+        both models and their ratio for ``layers``, ``reading``, and ``writing``, which is None for
+        a model that writes no text; and ``six``, the metrics of EfficientLLM. What cannot be
+        measured is None.
 
     Raises:
         UsageError: the directory is no output of upcycle, was made from another model, or has no
@@ -119,7 +119,7 @@ def bench(
 
 
 def _middle(count: int, wanted: int) -> list[int]:
-    """So many of `count` layers, from the middle outwards, in order; all if 0."""
+    """Indices of `wanted` of `count` layers, from the middle outwards, in order; all if 0."""
     order = sorted(range(count), key=lambda i: (abs(i - count // 2), i))
     return sorted(order[: wanted or None])
 

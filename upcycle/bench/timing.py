@@ -18,16 +18,16 @@ def interleaved(
     """Time each of `calls` once in every round, each round beginning with another one.
 
     Args:
-        calls: functions without arguments; each is called once before, untimed.
-        seconds: stop after the round in which this much time is over.
+        calls: each is called once before, untimed.
+        seconds: stop after the round in which this much time has passed.
         least, most: rounds, whatever the time.
 
     Returns:
-        The seconds of each in the order of the rounds, so that those of a round can be divided.
+        The seconds of each call, in the order of the rounds.
     """
     names = list(calls)
-    for name in names:
-        calls[name]()
+    for call in calls.values():
+        call()
     found: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for done in range(most):
@@ -42,7 +42,7 @@ def interleaved(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median, and the values that a quarter and three quarters are below, as plain data."""
+    """The median and both quartiles, as plain data."""
     if len(values) < 2:
         return {"median": values[0], "low": values[0], "high": values[0]}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

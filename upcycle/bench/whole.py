@@ -1,4 +1,4 @@
-"""Both models from end to end in torch: reading a text, and writing one token after the other.
+"""Whole models in torch: reading a text, and writing one token after the other.
 
 Shape suffixes: B batch, L tokens of a text.
 """
@@ -20,7 +20,7 @@ Call = Callable[[], object]
 
 
 def text_of(model: nn.Module, evaluation: Evaluation, tokens: int) -> torch.Tensor | None:
-    """Ids [B, L] of so many tokens, in as few texts as can be; None for a model of other things."""
+    """Ids [B, L] of `tokens` tokens in as few texts as possible; None if `model` reads no text."""
     batch = evaluation.batches[0]
     if not isinstance(batch, Mapping):
         return None
@@ -37,12 +37,11 @@ def reader(model: nn.Module, inputs: ExampleInputs) -> Call:
     """A function that runs `model` on `inputs`; a language model as `generate` reads a prompt."""
     if not isinstance(inputs, Mapping):
         return lambda: model(*inputs)
-    extra: dict[str, Any] = {}
+    given: dict[str, Any] = dict(inputs)
     if is_language_model(model):
-        extra = {"use_cache": True}
+        given["use_cache"] = True
         if only_last(model):
-            extra["logits_to_keep"] = 1
-    given = {**inputs, **extra}
+            given["logits_to_keep"] = 1
     return lambda: model(**given)
 
 

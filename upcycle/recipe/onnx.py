@@ -1,4 +1,4 @@
-"""The section `onnx` of a recipe: what its ONNX file is to be like."""
+"""The section `onnx` of a recipe."""
 
 from typing import Annotated, Literal
 
@@ -46,7 +46,6 @@ class Onnx(Section):
         "of long calls, for which a layer may get two; default: 1 and 256 for a decoder with a "
         "cache, else 256",
     )
-
     cache: bool = Field(
         True,
         description="a decoder's file reads and returns its key-value cache; a model whose cache "
@@ -67,7 +66,7 @@ class Onnx(Section):
 
     @property
     def half(self) -> Literal["float16", "bfloat16"] | None:
-        """The narrow type that the graph is to have; None for float32."""
+        """The narrow float type of the graph; None for float32."""
         if self.dtype == "auto":
             return "float16" if self.profile == "cuda" else None
         return None if self.dtype == "float32" else self.dtype
@@ -81,7 +80,7 @@ class Onnx(Section):
 
     @property
     def bits(self) -> Literal[8, 4]:
-        """Of a weight in a layer that is quantised."""
+        """Bits of a weight in a quantised layer."""
         return self.quantise or 8
 
 

@@ -1,14 +1,15 @@
 """Read a recipe from YAML, and report every mistake at once.
 
-Each line of the `RecipeError` is ``FILE:LINE:COLUMN: KEY: sentence``, or begins with the
-``--set KEY=VALUE`` of the command line that is wrong. pydantic finds the mistakes; the sentences
-are made from the JSON Schema, so a key that may be a number or a word gets one sentence and not
-one for each possibility.
+Each line of the `RecipeError` is ``FILE:LINE:COLUMN: KEY: sentence``, or begins with the wrong
+``--set KEY=VALUE`` of the command line. pydantic finds the mistakes; the sentences are made from
+the JSON Schema, so a key that may be a number or a word gets one sentence, not one for each.
 """
 
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +30,36 @@ from upcycle.recipe.yaml_places import (
     set_value,
 )
 
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "empty",
+}
+
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
         recipe: the name of a shipped recipe, or the path of a YAML file.
-        overrides: ``"experts.count=4"`` and the like; they win over the file, the last one most.
+        overrides: such as ``"experts.count=4"``; they win over the file, and a later one over an
+            earlier one.
 
     Raises:
         RecipeError: with one line for each mistake in the file and the overrides.
     """
     text, name = _text(recipe)
     document = read_yaml(text, name)
-    if not document.problems and not isinstance(document.data, dict):
-        sentence = "a recipe is a list of `key: value` lines, and begins with `version: 1`"
-        document.problems.append(Problem(document.place(()), "", sentence))
     if not isinstance(document.data, dict):
+        if not document.problems:
+            sentence = "a recipe is a list of `key: value` lines, and begins with `version: 1`"
+            document.report(document.place(()), (), sentence)
         raise _error(document.problems)
     for i, override in enumerate(overrides):
         _override(document, override, i)
     try:
-        # JSON is the mode in which strict pydantic takes a list for a tuple.
+        # Strict pydantic takes a list for a tuple in JSON alone.
         loaded = Recipe.model_validate_json(json.dumps(document.data))
     except ValidationError as error:
         raise _error(document.problems + _problems(error, document)) from None
@@ -67,8 +76,7 @@ def recipe_schema() -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML that `load_recipe` reads back."""
-    data = recipe.model_dump(mode="json")
-    text: str = yaml.safe_dump(data, sort_keys=False)
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     return text
 
 
@@ -91,8 +99,7 @@ def _override(document: Document, override: str, position: int) -> None:
     key, equals, value = override.partition("=")
     path: KeyPath = tuple(key.strip().split("."))
     if not equals or not all(path):
-        sentence = "write key=value, for example experts.count=4"
-        document.problems.append(Problem(place, "", sentence))
+        document.report(place, (), "write key=value, for example experts.count=4")
     else:
         set_value(document, path, value, place)
 
@@ -118,7 +125,7 @@ def _problems(error: ValidationError, document: Document) -> list[Problem]:
         else:
             place = document.place(path)
             path = next(path[:n] for n in range(len(path), 0, -1) if path[:n] in keys)
-            sentence = _wrong(_get(document.data, path), keys[path], schema)
+            sentence = _wrong(reduce(getitem, path, document.data), keys[path], schema)
             if detail["type"] == "value_error":  # a rule that no schema has
                 sentence = str(detail["ctx"]["error"])
         if dotted(path) not in reported:
@@ -147,22 +154,14 @@ def _resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _get(data: Any, path: KeyPath) -> Any:
-    for part in path:
-        data = data[part]
-    return data
-
-
-def _unknown(path: KeyPath, known: list[KeyPath]) -> str:
+def _unknown(path: KeyPath, keys: list[KeyPath]) -> str:
     """The sentence for a key that does not exist, with the nearest one that does."""
-    siblings = {str(k[-1]): k for k in known if k[:-1] == path[:-1]}
-    elsewhere = {dotted(k): k for k in known}
-    nearest = get_close_matches(str(path[-1]), siblings, n=1)
-    if nearest:
+    siblings = {str(key[-1]): key for key in keys if key[:-1] == path[:-1]}
+    if nearest := get_close_matches(str(path[-1]), siblings, n=1):
         suggestion = dotted(siblings[nearest[0]])
-    elif same_name := [k for k in known if k[-1] == path[-1]]:
+    elif same_name := [key for key in keys if key[-1] == path[-1]]:
         suggestion = dotted(same_name[0])
-    elif nearest := get_close_matches(dotted(path), elsewhere, n=1):
+    elif nearest := get_close_matches(dotted(path), map(dotted, keys), n=1):
         suggestion = nearest[0]
     else:
         return f"unknown key; the keys here are {', '.join(siblings)}"
@@ -188,22 +187,20 @@ def _expected(schema: dict[str, Any], root: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_expected(part, root) for part in schema["anyOf"])
     if options := _options(schema):
-        words = [str(option) for option in options]
-        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+        words = ", ".join(map(str, options))
+        return words if len(options) == 1 else f"one of {words}"
     if "prefixItems" in schema:
         return f"a list of {' and '.join(_expected(item, root) for item in schema['prefixItems'])}"
     if schema["type"] == "array":
         return f"a list, each item {_expected(schema['items'], root)}"
     if schema["type"] == "object":
         return f"a section with the keys {', '.join(schema['properties'])}"
-    names = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
-    names["null"] = "empty"
-    words = [names.get(schema["type"], "text")]
+    least, bound = "", ""
     if "minimum" in schema:
-        words.append(f"of at least {schema['minimum']}")
+        least = f" of at least {schema['minimum']}"
     if "exclusiveMaximum" in schema:
-        words.append(f"and below {schema['exclusiveMaximum']}")
-    return " ".join(words)
+        bound = f" and below {schema['exclusiveMaximum']}"
+    return f"{_TYPES.get(schema['type'], 'text')}{least}{bound}"
 
 
 def _shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.recipe.section import Section
 
 FFNKind = Literal["ffn", "bottleneck", "head"]
+CountOrPart = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 
 # What a recipe may name. `upcycle.passes` has the methods, and `tests/test_registries.py` compares.
 ExpertMethodName = Literal[
@@ -70,10 +71,10 @@ class Layers(Section):
     start: int | None = Field(
         None, ge=1, description="the first to convert of those that remain; null is the n-th"
     )
-    skip_first: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+    skip_first: CountOrPart = Field(
         0, description="leave the first n FFNs dense; below 1, that fraction of them"
     )
-    skip_last: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+    skip_last: CountOrPart = Field(
         0, description="leave the last n FFNs dense; below 1, that fraction of them"
     )
 
@@ -87,7 +88,7 @@ class Experts(Section):
     count: int = Field(
         ge=1, description="experts, shared ones included; for granular, copies of the FFN"
     )
-    shared: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+    shared: CountOrPart = Field(
         0,
         description="splits: how many of the experts become one that every token visits; below 1, "
         "that part of the neurons besides the experts; copy: 1 for a copy that every token visits",
@@ -207,7 +208,7 @@ class Compensate(Section):
     scale: bool = Field(False, description="one factor on the output")
     affine: bool = Field(False, description="a factor and an offset for each output")
     mean: bool = Field(False, description="the mean of what was dropped")
-    low_rank: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+    low_rank: CountOrPart = Field(
         0, description="rank of a linear map of the input; below 1, that part of its width"
     )
     refit: bool = Field(False, description="fit the down projections again, on the chosen neurons")

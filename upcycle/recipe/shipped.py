@@ -1,13 +1,14 @@
 """The recipes that come with upcycle: their names, their text, and the paper behind each.
 
-The leading comment of such a file has a fixed form. Its lines say what the result is; the last one
-is the paper, as ``AUTHORS, "PAPER", YEAR, URL``. This module imports no torch.
+The leading comment of such a file says what the result is; its last line is the paper, as
+``AUTHORS, "PAPER", YEAR, URL``. This module imports no torch.
 """
 
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import takewhile
 
 from upcycle.errors import RecipeError
 
@@ -49,11 +50,8 @@ def recipe_text(name: str) -> str:
 
 def describe(name: str) -> Description:
     """What a shipped recipe does and which paper it follows."""
-    comment = []
-    for line in recipe_text(name).splitlines():
-        if not line.startswith("#"):
-            break
-        comment.append(line.removeprefix("#").strip())
+    leading = takewhile(lambda line: line.startswith("#"), recipe_text(name).splitlines())
+    comment = [line.removeprefix("#").strip() for line in leading]
     match = _PAPER.fullmatch(comment[-1]) if len(comment) > 1 else None
     if match is None:
         raise RecipeError(

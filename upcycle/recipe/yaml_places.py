@@ -4,7 +4,7 @@ Scalars are read by the core schema of YAML 1.2, so ``1e-5`` is a number and ``n
 and tags are refused: a recipe needs neither, and without them a file is what it looks like.
 """
 
-# ruamel.yaml keeps places, too, but saves little: most of this lists mistakes and serves --set.
+# ruamel.yaml has places, too, but saves little: most of this lists mistakes and serves --set.
 
 import re
 import sys
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it is, the dotted key it belongs to ("" for the file), and a sentence."""
+    """One mistake: its place, the dotted key it belongs to ("" for the file), and a sentence."""
 
     place: Place
     key: str
@@ -47,10 +47,10 @@ class Document:
     """What was read.
 
     Attributes:
-        name: the name of the file, as it is shown.
+        name: of the file, as it is shown.
         data: dicts with text keys, lists, text, numbers, booleans and None.
         keys, values: the place of each key and of each value; the root is ``()``.
-        problems: what was wrong with the YAML itself.
+        problems: mistakes in the YAML itself.
     """
 
     name: str
@@ -64,12 +64,19 @@ class Document:
         places = self.keys if of_key else self.values
         while path and path not in places:
             path = path[:-1]
-        return places.get(path, Place(1, 1, f"{self.name}:1:1"))
+        return places.get(path, self.at(1, 1))
+
+    def at(self, line: int, column: int) -> Place:
+        """A place in the file; both numbers count from one."""
+        return Place(line, column, f"{self.name}:{line}:{column}")
 
     def mark(self, mark: yaml.Mark) -> Place:
         """The place of a mark of PyYAML, which counts from zero."""
-        line, column = mark.line + 1, mark.column + 1
-        return Place(line, column, f"{self.name}:{line}:{column}")
+        return self.at(mark.line + 1, mark.column + 1)
+
+    def report(self, place: Place, path: KeyPath, sentence: str) -> None:
+        """Add a problem with the key `path`."""
+        self.problems.append(Problem(place, dotted(path), sentence))
 
 
 def read_yaml(text: str, name: str) -> Document:
@@ -82,27 +89,24 @@ def read_yaml(text: str, name: str) -> Document:
         mark = error.problem_mark or error.context_mark
         place = document.mark(mark) if mark else document.place(())
         reason = ", ".join(part for part in (error.context, error.problem) if part)
-        document.problems.append(Problem(place, "", f"this is not YAML: {reason}"))
+        document.report(place, (), f"this is not YAML: {reason}")
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        place = Place(line, column, f"{name}:{line}:{column}")
-        document.problems.append(Problem(place, "", "this character is not allowed in YAML"))
+        place = document.at(before.count("\n") + 1, len(before) - before.rfind("\n"))
+        document.report(place, (), "this character is not allowed in YAML")
     except RecursionError:
-        document.problems.append(Problem(document.place(()), "", "this is nested too deeply"))
+        document.report(document.place(()), (), "this is nested too deeply")
     return document
 
 
 def set_value(document: Document, path: KeyPath, text: str, place: Place) -> None:
     """Write the YAML value `text` at `path`, over what the file says there.
 
-    Sections on the way that the file lacks are made. Everything at or below `path` then stands at
-    `place`.
+    Missing sections on the way are made. Everything at or below `path` then has the place `place`.
     """
     inner = read_yaml(text, str(place))
     if inner.problems:
-        sentence = f"{text!r} is not a YAML value"
-        document.problems.append(Problem(place, dotted(path), sentence))
+        document.report(place, path, f"{text!r} is not a YAML value")
         return
     section = document.data
     for depth, key in enumerate(path[:-1], start=1):
@@ -170,7 +174,7 @@ def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:
         return _SCALARS[node.tag](node.value)
     except (KeyError, ValueError):
         sentence = f"{node.value!r} cannot be read as {node.tag}; leave the tag out"
-        document.problems.append(Problem(place, dotted(path), sentence))
+        document.report(place, path, sentence)
         return None
 
 
@@ -179,13 +183,13 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[
     for key_node, value_node in node.value:
         place = document.mark(key_node.start_mark)
         if not isinstance(key_node, yaml.ScalarNode):
-            document.problems.append(Problem(place, dotted(path), "a key must be a word"))
+            document.report(place, path, "a key must be a word")
             continue
         here = (*path, key_node.value)
         if key_node.value in data:
-            first = document.keys[here]
-            sentence = f"this key was given before, on line {first.line}; remove one of the two"
-            document.problems.append(Problem(place, dotted(here), sentence))
+            first = document.keys[here].line
+            sentence = f"this key was given before, on line {first}; remove one of the two"
+            document.report(place, here, sentence)
             continue
         document.keys[here] = place
         data[key_node.value] = _value(value_node, here, document)

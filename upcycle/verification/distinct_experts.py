@@ -1,8 +1,8 @@
-"""Does a layer run the experts that its router chose? Equal experts cannot tell.
+"""Whether a layer runs the experts that its router chose.
 
-Right after upcycling all experts are copies, and a layer that always runs the first two, or adds
+Right after upcycling all experts are equal, and a layer that always runs the first two, or adds
 them up with the wrong weights, passes every comparison with the dense model. So a copy of the layer
-gets experts that differ from each other and a router that spreads the tokens, and is held against
+gets experts that differ from each other and a router that spreads the tokens, and is compared with
 a reference that shares no code with the layer.
 
 Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen, I neurons, G rows of an expert.
@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from upcycle.layers.moe import MoE
-from upcycle.pointwise import Pointwise
 from upcycle.verification.metrics import distance
 
 TOKENS = 32
 NEURONS = 1024  # in the wider type at a time
-# In which the reference is computed: its rounding is nothing beside that of the layer's dtype.
+# The dtype of the reference, whose rounding is negligible beside that of the layer's dtype.
 WIDER: Final = {
     torch.float64: torch.float64,
     torch.float32: torch.float64,
@@ -35,7 +34,7 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> 
     """The relative error of `layer` with distinct experts, on the first 32 tokens of `x_TD`.
 
     Args:
-        layer: in eval mode; it is left alone. One copy of it is made.
+        layer: in eval mode; it is copied once and not changed.
         x_TD: tokens as the layer gets them in the model.
         seed: of the perturbation.
 
@@ -61,7 +60,7 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> 
 def _made_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> MoE:
     """A copy with each neuron scaled by a factor of its own, and a router with logits of about one.
 
-    Experts that add nothing yet get a contraction first.
+    Experts with a contraction of zeros get another one first.
     """
 
     def factors(*shape: int) -> torch.Tensor:
@@ -74,9 +73,9 @@ def _made_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -
     experts = layer.experts
     up_EGD, up_bias_EG, down_EOI = experts.up_EGD, experts.up_bias_EG, experts.down_proj
     num_experts, rows, d_model = up_EGD.shape
-    none_yet = not any(down_OI.any() for down_OI in down_EOI)  # mostly the first one tells
-    held_EOI = factors(*down_EOI.shape) if none_yet else down_EOI
-    # What is here already is not copied: experts may be gigabytes.
+    is_zero = not any(down_OI.any() for down_OI in down_EOI)
+    held_EOI = factors(*down_EOI.shape) if is_zero else down_EOI
+    # deepcopy takes these instead of copying the experts, which may be gigabytes.
     instead: dict[int, Any] = {id(up_EGD): scaled(up_EGD, num_experts, rows, 1)}
     instead[id(down_EOI)] = scaled(held_EOI, num_experts, 1, experts.intermediate_dim)
     if up_bias_EG is not None:
@@ -124,30 +123,29 @@ def _weights(layer: MoE, logits_TE: torch.Tensor, index_TK: torch.Tensor) -> tor
         p_TK = p_TK / logits_TE.exp().sum(1, keepdim=True)
     else:
         p_TK = p_TK / p_TK.sum(1, keepdim=True)
-    weights_TK: torch.Tensor = p_TK * config.scale
-    return weights_TK
+    return p_TK * config.scale
 
 
 def _reference(
     layer: MoE, x_TD: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Every expert on every token in the dtype of `x_TD`, of which the chosen ones are added up."""
-    config, pointwise = layer.config, layer.config.pointwise
+    """Every expert on every token in the dtype of `x_TD`, and the sum of the chosen ones."""
+    config = layer.config
     weight_TE = x_TD.new_zeros(len(x_TD), config.num_experts).scatter(1, index_TK, weights_TK)
     total_TO = x_TD.new_zeros(len(x_TD), config.d_out)
     for expert in range(config.num_experts):
         for start in range(0, config.width, NEURONS):
-            y_TO = _neurons(layer, pointwise, expert, start, x_TD)
-            total_TO += weight_TE[:, expert, None] * y_TO
-    return total_TO + _for_every_token(layer, pointwise, x_TD)
+            total_TO += weight_TE[:, expert, None] * _neurons(layer, expert, start, x_TD)
+    return total_TO + _for_every_token(layer, x_TD)
 
 
-def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> torch.Tensor:
+def _for_every_token(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
     """The shared expert, the low-rank term and the bias, in the dtype of `x_TD`."""
+    pointwise = layer.config.pointwise
     state = layer.state_dict()
     few = [name for name in state if not name.startswith(("experts.", "router."))]
     tensors = {name: state[name].to(x_TD.dtype) for name in few}
-    total_TO: torch.Tensor = x_TD.new_zeros(len(x_TD), layer.config.d_out)
+    total_TO = x_TD.new_zeros(len(x_TD), layer.config.d_out)
     if layer.shared_expert is not None:
         up = f"shared_expert.{layer.shared_expert.up_name}"
         z_TG = x_TD @ tensors[f"{up}.weight"].t() + tensors.get(f"{up}.bias", 0.0)
@@ -156,16 +154,12 @@ def _for_every_token(layer: MoE, pointwise: Pointwise, x_TD: torch.Tensor) -> to
     if layer.low_rank is not None:
         v_RD, u_OR = tensors["low_rank.0.weight"], tensors["low_rank.1.weight"]
         total_TO = total_TO + x_TD @ v_RD.t() @ u_OR.t()
-    bias_O = tensors.get("output_bias", x_TD.new_zeros(()))
-    everything_TO: torch.Tensor = total_TO + bias_O
-    return everything_TO
+    return total_TO + tensors.get("output_bias", x_TD.new_zeros(()))
 
 
-def _neurons(
-    layer: MoE, pointwise: Pointwise, expert: int, start: int, x_TD: torch.Tensor
-) -> torch.Tensor:
-    """What some neurons of one expert add: few at a time, as they are in a wider type."""
-    experts, width = layer.experts, layer.config.width
+def _neurons(layer: MoE, expert: int, start: int, x_TD: torch.Tensor) -> torch.Tensor:
+    """The output of `NEURONS` neurons of one expert, which are copied to the wider type."""
+    experts, width, pointwise = layer.experts, layer.config.width, layer.config.pointwise
     stop = min(start + NEURONS, width)
     z = []
     for i in range(pointwise.arity):

@@ -33,18 +33,18 @@ def verify_files(
     model: nn.Module,
     evaluation: Evaluation,
 ) -> Report:
-    """Load `directory` and compare; returns the report with the checks of it.
+    """Load `directory` and compare; returns the report with the new checks.
 
     Args:
         report: of the conversion.
         directory: with the checkpoint.
         plan: what was converted.
         written: what `directory` was written as.
-        dense, model: the dense model and the converted one, which was written.
+        dense, model: the dense model and the converted one.
         evaluation: the inputs.
     """
     allowed = ROUNDING[model_dtype(model)]
-    if written.destination.form == "native":  # whose routers compute in float32, in transformers
+    if written.destination.form == "native":  # transformers computes the router in float32
         allowed = max(allowed, ROUNDING[torch.float32])
     target, change = written.destination.target, report.tempered
     with eval_mode(dense, model):
@@ -63,10 +63,10 @@ def _reloaded(
     plan: Plan,
     allowed: float,
 ) -> list[Check]:
-    """Tier T3: the files give the model back, and an exact one writes the dense model's text.
+    """The files give the model back, and if exact generate the text of the dense model.
 
-    If they do not, the model follows their choices, as `upcycle.verification.near_ties` describes;
-    in a half type it may then be twice as far from them as from itself in float32.
+    Else the model follows their choices, as `upcycle.verification.near_ties` describes; in a half
+    type it may then be twice as far from them as from itself in float32.
     """
     skeleton = None if isinstance(model, PreTrainedModel) else copy.deepcopy(dense)
     loaded = load(directory, model=skeleton)
@@ -90,10 +90,7 @@ def _reloaded(
 def _followed(
     model: nn.Module, other: nn.Module, evaluation: Evaluation, plan: Plan
 ) -> tuple[float, NearTies] | None:
-    """The distance of `model`, which follows the choices of `other`, and what that shows of them.
-
-    None if the choices of `other` cannot be seen.
-    """
+    """The distance of `model` when it follows the choices of `other`; None if these are hidden."""
     with choices_of(other, [layer for _, layer in planned_layers(model, plan)]) as choices:
         if choices is None:
             return None
@@ -110,11 +107,11 @@ def _tempered(
     target: NativeTarget,
     allowed: float,
 ) -> tuple[list[Check], Tempered]:
-    """Tier T3 for files with tempered routers, which are almost those of the model.
+    """Checks of files with tempered routers, which are almost those of the model.
 
-    They are compared with the model as it is with such routers, all experts visited, so that no
-    near tie is decided in two ways; and what tempering changes is measured by itself: in each
-    layer, and (second result, on which nothing is bounded) in what the files compute.
+    They are compared with the model with such routers, all experts visited, so that there are no
+    near ties. What tempering changes is measured by itself: in each layer, and (second result,
+    without a bound) in the outputs of the files.
     """
     loaded, layers = load(directory), list(planned_layers(model, plan))
     whole = compare_models(model, loaded, evaluation, predictions=False).outputs

@@ -1,7 +1,7 @@
-"""Tiers T0 to T2 of a converted module beside its dense one."""
+"""Tiers T0 to T2: a converted module against its dense one."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -34,13 +34,13 @@ def verify_module(
     Args:
         report: of the conversion.
         plan: what was converted.
-        dense, converted: both models; they are run in eval mode and left in their own.
+        dense, converted: run in eval mode and left in the mode that they had.
         provenance: FFN path -> the dense neurons behind its layer.
         evaluation: the inputs.
         sources: the models that experts were taken from, if there are several.
 
     Returns:
-        The report with what was measured, and the checks of it.
+        The report with the measurements and their checks.
     """
     layers = {spec.ffn.path: layer for spec, layer in planned_layers(converted, plan)}
     parameters = dict(dense.named_parameters(remove_duplicate=False))
@@ -74,9 +74,7 @@ def _router_inputs(layers: list[MoE]) -> Iterator[dict[MoE, torch.Tensor]]:
     def remember(layer: MoE) -> Callable[..., None]:
         return lambda _, args: seen.__setitem__(layer, args[0].detach())
 
-    handles = [layer.router.register_forward_pre_hook(remember(layer)) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.router.register_forward_pre_hook(remember(layer)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -30,17 +30,17 @@ from upcycle.verification.distinct_experts import distinct_experts_error
 from upcycle.verification.metrics import ROUNDING, distance
 from upcycle.verification.traced_rows import lost_neurons, redrawn_rows, untraced_rows
 
-# Runs a function on each spec and gives the results in their order; `map` of threads, for example.
+# Applies a function to each spec and gives the results in order; the `map` of a pool, for example.
 Map = Callable[[Callable[[MoESpec], LayerDistance], Sequence[MoESpec]], Iterator[LayerDistance]]
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A converted layer, as it is to be compared.
+    """A converted layer and what it is compared on.
 
     Attributes:
         layer: with its weights, in eval mode.
-        x_TD: tokens that it gets in the model; random ones are drawn if there are none.
+        x_TD: tokens that it gets in the model; random ones are drawn if None.
         more: fields of `LayerDistance` that are known already.
     """
 
@@ -54,7 +54,7 @@ class Origins:
     """Where the rows of the layers come from.
 
     Attributes:
-        dense: tensors of the dense model, by name; only those of FFNs are asked for.
+        dense: tensors of the dense model, by name; only those of FFNs are read.
         provenance: FFN path -> the dense neurons behind its layer; rows of others are not traced.
         sources: tensors of the models that experts were taken from, if there are several.
     """
@@ -76,8 +76,8 @@ def verify_layers(
 
     Args:
         specs: the planned layers.
-        case_of: gives a layer; called once for each.
-        origins: what they were made from.
+        case_of: called once for each layer.
+        origins: what the layers were made from.
         each: runs the comparisons, perhaps several at a time.
         progress: called after each layer.
     """
@@ -118,7 +118,7 @@ def _row(spec: MoESpec, case: LayerCase, origins: Origins) -> LayerDistance:
 
 
 def stored(weights_of: Callable[[MoESpec], MoEWeights]) -> Callable[[MoESpec], LayerCase]:
-    """The `case_of` of layers that lie in files, of which `weights_of` reads one."""
+    """The `case_of` of layers whose weights `weights_of` reads from files."""
     return lambda spec: LayerCase(layer_around(spec.layer_config(), weights_of(spec)))
 
 
@@ -132,9 +132,8 @@ def layer_checks(rows: Sequence[LayerDistance], dtype: torch.dtype) -> Iterator[
     """The worst of each figure over all layers, against what rounding in `dtype` allows."""
     redrawn = sum(row.redrawn_rows or 0 for row in rows)
     but = f", but for {redrawn} neurons that were drawn anew" if redrawn else ""
-    yield check(TRACED, sum(row.untraced_rows or 0 for row in rows), 0, more=but)
-    lost = [row.lost_neurons for row in rows if row.lost_neurons is not None]
-    if lost:
+    yield check(f"{TRACED}{but}", sum(row.untraced_rows or 0 for row in rows), 0)
+    if lost := [row.lost_neurons for row in rows if row.lost_neurons is not None]:
         yield check(NEURONS, sum(lost), 0)
     exact = {row.path: row.relative for row in rows if row.promise == "exact"}
     every = {

@@ -1,11 +1,14 @@
 """How far two tensors, and two language models, are apart."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from upcycle.errors import VerificationError
 from upcycle.ir.measured import Distance, LanguageModel
 
 # The largest relative error that counts as rounding, for the dtype of the computation. A residual
@@ -23,7 +26,7 @@ ROUNDING = {
 def distance(actual: torch.Tensor, reference: torch.Tensor) -> Distance:
     """Compare two tensors of one shape, [..., d]; vectors are along the last axis.
 
-    A difference that is not a number counts as infinite; equal infinities do not differ.
+    A difference that is NaN counts as infinite; equal infinities do not differ.
     """
     a, r = (t.detach().double().cpu() for t in (actual, reference))
     if r.dim() == 0:
@@ -41,6 +44,13 @@ def distance(actual: torch.Tensor, reference: torch.Tensor) -> Distance:
         min_cosine=cosine.min().item(),
         mean_cosine=cosine.mean().item(),
     )
+
+
+def check_outputs(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
+    """Raise VerificationError unless `ours`, the outputs of `what`, have the shapes of `theirs`."""
+    for name, reference in theirs.items():
+        if name not in ours or ours[name].shape != reference.shape:
+            raise VerificationError(f"{what} does not return {name} {list(reference.shape)}")
 
 
 @dataclass
@@ -70,7 +80,7 @@ class LanguageModelDistance:
         self.converted_nll -= converted.gather(-1, target).sum().item()
 
     def result(self) -> LanguageModel:
-        """What `update` has seen; perplexities are at most e^700."""
+        """The means over all batches; perplexities are at most e^700."""
         n = max(self.tokens, 1)
         return LanguageModel(
             tokens=self.tokens,

@@ -1,15 +1,15 @@
 """Two runs of one routed model, where rounding may decide a near tie between experts in two ways.
 
-Such a token meets other experts, and its output is another one, though nothing is wrong. So one run
+Such a token visits other experts and has another output, though nothing is wrong. So one run
 follows the choices of the other, which leaves rounding in the outputs, and each choice that it
-would not have made is held against its own scores: how far would they have to be off?
+would not have made is compared with its own scores: how far would they have to be off?
 
 Shape suffixes: T tokens, E experts (scores: null experts last), K chosen experts.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from upcycle.ir.measured import Check
 from upcycle.layers.moe import MoE
 from upcycle.layers.selection import Selected
-from upcycle.verification.checks import CheckKind, check
+from upcycle.verification.checks import check
 
 # What another run chose: for each layer, and each time that it runs, a mask [T, E].
 Choices = Mapping[MoE, list[torch.Tensor]]
@@ -28,12 +28,12 @@ _DRAWS = 32  # errors of the scores that are tried, of each size
 
 @dataclass
 class NearTies:
-    """What was seen of a run that followed another.
+    """How the choices of a run differ from those of the run that it followed.
 
     Attributes:
-        tokens: how many tokens chose experts, each layer counted.
-        elsewhere: how many of them would have gone to other experts.
-        apart: the error of their scores that explains it, over the largest score of the layer, to
+        tokens: choices, one for each token of each layer.
+        elsewhere: how many of them differ.
+        apart: the error of the scores that explains it, over the largest score of the layer, to
             a factor of two; infinite if none does.
     """
 
@@ -41,15 +41,15 @@ class NearTies:
     elsewhere: int = 0
     apart: float = 0.0
 
-    def check(self, kind: CheckKind, allowed: float) -> Check:
+    def check(self, what: str, allowed: float) -> Check:
         """`apart` against `allowed`, with the counts."""
-        found = check(kind, self.apart, allowed)
+        found = check(what, self.apart, allowed)
         return replace(found, tokens=self.tokens, elsewhere=self.elsewhere)
 
 
 @contextmanager
 def following(choices: Choices) -> Iterator[NearTies]:
-    """Within it the layers choose what `choices` say, which they use up, with their own weights."""
+    """Within it the layers take their experts from `choices`, which they use up."""
     seen = NearTies()
     for layer, masks in choices.items():
         vars(layer.router)["choose"] = _follower(layer.router.choose, masks, seen)
@@ -62,12 +62,12 @@ def following(choices: Choices) -> Iterator[NearTies]:
 
 @contextmanager
 def choices_of(model: nn.Module, layers: Sequence[MoE]) -> Iterator[Choices | None]:
-    """What `model`, which was loaded from files, chooses within it, for the `layers` behind them.
+    """What `model`, loaded from the files of `layers`, chooses within it.
 
-    None if its experts are not called with tokens, indices and weights, as the interface of
-    transformers has it.
+    None if its experts are not called with tokens, indices and weights, as in the experts interface
+    of transformers.
     """
-    named = model.named_modules()  # beside the experts some have `shared_experts`
+    named = model.named_modules()  # some have `shared_experts`, too
     found = [module for name, module in named if name.rpartition(".")[2] == "experts"]
     choices: dict[MoE, list[torch.Tensor]] = {layer: [] for layer in layers}
     if len(found) != len(layers) or not all(_has_interface(module) for module in found):
@@ -82,13 +82,10 @@ def choices_of(model: nn.Module, layers: Sequence[MoE]) -> Iterator[Choices | No
 
         return note
 
-    pairs = zip(found, layers, strict=True)
-    handles = [module.register_forward_pre_hook(watch(layer)) for module, layer in pairs]
-    try:
+    with ExitStack() as hooks:
+        for module, layer in zip(found, layers, strict=True):
+            hooks.enter_context(module.register_forward_pre_hook(watch(layer)))
         yield choices
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _has_interface(module: nn.Module) -> bool:
@@ -129,12 +126,12 @@ def _apart(
 ) -> float:
     """The smallest error of the scores with which each token of `moved_T` would choose `want_TE`.
 
-    It is tried out, so that it holds for every rule: scores of the wanted experts up and the others
-    down, which decides the matter for the best k, and then random directions.
+    It is found by trial, so that it holds for every rule: first with the scores of the wanted
+    experts up and the others down, which suffices for the best k, then in random directions.
     """
     size = logits_TE.abs().max()
     if not size:
-        return 0.0  # all scores are equal, and any choice is as good
+        return 0.0  # all scores are equal: every choice is right
     draw = torch.Generator(logits_TE.device).manual_seed(0)
     up_TE = torch.full_like(logits_TE, -1.0)
     up_TE[:, : want_TE.shape[1]] += 2.0 * want_TE

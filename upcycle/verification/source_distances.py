@@ -13,7 +13,7 @@ from upcycle.verification.whole_model import compare_models
 def source_distances(
     model: nn.Module, converted: nn.Module, sources: Sources, evaluation: Evaluation
 ) -> dict[str, Distance]:
-    """How far the outputs of `converted` are from those of each source: its worst output."""
+    """The distance of the worst output of `converted` from that of each source."""
     found = {}
     for i, name in enumerate(sources.names):
         dense = merged(model, sources, i).eval()

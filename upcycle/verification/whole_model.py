@@ -13,7 +13,7 @@ from upcycle.ir.measured import Check, Distance, ModelDistance
 from upcycle.recipe.schema import Recipe
 from upcycle.util.modules import device_of, eval_mode
 from upcycle.verification.checks import END_TO_END, check
-from upcycle.verification.metrics import ROUNDING, LanguageModelDistance, distance
+from upcycle.verification.metrics import ROUNDING, LanguageModelDistance, check_outputs, distance
 
 
 def verify(
@@ -21,7 +21,7 @@ def verify(
 ) -> ModelDistance:
     """How far `converted` is from `dense` on `inputs` (guessed and random if None).
 
-    Both are run in eval mode and left in the mode that they were in.
+    Both are run in eval mode and left in the mode that they had.
 
     Raises:
         VerificationError: the outputs have different names or shapes.
@@ -41,11 +41,8 @@ def compare_models(
     outputs: dict[str, Distance] = {}
     for batch in evaluation.batches:
         ours, theirs = outputs_of(other, batch), outputs_of(reference, batch)
+        check_outputs(ours, theirs, "the converted model")
         for name, tensor in theirs.items():
-            if name not in ours or ours[name].shape != tensor.shape:
-                raise VerificationError(
-                    f"the converted model does not return {name} {list(tensor.shape)}"
-                )
             found = distance(ours[name], tensor)
             if name not in outputs or found.relative > outputs[name].relative:
                 outputs[name] = found
@@ -55,13 +52,9 @@ def compare_models(
     if predictions and evaluation.windows is not None and is_language_model(reference):
         both = LanguageModelDistance()
         for window in evaluation.windows:
-            tokens = window[None]
-            batch = {"input_ids": tokens, "use_cache": False}
-            both.update(
-                outputs_of(reference, batch)["logits"].cpu(),
-                outputs_of(other, batch)["logits"].cpu(),
-                tokens,
-            )
+            batch = {"input_ids": window[None], "use_cache": False}
+            logits = (outputs_of(model, batch)["logits"].cpu() for model in (reference, other))
+            both.update(*logits, window[None])
         language = both.result()
     worst = max(found.relative for found in outputs.values())
     return ModelDistance(evaluation.what, outputs, worst, language)
@@ -80,11 +73,10 @@ def same_greedy_text(reference: nn.Module, other: nn.Module, evaluation: Evaluat
 
     def generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
         prompt = prompt.to(device_of(model))
-        mask = torch.ones_like(prompt)
         with torch.no_grad():
             tokens: torch.Tensor = model.generate(
                 input_ids=prompt,
-                attention_mask=mask,
+                attention_mask=torch.ones_like(prompt),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 pad_token_id=0,

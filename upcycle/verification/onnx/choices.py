@@ -1,4 +1,4 @@
-"""Which experts the ONNX files of a model choose: read from the weights that their nodes get."""
+"""The experts that the ONNX files of a model choose, read from the weights of their nodes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -46,10 +46,7 @@ def names_by_file(names: ChoiceNames) -> dict[str, list[str]]:
 def choices_in(
     places: Sequence[tuple[str, str]], seen: Mapping[str, Sequence[Array]]
 ) -> list[torch.Tensor]:
-    """The masks [T, E] of one layer, out of what `OnnxFiles` saw.
-
-    Text that was read in two runs, all but the last tokens and then those, is put together.
-    """
+    """The masks [T, E] of one layer in `seen` of `OnnxFiles`; two runs of one text are joined."""
     masks = []
     for _, name in places:
         arrays = seen[name]

@@ -16,7 +16,7 @@ from upcycle.targets.onnx.opaque_experts import named_tensors
 from upcycle.targets.onnx.write import float_tensors, without_cache
 from upcycle.util.modules import eval_mode
 from upcycle.verification.checks import ONNX, ONNX_TIES, check
-from upcycle.verification.metrics import ROUNDING, distance
+from upcycle.verification.metrics import ROUNDING, check_outputs, distance
 from upcycle.verification.near_ties import Choices, following
 from upcycle.verification.onnx.choices import (
     ChoiceNames,
@@ -54,8 +54,8 @@ def onnx_distance(
 ) -> float:
     """ONNX Runtime against `model`, which is in float32, on the evaluation's batches; the worst.
 
-    With a cache all tokens but the last are read first, and the last one then. With `names` what
-    the files choose is put into `choices` before the model runs.
+    With a cache the last token is read after all others. With `names` the choices of the files are
+    put into `choices` before the model runs.
 
     Raises:
         VerificationError: ONNX Runtime cannot run a file, or it has other outputs than the model.
@@ -74,7 +74,8 @@ def onnx_distance(
             if files.has_cache:
                 reference = {name: reference[name] for name in made}
             ours, theirs = comparable(made, given), comparable(reference, given)
-            worst = max(worst, _distance(ours, theirs, directory))
+            check_outputs(ours, theirs, f"the ONNX file in {directory}")
+            worst = max(worst, *(distance(ours[n], theirs[n]).relative for n in theirs))
     return worst
 
 
@@ -94,14 +95,3 @@ def _outputs_of(model: nn.Module, given: Any) -> dict[str, torch.Tensor]:
         out = model(**given) if isinstance(given, Mapping) else model(*given)
     named = named_tensors(out)
     return {n: t for n, t in named.items() if t.is_floating_point() and t.numel()}
-
-
-def _distance(
-    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], directory: Path
-) -> float:
-    for name, reference in theirs.items():
-        if name not in ours or ours[name].shape != reference.shape:
-            raise VerificationError(
-                f"the ONNX file in {directory} does not return {name} {list(reference.shape)}"
-            )
-    return max(distance(ours[name], reference).relative for name, reference in theirs.items())

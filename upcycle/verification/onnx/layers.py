@@ -1,19 +1,18 @@
 """Verify a converted ONNX file in ONNX Runtime, layer by layer and as a whole.
 
-- T0 and T1: as for a module, on the activations that ONNX Runtime hands to each layer; and what the
-  nodes of the layer return against the layer in torch.
+- T0 and T1: as for a module, on the activations that each layer gets in ONNX Runtime; and the
+  output of its nodes against the layer in torch.
 - T2: all outputs against those of the dense file.
 - T4: onnx's checker, with inferred shapes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from upcycle.errors import UsageError, VerificationError
-from upcycle.ir.measured import Check, Distance, LayerDistance, ModelDistance
+from upcycle.ir.measured import Check, LayerDistance, ModelDistance
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import Provenance
 from upcycle.layers.moe import MoE
@@ -25,19 +24,19 @@ from upcycle.targets.onnx.insert import unique_keys
 from upcycle.util.progress import Progress
 from upcycle.verification.checks import CHECKER, NODES, check, worst_at
 from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
-from upcycle.verification.metrics import ROUNDING, distance
+from upcycle.verification.metrics import ROUNDING, check_outputs, distance
 from upcycle.verification.onnx.rounding import rounded_paths
 
-# A token that another expert is chosen for when it is moved by this part of its largest number may
-# be routed either way by two correct computations.
+# Two correct computations may choose other experts for a token where moving it by this part of its
+# largest number changes the choice.
 _TIE = 1e-5
 
 
 def feeds_for(source: OnnxSource, seed: int) -> dict[str, Array]:
-    """What both files are run on: given by the user, or drawn.
+    """The inputs of both files: the user's, or random ones.
 
     Raises:
-        UsageError: the user's inputs lack one of the graph's.
+        UsageError: the user's lack an input of the graph.
     """
     if source.example is None:
         return draw_inputs(source.model, seed=seed)
@@ -51,16 +50,17 @@ def feeds_for(source: OnnxSource, seed: int) -> dict[str, Array]:
 def compare_outputs(
     dense: Mapping[str, Array], converted: Mapping[str, Array], feeds: Mapping[str, Array]
 ) -> ModelDistance:
-    """Tier T2: the distance of every float output, and the worst of them."""
-    outputs: dict[str, Distance] = {}
-    for name, reference in dense.items():
-        if name not in converted or converted[name].shape != reference.shape:
-            raise VerificationError(
-                f"the converted file does not return {name} {list(reference.shape)}"
-            )
-        if reference.dtype.kind == "f" and reference.size:
-            ours, theirs = torch.from_numpy(converted[name]), torch.from_numpy(reference)
-            outputs[name] = distance(ours, theirs)
+    """Tier T2: the distance of every float output, and the worst of them.
+
+    Raises:
+        VerificationError: an output is missing or has another shape, or none is of floats.
+    """
+    check_outputs(converted, dense, "the converted file")
+    outputs = {
+        name: distance(torch.from_numpy(converted[name]), torch.from_numpy(reference))
+        for name, reference in dense.items()
+        if reference.dtype.kind == "f" and reference.size
+    }
     if not outputs:
         raise VerificationError("the file returns no float tensor that could be compared")
     worst = max(found.relative for found in outputs.values())
@@ -80,7 +80,7 @@ def verify_onnx_layers(
     """Tiers T0, T1 and T4; one layer is in memory at a time.
 
     Args:
-        source: the dense file, for its weights.
+        source: the dense file.
         specs: the planned layers.
         path: the converted file.
         layer_of: a layer in torch, with the weights that were written, before any were rounded.
@@ -104,7 +104,7 @@ def verify_onnx_layers(
         x_TD = _tokens(seen[region.x_name], spec)
         if not len(x_TD):
             return LayerCase(layer)
-        if rounded & set(keys[spec.ffn.path]):  # those have checks of their own
+        if rounded & set(keys[spec.ffn.path]):  # these have checks of their own
             return LayerCase(layer, x_TD)
         error = _nodes_error(layer, x_TD, _tokens(seen[region.output_name], spec))
         return LayerCase(layer, x_TD, {"nodes_relative": error})
@@ -114,15 +114,11 @@ def verify_onnx_layers(
     checks = list(layer_checks(rows, torch.float32))
     nodes = {row.path: row.nodes_relative for row in rows if row.nodes_relative is not None}
     if nodes:
-        checks.append(worst_at(NODES, nodes, ROUNDING[_dtype(seen, regions)]))
-    if not check_graph(source.path):  # else the checker has something against the dense file, too
+        output = seen[next(iter(regions.values())).output_name]
+        checks.append(worst_at(NODES, nodes, ROUNDING[torch.from_numpy(output).dtype]))
+    if not check_graph(source.path):  # else the checker complains about the dense file, too
         checks.append(check(CHECKER, float(bool(check_graph(path))), 0))
     return rows, checks
-
-
-def _dtype(seen: Mapping[str, Array], regions: Mapping[str, Any]) -> torch.dtype:
-    region = next(iter(regions.values()))
-    return torch.from_numpy(seen[region.output_name]).dtype
 
 
 def _tokens(array: Array, spec: MoESpec) -> torch.Tensor:
@@ -133,13 +129,10 @@ def _tokens(array: Array, spec: MoESpec) -> torch.Tensor:
 
 @torch.no_grad()
 def _nodes_error(layer: MoE, x_TD: torch.Tensor, y_TO: torch.Tensor) -> float:
-    """How far the nodes are from the layer, on tokens whose choice of experts is clear.
-
-    That is one that tokens a little to the side have, too.
-    """
+    """How far the nodes are from the layer, on the tokens whose nearest neighbours choose alike."""
     chosen_TE = _chosen(layer, x_TD)
     logits_TE = layer.router(x_TD)[0].float()
-    # Equal scores, such as the zeros of a ReLU, stay equal beside the token, too.
+    # Equal scores, such as the zeros of a ReLU, are equal for the neighbours, too.
     least_T = logits_TE.masked_fill(~chosen_TE, torch.inf).amin(-1)
     refused_T = logits_TE.masked_fill(chosen_TE, -torch.inf).amax(-1)
     clear_T = (least_T - refused_T).abs() > _TIE * logits_TE.abs().amax()

@@ -31,10 +31,10 @@ def verify_precision(
 ) -> tuple[OnnxFacts | None, list[Check]]:
     """Tier T4 for what `write_onnx` made with `options`; facts for the report, and checks.
 
-    - In float32 the files are held against `model`, to rounding.
-    - Where the recipe accepts more, against `model` with the same rounded experts and the same form
-      of GELU, to rounding, unless ONNX Runtime rounds tokens, too; each rounded layer also against
-      what rounding may do to it. How far the files are from `model` itself is reported.
+    - In float32 the files must agree with `model` up to rounding.
+    - Where the recipe accepts more, with `model` with the same rounded experts and the same form of
+      GELU, unless ONNX Runtime rounds tokens, too; each rounded layer is also compared with what
+      rounding may do to it. The distance of the files from `model` itself is reported.
     - In float16 they may be twice as far from `model` as `model` in float16 is, in torch.
 
     Raises:
@@ -67,13 +67,16 @@ def verify_precision(
 
 def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:
     """What the experts compute in those of `layers` that a node of ONNX Runtime runs in a file."""
-    nodes = [n for n in ir.load(path).graph.all_nodes() if n.domain == "com.microsoft"]
+    nodes = [
+        node
+        for node in ir.load(path).graph.all_nodes()
+        if node.domain == "com.microsoft" and node.op_type in ("MoE", "QMoE")
+    ]
     found = {}
     for layer in layers:
         prefix = f"{layer}/" if layer else ""  # as `lower` names what it makes
         for node in nodes:
-            of_layer = str(node.outputs[0].name).startswith(prefix)
-            if of_layer and node.op_type in ("MoE", "QMoE"):
+            if str(node.outputs[0].name).startswith(prefix):
                 found[layer] = kernel_named(node.attributes["activation_type"].as_string())[1]
     return found
 

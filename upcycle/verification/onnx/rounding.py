@@ -1,7 +1,7 @@
 """What rounding the experts of an ONNX file did to each layer, and whether that is as expected.
 
-The choice of experts is left out of the comparison: each layer is given the tokens and the weights
-of experts that it has in the file, and computed again with the rounded and with the float weights.
+The choice of experts is left out of the comparison: each layer is computed again, with the rounded
+and with the float weights, on the tokens and expert weights that it gets in the file.
 
 Shape suffixes: T tokens, D d_model, E experts, I expert width, G = arity * I.
 """
@@ -22,17 +22,11 @@ from upcycle.onnx.tensors import TORCH_TYPES, tensor_of
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.forms.quantise import Quantised, dequantise
-from upcycle.verification.checks import (
-    ROUNDED_KERNEL,
-    ROUNDED_LAYER,
-    ROUNDED_WEIGHTS,
-    worst_at,
-)
+from upcycle.verification.checks import ROUNDED_KERNEL, ROUNDED_LAYER, ROUNDED_WEIGHTS, worst_at
 from upcycle.verification.metrics import ROUNDING
 
-# One, and what 127 times a scale in float16, which is off by 2^-11, adds to it.
-_HALF_STEP = 1 + 2 * 127 * 2**-11
-_INDEPENDENT = 2.0  # how much more than independent errors of each weight are taken for a mistake
+_HALF_STEP = 1 + 2 * 127 * 2**-11  # a scale in float16 is off by 2^-11, and is taken 127 times
+_INDEPENDENT = 2.0  # an error this many times that of independent errors is a mistake
 
 
 @dataclass(frozen=True)
@@ -40,14 +34,14 @@ class RoundedLayer:
     """A node ``QMoE`` of a file.
 
     Attributes:
-        layer: its layer's path.
+        layer: path of its layer.
         x, weights, y: names of its tensors: tokens, the weight of each expert, and the output.
         pointwise: what its kernel computes.
-        up_EGD, down_EDI: the matrices as they are decoded; gate rows first.
-        step: of each element of the two.
-        bits, block: of its weights: how many, and inputs that share a scale, or ``row``.
-        rounds_tokens: the group size in which the kernel rounds its input to 8 bits; 0 if not.
-        dtype: in which it computes what it does not round.
+        up_EGD, down_EDI: the decoded matrices; gate rows first.
+        step: the quantisation step of each element of the two.
+        bits, block: bits of a weight, and the number of inputs that share a scale, or ``row``.
+        rounds_tokens: group size in which the kernel rounds its input to 8 bits; 0 if it does not.
+        dtype: of everything that the kernel does not round.
     """
 
     layer: str
@@ -74,7 +68,9 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
         block = node.attributes.get_int("block_size", 0)
         kernel, pointwise = kernel_named(node.attributes["activation_type"].as_string())
         (up, up_step), (down, down_step) = (_decoded(node, i, bits, block) for i in (2, 5))
-        scale = node.inputs[3]
+        x, scale, weights = (node.inputs[i] for i in (0, 3, 14))
+        assert x is not None
+        assert weights is not None
         assert scale is not None
         assert scale.dtype is not None
         if kernel.gated:
@@ -82,11 +78,10 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
                 t.reshape(len(t), -1, 2, t.shape[2]).transpose(1, 2).flatten(1, 2)
                 for t in (up, up_step)
             )
-        names = [str(value.name) for value in (node.inputs[0], node.inputs[14]) if value]
         yield RoundedLayer(
             layer=_layer_of(node),
-            x=names[0],
-            weights=names[1],
+            x=str(x.name),
+            weights=str(weights.name),
             y=str(node.outputs[0].name),
             pointwise=pointwise,
             up_EGD=up,
@@ -119,11 +114,11 @@ def verify_rounding(
 ) -> tuple[list[Rounded], list[Check]]:
     """What rounding did to each layer of a file, and three checks of it.
 
-    - No weight is further from its float one than half a step.
+    - Each weight is within half a step of its float one.
     - ONNX Runtime computes the rounded layer as PyTorch does, up to the rounding of tokens to
       8 bits that its int8 kernel does in blocks.
-    - The error of a layer is not more than twice what independent errors of that size, in each
-      weight, give to first order.
+    - The error of a layer is at most twice what independent errors of that size, in each weight,
+      give to first order.
 
     Args:
         path: the file.
@@ -131,23 +126,22 @@ def verify_rounding(
         batches: inputs of the file.
     """
     rounded = list(rounded_layers(path))
+    if not rounded:
+        return [], []
     names = [name for layer in rounded for name in (layer.x, layer.weights, layer.y)]
+    seen = [run(path, feeds, names) for feeds in batches]
     rows: list[Rounded] = []
-    seen = [run(path, feeds, names) for feeds in batches] if rounded else []
     for layer in rounded:
         x, weights, y = (
             torch.cat([torch.from_numpy(arrays[name]).float() for arrays in seen])
             for name in (layer.x, layer.weights, layer.y)
         )
         rows.append(_row(layer, layers[layer.layer], x, weights, y))
-    if not rows:
-        return [], []
+    expected = {row.path: row.rounding_over_expected for row in rows}
     checks = [
         worst_at(ROUNDED_WEIGHTS, {row.path: row.half_steps for row in rows}, _HALF_STEP),
         worst_at(ROUNDED_KERNEL, {row.path: row.kernel_over_allowed for row in rows}, 1.0),
-        worst_at(
-            ROUNDED_LAYER, {row.path: row.rounding_over_expected for row in rows}, _INDEPENDENT
-        ),
+        worst_at(ROUNDED_LAYER, expected, _INDEPENDENT),
     ]
     return rows, checks
 
@@ -160,36 +154,26 @@ def _row(
     up, down = experts.up_EGD.float(), experts.down_proj.float()
     bias = None if bias is None else bias.float()
     pointwise = experts.act_fn.pointwise
-    ours = run_experts(rounded.pointwise, rounded.up_EGD, bias, rounded.down_EDI, x_TD, weights_TE)
-    exact = run_experts(pointwise, up, bias, down, x_TD, weights_TE)
-    off = expected_error(
-        experts, rounded.up_EGD - up, rounded.down_EDI - down, x_TD, weights_TE,
-        tokens=rounded.rounds_tokens,
-    )  # fmt: skip
-    of_tokens = expected_error(
-        experts, torch.zeros_like(up), torch.zeros_like(down), x_TD, weights_TE,
-        tokens=rounded.rounds_tokens,
-    )  # fmt: skip
-    size = exact.square().mean().sqrt().item()
-    if rounded.rounds_tokens:
-        kernel = (y - ours).square().mean().sqrt().item() / (_INDEPENDENT * of_tokens or 1.0)
+    ours = weighted_sum(rounded.pointwise, rounded.up_EGD, bias, rounded.down_EDI, x_TD, weights_TE)
+    exact = weighted_sum(pointwise, up, bias, down, x_TD, weights_TE)
+    up_error, down_error = rounded.up_EGD - up, rounded.down_EDI - down
+    group = rounded.rounds_tokens
+    off = _expected_error(experts, up_error, down_error, x_TD, weights_TE, group)
+    if group:
+        none = torch.zeros_like(up), torch.zeros_like(down)
+        of_tokens = _expected_error(experts, *none, x_TD, weights_TE, group)
+        kernel = _rms(y - ours) / (_INDEPENDENT * of_tokens or 1.0)
     else:
         allowed = ROUNDING[rounded.dtype] * ours.abs().max().item()
         kernel = (y - ours).abs().max().item() / (allowed or 1.0)
-    error = (y - exact).square().mean().sqrt().item()
+    size, error = _rms(exact), _rms(y - exact)
     return Rounded(
         path=rounded.layer,
         bits=rounded.bits,
         block=rounded.block,
-        weights_rms={
-            "up": _relative(rounded.up_EGD - up, up),
-            "down": _relative(rounded.down_EDI - down, down),
-        },
+        weights_rms={"up": _relative(up_error, up), "down": _relative(down_error, down)},
         output_rms=error / size if size else 0.0,
-        half_steps=max(
-            _half_steps(rounded.up_EGD - up, rounded.step[0]),
-            _half_steps(rounded.down_EDI - down, rounded.step[1]),
-        ),
+        half_steps=max(map(_half_steps, (up_error, down_error), rounded.step)),
         kernel_over_allowed=kernel,
         rounding_over_expected=error / off if off else 0.0,
     )
@@ -200,11 +184,15 @@ def _half_steps(error: torch.Tensor, step: torch.Tensor) -> float:
     return float((2 * error.abs() / step.abs()).max())
 
 
+def _rms(tensor: torch.Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
 def _relative(error: torch.Tensor, reference: torch.Tensor) -> float:
     return float(error.norm() / reference.norm().clamp(min=1e-30))
 
 
-def run_experts(
+def weighted_sum(
     pointwise: Pointwise,
     up_EGD: torch.Tensor,
     bias_EG: torch.Tensor | None,
@@ -224,20 +212,19 @@ def run_experts(
     return out_TD
 
 
-def expected_error(
+def _expected_error(
     experts: Experts,
     up_error_EGD: torch.Tensor,
     down_error_EDI: torch.Tensor,
     x_TD: torch.Tensor,
     weights_TE: torch.Tensor,
-    *,
-    tokens: int = 0,
+    group: int,
 ) -> float:
     """The rms error of the output if each weight has its error with a random sign, to first order.
 
-    Variances go through the layer: of a sum they add up, and the activation multiplies them by the
-    squares of its derivatives. `tokens` adds what rounding the inputs of both matrices to 8 bits,
-    in groups of so many, does.
+    Variances pass through the layer: those of a sum add up, and the activation multiplies them by
+    the squares of its derivatives. Unless 0, `group` is the group size in which the inputs of both
+    matrices are rounded to 8 bits.
     """
     total_TD = torch.zeros(len(x_TD), down_error_EDI.shape[1])
     bias_EG, pointwise = experts.up_bias_EG, experts.act_fn.pointwise
@@ -248,13 +235,13 @@ def expected_error(
         z_tG = x_tD @ up_GD.T
         z_tG = z_tG if bias_EG is None else z_tG + bias_EG[expert].float()
         variance_tG = x_tD.square() @ up_error_EGD[expert].square().T
-        if tokens:
-            variance_tG += _rounding_variance(x_tD, tokens) @ up_GD.square().T
+        if group:
+            variance_tG += _rounding_variance(x_tD, group) @ up_GD.square().T
         hidden_tI, variance_tI = _through(pointwise, z_tG, variance_tG)
         variance_tD = variance_tI @ down_DI.square().T
         variance_tD += hidden_tI.square() @ down_error_EDI[expert].square().T
-        if tokens:
-            variance_tD += _rounding_variance(hidden_tI, tokens) @ down_DI.square().T
+        if group:
+            variance_tD += _rounding_variance(hidden_tI, group) @ down_DI.square().T
         total_TD[token] += variance_tD * weight_T[token, None].square()
     return float(total_TD.mean().sqrt())
 
@@ -262,7 +249,7 @@ def expected_error(
 def _through(
     pointwise: Pointwise, z_tG: torch.Tensor, variance_tG: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden layer, and its variance for a small one of its arguments."""
+    """The hidden activations, and their variance given a small one of the arguments."""
     with torch.enable_grad():
         z = [part.detach().requires_grad_() for part in z_tG.chunk(pointwise.arity, dim=-1)]
         hidden_tI = pointwise(*z)
@@ -273,7 +260,7 @@ def _through(
 
 
 def _rounding_variance(x: torch.Tensor, group: int) -> torch.Tensor:
-    """Of rounding to 255 steps between plus and minus the largest number of each group."""
+    """The variance of rounding to 255 steps over the range of each group."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
     groups = padded.reshape(*x.shape[:-1], -1, group)
     step = groups.abs().amax(-1, keepdim=True) / 127
@@ -290,8 +277,6 @@ def _decoded(node: ir.Node, place: int, bits: int, block: int) -> tuple[torch.Te
     assert scale is not None
     columns = packed.shape[2] * 8 // bits
     found = Quantised(packed, scale.float(), bits, block or None)
-    ones = torch.full_like(packed, 2 ** (bits - 1) + 1)
-    if bits == 4:
-        ones = torch.full_like(packed, 9 | 9 << 4)
-    step = dequantise(replace(found, packed=ones), columns)
+    one = 129 if bits == 8 else 9 | 9 << 4  # one step above the middle
+    step = dequantise(replace(found, packed=torch.full_like(packed, one)), columns)
     return dequantise(found, columns), step
