@@ -79,23 +79,23 @@ def test_predictions_by_brute_force() -> None:
             nll -= math.log(p[following])
             other_nll -= math.log(q[following])
             agreed += p.index(max(p)) == q.index(max(q))
-    found = both.to_json()
-    assert found["tokens"] == 6
-    assert found["kl"] == pytest.approx(kl / 6, rel=1e-12)
-    assert found["top1_agreement"] == agreed / 6
-    assert found["dense_perplexity"] == pytest.approx(math.exp(nll / 6), rel=1e-12)
-    assert found["converted_perplexity"] == pytest.approx(math.exp(other_nll / 6), rel=1e-12)
+    found = both.result()
+    assert found.tokens == 6
+    assert found.kl == pytest.approx(kl / 6, rel=1e-12)
+    assert found.top1_agreement == agreed / 6
+    assert found.dense_perplexity == pytest.approx(math.exp(nll / 6), rel=1e-12)
+    assert found.converted_perplexity == pytest.approx(math.exp(other_nll / 6), rel=1e-12)
 
 
 def test_equal_predictions() -> None:
     logits = torch.randn(1, 6, 7, generator=torch.Generator().manual_seed(0))
     both = LanguageModelDistance()
     both.update(logits, logits, torch.zeros(1, 6, dtype=torch.long))
-    found = both.to_json()
-    assert found["kl"] == 0
-    assert found["top1_agreement"] == 1
-    assert found["dense_perplexity"] == found["converted_perplexity"]
+    found = both.result()
+    assert found.kl == 0
+    assert found.top1_agreement == 1
+    assert found.dense_perplexity == found.converted_perplexity
 
 
 def test_without_tokens_nothing_is_divided_by_zero() -> None:
-    assert LanguageModelDistance().to_json()["kl"] == 0
+    assert LanguageModelDistance().result().kl == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from upcycle.cli.recipe_facts import recipe_facts, shipped_facts
+from upcycle.cli.recipe_facts import recipe_facts
 from upcycle.recipe.reader import load_recipe
 from upcycle.recipe.shipped import recipe_names
 
@@ -34,11 +34,11 @@ def test_facts(name: str, overrides: list[str], promise: str, active: str, needs
 
 
 def test_it_is_one_line() -> None:
-    assert str(shipped_facts("granular")) == (
+    assert str(recipe_facts(load_recipe("granular"))) == (
         "exact; a token meets 100% of the FFN; needs nothing but the model"
     )
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_has_facts(name: str) -> None:
-    assert str(shipped_facts(name))
+    assert str(recipe_facts(load_recipe(name)))

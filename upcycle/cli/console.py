@@ -1,13 +1,13 @@
 """The terminal: results on stdout, the log and the progress on stderr.
 
-How much is said is the level of the logger ``upcycle``: errors for ``--quiet``, everything for
-``--verbose``. The library itself only logs; nothing here runs unless the command line starts it.
+The logger ``upcycle`` has level ERROR for ``--quiet`` and DEBUG for ``--verbose``. The library
+itself only logs.
 """
 
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,14 +23,14 @@ log = logging.getLogger("upcycle")
 
 
 class _Stderr(logging.Handler):
-    """Writes to whatever ``sys.stderr`` is now: rich and the tests replace it for a while."""
+    """Writes to the current ``sys.stderr``, which rich and the tests replace for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
 
 
 def start_log(level: int) -> None:
-    """Send the log of upcycle to stderr, from `level` on."""
+    """Send the log of upcycle to stderr, from `level` up."""
     if not any(isinstance(handler, _Stderr) for handler in log.handlers):
         log.addHandler(_Stderr())
     log.setLevel(level)
@@ -49,9 +49,17 @@ def print_json(data: Any) -> None:
     click.echo(json_text(data), nl=False)
 
 
+def show(as_json: bool, data: Any, report: Callable[[], Iterable[RenderableType]]) -> None:
+    """Print `data` for programs, or the tables of `report` for people."""
+    if as_json:
+        print_json(data)
+    else:
+        print_result(*report())
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Bars on a terminal, a line for the start and the end of each stage elsewhere."""
+    """Bars on a terminal; elsewhere a line for the start and the end of each stage."""
     if not log.isEnabledFor(logging.INFO):
         yield lambda stage, done, total: None
     elif sys.stderr.isatty():

@@ -15,15 +15,11 @@ AT_A_TIME = 2**22  # elements in float64
 
 
 def difference(a: Path, b: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Compare two directories as plain data.
+    """Compare two directories, of Hugging Face or of upcycle, as plain data.
 
     One tensor of each is read at a time. Equal means equal bytes, so NaN equals NaN and 0 does not
     equal -0. ``max`` is the largest absolute difference, ``relative`` that over the largest value
     of `a`; both are None for tensors of different shapes.
-
-    Args:
-        a, b: directories in the layout of Hugging Face, or as upcycle writes them.
-        allow_pickle: read weights from pickle files.
 
     Raises:
         UsageError: one has no weights, or a file is damaged.
@@ -89,7 +85,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _fields(a: Any, b: Any, name: str = "") -> Iterator[dict[str, Any]]:
-    """The fields that are not equal, by their dotted names; an absent one is null."""
+    """The fields that differ, by their dotted names; an absent one is null."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in sorted({*a, *b}):
             yield from _fields(a.get(key), b.get(key), f"{name}.{key}" if name else key)

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,20 +27,13 @@ DIFFERENT = VerificationError.exit_code
 class CommandGroup(click.Group):
     """The group of commands."""
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line and leave the process; not in standalone mode: return or raise."""
         console.start_log(logging.INFO)
-        if not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = super().main(*args, **{**options, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             code = error.exit_code
@@ -90,15 +83,15 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, value: str) -> int
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """For imports, and for commands that are over in seconds.
+    """Pause the garbage collector for imports, and for commands that take seconds.
 
-    Importing transformers makes a million objects that all stay, and the collector walked them
-    again and again, a quarter of the time. Afterwards it leaves out what there is by then.
+    Importing transformers makes a million objects that all stay, and walking them again and again
+    took a quarter of the time. Afterwards the collector leaves out what there is by then.
     """
     gc.disable()
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # once in a process, because garbage stays, too
+        if not gc.get_freeze_count():  # only once in a process: freezing keeps garbage, too
             gc.freeze()
         gc.enable()

@@ -11,6 +11,8 @@ from upcycle.targets.description import REPORT, read_report
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, neurons_of, read_origins
 from upcycle.util.json_text import read_json
 
+ROUTER_FACTS = ("weights", "scale", "bias", "tied", "balance")
+
 
 def is_converted(directory: Path) -> bool:
     """Whether upcycle wrote the directory."""
@@ -19,16 +21,16 @@ def is_converted(directory: Path) -> bool:
     path = directory / REPORT
     try:
         return path.is_file() and "resolved_recipe" in read_json(path)
-    except UsageError:  # a file of somebody else
+    except UsageError:  # a file of another program
         return False
 
 
 def inspect_converted(directory: Path) -> dict[str, Any]:
     """A converted model as plain data.
 
-    `layers` is None where an older version of upcycle did not write down what the rows are. In
-    each layer ``rows`` counts: dense neurons that are there once, several times and not at all,
-    rows of zero padding, rows that were drawn anew.
+    `layers` is None where an older version of upcycle wrote no provenance. In each layer ``rows``
+    counts the dense neurons that are there once, several times and not at all, the rows of zero
+    padding, and the rows that were drawn anew.
 
     Raises:
         UsageError: upcycle did not write the directory, or its files are damaged.
@@ -66,11 +68,7 @@ def _layer(directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
                 "method": stored["router"],
                 "kind": router.kind,
                 "select": router.select.to_json(),
-                "weights": router.weights,
-                "scale": router.scale,
-                "bias": router.bias,
-                "tied": router.tied,
-                "balance": router.balance,
+                **{name: getattr(router, name) for name in ROUTER_FACTS},
             },
             "compensation": stored["compensate"],
             "low_rank": config.low_rank,

@@ -19,7 +19,7 @@ from upcycle.cli.commands import (
 from upcycle.cli.group import CommandGroup
 from upcycle.version import __version__
 
-# Python ends with a collection, which takes a second if transformers is there, and saves nothing.
+# The collection at the end of Python takes a second with transformers, and saves nothing.
 atexit.register(gc.freeze)
 
 

@@ -1,6 +1,6 @@
 """What would be found and decided for a named model, from its configuration alone.
 
-Apart from the driver because it must answer at once: it imports nothing that writes or verifies.
+It imports nothing that writes or verifies, so that it answers at once.
 """
 
 from collections.abc import Sequence

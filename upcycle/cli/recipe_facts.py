@@ -6,16 +6,14 @@ from upcycle.ir.ffn import FFN, Located, Projection
 from upcycle.kernels.activations import NAMED_POINTWISE
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.passes.plan.plan import make_plan
-from upcycle.recipe.reader import load_recipe
 from upcycle.recipe.schema import Layers, Recipe
 
-# A recipe is planned for an FFN as they are in most language models.
-_WIDTH, _NEURONS = 4096, 12288
+_WIDTH, _NEURONS = 4096, 12288  # of an FFN as in most language models
 
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """Facts for a list: how near to the dense model, the active part of the FFN, and the input."""
+    """The promise, the active part of the FFN, and the input, for a list."""
 
     promise: str
     active: str
@@ -25,16 +23,10 @@ class RecipeFacts:
         return f"{self.promise}; a token meets {self.active}; needs {self.needs}"
 
 
-def shipped_facts(name: str) -> RecipeFacts:
-    """Of a shipped recipe."""
-    return recipe_facts(load_recipe(name))
-
-
 def recipe_facts(recipe: Recipe) -> RecipeFacts:
-    """What can be said of `recipe` for most models; ``upcycle plan`` says what it is for one.
+    """What holds of `recipe` for most models: the plan of one SwiGLU FFN of 12288 neurons.
 
-    The promise and the neurons that a token meets, at most, are those of a plan for one SwiGLU FFN
-    of 12288 neurons.
+    ``upcycle plan`` says what it is for a named model.
     """
     names = ("gate", "up", "down")
     gate, up, down = (Projection(n, f"{n}.weight", None, False, (0, _NEURONS, 1)) for n in names)

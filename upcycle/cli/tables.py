@@ -39,7 +39,7 @@ def size(number: int) -> str:
 
 def count(items: Sequence[Any], noun: str) -> str:
     """``2 layers`` for two items."""
-    return f"{len(items)} {noun}" if len(items) == 1 else f"{len(items)} {noun}s"
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def new_table(*columns: str) -> Table:
@@ -52,14 +52,14 @@ def new_table(*columns: str) -> Table:
 
 def add_rows(table: Table, rows: Iterable[tuple[str, ...]]) -> None:
     """Add `rows`; neighbours that differ only in one number of their path become one row."""
-    for _, group in groupby(rows, key=lambda row: (re.sub(r"\d+", "#", row[0]), *row[1:])):
-        run: list[tuple[str, ...]] = []
-        for row in group:
-            if run and not _continues([r[0] for r in run], row[0]):
-                table.add_row(fold([r[0] for r in run]), *run[0][1:])
+    for (_, *cells), group in groupby(rows, key=lambda r: (re.sub(r"\d+", "#", r[0]), *r[1:])):
+        run: list[str] = []
+        for path, *_ in group:
+            if run and not _continues(run, path):
+                table.add_row(fold(run), *cells)
                 run = []
-            run.append(row)
-        table.add_row(fold([r[0] for r in run]), *run[0][1:])
+            run.append(path)
+        table.add_row(fold(run), *cells)
 
 
 def _continues(paths: list[str], path: str) -> bool:

@@ -14,6 +14,7 @@ LEGEND = (
     "times are medians (quartiles); a ratio is converted / dense in the same round; the floor is "
     "what the machine's best rates allow, as a part of the time, above 100% if caches help"
 )
+MODELS = ("dense", "converted")
 _UNITS = (("s", 1), ("ms", 1e3), ("us", 1e6))
 METRICS = {
     "AMU": "part of the memory in use",
@@ -27,7 +28,7 @@ METRICS = {
 
 
 def bench_report(found: Mapping[str, Any]) -> list[RenderableType]:
-    """Tables: size, layers, whole models, the metrics of EfficientLLM."""
+    """Tables of sizes, layers, whole models and the metrics of EfficientLLM."""
     machine = found["machine"]
     parts: list[RenderableType] = [
         f"{found['model']} with {found['recipe']}, {found['engine']}, {machine['dtype']}, "
@@ -46,8 +47,9 @@ def bench_report(found: Mapping[str, Any]) -> list[RenderableType]:
     add_rows(whole, _whole(found))
     six = new_table("EfficientLLM", "dense", "converted", "")
     for name, meaning in METRICS.items():
-        values = (_number(found["six"][model][name]) for model in ("dense", "converted"))
-        six.add_row(name, *values, meaning)
+        values = (found["six"][model][name] for model in MODELS)
+        shown = ("not measured" if value is None else f"{value:.4g}" for value in values)
+        six.add_row(name, *shown, meaning)
     return [*parts, "", whole, "", six, "", LEGEND]
 
 
@@ -59,7 +61,7 @@ def _sizes(found: Mapping[str, Any]) -> RenderableType:
     table.add_row("active parameters", short(before), short(costs["active_parameters"]))
     flops = (f"{short(costs[key])}FLOP" for key in ("flops_before", "flops_after"))
     table.add_row("a token in the converted FFNs", *flops)
-    table.add_row("weights in memory", *(size(int(memory[m])) for m in ("dense", "converted")))
+    table.add_row("weights in memory", *(size(int(memory[model])) for model in MODELS))
     return table
 
 
@@ -75,16 +77,14 @@ def _whole(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _times(row: Mapping[str, Any]) -> Iterator[str]:
-    for model in ("dense", "converted"):
+    for model in MODELS:
         times = row[model]
         unit, factor = next(u for u in _UNITS if times["median"] * u[1] >= 1 or u[0] == "us")
         low, middle, high = (_digits(times[key] * factor) for key in ("low", "median", "high"))
         yield f"{middle} {unit} ({low} to {high})"
     low, middle, high = (f"{row['ratio'][key]:.2f}" for key in ("low", "median", "high"))
     yield f"{middle} ({low} to {high})"
-    floors = [
-        row[m]["floor"] and row[m]["floor"] / row[m]["median"] for m in ("dense", "converted")
-    ]
+    floors = [row[m]["floor"] and row[m]["floor"] / row[m]["median"] for m in MODELS]
     yield ", ".join("-" if part is None else f"{part:.0%}" for part in floors)
 
 
@@ -92,12 +92,8 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
-
-
 def check_plot(file: Path) -> None:
-    """Raises UsageError if `plot` could not draw into such a file."""
+    """Raise UsageError if `plot` could not draw into `file`."""
     if file.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {file}: name a .png or .svg file")
     if find_spec("matplotlib") is None:

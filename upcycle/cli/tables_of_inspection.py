@@ -1,11 +1,12 @@
 """What a converted directory holds, and how two directories differ, as tables for people."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 from rich.console import RenderableType
+from rich.table import Table
 
 from upcycle.cli.tables import add_rows, count, new_table
 
@@ -96,23 +97,12 @@ def difference_report(found: dict[str, Any]) -> list[RenderableType]:
         config = new_table("configuration", "A", "B")
         add_rows(config, [(r["field"], _value(r["a"]), _value(r["b"])) for r in found["config"]])
         parts += [config, ""]
-    if found["different_tensors"]:
-        tensors = new_table("tensor", "largest difference", "of the largest value")
-        by_size = sorted(found["different_tensors"], key=lambda row: -(row["relative"] or 0))
-        add_rows(tensors, [_difference(row) for row in by_size[:MAX_ROWS]])
-        parts += [tensors]
-        if len(by_size) > MAX_ROWS:
-            parts.append(f"and {count(by_size[MAX_ROWS:], 'tensor')} more, with --json")
-        parts.append("")
+    by_size = sorted(found["different_tensors"], key=lambda row: -(row["relative"] or 0))
+    tensors = new_table("tensor", "largest difference", "of the largest value")
+    parts += _first_rows(tensors, [_difference(row) for row in by_size], "tensor")
     for side in ("a", "b"):
-        rows = _folded(found[f"only_{side}"])
-        if rows:
-            only = new_table(f"only in {side.upper()}", "shape")
-            add_rows(only, rows[:MAX_ROWS])
-            parts.append(only)
-            if len(rows) > MAX_ROWS:
-                parts.append(f"and {count(rows[MAX_ROWS:], 'name')} more, with --json")
-            parts.append("")
+        only = new_table(f"only in {side.upper()}", "shape")
+        parts += _first_rows(only, _folded(found[f"only_{side}"]), "name")
     different = count(found["different_tensors"], "tensor")
     summary = (
         f"{found['equal_tensors']} tensors equal, {different} different, "
@@ -122,8 +112,20 @@ def difference_report(found: dict[str, Any]) -> list[RenderableType]:
     return [*parts, summary, "equal" if found["equal"] else "different"]
 
 
+def _first_rows(
+    table: Table, rows: Sequence[tuple[str, ...]], noun: str
+) -> Iterator[RenderableType]:
+    """The table with its first rows, and how many more there are; nothing if there are no rows."""
+    if rows:
+        add_rows(table, rows[:MAX_ROWS])
+        yield table
+        if len(rows) > MAX_ROWS:
+            yield f"and {count(rows[MAX_ROWS:], noun)} more, with --json"
+        yield ""
+
+
 def _folded(tensors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Names and shapes; names that differ only in numbers, of which none is missing, are one."""
+    """Names and shapes; names that differ only in numbers, none of them missing, become one."""
     alike: dict[tuple[str, str], list[list[int]]] = {}
     for tensor in tensors:
         parts = tensor["name"].split(".")
@@ -135,15 +137,11 @@ def _folded(tensors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         seen = [sorted(set(column)) for column in zip(*found, strict=True)]
         is_whole = math.prod(len(column) for column in seen) == len(found)
         if is_whole and all(column[-1] - column[0] < len(column) for column in seen):
-            spans = [_span(column[0], column[-1]) for column in seen]
+            spans = [f"{{{c[0]}..{c[-1]}}}" if len(c) > 1 else f"{c[0]}" for c in seen]
             rows.append((pattern.format(*spans), shape))
         else:
             rows += [(pattern.format(*numbers), shape) for numbers in found]
     return rows
-
-
-def _span(first: int, last: int) -> str:
-    return f"{{{first}..{last}}}" if last > first else f"{first}"
 
 
 def _difference(row: dict[str, Any]) -> tuple[str, ...]:

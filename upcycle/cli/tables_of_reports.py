@@ -8,7 +8,7 @@ from rich.table import Table
 
 from upcycle.cli.tables import add_rows, count, new_table, short, size
 from upcycle.ir.ffn import FFN, Located
-from upcycle.ir.measured import Check, Costs, Distance
+from upcycle.ir.measured import Check, Costs, Distance, LayerDistance
 from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.targets.destination import Destination, grouped
@@ -56,8 +56,11 @@ def plan_report(plan: Plan, costs: Costs, written: Destination) -> list[Renderab
     rows = []
     for ffn in plan.located.ffns:
         spec = specs.get(ffn.path)
-        fate = (_experts(spec), spec.promise) if spec else ("stays dense", "")
-        rows.append((ffn.path, _shape(ffn), *fate))
+        becomes, promise = "stays dense", ""
+        if spec:
+            becomes = f"{spec.num_experts} experts of {spec.width}, a token visits {spec.top_k}"
+            promise = spec.promise
+        rows.append((ffn.path, _shape(ffn), becomes, promise))
     add_rows(layers, rows)
     of = f"{len(plan.specs)} of {count(plan.located.ffns, 'dense FFN')}"
     parts: list[RenderableType] = [layers, f"{plan.recipe_name} converts {of}"]
@@ -69,7 +72,7 @@ def plan_report(plan: Plan, costs: Costs, written: Destination) -> list[Renderab
 
 
 def runtimes_report(written: Destination) -> list[RenderableType]:
-    """The form of the checkpoint, why it is no other, and the matrix of runtimes."""
+    """The form of the checkpoint, why not another, and the matrix of runtimes."""
     table = new_table("runtime", "runs it")
     for name, support in written.runtimes.items():
         table.add_row(name, support.text())
@@ -105,13 +108,12 @@ def verification_report(report: Report) -> list[RenderableType]:
         table.add_row(check.what, f"{check.error:.2e}", f"{check.allowed:.2e}", verdict)
     parts: list[RenderableType] = [table, *_near_ties(report.checks)]
     if rows := [*_distances(report)]:
-        distances = new_table(
-            "compared with the dense model", "relative error", "cosine min", "mean"
-        )
+        what = "compared with the dense model"
+        distances = new_table(what, "relative error", "cosine min", "mean")
         add_rows(distances, rows)
         parts += ["", distances]
-        if (hidden := len(report.layers or ()) - MAX_LAYERS) > 0:
-            parts.append(f"{count(range(hidden), 'layer')} with smaller errors in report.json")
+        if others := (report.layers or ())[MAX_LAYERS:]:
+            parts.append(f"{count(others, 'layer')} with smaller errors in report.json")
     if report.end_to_end and report.end_to_end.language_model:
         metrics = new_table("language model", "")
         for name, value in plain(report.end_to_end.language_model).items():
@@ -132,7 +134,7 @@ def _near_ties(checks: Sequence[Check]) -> Iterator[str]:
 
 
 def _distances(report: Report) -> Iterator[tuple[str, ...]]:
-    layers = list(report.layers or ())
+    layers: Sequence[LayerDistance] = report.layers or ()
     if len(layers) > MAX_LAYERS:
         layers = sorted(layers, key=lambda row: -row.relative)[:MAX_LAYERS]
     named: list[tuple[str, Distance]] = [(row.path, row) for row in layers]
@@ -153,12 +155,11 @@ def conversion_report(report: Report, out: str, sizes: dict[str, int]) -> list[R
 
 
 def _calibrated(report: Report) -> list[RenderableType]:
-    """What the methods were shown, and how its tokens use the experts."""
+    """The calibration data, and how its tokens use the experts."""
     if report.calibration is None:
         return []
-    table = new_table(
-        "calibrated", "tokens", "per expert", "dead experts", "entropy", "captured mass"
-    )
+    figures = ("tokens", "per expert", "dead experts", "entropy", "captured mass")
+    table = new_table("calibrated", *figures)
     add_rows(table, [usage.cells() for usage in report.calibration.layers])
     return [table, f"on {report.calibration.data}", ""]
 
@@ -174,19 +175,11 @@ def _shape(ffn: FFN) -> str:
     return f"{ffn.d_model} -> {gates}{ffn.d_ff} -> {ffn.d_out}"
 
 
-def _experts(spec: MoESpec) -> str:
-    return f"{spec.num_experts} experts of {spec.width}, a token visits {spec.top_k}"
-
-
 def _spec_json(spec: MoESpec) -> dict[str, Any]:
+    names = ("num_experts", "width", "top_k", "scale", "promise", "seed")
     return {
         "path": spec.ffn.path,
         "method": spec.experts.method,
         "router": spec.router.method,
-        "num_experts": spec.num_experts,
-        "width": spec.width,
-        "top_k": spec.top_k,
-        "scale": spec.scale,
-        "promise": spec.promise,
-        "seed": spec.seed,
+        **{name: getattr(spec, name) for name in names},
     }

@@ -81,13 +81,13 @@ def bench(
     """Measure CONVERTED beside the dense model: time, memory, and the floor of this machine."""
     with collector_paused():
         from upcycle.bench import run
-        from upcycle.cli import tables_of_bench as show
+        from upcycle.cli import tables_of_bench as tables
         from upcycle.errors import UsageError
         from upcycle.models.dense import Source, open_model
         from upcycle.targets.description import read_report
 
     name = against or read_report(converted).model
-    if against is None and ":" not in name:  # the report has no paths of a machine
+    if against is None and ":" not in name:  # the report has no absolute paths
         raise UsageError(
             f"{converted}: it was made from {name}, and does not say where that is; name the dense "
             "model with --against"
@@ -96,13 +96,10 @@ def bench(
     if not isinstance(source, Source):
         raise UsageError(f"{name}: only models of torch are measured, and this is an ONNX file")
     if plot is not None:
-        show.check_plot(plot)
+        tables.check_plot(plot)
     wanted = run.Wanted(tokens, layers, seconds, engine, threads)
     with console.progress() as progress:
         found = run.bench(converted, source, wanted, progress)
     if plot is not None:
-        show.plot(found, plot)
-    if as_json:
-        console.print_json(found)
-    else:
-        console.print_result(*show.bench_report(found))
+        tables.plot(found, plot)
+    console.show(as_json, found, lambda: tables.bench_report(found))

@@ -81,9 +81,7 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     help="Make layers here, or on the Ray cluster of RAY_ADDRESS.",
 )
 @options.trust
-@click.option(
-    "--allow-pickle", is_flag=True, help="Read weights from .bin files, which can run code."
-)
+@options.pickle
 @options.log
 def convert(
     model: str,

@@ -13,9 +13,7 @@ from upcycle.cli.group import DIFFERENT
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @options.as_json
-@click.option(
-    "--allow-pickle", is_flag=True, help="Read weights from .bin files, which can run code."
-)
+@options.pickle
 @options.log
 @click.pass_context
 def diff(ctx: click.Context, a: Path, b: Path, as_json: bool, allow_pickle: bool) -> None:
@@ -27,9 +25,6 @@ def diff(ctx: click.Context, a: Path, b: Path, as_json: bool, allow_pickle: bool
     from upcycle.cli.tables_of_inspection import difference_report
 
     found = difference(a, b, allow_pickle=allow_pickle)
-    if as_json:
-        console.print_json(found)
-    else:
-        console.print_result(*difference_report(found))
+    console.show(as_json, found, lambda: difference_report(found))
     if not found["equal"]:
         ctx.exit(DIFFERENT)

@@ -28,14 +28,9 @@ def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bo
 
         if inspection.is_converted(Path(model)):
             found = inspection.inspect_converted(Path(model))
-            if as_json:
-                console.print_json(found)
-            else:
-                console.print_result(*converted_report(found))
+            console.show(as_json, found, lambda: converted_report(found))
             return
         source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
         located = preview.inspect_model(source)
-    if as_json:
-        console.print_json(report.located_json(located))
-    else:
-        console.print_result(*report.located_report(located))
+    data = report.located_json(located)
+    console.show(as_json, data, lambda: report.located_report(located))

@@ -39,6 +39,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 trust = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python code that the model directory contains."
 )
+pickle = click.option(
+    "--allow-pickle", is_flag=True, help="Read weights from .bin files, which can run code."
+)
 inputs = click.option(
     "--inputs",
     metavar="MODULE:CALLABLE",

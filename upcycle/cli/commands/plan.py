@@ -39,7 +39,5 @@ def plan(
         planned, estimate, written = preview.plan_model(
             source, loaded, Path(recipe).name, runtimes=runtimes, architecture=architecture
         )
-    if as_json:
-        console.print_json(report.plan_json(planned, estimate, written))
-    else:
-        console.print_result(*report.plan_report(planned, estimate, written))
+    data = report.plan_json(planned, estimate, written)
+    console.show(as_json, data, lambda: report.plan_report(planned, estimate, written))

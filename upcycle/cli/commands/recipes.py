@@ -16,12 +16,13 @@ def recipes(name: str | None) -> None:
     if name is not None:
         click.echo(shipped.recipe_text(name), nl=False)
         return
-    from upcycle.cli.recipe_facts import shipped_facts
+    from upcycle.cli.recipe_facts import recipe_facts
+    from upcycle.recipe.reader import load_recipe
 
     for about in map(shipped.describe, shipped.recipe_names()):
         click.echo(f"{about.name}\n  {about.title}")
         click.echo(f"  {about.authors}, {about.paper}, {about.year}, {about.url}")
-        click.echo(f"  {shipped_facts(about.name)}")
+        click.echo(f"  {recipe_facts(load_recipe(about.name))}")
 
 
 @click.command()

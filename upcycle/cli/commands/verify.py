@@ -28,8 +28,5 @@ def verify(
 
     source = open_model(dense, inputs=inputs, trust_remote_code=trust_remote_code)
     checked = verify_directory(source, converted)
-    if as_json:
-        console.print_json(checked.to_json())
-    else:
-        console.print_result(*report.verification_report(checked))
+    console.show(as_json, checked.to_json(), lambda: report.verification_report(checked))
     raise_if_failed(checked)
