@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from upcycle.verification.metrics import LanguageModelDistance, distance
+from upcycle.verification.metrics import compare_predictions, distance
 
 
 def test_a_distance_by_hand() -> None:
@@ -64,9 +64,7 @@ def test_predictions_by_brute_force() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 5, (2, 4), generator=generator)
     dense, converted = (torch.randn(2, 4, 5, generator=generator).double() for _ in range(2))
-    both = LanguageModelDistance()
-    for row in range(2):  # in two batches, which must add up
-        both.update(dense[row : row + 1], converted[row : row + 1], tokens[row : row + 1])
+    in_two_batches = zip(dense.split(1), converted.split(1), tokens.split(1), strict=True)
     kl, nll, other_nll, agreed = 0.0, 0.0, 0.0, 0
     for row in range(2):
         for place in range(3):
@@ -79,7 +77,7 @@ def test_predictions_by_brute_force() -> None:
             nll -= math.log(p[following])
             other_nll -= math.log(q[following])
             agreed += p.index(max(p)) == q.index(max(q))
-    found = both.result()
+    found = compare_predictions(in_two_batches)
     assert found.tokens == 6
     assert found.kl == pytest.approx(kl / 6, rel=1e-12)
     assert found.top1_agreement == agreed / 6
@@ -89,13 +87,11 @@ def test_predictions_by_brute_force() -> None:
 
 def test_equal_predictions() -> None:
     logits = torch.randn(1, 6, 7, generator=torch.Generator().manual_seed(0))
-    both = LanguageModelDistance()
-    both.update(logits, logits, torch.zeros(1, 6, dtype=torch.long))
-    found = both.result()
+    found = compare_predictions([(logits, logits, torch.zeros(1, 6, dtype=torch.long))])
     assert found.kl == 0
     assert found.top1_agreement == 1
     assert found.dense_perplexity == found.converted_perplexity
 
 
 def test_without_tokens_nothing_is_divided_by_zero() -> None:
-    assert LanguageModelDistance().result().kl == 0
+    assert compare_predictions([]).kl == 0

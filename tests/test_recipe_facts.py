@@ -27,18 +27,17 @@ from upcycle.recipe.shipped import recipe_names
     ],
 )
 def test_facts(name: str, overrides: list[str], promise: str, active: str, needs: str) -> None:
-    facts = recipe_facts(load_recipe(name, overrides))
-    assert facts.promise == promise
-    assert facts.active == f"{active} of the FFN"
-    assert facts.needs.startswith(needs)
+    found = recipe_facts(load_recipe(name, overrides)).split("; ")
+    assert found[:2] == [promise, f"a token meets {active} of the FFN"]
+    assert found[2].startswith(f"needs {needs}")
 
 
 def test_it_is_one_line() -> None:
-    assert str(recipe_facts(load_recipe("granular"))) == (
+    assert recipe_facts(load_recipe("granular")) == (
         "exact; a token meets 100% of the FFN; needs nothing but the model"
     )
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_has_facts(name: str) -> None:
-    assert str(recipe_facts(load_recipe(name)))
+    assert recipe_facts(load_recipe(name))

@@ -77,29 +77,22 @@ def onnx_engine(
     folder: Path,
     threads: int,
 ) -> Engine:
-    """Both models in ONNX Runtime.
+    """Both models in ONNX Runtime; `specs` are the layers to run by themselves.
 
-    Args:
-        dense, converted: both models in torch; the dense one is exported.
-        directory: of the converted model.
-        specs: the layers to run by themselves.
-        evaluation: its first batch is the example of the export.
-        folder: for the dense file.
-        threads: of ONNX Runtime.
+    The converted file is in `directory`; the dense model is exported into `folder`, with the first
+    batch of `evaluation` as its example.
     """
-    ours = onnx_models.opened(directory / MODEL, threads)
+    file = directory / MODEL
+    ours = onnx_models.opened(file, threads)
     options = Onnx(cache=onnx_models.has_cache(ours))
-    files = {
-        "dense": onnx_models.write_dense(folder, dense, evaluation, options),
-        "converted": directory / MODEL,
-    }
-    runners = {"dense": onnx_models.opened(files["dense"], threads), "converted": ours}
+    dense_file = onnx_models.write_dense(folder, dense, evaluation, options)
+    runners = {"dense": onnx_models.opened(dense_file, threads), "converted": ours}
     pairs = []
     for spec in specs:
         ffn = spec.ffn
         ends = (ffn.expansions[0].module, ffn.contraction.module)
-        before = onnx_models.layer(files["dense"], *ends, threads)
-        after = onnx_models.layer(files["converted"], ffn.place, ffn.place, threads)
+        before = onnx_models.layer(dense_file, *ends, threads)
+        after = onnx_models.layer(file, ffn.place, ffn.place, threads)
         if before is None or after is None:
             log.warning("%s: the ONNX graph does not show it apart; not measured", ffn.path)
         else:

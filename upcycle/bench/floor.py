@@ -18,7 +18,6 @@ class Floor:
     """Counts the FLOPs of the linear maps that a token visits, and the bytes of their weights.
 
     Attributes:
-        machine: its rates.
         itemsize: bytes of a weight in the computation.
         routed_itemsize: the same for a weight of a routed expert, which may be rounded.
         specs: all converted layers.
@@ -83,12 +82,8 @@ def floor_of(
 ) -> Floor:
     """The floor of a dense model and its converted layers.
 
-    Args:
-        machine: its rates.
-        dense: the dense model.
-        specs: all converted layers.
-        itemsize: bytes of a weight in the computation.
-        options: of the ONNX file, if that is run.
+    `itemsize` are the bytes of a weight in the computation, unless `options`, those of the ONNX
+    file if that is run, make it less.
     """
     output: Any = dense.get_output_embeddings() if isinstance(dense, PreTrainedModel) else None
     head = [*output.parameters()] if isinstance(output, nn.Module) else []

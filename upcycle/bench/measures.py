@@ -108,12 +108,7 @@ def six(
 ) -> dict[str, dict[str, float | None]]:
     """EfficientLLM's metrics of each model by itself, writing text, or reading if it writes none.
 
-    Args:
-        subject: what is measured.
-        last: the row of the longest text that was read.
-        size: for the compression rate.
-        report: of the conversion, for the perplexities, if they were measured.
-        tick: called after each model.
+    `last` is the row of the longest text that was read; the perplexities are those in `report`.
     """
     calls, most = _writing(subject)
     tokens: int | None = 1

@@ -98,15 +98,10 @@ def writer(runner: Any, ids_BL: torch.Tensor) -> Call:
 
 
 def layer(file: Path, first: str, last: str, threads: int) -> Layer | None:
-    """One layer of a file as a function of tokens [T, D].
+    """One layer of a whole model in `file` as a function of tokens [T, D].
 
-    Args:
-        file: a whole model, as upcycle writes it.
-        first, last: paths of the modules that read the tokens and that make the result.
-        threads: of ONNX Runtime.
-
-    Returns:
-        None if the graph does not show the layer as a function of any number of tokens.
+    `first` and `last` are the paths of the modules that read the tokens and that make the result.
+    None if the graph does not show the layer as a function of any number of tokens.
     """
     proto = onnx.load(file, load_external_data=False)
     x_name = _cut(proto.graph, first.replace(".", "/"), last.replace(".", "/"))

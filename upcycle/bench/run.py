@@ -52,12 +52,6 @@ def bench(
 ) -> dict[str, Any]:
     """Measure a directory that `upcycle convert` wrote beside the dense model, on the CPU.
 
-    Args:
-        converted: the directory.
-        dense: the model that it was made from.
-        wanted: what to measure.
-        progress: called after each figure.
-
     Returns:
         ``machine``, ``costs``, ``memory`` (bytes of the weights in the computation); the times of
         both models and their ratio for ``layers``, ``reading``, and ``writing``, which is None for

@@ -1,7 +1,5 @@
 """What a shipped recipe promises, costs and needs, before any model is named."""
 
-from dataclasses import dataclass
-
 from upcycle.ir.ffn import FFN, Located, Projection
 from upcycle.kernels.activations import NAMED_POINTWISE
 from upcycle.passes.plan.calibration_needs import needs
@@ -11,22 +9,10 @@ from upcycle.recipe.schema import Layers, Recipe
 _WIDTH, _NEURONS = 4096, 12288  # of an FFN as in most language models
 
 
-@dataclass(frozen=True)
-class RecipeFacts:
-    """The promise, the active part of the FFN, and the input, for a list."""
+def recipe_facts(recipe: Recipe) -> str:
+    """The promise, the active part of the FFN, and the data that a recipe needs, in one line.
 
-    promise: str
-    active: str
-    needs: str
-
-    def __str__(self) -> str:
-        return f"{self.promise}; a token meets {self.active}; needs {self.needs}"
-
-
-def recipe_facts(recipe: Recipe) -> RecipeFacts:
-    """What holds of `recipe` for most models: the plan of one SwiGLU FFN of 12288 neurons.
-
-    ``upcycle plan`` says what it is for a named model.
+    They are those of a plan for one SwiGLU FFN of 12288 neurons, and hold for most models.
     """
     names = ("gate", "up", "down")
     gate, up, down = (Projection(n, f"{n}.weight", None, False, (0, _NEURONS, 1)) for n in names)
@@ -56,4 +42,4 @@ def recipe_facts(recipe: Recipe) -> RecipeFacts:
         shown = "activations on calibration data"
     if experts.method == "from_checkpoints":
         shown = f"several checkpoints, {shown}" if wanted else "several checkpoints"
-    return RecipeFacts(spec.promise, f"{active:.0%} of the FFN", shown)
+    return f"{spec.promise}; a token meets {active:.0%} of the FFN; needs {shown}"

@@ -1,4 +1,4 @@
-"""What was found in a model: its dense FFNs, and the places that only look like one. No tensors.
+"""The dense FFNs of a model, and the places that only look like one. No tensors.
 
 An FFN is a region of the graph with one input x, one or more expansions (linear maps of x to a
 hidden width), only operations that are pointwise along the hidden axis between them, and one
@@ -21,8 +21,7 @@ class Projection:
 
     Attributes:
         module: path of the module that applies it.
-        weight: name of the weight parameter in ``model.named_parameters(remove_duplicate=False)``.
-        bias: name of the bias parameter, or None.
+        weight, bias: names in ``model.named_parameters(remove_duplicate=False)``.
         transposed: the weight is stored ``[in, out]`` (GPT-2's Conv1D) and not ``[out, in]``.
         rows: ``(start, stop, step)`` of the outputs that are this projection, one per neuron;
             a fused gate_up projection is two projections with different rows of one weight.
@@ -40,7 +39,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Kept:
-    """The part of a linear map that is no FFN's, where the rest of it is.
+    """The part of a linear map that is not the FFN's, where the rest of it is.
 
     Attributes:
         name: of the parameter that holds it in the converted model.
@@ -59,24 +58,19 @@ class Kept:
 
 @dataclass(frozen=True)
 class FFN:
-    """A dense FFN of the model.
+    """A dense FFN of the model: ``contraction(pointwise(z_0, ...))`` of the `expansions` z_i of x.
 
     Attributes:
         path: the innermost module that holds the whole FFN; where it holds several, the module of
-            the contraction. No two FFNs of a model have the same.
+            the contraction. It is unique in the model.
         kind: ``ffn``; ``bottleneck`` (narrower than its input); ``head`` (a classifier or pooler).
         placement: ``module`` if `path` is exactly the FFN, so that it can be swapped; ``siblings``
             if the linear maps belong to different modules; ``inline`` if one forward applies them
             among other things.
-        expansions: the maps x -> z_i, in the order of the arguments of `pointwise`.
-        contraction: the map hidden -> output.
-        pointwise: f in ``contraction(f(z_0, ...))``.
-        d_model: width of x.
-        d_ff: number of neurons.
-        d_out: width of the output.
-        axis: the axis of x, hidden and output that the linear maps work along: -1, or 1 for
-            convolutions with kernel size one.
-        hidden_dropout, output_dropout: training-time dropout probabilities in the FFN.
+        d_model, d_ff, d_out: widths of x, of the hidden tensor (neurons), and of the output.
+        axis: the axis that the linear maps work along: -1, or 1 for convolutions with kernel size
+            one.
+        hidden_dropout, output_dropout: dropout probabilities in training.
         tap_widths: if the model reshapes the hidden tensor, so that a tap may not return an empty
             one: the output width of each module in `expansions`, each once; else empty.
         hidden_width: width of the input of the contraction where `shared`, else 0.

@@ -107,7 +107,6 @@ class MoEWeights:
     """Everything that one MoE layer holds.
 
     Attributes:
-        experts: the routed experts.
         router: the tensors of the router by their names in it, float32 or int64; for a linear one
             ``weight`` [E, D] and perhaps ``bias`` [E].
         output_bias_O: added once, or None.
@@ -166,7 +165,7 @@ def gather_experts(
     Args:
         ffn: the dense FFN.
         neuron_EI: [E, I] int64, dense neuron of each expert neuron; -1 makes a neuron of zeros,
-            which adds nothing to the output because its column of `down` is zero.
+            which adds nothing to the output.
         up_scale: factor on the last expansion, or on every one when `scale_gate`.
         down_scale: factor on the contraction.
 
@@ -219,7 +218,7 @@ def read_ffn(
 
     Args:
         ffn: where to look.
-        parameters: tensor by name, read lazily: only the names in ``ffn.parameters`` are asked for.
+        parameters: by name; only the names in ``ffn.parameters`` are read.
         sources: the same of other models, for ``FFNWeights.sources``.
     """
     *ups, down_OF = read_matrices(ffn, parameters)

@@ -1,13 +1,17 @@
-"""The section `onnx` of a recipe."""
+"""The base of all sections of a recipe, and the section `onnx`."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
-
-from upcycle.recipe.section import Section
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Form = Literal["fused", "unrolled", "dense", "quantised"]
 Tokens = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Onnx(Section):

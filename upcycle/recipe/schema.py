@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from upcycle.layers.config import SelectRule, TokenKey, WeightRule
-from upcycle.recipe.onnx import Onnx
-from upcycle.recipe.section import Section
+from upcycle.recipe.onnx import Onnx, Section
 
 FFNKind = Literal["ffn", "bottleneck", "head"]
 CountOrPart = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]

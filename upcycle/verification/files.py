@@ -33,16 +33,7 @@ def verify_files(
     model: nn.Module,
     evaluation: Evaluation,
 ) -> Report:
-    """Load `directory` and compare; returns the report with the new checks.
-
-    Args:
-        report: of the conversion.
-        directory: with the checkpoint.
-        plan: what was converted.
-        written: what `directory` was written as.
-        dense, model: the dense model and the converted one.
-        evaluation: the inputs.
-    """
+    """Load `directory`, `written` from `model`, and compare; the report with the new checks."""
     allowed = ROUNDING[model_dtype(model)]
     if written.destination.form == "native":  # transformers computes the router in float32
         allowed = max(allowed, ROUNDING[torch.float32])

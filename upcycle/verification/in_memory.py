@@ -3,20 +3,21 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from upcycle.data.evaluation import Evaluation, outputs_of
+from upcycle.ir.measured import Distance
 from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import Provenance
 from upcycle.layers.moe import MoE
-from upcycle.models.expert_sources import NO_SOURCES, Sources
+from upcycle.models.expert_sources import NO_SOURCES, Sources, merged
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
-from upcycle.verification.source_distances import source_distances
 from upcycle.verification.whole_model import compare_models, end_to_end
 
 
@@ -31,13 +32,9 @@ def verify_module(
 ) -> Report:
     """Compare layer by layer, on the tokens that each gets in the model, and as a whole.
 
-    Args:
-        report: of the conversion.
-        plan: what was converted.
-        dense, converted: run in eval mode and left in the mode that they had.
-        provenance: FFN path -> the dense neurons behind its layer.
-        evaluation: the inputs.
-        sources: the models that experts were taken from, if there are several.
+    Both models are run in eval mode and left in the mode that they had. `provenance` has the dense
+    neurons behind the layer of each FFN path; `sources` are the models that experts were taken
+    from, if there are several.
 
     Returns:
         The report with the measurements and their checks.
@@ -55,7 +52,7 @@ def verify_module(
 
         rows = verify_layers(plan.specs, case, Origins(parameters, provenance, sources.tensors))
         found = compare_models(dense, converted, evaluation)
-        apart = source_distances(dense, converted, sources, evaluation)
+        apart = _source_distances(dense, converted, sources, evaluation)
     checks = (*layer_checks(rows, dtype), end_to_end(found, plan.recipe, dtype))
     return replace(
         report,
@@ -64,6 +61,19 @@ def verify_module(
         sources=apart or None,
         checks=(*report.checks, *checks),
     )
+
+
+def _source_distances(
+    model: nn.Module, converted: nn.Module, sources: Sources, evaluation: Evaluation
+) -> dict[str, Distance]:
+    """The distance of the worst output of `converted` from that of each source."""
+    found = {}
+    for i, name in enumerate(sources.names):
+        dense = merged(model, sources, i).eval()
+        outputs = compare_models(dense, converted, evaluation, predictions=False).outputs
+        worst = max(outputs.values(), key=lambda output: output.relative)
+        found[f"source {i} ({Path(name).name})"] = worst
+    return found
 
 
 @contextmanager

@@ -74,12 +74,7 @@ def verify_layers(
 ) -> tuple[LayerDistance, ...]:
     """Tiers T0 and T1 of every layer, in the order of `specs`; one layer is in memory at a time.
 
-    Args:
-        specs: the planned layers.
-        case_of: called once for each layer.
-        origins: what the layers were made from.
-        each: runs the comparisons, perhaps several at a time.
-        progress: called after each layer.
+    `case_of` is called once for each layer. `each` runs the comparisons, perhaps several at a time.
     """
     rows: list[LayerDistance] = []
     for row in each(lambda spec: _row(spec, case_of(spec), origins), specs):

@@ -1,8 +1,7 @@
 """How far two tensors, and two language models, are apart."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,39 +52,32 @@ def check_outputs(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str)
             raise VerificationError(f"{what} does not return {name} {list(reference.shape)}")
 
 
-@dataclass
-class LanguageModelDistance:
-    """Streaming comparison of next-token predictions.
+def compare_predictions(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+) -> LanguageModel:
+    """Compare next-token predictions; the first token of each row is not predicted.
 
-    `update` takes logits [B, S, V] of the two models for tokens [B, S].
+    Args:
+        batches: dense and converted logits [B, S, V] for tokens [B, S].
+
+    Returns:
+        The means over all tokens; perplexities are at most e^700.
     """
-
-    tokens: int = 0
-    kl_sum: float = 0.0
-    agreed: int = 0
-    dense_nll: float = 0.0
-    converted_nll: float = 0.0
-
-    def update(
-        self, dense_BSV: torch.Tensor, converted_BSV: torch.Tensor, token_BS: torch.Tensor
-    ) -> None:
-        """Add one batch; the first token of each row is not predicted."""
+    tokens, kl, agreed, dense_nll, converted_nll = 0, 0.0, 0, 0.0, 0.0
+    for dense_BSV, converted_BSV, token_BS in batches:
         dense = dense_BSV[:, :-1].double().log_softmax(-1)
         converted = converted_BSV[:, :-1].double().log_softmax(-1)
         target = token_BS[:, 1:, None]
-        self.tokens += target.numel()
-        self.kl_sum += (dense.exp() * (dense - converted)).sum().item()
-        self.agreed += int((dense.argmax(-1) == converted.argmax(-1)).sum())
-        self.dense_nll -= dense.gather(-1, target).sum().item()
-        self.converted_nll -= converted.gather(-1, target).sum().item()
-
-    def result(self) -> LanguageModel:
-        """The means over all batches; perplexities are at most e^700."""
-        n = max(self.tokens, 1)
-        return LanguageModel(
-            tokens=self.tokens,
-            kl=self.kl_sum / n,
-            top1_agreement=self.agreed / n,
-            dense_perplexity=math.exp(min(self.dense_nll / n, 700)),
-            converted_perplexity=math.exp(min(self.converted_nll / n, 700)),
-        )
+        tokens += target.numel()
+        kl += (dense.exp() * (dense - converted)).sum().item()
+        agreed += int((dense.argmax(-1) == converted.argmax(-1)).sum())
+        dense_nll -= dense.gather(-1, target).sum().item()
+        converted_nll -= converted.gather(-1, target).sum().item()
+    n = max(tokens, 1)
+    return LanguageModel(
+        tokens=tokens,
+        kl=kl / n,
+        top1_agreement=agreed / n,
+        dense_perplexity=math.exp(min(dense_nll / n, 700)),
+        converted_perplexity=math.exp(min(converted_nll / n, 700)),
+    )

@@ -28,12 +28,8 @@ def untraced_rows(
     zero. Neurons that were drawn anew are not looked at, nor are contractions that were fitted.
     Memory: 1024 rows in float64.
 
-    Args:
-        spec: the plan of the layer.
-        layer: what the FFN became.
-        origin: the dense neuron of each of its neurons.
-        parameters: tensors of the dense model, by name.
-        sources: the same of the models that experts were taken from, if not from the dense one.
+    `origin` has the dense neuron of each neuron, `parameters` the tensors of the dense model by
+    name, `sources` those of the models that experts were taken from, if not from the dense one.
     """
     routed = _routed_matrices(layer)
     groups = [(_shared_matrices(layer), origin.shared_S[None], parameters)]

@@ -13,7 +13,7 @@ from upcycle.ir.measured import Check, Distance, ModelDistance
 from upcycle.recipe.schema import Recipe
 from upcycle.util.modules import device_of, eval_mode
 from upcycle.verification.checks import END_TO_END, check
-from upcycle.verification.metrics import ROUNDING, LanguageModelDistance, check_outputs, distance
+from upcycle.verification.metrics import ROUNDING, check_outputs, compare_predictions, distance
 
 
 def verify(
@@ -50,14 +50,16 @@ def compare_models(
         raise VerificationError("the model returns no float tensor that could be compared")
     language = None
     if predictions and evaluation.windows is not None and is_language_model(reference):
-        both = LanguageModelDistance()
-        for window in evaluation.windows:
-            batch = {"input_ids": window[None], "use_cache": False}
-            logits = (outputs_of(model, batch)["logits"].cpu() for model in (reference, other))
-            both.update(*logits, window[None])
-        language = both.result()
+        language = compare_predictions(
+            (_logits(reference, tokens), _logits(other, tokens), tokens)
+            for tokens in evaluation.windows.split(1)
+        )
     worst = max(found.relative for found in outputs.values())
     return ModelDistance(evaluation.what, outputs, worst, language)
+
+
+def _logits(model: nn.Module, ids_BS: torch.Tensor) -> torch.Tensor:
+    return outputs_of(model, {"input_ids": ids_BS, "use_cache": False})["logits"].cpu()
 
 
 def end_to_end(found: ModelDistance, recipe: Recipe, dtype: torch.dtype) -> Check:

@@ -77,16 +77,10 @@ def verify_onnx_layers(
     feeds: Mapping[str, Array],
     progress: Progress,
 ) -> tuple[tuple[LayerDistance, ...], list[Check]]:
-    """Tiers T0, T1 and T4; one layer is in memory at a time.
+    """Tiers T0, T1 and T4 of the converted file `path`; one layer is in memory at a time.
 
-    Args:
-        source: the dense file.
-        specs: the planned layers.
-        path: the converted file.
-        layer_of: a layer in torch, with the weights that were written, before any were rounded.
-        provenance: FFN path -> the dense neurons behind its layer.
-        feeds: inputs of the file.
-        progress: called after each layer.
+    `layer_of` gives a layer in torch, with the weights that were written, before any were rounded;
+    `provenance` the dense neurons behind the layer of each FFN path.
     """
     places = {spec.ffn.path: source.found.regions[spec.ffn.path] for spec in specs}
     regions = {  # one for each layer; what is inside a branch shows in the outputs alone

@@ -120,10 +120,7 @@ def verify_rounding(
     - The error of a layer is at most twice what independent errors of that size, in each weight,
       give to first order.
 
-    Args:
-        path: the file.
-        layers: the layers with the float weights, by path.
-        batches: inputs of the file.
+    `layers` are the layers with the float weights, by path; `batches` are inputs of the file.
     """
     rounded = list(rounded_layers(path))
     if not rounded:
