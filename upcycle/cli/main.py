@@ -5,17 +5,7 @@ import gc
 
 import click
 
-from upcycle.cli.commands import (
-    bench,
-    convert,
-    diff,
-    inspect,
-    options,
-    plan,
-    recipes,
-    samples,
-    verify,
-)
+from upcycle.cli.commands import bench, compare, convert, inspect, options, shipped
 from upcycle.cli.group import CommandGroup
 from upcycle.version import __version__
 
@@ -36,13 +26,13 @@ def main() -> None:
 
 for command in (
     convert.convert,
-    plan.plan,
+    inspect.plan,
     inspect.inspect,
-    diff.diff,
-    verify.verify,
+    compare.diff,
+    compare.verify,
     bench.bench,
-    recipes.recipes,
-    recipes.schema,
-    samples.samples,
+    shipped.recipes,
+    shipped.schema,
+    shipped.samples,
 ):
     main.add_command(command)

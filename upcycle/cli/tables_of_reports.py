@@ -8,7 +8,7 @@ from rich.table import Table
 
 from upcycle.cli.tables import add_rows, count, new_table, short, size
 from upcycle.ir.ffn import FFN, Located
-from upcycle.ir.measured import Check, Costs, Distance, LayerDistance
+from upcycle.ir.measured import Costs, Distance, LayerDistance
 from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.targets.destination import Destination, grouped
@@ -106,7 +106,13 @@ def verification_report(report: Report) -> list[RenderableType]:
     for check in report.checks:
         verdict = "ok" if check.passed else "FAILED"
         table.add_row(check.what, f"{check.error:.2e}", f"{check.allowed:.2e}", verdict)
-    parts: list[RenderableType] = [table, *_near_ties(report.checks)]
+    parts: list[RenderableType] = [table]
+    for check in report.checks:
+        if check.elsewhere is not None:
+            parts.append(
+                f"{check.what}: {check.elsewhere} of {check.tokens} choices of experts "
+                "fell otherwise; outputs were compared with the same choices"
+            )
     if rows := [*_distances(report)]:
         what = "compared with the dense model"
         distances = new_table(what, "relative error", "cosine min", "mean")
@@ -122,15 +128,6 @@ def verification_report(report: Report) -> list[RenderableType]:
     failed = sum(not check.passed for check in report.checks)
     verdict = f"{failed} failed" if failed else "all passed"
     return [*parts, f"{count(report.checks, 'check')}: {verdict}"]
-
-
-def _near_ties(checks: Sequence[Check]) -> Iterator[str]:
-    for check in checks:
-        if check.elsewhere is not None:
-            yield (
-                f"{check.what}: {check.elsewhere} of {check.tokens} choices of experts "
-                "fell otherwise; outputs were compared with the same choices"
-            )
 
 
 def _distances(report: Report) -> Iterator[tuple[str, ...]]:

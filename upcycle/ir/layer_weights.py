@@ -5,7 +5,6 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.ir.weights import ExpertWeights, MoEWeights, Provenance
 from upcycle.layers.config import LayerConfig
-from upcycle.layers.experts import SharedExpert
 from upcycle.layers.moe import MoE
 
 
@@ -52,34 +51,33 @@ def weights_of(layer: MoE, provenance: Provenance | None = None) -> MoEWeights:
 
     Without `provenance` the dense neuron behind each neuron is unknown (-1).
     """
-    experts, bias_EG = layer.experts, layer.experts.up_bias_EG
-    thin = None if layer.low_rank is None else list(layer.low_rank.parameters())
-    shape = (experts.num_experts, experts.intermediate_dim)
+    held, up = layer.state_dict(), layer.experts.up_name
+    down_EOI, shared = held["experts.down_proj"], None
+    origin = provenance
+    if layer.shared_expert is not None:
+        bias_G = held.get(f"shared_expert.{up}.bias")
+        down_OS = held["shared_expert.down_proj.weight"]
+        shared = ExpertWeights(
+            up_EGD=held[f"shared_expert.{up}.weight"][None],
+            up_bias_EG=None if bias_G is None else bias_G[None],
+            down_EOI=down_OS[None],
+            neuron_EI=_unknown(1, down_OS) if origin is None else origin.shared_S[None],
+        )
+    experts = ExpertWeights(
+        up_EGD=held[f"experts.{up}"],
+        up_bias_EG=held.get(f"experts.{up}_bias"),
+        down_EOI=down_EOI,
+        neuron_EI=_unknown(len(down_EOI), down_EOI) if origin is None else origin.expert_EI,
+    )
+    has_low_rank = layer.low_rank is not None
     return MoEWeights(
-        experts=ExpertWeights(
-            up_EGD=experts.up_EGD.detach(),
-            up_bias_EG=None if bias_EG is None else bias_EG.detach(),
-            down_EOI=experts.down_proj.detach(),
-            neuron_EI=torch.full(shape, -1) if provenance is None else provenance.expert_EI,
-        ),
-        router={name: tensor.detach() for name, tensor in layer.router.state_dict().items()},
-        output_bias_O=None if layer.output_bias is None else layer.output_bias.detach(),
-        shared=_shared_weights(layer.shared_expert, provenance),
-        low_rank=None if thin is None else (thin[0].detach(), thin[1].detach()),
+        experts=experts,
+        router=layer.router.state_dict(),
+        output_bias_O=held.get("output_bias"),
+        shared=shared,
+        low_rank=(held["low_rank.0.weight"], held["low_rank.1.weight"]) if has_low_rank else None,
     )
 
 
-def _shared_weights(
-    shared: SharedExpert | None, provenance: Provenance | None
-) -> ExpertWeights | None:
-    if shared is None:
-        return None
-    up, down = shared.up, shared.down_proj.weight.detach()
-    width = down.shape[1]
-    neuron_S = torch.full((width,), -1) if provenance is None else provenance.shared_S
-    return ExpertWeights(
-        up_EGD=up.weight.detach()[None],
-        up_bias_EG=None if up.bias is None else up.bias.detach()[None],
-        down_EOI=down[None],
-        neuron_EI=neuron_S[None],
-    )
+def _unknown(num_experts: int, down: torch.Tensor) -> torch.Tensor:
+    return torch.full((num_experts, down.shape[-1]), -1)

@@ -1,9 +1,13 @@
 """Tier T4 of verification: ONNX files, run, against the model in torch."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -11,21 +15,19 @@ from upcycle.data.evaluation import Evaluation, comparable
 from upcycle.errors import UnsupportedError, VerificationError
 from upcycle.ir.measured import Check
 from upcycle.layers.moe import MoE
+from upcycle.onnx.inputs import Array
 from upcycle.targets.onnx.decode import OnnxFiles
 from upcycle.targets.onnx.opaque_experts import named_tensors
+from upcycle.targets.onnx.parts import FILES
 from upcycle.targets.onnx.write import float_tensors, without_cache
 from upcycle.util.modules import eval_mode
 from upcycle.verification.checks import ONNX, ONNX_TIES, check
 from upcycle.verification.metrics import ROUNDING, check_outputs, distance
 from upcycle.verification.near_ties import Choices, following
-from upcycle.verification.onnx.choices import (
-    ChoiceNames,
-    choices_in,
-    inner_choices,
-    names_by_file,
-)
 
 _T = TypeVar("_T")
+# For each layer the file, and the name of the weights [T, E] there, each time that it runs.
+ChoiceNames = Mapping[MoE, Sequence[tuple[str, str]]]
 
 
 def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> list[Check]:
@@ -36,7 +38,7 @@ def verify_onnx(directory: Path, model: nn.Module, evaluation: Evaluation) -> li
     """
     allowed = ROUNDING[torch.float32]
     found, ties = onnx_distance(directory, model, evaluation), None
-    names = inner_choices(directory, model) if found > allowed else {}
+    names = _inner_choices(directory, model) if found > allowed else {}
     if names:
         choices: dict[MoE, list[torch.Tensor]] = {layer: [] for layer in names}
         with following(choices) as ties:
@@ -60,15 +62,17 @@ def onnx_distance(
     Raises:
         VerificationError: ONNX Runtime cannot run a file, or it has other outputs than the model.
     """
-    worst = 0.0
-    names = names or {}
-    files = _ran(lambda where: OnnxFiles(where, names_by_file(names)), directory)
+    worst, names = 0.0, names or {}
+    inner: dict[str, list[str]] = {}
+    for file, name in chain.from_iterable(names.values()):
+        inner.setdefault(file, []).append(name)
+    files = _ran(lambda where: OnnxFiles(where, inner), directory)
     with without_cache(model), eval_mode(model):
         for batch in evaluation.batches:
             given = float_tensors(model, batch)
             arrays = _ran(files.outputs, given)
             for layer, masks in (choices or {}).items():
-                masks += choices_in(names[layer], files.seen)
+                masks += _choices_in(names[layer], files.seen)
             made = {name: torch.from_numpy(array) for name, array in arrays.items()}
             reference = _outputs_of(model, files.completed(given))
             if files.has_cache:
@@ -95,3 +99,33 @@ def _outputs_of(model: nn.Module, given: Any) -> dict[str, torch.Tensor]:
         out = model(**given) if isinstance(given, Mapping) else model(*given)
     named = named_tensors(out)
     return {n: t for n, t in named.items() if t.is_floating_point() and t.numel()}
+
+
+def _inner_choices(directory: Path, model: nn.Module) -> ChoiceNames:
+    """Where the files in `directory` hold the weights of the experts; empty if a layer has none."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    # As `upcycle.onnx.node_names` names the node that `symbolic` makes.
+    ends = {path: re.escape("/".join([*path.split("."), "experts"]).lstrip("/")) for path in layers}
+    found: dict[MoE, list[tuple[str, str]]] = {layer: [] for layer in layers.values()}
+    for file in FILES:
+        if not (directory / file).is_file():
+            continue
+        nodes = onnx.load(directory / file, load_external_data=False).graph.node
+        scatters = [node for node in nodes if node.op_type == "ScatterElements"]
+        for path, layer in layers.items():
+            pattern = re.compile(rf"{ends[path]}/ScatterElements(_\d+)?")
+            found[layer] += [(file, n.output[0]) for n in scatters if pattern.fullmatch(n.name)]
+    return found if all(found.values()) else {}
+
+
+def _choices_in(
+    places: Sequence[tuple[str, str]], seen: Mapping[str, Sequence[Array]]
+) -> list[torch.Tensor]:
+    """The masks [T, E] of one layer in `seen` of `OnnxFiles`; two runs of one text are joined."""
+    masks = []
+    for _, name in places:
+        arrays = seen[name]
+        batch, count = len(arrays[-1]) if len(arrays) > 1 else 1, arrays[0].shape[-1]
+        whole = np.concatenate([array.reshape(batch, -1, count) for array in arrays], axis=1)
+        masks.append(torch.from_numpy(whole.reshape(-1, count) != 0))
+    return masks
