@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from upcycle.cli import tables_of_reports as report
 from upcycle.cli.tables import short
 from upcycle.ir.ffn import FFN, Located, Miss, Projection
+from upcycle.ir.measured import Check, LanguageModel, ModelDistance
+from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.layers.moe import MoE
 from upcycle.passes.plan.costs import costs, layer_flops, layer_parameters, model_size
@@ -184,28 +187,31 @@ def test_repeated_layers_are_one_row(paths: list[str], rows: list[str]) -> None:
     assert [line.split("  ")[0] for line in lines[1 : 1 + len(rows)]] == rows
 
 
+NOT_VERIFIED = Report("0", "model", "recipe", {}, "exact", "float32", "2")
+
+
 def test_a_failed_check_stands_out() -> None:
-    checks = [
-        {"what": "layer, worst at a", "error": 1e-7, "allowed": 1e-5, "passed": True},
-        {"what": "model", "error": 0.5, "allowed": 1e-5, "passed": False},
-    ]
-    lines = text(report.verification_report({"checks": checks}))
+    checks = (
+        Check("layer, worst at a", error=1e-7, allowed=1e-5, passed=True),
+        Check("model", error=0.5, allowed=1e-5, passed=False),
+    )
+    lines = text(report.verification_report(replace(NOT_VERIFIED, checks=checks)))
     assert lines[1].split()[-3:] == ["1.00e-07", "1.00e-05", "ok"]
     assert lines[2].split() == ["model", "5.00e-01", "1.00e-05", "FAILED"]
     assert lines[-1] == "2 checks: 1 failed"
 
 
 def test_a_conversion_lists_its_files() -> None:
-    done = {"checks": []}
-    lines = text(report.conversion_report(done, "moe", {"model.safetensors": 12_345_678}))
+    sizes = {"model.safetensors": 12_345_678}
+    lines = text(report.conversion_report(NOT_VERIFIED, "moe", sizes))
     assert lines[0] == "not verified"
     assert lines[-2].split() == ["model.safetensors", "12.3", "MB"]
     assert lines[-1] == "written to moe"
 
 
 def test_a_language_model_has_its_own_lines() -> None:
-    found = {"tokens": 512, "top1_agreement": 0.25}
-    done = {"checks": [], "end_to_end": {"language_model": found}}
+    found = LanguageModel(512, 0.0, 0.25, dense_perplexity=20.0, converted_perplexity=21.0)
+    done = replace(NOT_VERIFIED, end_to_end=ModelDistance("text", {}, 0.0, found))
     lines = [line.split() for line in text(report.verification_report(done))]
     assert ["tokens", "512"] in lines
     assert ["top1", "agreement", "0.25"] in lines
