@@ -252,7 +252,7 @@ def test_rounding_is_what_independent_errors_give(tmp_path: Path, bits: int, blo
     options = Onnx(form="quantised", quantise=bits, block=block)  # type: ignore[arg-type]
     path = export(layers, tmp_path, options)
     named = {f"layers.{i}": layer for i, layer in enumerate(layers)}
-    rows, checks = verify_rounding(path, named, [{"x": sample(200).numpy()}])
+    rows, checks = verify_rounding(path, named, {"x": sample(200).numpy()})
     assert all(found.passed for found in checks), checks
     assert [row.path for row in rows] == list(named)
     for row in rows:
@@ -269,7 +269,7 @@ def test_a_wrong_scale_is_noticed(tmp_path: Path) -> None:
     wrong = onnx.numpy_helper.to_array(scale) * np.float32(1.1)
     scale.CopyFrom(onnx.numpy_helper.from_array(wrong, scale.name))
     onnx.save(model, path)
-    feeds = [{"x": sample(50).numpy()}]
+    feeds = {"x": sample(50).numpy()}
     _, checks = verify_rounding(path, {"layers.0": layers[0]}, feeds)
     assert [found.passed for found in checks] == [False, True, True]
 

@@ -32,7 +32,7 @@ class Machine:
 
 
 @torch.no_grad()
-def measure(dtype: torch.dtype = torch.float32) -> Machine:
+def measure(dtype: torch.dtype) -> Machine:
     """Measure this machine with torch's current number of threads; takes a second or two."""
     a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
     rows = MEGABYTES * 2**20 // (dtype.itemsize * SIDE)

@@ -17,10 +17,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Time each of `calls` once in every round, each round beginning with another one.
 
-    Args:
-        calls: each is called once before, untimed.
-        seconds: stop after the round in which this much time has passed.
-        least, most: rounds, whatever the time.
+    Each is called once before, untimed. The last round is that in which `seconds` have passed;
+    there are at least `least` and at most `most`.
 
     Returns:
         The seconds of each call, in the order of the rounds.

@@ -147,7 +147,7 @@ class FFN:
         return self.num_weights + biases + (self.d_out if self.contraction.bias else 0)
 
     def to_json(self) -> dict[str, Any]:
-        """The FFN as ``upcycle inspect --json`` prints it."""
+        """As ``upcycle inspect --json`` prints it."""
         return {
             "path": self.path,
             "kind": self.kind,

@@ -137,8 +137,7 @@ class MoESpec:
 class Plan:
     """The whole decision: what was found, and what each converted FFN becomes.
 
-    `runtimes` must run the checkpoint, and `architecture` is the one that it is written in; by
-    default both are free.
+    `runtimes` must run the checkpoint; `architecture`, unless None, is the one it is written in.
     """
 
     located: Located

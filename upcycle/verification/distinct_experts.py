@@ -30,38 +30,37 @@ WIDER: Final = {
 
 
 @torch.no_grad()
-def distinct_experts_error(layer: MoE, x_TD: torch.Tensor, *, seed: int = 0) -> float:
-    """The relative error of `layer` with distinct experts, on the first 32 tokens of `x_TD`.
+def distinct_experts_error(layer: MoE, x_TD: torch.Tensor) -> float:
+    """The relative error of a copy of `layer` with distinct experts, on 32 tokens of `x_TD`.
 
-    Args:
-        layer: in eval mode; it is copied once and not changed.
-        x_TD: tokens as the layer gets them in the model.
-        seed: of the perturbation.
+    The layer is in eval mode.
 
     Returns:
         The largest absolute error over the largest reference value; infinite if the router chose
         experts that do not have the best scores.
     """
     x_TD = x_TD[:TOKENS]
-    probe = _made_distinct(layer, x_TD, torch.Generator().manual_seed(seed))
-    probe.router.stand_in(len(x_TD))
-    _, weights_TK, index_TK = probe.router(x_TD)
+    changed = _made_distinct(layer, x_TD)
+    changed.router.stand_in(len(x_TD))
+    _, weights_TK, index_TK = changed.router(x_TD)
     weights_TK = weights_TK.double()
-    if probe.config.router.is_plain:  # scores and weights can be had without the router's code
-        logits_TE = _logits(probe, x_TD)
-        if not _has_best_scores(probe, x_TD, logits_TE, index_TK):
+    if changed.config.router.is_plain:  # scores and weights can be had without the router's code
+        logits_TE = _logits(changed, x_TD)
+        if not _has_best_scores(changed, x_TD, logits_TE, index_TK):
             return math.inf
-        weights_TK = _weights(probe, logits_TE, index_TK)
+        weights_TK = _weights(changed, logits_TE, index_TK)
     wide = WIDER[x_TD.dtype]
-    expected_TO = _reference(probe, x_TD.to(wide), weights_TK.to(wide), index_TK)
-    return distance(probe.tokens(x_TD), expected_TO).relative
+    expected_TO = _reference(changed, x_TD.to(wide), weights_TK.to(wide), index_TK)
+    return distance(changed.tokens(x_TD), expected_TO).relative
 
 
-def _made_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -> MoE:
+def _made_distinct(layer: MoE, x_TD: torch.Tensor) -> MoE:
     """A copy with each neuron scaled by a factor of its own, and a router with logits of about one.
 
     Experts with a contraction of zeros get another one first.
     """
+
+    generator = torch.Generator().manual_seed(0)
 
     def factors(*shape: int) -> torch.Tensor:
         drawn = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -80,12 +79,12 @@ def _made_distinct(layer: MoE, x_TD: torch.Tensor, generator: torch.Generator) -
     instead[id(down_EOI)] = scaled(held_EOI, num_experts, 1, experts.intermediate_dim)
     if up_bias_EG is not None:
         instead[id(up_bias_EG)] = scaled(up_bias_EG, num_experts, rows)
-    probe = copy.deepcopy(layer, instead)
+    changed = copy.deepcopy(layer, instead)
     if layer.config.router.is_plain:
         length = x_TD.double().norm(dim=-1).mean().item() or 1.0
         drawn_ED = torch.randn(num_experts, d_model, generator=generator, dtype=torch.float64)
-        probe.router.weight.copy_(drawn_ED / length)
-    return probe
+        changed.router.weight.copy_(drawn_ED / length)
+    return changed
 
 
 def _logits(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:

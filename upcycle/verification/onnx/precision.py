@@ -47,7 +47,7 @@ def verify_precision(
     checks: list[Check] = []
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     for path in paths if options.may_round else ():
-        of_path, more = verify_rounding(path, layers, [draw_inputs(ir.load(path))])
+        of_path, more = verify_rounding(path, layers, draw_inputs(ir.load(path)))
         rows += of_path
         checks += more
     if not rows and options.half is None and options.gelu == "exact":

@@ -110,7 +110,7 @@ def _layer_of(node: ir.Node) -> str:
 
 
 def verify_rounding(
-    path: Path, layers: Mapping[str, MoE], batches: list[Mapping[str, Array]]
+    path: Path, layers: Mapping[str, MoE], feeds: Mapping[str, Array]
 ) -> tuple[list[Rounded], list[Check]]:
     """What rounding did to each layer of a file, and three checks of it.
 
@@ -120,20 +120,18 @@ def verify_rounding(
     - The error of a layer is at most twice what independent errors of that size, in each weight,
       give to first order.
 
-    `layers` are the layers with the float weights, by path; `batches` are inputs of the file.
+    `layers` are the layers with the float weights, by path; `feeds` the inputs of the file.
     """
     rounded = list(rounded_layers(path))
     if not rounded:
         return [], []
     names = [name for layer in rounded for name in (layer.x, layer.weights, layer.y)]
-    seen = [run(path, feeds, names) for feeds in batches]
+    seen = run(path, feeds, names)
     rows: list[Rounded] = []
     for layer in rounded:
-        x, weights, y = (
-            torch.cat([torch.from_numpy(arrays[name]).float() for arrays in seen])
-            for name in (layer.x, layer.weights, layer.y)
-        )
-        rows.append(_row(layer, layers[layer.layer], x, weights, y))
+        arrays = (seen[name] for name in (layer.x, layer.weights, layer.y))
+        tensors = (torch.from_numpy(array).float() for array in arrays)
+        rows.append(_row(layer, layers[layer.layer], *tensors))
     expected = {row.path: row.rounding_over_expected for row in rows}
     checks = [
         worst_at(ROUNDED_WEIGHTS, {row.path: row.half_steps for row in rows}, _HALF_STEP),
