@@ -85,7 +85,8 @@ def floor_of(
     `itemsize` are the bytes of a weight in the computation, unless `options`, those of the ONNX
     file if that is run, make it less.
     """
-    output: Any = dense.get_output_embeddings() if isinstance(dense, PreTrainedModel) else None
+    model: Any = dense
+    output = model.get_output_embeddings() if isinstance(dense, PreTrainedModel) else None
     head = [*output.parameters()] if isinstance(output, nn.Module) else []
     is_head = {id(p) for p in head}
     tables = {

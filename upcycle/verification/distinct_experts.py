@@ -144,7 +144,7 @@ def _for_every_token(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
     state = layer.state_dict()
     few = [name for name in state if not name.startswith(("experts.", "router."))]
     tensors = {name: state[name].to(x_TD.dtype) for name in few}
-    total_TO = x_TD.new_zeros(len(x_TD), layer.config.d_out)
+    total_TO: torch.Tensor = x_TD.new_zeros(len(x_TD), layer.config.d_out)
     if layer.shared_expert is not None:
         up = f"shared_expert.{layer.shared_expert.up_name}"
         z_TG = x_TD @ tensors[f"{up}.weight"].t() + tensors.get(f"{up}.bias", 0.0)
@@ -153,7 +153,9 @@ def _for_every_token(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
     if layer.low_rank is not None:
         v_RD, u_OR = tensors["low_rank.0.weight"], tensors["low_rank.1.weight"]
         total_TO = total_TO + x_TD @ v_RD.t() @ u_OR.t()
-    return total_TO + tensors.get("output_bias", x_TD.new_zeros(()))
+    if layer.output_bias is not None:
+        total_TO = total_TO + tensors["output_bias"]
+    return total_TO
 
 
 def _neurons(layer: MoE, expert: int, start: int, x_TD: torch.Tensor) -> torch.Tensor:

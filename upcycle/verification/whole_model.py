@@ -52,7 +52,7 @@ def compare_models(
     if predictions and evaluation.windows is not None and is_language_model(reference):
         language = compare_predictions(
             (_logits(reference, tokens), _logits(other, tokens), tokens)
-            for tokens in evaluation.windows.split(1)
+            for tokens in torch.split(evaluation.windows, 1)
         )
     worst = max(found.relative for found in outputs.values())
     return ModelDistance(evaluation.what, outputs, worst, language)
