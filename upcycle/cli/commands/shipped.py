@@ -58,6 +58,6 @@ def samples(ctx: click.Context) -> None:
 @options.log
 def add_sample(name: str) -> None:
     """Download the sample NAME."""
-    from upcycle.models.samples import add
+    from upcycle.models.samples import path
 
-    click.echo(add(name))
+    click.echo(path(name, in_cache=True))
