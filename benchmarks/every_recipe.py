@@ -93,9 +93,9 @@ def run(recipe: str, model: str, copies: int, tokens: int | None, scratch: Path)
             "promise": report["promise"],
             "form": report["checkpoint"]["architecture"],
             "relative": report["end_to_end"]["relative"],
-            "reloaded": checks[RELOADED.words]["error"],
-            "allowed": checks[RELOADED.words]["allowed"],
-            "same_text": None if GREEDY.words not in checks else checks[GREEDY.words]["error"] == 0,
+            "reloaded": checks[RELOADED]["error"],
+            "allowed": checks[RELOADED]["allowed"],
+            "same_text": None if GREEDY not in checks else checks[GREEDY]["error"] == 0,
         }
 
 
