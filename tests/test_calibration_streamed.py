@@ -104,7 +104,7 @@ def test_sequential_and_parallel_differ(llama: Path, tmp_path: Path) -> None:
 
 def test_kill_and_resume_give_the_same_bytes(llama: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys, upcycle.targets.files.manifest as m\n"
+        "import os, signal, sys, upcycle.targets.files.finished_shards as m\n"
         "finished, count = m.Manifest.finished, [0]\n"
         "def stop(self, path):\n"
         "    finished(self, path)\n"

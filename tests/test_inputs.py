@@ -12,7 +12,7 @@ from zoo_facts import ARCHITECTURES
 
 from upcycle.capture.guess_inputs import find_example
 from upcycle.cli.main import main
-from upcycle.data.evaluation import outputs_of
+from upcycle.data.verification_inputs import outputs_of
 from upcycle.errors import CaptureError, ValueNeededError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

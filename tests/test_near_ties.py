@@ -10,7 +10,7 @@ import torch
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 import upcycle
-from upcycle.data.evaluation import Evaluation
+from upcycle.data.verification_inputs import Evaluation
 from upcycle.layers.config import SelectConfig
 from upcycle.layers.moe import MoE
 from upcycle.layers.selection import select as chosen_by

@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from upcycle.data.evaluation import Evaluation
+from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.run import session
 from upcycle.targets.onnx.cache import cache_argument, cache_in, shape_of

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from upcycle.cli.main import main
 from upcycle.conversion.api import convert
-from upcycle.data.evaluation import evaluation_for, outputs_of
+from upcycle.data.verification_inputs import evaluation_for, outputs_of
 from upcycle.layers.routers import ROUTER_KINDS
 from upcycle.targets.remote_code import auto_classes, modeling_text
 

@@ -15,7 +15,7 @@ from remote_case import without_upcycle
 from safetensors.torch import save_file
 
 from upcycle.conversion.api import convert
-from upcycle.data.evaluation import evaluation_for
+from upcycle.data.verification_inputs import evaluation_for
 from upcycle.targets.remote_code import auto_classes
 
 # A sum of n products errs by at most n eps of its largest term. Each of at most 4 layers sums 32

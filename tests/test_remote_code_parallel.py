@@ -10,7 +10,7 @@ from remote_case import without_upcycle
 from safetensors.torch import save_file
 
 from upcycle.conversion.api import convert
-from upcycle.data.evaluation import evaluation_for
+from upcycle.data.verification_inputs import evaluation_for
 from upcycle.targets.remote_code import auto_classes
 
 pytestmark = pytest.mark.skipif(

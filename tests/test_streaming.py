@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from upcycle.cli.main import main
-from upcycle.targets.files.manifest import FILE
+from upcycle.targets.files.finished_shards import FILE
 
 TINY = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 300, "intermediate_size": 192}
 SHARDS = ["--max-shard-size", "200kB"]
@@ -95,7 +95,7 @@ def test_a_prefix_of_the_base_model_is_seen_through(bert: Path, tmp_path: Path) 
 def killed(llama: Path, out: Path, after: int) -> None:
     """Run a conversion in a process that is killed -9 after writing some shards."""
     code = (
-        "import os, signal, sys, upcycle.targets.files.manifest as m\n"
+        "import os, signal, sys, upcycle.targets.files.finished_shards as m\n"
         "finished, count = m.Manifest.finished, [0]\n"
         "def stop(self, path):\n"
         "    finished(self, path)\n"

@@ -13,8 +13,8 @@ from upcycle.bench import onnx_models, whole
 from upcycle.bench.layers import Pair, pair
 from upcycle.bench.whole import Call
 from upcycle.capture.capture import ExampleInputs
-from upcycle.data.evaluation import Evaluation
 from upcycle.data.text import is_language_model
+from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UsageError
 from upcycle.ir.spec import MoESpec
 from upcycle.recipe.onnx import Onnx

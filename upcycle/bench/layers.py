@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
-from upcycle.data.evaluation import outputs_of
+from upcycle.data.verification_inputs import outputs_of
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import read_ffn
 from upcycle.layers.moe import MoE

@@ -13,8 +13,8 @@ from upcycle.bench.layers import inputs_of
 from upcycle.bench.meters import readings, six_metrics
 from upcycle.bench.timing import MOST, compared, interleaved
 from upcycle.bench.whole import PROMPT, text_of
-from upcycle.data.evaluation import Evaluation
 from upcycle.data.text import longest
+from upcycle.data.verification_inputs import Evaluation
 from upcycle.ir.measured import Costs
 from upcycle.ir.report import Report
 

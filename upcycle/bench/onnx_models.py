@@ -16,7 +16,7 @@ from torch import nn
 from upcycle.bench.layers import Layer
 from upcycle.bench.whole import Call
 from upcycle.capture.capture import ExampleInputs
-from upcycle.data.evaluation import Evaluation
+from upcycle.data.verification_inputs import Evaluation
 from upcycle.onnx.run import described, session
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.cache import PAST, PRESENT

@@ -15,7 +15,7 @@ from upcycle.bench.engines import check_file, onnx_engine, torch_engine
 from upcycle.bench.floor import floor_of
 from upcycle.bench.machine import measure
 from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six, writing_row
-from upcycle.data.evaluation import evaluation_for
+from upcycle.data.verification_inputs import evaluation_for
 from upcycle.models.dense import DTYPES, Source
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.costs import costs, model_size

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
-from upcycle.data.evaluation import Evaluation
 from upcycle.data.text import is_language_model, longest
+from upcycle.data.verification_inputs import Evaluation
 from upcycle.targets.onnx.cache import cache_argument, cache_in
 
 PROMPT = 32  # tokens that are read before the first is written

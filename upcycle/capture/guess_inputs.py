@@ -16,8 +16,8 @@ from torch import nn
 
 from upcycle.capture.capture import ExampleInputs, capture
 from upcycle.capture.function_caches import caches_cleared
-from upcycle.capture.input_shapes import BATCH, LENGTH, unknown_arguments, values_of
 from upcycle.capture.recorder import Program, words_of
+from upcycle.capture.transformers_input_shapes import BATCH, LENGTH, unknown_arguments, values_of
 from upcycle.capture.transformers_inputs import combinations
 from upcycle.errors import CaptureError, ValueNeededError
 from upcycle.util.modules import model_dtype

@@ -1,7 +1,7 @@
 """What a model of transformers reads: arguments by the name and size its configuration gives.
 
 The forward's signature says which arguments there are and `main_input_name` which one matters most;
-`upcycle.capture.input_shapes` has their usual forms. Each is offered in turn.
+`upcycle.capture.transformers_input_shapes` has their usual forms. Each is offered in turn.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.capture.input_shapes import Example, part_of, required, values_of
+from upcycle.capture.transformers_input_shapes import Example, part_of, required, values_of
 
 _MAIN = ("input_ids", "pixel_values", "input_features", "input_values", "past_values")
 _FORMS = 12  # of the required arguments together: some have several

@@ -15,7 +15,7 @@ from upcycle.conversion.options import Options, check_targets
 from upcycle.conversion.pipeline import SCRATCH, finish
 from upcycle.conversion.workers import HERE, Workers
 from upcycle.data.calibration import Data, given_data
-from upcycle.data.evaluation import Evaluation
+from upcycle.data.verification_inputs import Evaluation
 from upcycle.ir.ffn import Located
 from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan

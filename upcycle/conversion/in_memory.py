@@ -15,7 +15,7 @@ from upcycle.conversion.make import Kept, Made, Visit
 from upcycle.conversion.objectives import objective_for
 from upcycle.conversion.options import DEFAULTS, Options
 from upcycle.data.calibration import CalibrationData
-from upcycle.data.evaluation import Evaluation, evaluation_for
+from upcycle.data.verification_inputs import Evaluation, evaluation_for
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.layer_weights import weights_of
 from upcycle.ir.report import CheckpointFacts, Report

@@ -43,7 +43,7 @@ from upcycle.passes.transform.transform import transform
 from upcycle.targets.card import card
 from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
 from upcycle.targets.companions import copy_companions
-from upcycle.targets.files.manifest import Manifest
+from upcycle.targets.files.finished_shards import Manifest
 from upcycle.targets.files.read_back import read_layer
 from upcycle.targets.files.staging import publish
 from upcycle.targets.files.stored import read_stored

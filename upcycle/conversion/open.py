@@ -12,7 +12,7 @@ from upcycle.conversion.mapped import Mapped
 from upcycle.conversion.options import DEFAULTS, Options
 from upcycle.data.calibration import CalibrationData, calibration_data, verification_inputs
 from upcycle.data.calibration_files import CalibrationInput, read_calibration
-from upcycle.data.evaluation import evaluation_for
+from upcycle.data.verification_inputs import evaluation_for
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.measured import Costs
 from upcycle.ir.spec import Plan

@@ -11,7 +11,7 @@ from upcycle.conversion.make import Made
 from upcycle.conversion.onnx_file import OnnxFile
 from upcycle.conversion.onnx_rewrite import EXPERTS, FILE
 from upcycle.conversion.options import DEFAULTS
-from upcycle.data.evaluation import evaluation_for
+from upcycle.data.verification_inputs import evaluation_for
 from upcycle.errors import UsageError, one_line
 from upcycle.ir.report import Report
 from upcycle.models.dense import DTYPES, Source

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.calibration_files import HELD_OUT, CalibrationInput
 from upcycle.data.default_data import EXAMPLE, RANDOM, for_calibration
-from upcycle.data.evaluation import MIN_CHARACTERS, evaluation_for, in_dtype_of
 from upcycle.data.images import pixels
 from upcycle.data.text import (
     SEQUENCE,
@@ -29,6 +28,7 @@ from upcycle.data.text import (
     tokenizer_in,
 )
 from upcycle.data.text_domains import text_domains
+from upcycle.data.verification_inputs import MIN_CHARACTERS, evaluation_for, in_dtype_of
 from upcycle.errors import UsageError
 from upcycle.ir.measured import Calibrated, Usage
 from upcycle.passes.plan.calibration_needs import needs

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle.data.evaluation import Evaluation, outputs_of
+from upcycle.data.verification_inputs import Evaluation, outputs_of
 from upcycle.ir.measured import Check, Tempered
 from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from upcycle.data.evaluation import Evaluation, outputs_of
+from upcycle.data.verification_inputs import Evaluation, outputs_of
 from upcycle.ir.measured import Distance
 from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
-from upcycle.data.evaluation import NEW_TOKENS, Evaluation, evaluation_for, outputs_of
 from upcycle.data.text import is_language_model
+from upcycle.data.verification_inputs import NEW_TOKENS, Evaluation, evaluation_for, outputs_of
 from upcycle.errors import VerificationError
 from upcycle.ir.measured import Check, Distance, ModelDistance
 from upcycle.recipe.schema import Recipe

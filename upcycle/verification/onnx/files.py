@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import nn
 
-from upcycle.data.evaluation import Evaluation, comparable
+from upcycle.data.verification_inputs import Evaluation, comparable
 from upcycle.errors import UnsupportedError, VerificationError
 from upcycle.ir.measured import Check
 from upcycle.layers.moe import MoE

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from upcycle.data.evaluation import Evaluation
+from upcycle.data.verification_inputs import Evaluation
 from upcycle.ir.measured import Check, OnnxFacts, Rounded
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import draw_inputs
