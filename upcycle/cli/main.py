@@ -5,7 +5,17 @@ import gc
 
 import click
 
-from upcycle.cli.commands import bench, compare, convert, inspect, options, shipped
+from upcycle.cli.commands import (
+    bench,
+    convert,
+    diff,
+    inspect,
+    options,
+    plan,
+    recipes,
+    samples,
+    verify,
+)
 from upcycle.cli.group import CommandGroup
 from upcycle.version import __version__
 
@@ -26,13 +36,13 @@ def main() -> None:
 
 for command in (
     convert.convert,
-    inspect.plan,
+    plan.plan,
     inspect.inspect,
-    compare.diff,
-    compare.verify,
+    diff.diff,
+    verify.verify,
     bench.bench,
-    shipped.recipes,
-    shipped.schema,
-    shipped.samples,
+    recipes.recipes,
+    recipes.schema,
+    samples.samples,
 ):
     main.add_command(command)

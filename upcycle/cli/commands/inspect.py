@@ -1,4 +1,4 @@
-"""``upcycle inspect`` and ``upcycle plan``: what is found in a model, and what it would become."""
+"""``upcycle inspect``."""
 
 from pathlib import Path
 
@@ -34,37 +34,3 @@ def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bo
         located = preview.inspect_model(source)
     data = report.located_json(located)
     console.show(as_json, data, lambda: report.located_report(located))
-
-
-@click.command()
-@click.argument("model")
-@options.recipe
-@options.runtimes
-@options.inputs
-@options.as_json
-@options.trust
-@options.log
-def plan(
-    model: str,
-    recipe: str,
-    overrides: tuple[str, ...],
-    runtimes: tuple[str, ...],
-    architecture: str | None,
-    inputs: str | None,
-    as_json: bool,
-    trust_remote_code: bool,
-) -> None:
-    """Show what a recipe would do to MODEL, what it costs, and which software runs the result."""
-    with collector_paused():
-        from upcycle.cli import preview
-        from upcycle.cli import tables_of_reports as report
-        from upcycle.models.dense import open_model
-        from upcycle.recipe import reader as recipe_file
-
-        loaded = recipe_file.load_recipe(recipe, overrides)
-        source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
-        planned, estimate, written = preview.plan_model(
-            source, loaded, Path(recipe).name, runtimes=runtimes, architecture=architecture
-        )
-    data = report.plan_json(planned, estimate, written)
-    console.show(as_json, data, lambda: report.plan_report(planned, estimate, written))
