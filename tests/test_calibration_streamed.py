@@ -14,6 +14,9 @@ import pytest
 import small_models
 import torch
 from click.testing import CliRunner, Result
+from onnx import load as load_onnx
+from onnx import numpy_helper
+from onnx import save as save_onnx
 from safetensors.torch import load_file
 
 from upcycle.cli.main import main
@@ -29,6 +32,7 @@ from upcycle.ir.layer_weights import empty_layer, weights_of
 from upcycle.models.dense import Source, open_model
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.recipe.reader import load_recipe
+from upcycle.targets.provenance_file import read_origins
 from upcycle.util.progress import silent
 
 RIDGE = ["router.method=ridge", "verify.max_relative_error=9", "experts.count=4", "router.top_k=2"]
@@ -206,6 +210,29 @@ def test_what_looks_at_the_whole_model_gives_the_same_bytes(
     for out, how in (("whole", "--no-stream"), ("pieces", "--stream")):
         convert(llama, tmp_path / out, how, sets=sets)
     assert weights(tmp_path / "pieces") == weights(tmp_path / "whole")
+
+
+def test_an_onnx_file_adapts_the_sizes_of_its_shared_experts(tmp_path: Path) -> None:
+    """Two neurons of the first FFN do all of its work, so the second shares more of its own."""
+    path = onnx(tmp_path)
+    proto = load_onnx(path)
+    weight = proto.graph.initializer[2]  # the contraction of the first
+    array = numpy_helper.to_array(weight).copy()
+    array[2:] *= 1e-4
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    save_onnx(proto, path)
+    sets = ("experts.shared=1", "experts.shared_by=contribution", "router.top_k=1")
+    overrides = [part for key in sets for part in ("--set", key)]
+    sizes = {}
+    for adaptive in ("true", "false"):
+        out = tmp_path / adaptive
+        result = onnx_convert(path, out, *overrides, "--set", f"experts.adaptive={adaptive}")
+        assert result.exit_code == 0, result.output
+        sizes[adaptive] = [layer["layer"]["shared"] for layer in read_origins(out) or ()]
+        again = CliRunner().invoke(main, ["verify", str(path), str(out), "--json"])
+        assert json.loads(again.stdout)["checks"][0]["error"] == 0
+    assert sum(sizes["true"]) == sum(sizes["false"])
+    assert sizes["true"][0] < sizes["true"][1]
 
 
 def test_an_onnx_file_has_no_gradients(tmp_path: Path) -> None:

@@ -310,13 +310,41 @@ def test_the_verify_command(tmp_path: Path) -> None:
     failed = run("verify", tmp_path / "other", out)
     assert failed.exit_code == 3
     assert "FAILED" in failed.stdout
-    assert f"error: verification failed: {ROWS}: error 128, allowed 0" in failed.stderr
+    assert f"error: verification failed: {ROWS}: error 512, allowed 0" in failed.stderr
 
     broken = Path(shutil.copytree(out, tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-9])
     damaged = run("verify", dense, broken)
     assert damaged.exit_code == 2
     assert "not a whole safetensors file" in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "expert"),
+    [
+        ("llama", "sparse-upcycling", "model.layers.1.block_sparse_moe.experts.1.w2.weight"),
+        ("llama", "moefication", "model.layers.1.mlp.experts.down_proj"),
+        ("bert", "split-all", "bert.encoder.layer.1.output.dense.experts.down_proj"),
+    ],
+    ids=["native", "self-contained", "self-contained, tapped"],
+)
+def test_the_verify_command_reads_the_layers_in_the_files(
+    name: str, recipe: str, expert: str, tmp_path: Path
+) -> None:
+    dense, out = small_models.saved(name, tmp_path / "dense"), tmp_path / "moe"
+    options = ("--target", "safetensors")
+    done = run("convert", dense, "--recipe", recipe, "--out", out, *options)
+    assert done.exit_code == 0, done.stderr
+    passed = run("verify", dense, out, "--json")
+    assert passed.exit_code == 0, passed.stderr
+    assert all("random" in row["inputs"] for row in json.loads(passed.stdout)["layers"])
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    tensors[expert].view(-1)[3] += 1e-3
+    save_file(tensors, path, {"format": "pt"})
+    failed = run("verify", dense, out)
+    assert failed.exit_code == 3
+    assert f"verification failed: {ROWS}: error 1, allowed 0" in failed.stderr
 
 
 def test_verify_loads_the_dense_model_as_the_conversion_did(tmp_path: Path) -> None:
