@@ -36,7 +36,7 @@ from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import write_tensors
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.architecture import NativeTarget
-from upcycle.targets.native.choose import build_config, choose
+from upcycle.targets.native.choose import build_config, choose, variants
 from upcycle.targets.native.layers import is_swiglu, layer_of
 from upcycle.targets.native.tensors import entries
 
@@ -216,8 +216,9 @@ def write(
     dense.save_pretrained(directory / "dense")
     tensors = read_tensors(directory / "dense")
     config = AutoConfig.from_pretrained(directory / "dense")
-    target = NATIVE[TARGET_OF[config.model_type]]
-    assert refusal(target, config, plan) is None
+    found = variants(NATIVE[TARGET_OF[config.model_type]], config, plan, asked=False)
+    assert not isinstance(found, str), found
+    target = found[0]
     moe_weights = moe_weights or (lambda spec: copies(spec, tensors))
     out = directory / "moe"
     out.mkdir()

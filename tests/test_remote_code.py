@@ -163,6 +163,9 @@ def test_the_file_does_not_mention_upcycle_in_an_import(folder: Path) -> None:
         assert not any("upcycle" in line for line in lines)
 
 
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
 def clashes(text: str) -> list[str]:
     """Top-level names of a module that mean two things; the same import twice is one."""
     origins: dict[str, set[object]] = defaultdict(set)
@@ -174,7 +177,9 @@ def clashes(text: str) -> list[str]:
             for alias in node.names:
                 origins[alias.asname or alias.name].add((home, alias.name))
         else:
-            stored = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+            inner = [n.generators for n in ast.walk(node) if isinstance(n, COMPREHENSIONS)]
+            own = {id(name) for loops in inner for loop in loops for name in ast.walk(loop.target)}
+            stored = [n for n in ast.walk(node) if isinstance(n, ast.Name) and id(n) not in own]
             for name in stored:
                 if isinstance(name.ctx, ast.Store):
                     origins[name.id].add(node)

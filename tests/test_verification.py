@@ -22,6 +22,7 @@ from upcycle.cli import tables_of_reports as report
 from upcycle.cli.main import main
 from upcycle.conversion.api import Conversion, convert
 from upcycle.errors import VerificationError
+from upcycle.ir.measured import LayerDistance
 from upcycle.ir.report import Report
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
@@ -53,6 +54,7 @@ def layers_of(done: Conversion) -> list[MoE]:
     return [layer for _, layer in planned_layers(done.model, done.plan)]
 
 
+BLANK = Report("0", "model", "recipe", {}, "exact", "float32", "2")
 ROWS = "rows that are not the dense rows they came from"
 LAYER, DISTINCT = "layer", "layer with distinct experts"
 ALL = "layer with all experts (K = N)"
@@ -224,7 +226,7 @@ def test_a_check_with_an_error_that_is_no_number_fails() -> None:
     for error in (math.nan, math.inf):
         found = check(RELOADED, error, 1.0)
         assert not found.passed
-        report = Report("0", "model", "recipe", {}, "exact", "float32", "2", checks=(found,))
+        report = replace(BLANK, checks=(found,))
         with pytest.raises(VerificationError):
             raise_if_failed(report)
     again = Report.from_json(json.loads(json_text(report.to_json())), "it")
@@ -247,7 +249,7 @@ def test_verify_leaves_the_modes_as_they_are() -> None:
     other.bert.embeddings.eval()
     before = [m.training for m in other.modules()]
     found = upcycle.verify(dense, other)
-    assert found["relative"] > 0.01
+    assert found.relative > 0.01
     assert [m.training for m in other.modules()] == before
     assert not any(m.training for m in dense.modules())
 
@@ -359,10 +361,18 @@ def test_verify_loads_the_dense_model_as_the_conversion_did(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("count", [2, 40])
 def test_many_layers_are_shown_by_their_error(count: int) -> None:
-    row = {"min_cosine": 0.5, "mean_cosine": 0.75}
-    rows = [{"path": f"layers.{i}.mlp", "relative": i / 100, **row} for i in range(count)]
+    rows = tuple(
+        LayerDistance(
+            *(1.0, i / 100, 0.0, 0.5, 0.75),
+            path=f"layers.{i}.mlp",
+            promise="exact",
+            tokens_per_expert=(1,),
+            distinct_experts_relative=0.0,
+        )
+        for i in range(count)
+    )
     buffer = io.StringIO()
-    for part in report.verification_report({"checks": [], "layers": rows}):
+    for part in report.verification_report(replace(BLANK, layers=rows)):
         Console(file=buffer, width=200).print(part)
     lines = [line.split() for line in buffer.getvalue().splitlines()]
     assert [f"layers.{count - 1}.mlp", f"{(count - 1) / 100:.2e}", "0.500000", "0.750000"] in lines

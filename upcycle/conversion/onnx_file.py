@@ -20,6 +20,7 @@ from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, read_ffn
 from upcycle.models.onnx_file import OnnxSource
+from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import run
 from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.targets.card import onnx_card
@@ -44,6 +45,7 @@ class OnnxFile:
         source: the file.
         plan: what its FFNs become.
         feeds: what it is verified on.
+        outputs: what it returns for them; None if it is not verified.
         data: what is shown to it; None if the recipe needs nothing.
         options: how it is converted and written.
     """
@@ -51,6 +53,7 @@ class OnnxFile:
     source: OnnxSource
     plan: Plan
     feeds: Feeds
+    outputs: Mapping[str, Array] | None
     data: OnnxCalibration | None
     options: Options
 
@@ -129,9 +132,8 @@ class OnnxFile:
             feeds=self.feeds,
             progress=progress,
         )
-        found = compare_outputs(
-            run(self.source.path, self.feeds), run(path, self.feeds), self.feeds
-        )
+        assert self.outputs is not None
+        found = compare_outputs(self.outputs, run(path, self.feeds), self.feeds)
         rounding = None
         if made.plan.recipe.onnx.may_round:
             regions = self.source.found.regions

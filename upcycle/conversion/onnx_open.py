@@ -8,6 +8,7 @@ from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.onnx_calibration import onnx_calibration, verification_feeds
 from upcycle.errors import UsageError
 from upcycle.models.onnx_file import OnnxSource
+from upcycle.onnx.run import run
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.passes.plan.costs import costs
 from upcycle.recipe.schema import Recipe
@@ -56,4 +57,5 @@ def open_onnx_file(
     feeds = verification_feeds(source, given)
     feeds = feeds_for(source, recipe.seed) if feeds is None else feeds
     shown = onnx_calibration(source, recipe, given) if needs(recipe) else None
-    return OnnxFile(source, plan, feeds, shown, options)
+    outputs = run(source.path, feeds) if options.verify else None  # or why it cannot be run
+    return OnnxFile(source, plan, feeds, outputs, shown, options)

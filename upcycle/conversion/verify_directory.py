@@ -114,10 +114,11 @@ def _verify_onnx(source: OnnxSource, directory: Path, report: Report, recipe: Re
         raise UsageError(f"{directory}: it has no {FILE} to compare with {source.path.name}")
     feeds = feeds_for(source, recipe.seed)
     plan, provenance = as_made(source.plan(recipe, report.recipe), directory)
-    dense = OnnxFile(source, plan, feeds, None, DEFAULTS)
+    outputs = run(source.path, feeds)
+    dense = OnnxFile(source, plan, feeds, outputs, None, DEFAULTS)
     if not rounded_paths(path):
         read = read_by_name(*sorted(directory.glob(f"{EXPERTS}*.safetensors")))
         made = Made(plan, lambda spec: read_at(spec.ffn.path, spec, read), provenance)
         return dense.verify(report, directory, made, read, silent)
-    found = compare_outputs(run(source.path, feeds), run(path, feeds), feeds)
+    found = compare_outputs(outputs, run(path, feeds), feeds)
     return replace(report, end_to_end=found, checks=(end_to_end(found, recipe, dense.dtype),))
