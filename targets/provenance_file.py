@@ -118,8 +118,8 @@ def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
     if there != [(spec.ffn.path, spec.ffn.d_ff, spec.ffn.d_model) for spec in plan.specs]:
         path, d_ff, d_model = there[0]
         raise UsageError(
-            f"{directory}: its {len(there)} layers ({path}: {d_model} -> {d_ff}, ...) are not those "
-            "of the dense model; name the model that it was made from"
+            f"{directory}: its {len(there)} layers ({path}: {d_model} -> {d_ff}, ...) are not "
+            "those of the dense model; name the model that it was made from"
         )
     specs = []
     for spec in plan.specs:

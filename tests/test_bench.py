@@ -179,8 +179,8 @@ def test_what_is_refused(dense: Path, native: Path, tmp_path: Path) -> None:
         ([tmp_path / "nowhere"], "no report.json, so this is not an output of upcycle"),
         ([dense], "no report.json, so this is not an output of upcycle"),
         ([native], "name the dense model with --against"),
-        ([native, "--against", gpt2], "are not those of the dense model"),
-        ([native, "--against", tmp_path / "wider"], "are not those of the dense model"),
+        ([native, "--against", gpt2], "those of the dense model; name the model"),
+        ([native, "--against", tmp_path / "wider"], "those of the dense model; name the model"),
         ([weights, "--against", dense, "--engine", "onnx"], "no model.onnx is here"),
         ([native, "--against", dense, "--plot", tmp_path / "a.txt"], "name a .png or .svg file"),
     ):
