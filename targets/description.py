@@ -1,13 +1,17 @@
 """The files that describe a converted directory: recipe, report, provenance and model card."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from upcycle.errors import UsageError
 from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan
 from upcycle.ir.weights import Provenance
 from upcycle.recipe.reader import dump_recipe
+from upcycle.recipe.schema import Recipe
 from upcycle.targets.provenance_file import write_origins
 from upcycle.util.json_text import json_text, read_json
 
@@ -37,3 +41,19 @@ def read_report(directory: Path) -> Report:
     if not path.is_file():
         raise UsageError(f"{directory}: no report.json, so this is not an output of upcycle")
     return Report.from_json(read_json(path, "convert the model again"), str(path))
+
+
+def recipe_of(report: Report, directory: Path) -> Recipe:
+    """The recipe that the report of `directory` states.
+
+    Raises:
+        UsageError: it is no recipe of this version.
+    """
+    try:
+        return Recipe.model_validate_json(json.dumps(report.resolved_recipe))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"{directory / REPORT}: resolved_recipe.{'.'.join(map(str, first['loc']))}: "
+            f"{first['msg'].lower()}; convert the model again"
+        ) from error

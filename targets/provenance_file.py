@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from upcycle.errors import UsageError
+from upcycle.errors import UsageError, one_line
 from upcycle.ir.spec import Plan
 from upcycle.ir.weights import Provenance
 from upcycle.util.json_text import read_json
@@ -106,24 +106,29 @@ def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
     not write, the layers are taken to be as planned.
 
     Raises:
-        UsageError: the layers are those of another model.
+        UsageError: the file is damaged, or the layers are those of another model.
     """
     layers = read_origins(directory)
     if layers is None:
         return plan, {}
-    recorded = {layer["path"]: layer for layer in layers}
-    there = [
-        (path, held["dense_neurons"], held["layer"]["d_model"]) for path, held in recorded.items()
-    ]
-    if there != [(spec.ffn.path, spec.ffn.d_ff, spec.ffn.d_model) for spec in plan.specs]:
-        path, d_ff, d_model = there[0]
+    try:
+        there = [
+            (layer["path"], layer["dense_neurons"], layer["layer"]["d_model"]) for layer in layers
+        ]
+        sizes = [(layer["layer"]["width"], layer["layer"]["shared"]) for layer in layers]
+        provenance = {layer["path"]: _provenance_of(layer) for layer in layers}
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{directory}: its {len(there)} layers ({path}: {d_model} -> {d_ff}, ...) are not "
-            "those of the dense model; name the model that it was made from"
+            f"{directory / FILE}: not what upcycle writes ({one_line(error)}); convert the model "
+            "again"
+        ) from error
+    if there != [(spec.ffn.path, spec.ffn.d_ff, spec.ffn.d_model) for spec in plan.specs]:
+        raise UsageError(
+            f"{directory}: its {len(there)} layers ({there[:1]}, ...) are not those of the dense "
+            "model; name the model that it was made from"
         )
-    specs = []
-    for spec in plan.specs:
-        config = recorded[spec.ffn.path]["layer"]
-        specs.append(replace(spec, width=config["width"], shared=config["shared"]))
-    provenance = {path: _provenance_of(layer) for path, layer in recorded.items()}
+    specs = [
+        replace(spec, width=width, shared=shared)
+        for spec, (width, shared) in zip(plan.specs, sizes, strict=True)
+    ]
     return replace(plan, specs=tuple(specs)), provenance

@@ -349,6 +349,30 @@ def test_the_verify_command_reads_the_layers_in_the_files(
     assert f"verification failed: {ROWS}: error 1, allowed 0" in failed.stderr
 
 
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("report.json", lambda d: d.update(dtype="float7"), "not a report of upcycle, dtype"),
+        ("report.json", lambda d: d.update(resolved_recipe={"x": 1}), "resolved_recipe."),
+        ("provenance.json", lambda d: d["layers"][0].pop("dense_neurons"), "dense_neurons"),
+        ("provenance.json", lambda d: d["layers"][0].update(experts=["x-y"]), "invalid literal"),
+    ],
+)
+def test_verify_says_what_is_damaged(
+    file: str, damage: Callable[[Any], object], words: str, tmp_path: Path
+) -> None:
+    dense, out = small_models.saved("bert", tmp_path / "dense"), tmp_path / "moe"
+    options = ("--target", "safetensors", "--no-verify")
+    assert run("convert", dense, "--recipe", "split-all", "--out", out, *options).exit_code == 0
+    data = json.loads((out / file).read_text())
+    damage(data)
+    (out / file).write_text(json.dumps(data))
+    failed = run("verify", dense, out)
+    assert failed.exit_code == 2
+    assert words in failed.stderr
+    assert "bug" not in failed.stderr
+
+
 def test_verify_loads_the_dense_model_as_the_conversion_did(tmp_path: Path) -> None:
     dense = small_models.saved("bert", tmp_path / "dense")
     out = tmp_path / "moe"

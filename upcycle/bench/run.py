@@ -1,6 +1,5 @@
 """A whole benchmark of a converted directory, as plain data."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +19,7 @@ from upcycle.models.dense import DTYPES, Source
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.passes.plan.plan import make_plan
-from upcycle.recipe.schema import Recipe
-from upcycle.targets.description import read_report
+from upcycle.targets.description import read_report, recipe_of
 from upcycle.targets.load import load
 from upcycle.targets.provenance_file import as_made
 from upcycle.util.progress import Progress, silent
@@ -65,7 +63,7 @@ def bench(
     report = read_report(converted)
     if wanted.engine == "onnx":
         check_file(converted)
-    recipe = Recipe.model_validate_json(json.dumps(report.resolved_recipe))
+    recipe = recipe_of(report, converted)
     dense = replace(dense, dtype=DTYPES[report.dtype])  # as it was loaded for the conversion
     with ExitStack() as stack:
         stack.enter_context(_threads(wanted.threads))

@@ -3,12 +3,12 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 
 from upcycle.conversion.make import Layers, Made
-from upcycle.ir.report import CheckpointFacts, Report
+from upcycle.ir.report import CheckpointFacts, DType, Report
 from upcycle.ir.spec import Plan
 from upcycle.passes.plan.costs import costs
 from upcycle.util.progress import Progress
@@ -73,7 +73,7 @@ def header(plan: Plan, facts: Facts) -> Report:
         recipe=plan.recipe_name,
         resolved_recipe=plan.recipe.model_dump(mode="json"),
         promise=plan.promise,
-        dtype=str(facts.dtype).removeprefix("torch."),
+        dtype=cast(DType, str(facts.dtype).removeprefix("torch.")),
         torch=torch.__version__,
         costs=costs(plan, *facts.size),
         streamed=facts.streamed,

@@ -1,6 +1,5 @@
 """Compare a converted directory with its dense model, from the files alone."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from upcycle.onnx.run import run
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.schema import Recipe
-from upcycle.targets.description import read_report
+from upcycle.targets.description import read_report, recipe_of
 from upcycle.targets.destination import destination
 from upcycle.targets.files.read_back import read_at, read_by_name, read_layer
 from upcycle.targets.load import load
@@ -64,7 +63,7 @@ def verify_directory(source: Source | OnnxSource, directory: Path) -> Report:
         onnx=None,
         rounding=None,
     )
-    recipe = Recipe.model_validate_json(json.dumps(report.resolved_recipe))
+    recipe = recipe_of(report, directory)
     if not isinstance(source, Source):
         return _verify_onnx(source, directory, report, recipe)
     if source.dtype is None:  # as it was loaded for the conversion

@@ -5,7 +5,7 @@ In JSON a field that is None is left out.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,6 +20,8 @@ from upcycle.ir.measured import (
     OnnxFacts,
     Tempered,
 )
+
+DType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Report:
     recipe: str
     resolved_recipe: dict[str, Any]
     promise: str
-    dtype: str
+    dtype: DType
     torch: str
     costs: Costs | None = None
     checks: tuple[Check, ...] = ()
