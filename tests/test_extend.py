@@ -113,6 +113,7 @@ def test_a_written_model_is_extended_and_written_again(tmp_path: Path) -> None:
     assert [b is None or b.tolist() for b in biases] == [True, [0, 0, 0, 0, 0.5]]
 
 
+@pytest.mark.usefixtures("own_kernels")
 def test_layers_of_a_file_that_an_earlier_version_wrote() -> None:
     """Their configuration is plain data, and their code reads it as such."""
     path = Path(__file__).parent / "written_before/self_contained/modeling_upcycle.py"

@@ -13,7 +13,6 @@ from remote_case import without_upcycle
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import upcycle
 import upcycle.compiled
@@ -34,11 +33,7 @@ print(relative(y, expected["output"].double()))
 """
 
 
-@pytest.fixture(autouse=True)
-def _same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model's own file registers its own kernels in transformers: not for later tests."""
-    known = ALL_EXPERTS_FUNCTIONS
-    monkeypatch.setitem(known, "upcycle", known["upcycle"])
+pytestmark = pytest.mark.usefixtures("own_kernels")
 
 
 def error_of(model: nn.Module, directory: Path) -> float:
