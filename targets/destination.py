@@ -74,10 +74,10 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
     """
     for name in plan.runtimes:
         if name not in RUNTIMES:
-            raise UsageError(f"--runtime {name}: unknown; choose from {', '.join(RUNTIMES)}")
+            raise UsageError(f"`runtimes={name}`: unknown; choose from {', '.join(RUNTIMES)}")
     if plan.architecture is not None and plan.architecture not in NATIVE:
         raise UsageError(
-            f"--architecture {plan.architecture}: unknown; choose from {', '.join(NATIVE)}"
+            f"`architecture={plan.architecture}`: unknown; choose from {', '.join(NATIVE)}"
         )
     target, reasons = _native_target(model, plan)
     config = _config(model, plan, target)
@@ -85,7 +85,7 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
     written_as = target.model_type if target else form
     if target is None and plan.architecture is not None:
         why = reasons.get(plan.architecture, "the model is no model of transformers")
-        raise UnsupportedError(f"--architecture {plan.architecture}: {why}")
+        raise UnsupportedError(f"`architecture={plan.architecture}`: {why}")
     kind = config.get("model_type")
     near = {name: why for name, why in reasons.items() if kind in NATIVE[name].sources}
     why_not = refusal(plan.runtimes, written_as, config, plan)
@@ -93,7 +93,7 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
         others = [f"not as {names}: {reason}" for names, reason in grouped(near).items()]
         if not near and form == CUSTOM:
             others = [f"no native architecture holds a model of type {kind}"]
-        raise UnsupportedError("; ".join([f"--runtime {why_not}", *others]))
+        raise UnsupportedError("; ".join([why_not, *others]))
     return Destination(target, form, reasons, near, matrix(written_as, config, plan))
 
 
@@ -105,7 +105,7 @@ def onnx_destination(plan: Plan) -> Destination:
     """
     others = [name for name in plan.runtimes if name != "onnxruntime"]
     if others or plan.architecture is not None:
-        option = f"--runtime {others[0]}" if others else f"--architecture {plan.architecture}"
+        option = f"`runtimes={others[0]}`" if others else f"`architecture={plan.architecture}`"
         raise UsageError(f"{option}: an ONNX file becomes an ONNX file; leave it out")
     runtimes = {name: refuses("MODEL", "it is an ONNX file") for name in RUNTIMES}
     return Destination(None, GRAPH, {}, {}, runtimes | {"onnxruntime": loads()})

@@ -115,7 +115,7 @@ def test_a_model_whose_inputs_nobody_can_guess() -> None:
         def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
             return x["a"]
 
-    with pytest.raises(upcycle.CaptureError, match="--inputs module:callable"):
+    with pytest.raises(upcycle.CaptureError, match="`example_inputs`"):
         upcycle.locate(Odd())
 
 

@@ -153,7 +153,7 @@ def test_a_failing_forward_is_one_sentence_and_leaves_nothing(
     text = str(raised.value)
     assert "\n" not in text
     assert text.startswith("Stateful: the forward fails on example inputs {0: [3, 5]}")
-    assert "--inputs module:callable" in text
+    assert "`example_inputs`" in text
     assert not fakes(model, set())
     assert capsys.readouterr() == ("", "")
     assert not caplog.records

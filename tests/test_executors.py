@@ -144,8 +144,8 @@ def test_little_memory_means_one_at_a_time(
 @pytest.mark.parametrize(
     ("workers", "words"),
     [
-        (Workers("processes"), "--executor processes: unknown; choose from threads, ray"),
-        (Workers(jobs=0), "--jobs 0: at least one"),
+        (Workers("processes"), "`executor=processes`: unknown; choose from threads, ray"),
+        (Workers(jobs=0), "`jobs=0`: at least one"),
     ],
 )
 def test_what_cannot_be_started_is_refused(workers: Workers, words: str) -> None:

@@ -56,7 +56,7 @@ def test_arguments_without_a_known_form_are_named() -> None:
         find_example(Latent(hf.BertConfig()))
     assert str(raised.value) == (
         "Latent: no example could be guessed for the arguments of its forward: latents, "
-        "timesteps; give all its inputs with --inputs module:callable, a function that returns "
+        "timesteps; give all its inputs with `example_inputs`, a function that returns "
         "a dict of them by name"
     )
 

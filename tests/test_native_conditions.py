@@ -67,7 +67,7 @@ def test_it_is_written_on_request_alone() -> None:
     plan, _, _ = switch()
     config = native_models.dense_model("t5").config
     reason = refusal(NATIVE["switch_transformers"], config, plan)
-    assert "only while no two scores tie; ask for it with --architecture" in str(reason)
+    assert "only while no two scores tie; ask for it with `architecture=" in str(reason)
 
 
 @pytest.mark.parametrize("case", ["rows", "float16"])

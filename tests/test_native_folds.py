@@ -60,7 +60,7 @@ def test_exact_forms_come_before_requested_ones() -> None:
     """A split with k of E experts has no exact native form, so by default it gets none."""
     target, reasons = choose(NATIVE, config_of(), plan(SLICES, TWO_OF_FOUR))
     assert target is None
-    assert "--architecture mixtral" in reasons["mixtral"]
+    assert "`architecture=mixtral`" in reasons["mixtral"]
     target, _ = choose(NATIVE, config_of(), plan(SLICES, TWO_OF_FOUR), only="mixtral")
     assert target is not None
     for experts, name in ((SLICES, "mixtral"), (SHARED, "granitemoeshared")):

@@ -357,13 +357,13 @@ def test_bad_files_are_refused_in_one_sentence(
 
 def test_options_that_do_not_apply_are_refused(tmp_path: Path) -> None:
     path = onnx_files.by_hand(tmp_path / "dense.onnx", "relu")
-    with pytest.raises(UsageError, match="--dtype: it does not apply to an ONNX file"):
+    with pytest.raises(UsageError, match="`dtype`: it does not apply to an ONNX file"):
         open_model(str(path), dtype="float32")
     with pytest.raises(UsageError, match="no such file"):
         open_model(str(tmp_path / "nothing.onnx"))
     with pytest.raises(UsageError, match="an ONNX file becomes an ONNX file"):
         convert(path, tmp_path / "out", "split-all", targets=("safetensors",))
-    with pytest.raises(UsageError, match="--stream: it does not apply"):
+    with pytest.raises(UsageError, match="`stream`: it does not apply"):
         convert(path, tmp_path / "out", "split-all", stream=True)
 
 

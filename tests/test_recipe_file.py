@@ -139,7 +139,7 @@ def test_no_value_of_a_key_is_more_than_a_mistake(tmp_path: Path, key: str) -> N
         except RecipeError as error:
             refused.append(str(error))
     assert refused
-    assert all(f"--set {key}=" in sentence for sentence in refused)
+    assert all(f"`overrides={key}=" in sentence for sentence in refused)
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
@@ -164,11 +164,11 @@ def test_wrong_overrides_are_named_after_the_file(tmp_path: Path) -> None:
     lines = complaints(tmp_path, GOOD + "sede: 1\n", *overrides)
     assert lines == [
         "r.yaml:4:1: sede: unknown key, did you mean seed?",
-        "--set experts.cuont=4: experts.cuont: unknown key, did you mean experts.count?",
-        "--set top_k=4: top_k: unknown key, did you mean router.top_k?",
-        "--set experts: write key=value, for example experts.count=4",
-        "--set router.top_k=[: router.top_k: '[' is not a YAML value",
-        '--set seed=x: seed: must be a whole number of at least 0, not "x"',
+        "`overrides=experts.cuont=4`: experts.cuont: unknown key, did you mean experts.count?",
+        "`overrides=top_k=4`: top_k: unknown key, did you mean router.top_k?",
+        "`overrides=experts`: write key=value, for example experts.count=4",
+        "`overrides=router.top_k=[`: router.top_k: '[' is not a YAML value",
+        '`overrides=seed=x`: seed: must be a whole number of at least 0, not "x"',
     ]
 
 

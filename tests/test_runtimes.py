@@ -111,7 +111,7 @@ def test_the_field_that_rules_a_runtime_out(
     assert (found.level == "no") == (field is not None)
     if field is not None:
         assert refusal([runtime], target, CONFIG | changes, plan()) == (
-            f"{runtime}: {field}: {found.why[0]}"
+            f"`runtimes={runtime}`: {field}: {found.why[0]}"
         )
 
 
@@ -258,9 +258,9 @@ def test_the_python_interface_requires_it_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     done = upcycle.convert(plain, "sparse-upcycling", (torch.randn(4, 8),))
-    with pytest.raises(UnsupportedError, match="--runtime transformers: MODEL: a plain module"):
+    with pytest.raises(UnsupportedError, match="`runtimes=transformers`: MODEL: a plain module"):
         done.save(tmp_path / "moe", runtimes=["transformers"])
-    with pytest.raises(UsageError, match="--runtime tensorrt: unknown; choose from transformers"):
+    with pytest.raises(UsageError, match="`runtimes=tensorrt`: unknown; choose from transformers"):
         done.save(tmp_path / "moe", runtimes=["tensorrt"])
     assert not (tmp_path / "moe").exists()
 

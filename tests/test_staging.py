@@ -49,7 +49,7 @@ def test_an_existing_directory_is_refused_unless_overwrite(tmp_path: Path) -> No
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("")
-    with pytest.raises(UsageError, match="--overwrite"), staged(out):
+    with pytest.raises(UsageError, match="`overwrite=True`"), staged(out):
         pytest.fail("the block must not run")
     with staged(out, overwrite=True) as directory:
         (directory / "new").write_text("")

@@ -105,8 +105,8 @@ def check_has_data(hidden: fx.Node) -> None:
     """Refuse a tensor without elements, from which no walk can start."""
     if 0 in hidden.meta["shape"]:
         refuse = NearMissError if _maps_nothing(hidden) else NotAnFFNError
-        reason = "no data reaches it with these example inputs: give others with --inputs "
-        raise refuse(reason + "module:callable", hidden)
+        reason = "no data reaches it with these example inputs: give others with "
+        raise refuse(reason + "`example_inputs`", hidden)
 
 
 def _maps_nothing(node: fx.Node) -> bool:

@@ -32,7 +32,7 @@ class Manifest:
             if data.get("key") != key:
                 raise UsageError(
                     f"{directory}: it is left from another conversion (another model, recipe or "
-                    "version); remove it, or run without --resume"
+                    "version); remove it, or run without `resume=True`"
                 )
             self._whole = data["files"]
 

@@ -60,7 +60,7 @@ def _check(out: Path, overwrite: bool, protect: Sequence[Path]) -> None:
     if not out.is_dir() or out.is_symlink():
         raise UsageError(f"{out}: is not a directory; choose another output")
     if not overwrite:
-        raise UsageError(f"{out}: exists already; choose another output or pass --overwrite")
+        raise UsageError(f"{out}: exists already; choose another output or pass `overwrite=True`")
     for path in (Path.cwd(), *protect):
         if path.resolve().is_relative_to(out.resolve()):
             raise UsageError(f"{out}: contains {path}, which is in use; choose another output")

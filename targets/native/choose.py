@@ -48,7 +48,7 @@ def variants(
             found.append((made[0], narrowed))
         else:
             why = TEMPERED if made[0].tempered else CONDITIONS[made[0].needs]
-            reasons.append(f"{why}; ask for it with --architecture {target.model_type}")
+            reasons.append(f"{why}; ask for it with `architecture={target.model_type}`")
     found.sort(key=lambda pair: (pair[0].tempered, bool(pair[0].needs)))
     targets = [narrowed for _, narrowed in found]
     if asked and target.may_untie and getattr(config, "tie_word_embeddings", False):

@@ -56,7 +56,7 @@ def write_onnx(
             ]
     except UnsupportedError as error:
         raise UnsupportedError(
-            f"--target onnx: {error}; --target safetensors alone writes the checkpoint"
+            f"`targets=onnx`: {error}; `targets=safetensors` alone writes the checkpoint"
         ) from error
 
 
@@ -79,7 +79,7 @@ def in_float32(model: nn.Module, *, rounded_routers: bool = False) -> nn.Module:
     if dtype == torch.float32 and device_of(model).type == "cpu":
         return model
     if dtype == torch.float64:
-        raise UnsupportedError("--target onnx computes in float32; convert with --dtype float32")
+        raise UnsupportedError("`targets=onnx` computes in float32; convert with `dtype=float32`")
     model = copy.deepcopy(model)
     if rounded_routers:
         for module in model.modules():

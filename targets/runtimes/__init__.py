@@ -23,9 +23,9 @@ def matrix(target: str, config: Config, plan: Plan) -> dict[str, Support]:
 
 
 def refusal(wanted: Sequence[str], target: str, config: Config, plan: Plan) -> str | None:
-    """Why one of the `wanted` runtimes does not run it, or None; begins with the runtime."""
+    """Why one of the `wanted` runtimes does not run it, or None."""
     for name in wanted:
         support = RUNTIMES[name](target, config, plan)
         if support.level == "no":
-            return f"{name}: {support.field}: {support.why[0]}"
+            return f"`runtimes={name}`: {support.field}: {support.why[0]}"
     return None

@@ -7,5 +7,5 @@ from upcycle.targets.runtimes.support import Config, Support, loads, refuses
 def judge(target: str, config: Config, plan: Plan) -> Support:
     """Whether ONNX Runtime can run ``model.onnx``; the form of the checkpoint does not matter."""
     if config.get("dtype") == "float64":
-        return refuses("dtype", "its graph computes in float32; convert with --dtype float32")
-    return loads("the file of --target onnx")
+        return refuses("dtype", "its graph computes in float32; convert with `dtype=float32`")
+    return loads("the file of `targets=onnx`")

@@ -108,6 +108,6 @@ def check_file(directory: Path) -> None:
         is_pair = (directory / ENCODER).is_file()
         more = " (an encoder and a decoder apart are not measured)" if is_pair else ""
         raise UsageError(
-            f"{directory}: no {MODEL} is here{more}; convert with --target onnx, or use --engine "
-            "torch"
+            f"{directory}: no {MODEL} is here{more}; convert with `targets=onnx`, or use "
+            "`engine=torch`"
         )

@@ -84,7 +84,7 @@ def _refusal(model: nn.Module, example: ExampleInputs, error: Exception) -> Capt
     return CaptureError(
         f"{name}: the forward fails on example inputs {_describe(example)} "
         f"({type(error).__name__}{at}: {first_line(error)}); give inputs that it accepts with "
-        "--inputs module:callable"
+        "`example_inputs`"
     )
 
 

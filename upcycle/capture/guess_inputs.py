@@ -58,7 +58,7 @@ def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[Examp
         named = ", ".join(unknown) or str(signature)
         raise CaptureError(
             f"{type(model).__name__}: no example could be guessed for the arguments of its "
-            f"forward: {named}; give all its inputs with --inputs module:callable, a function that "
+            f"forward: {named}; give all its inputs with `example_inputs`, a function that "
             "returns a dict of them by name"
         ) from failure
     raise failure

@@ -15,7 +15,9 @@ import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
+from upcycle.cli.flags import with_flags
 from upcycle.util.json_text import json_text
 from upcycle.util.progress import Progress
 
@@ -26,7 +28,14 @@ class _Stderr(logging.Handler):
     """Writes to the current ``sys.stderr``, which rich and the tests replace for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(with_flags(self.format(record)), file=sys.stderr)
+
+
+class _Console(Console):
+    """Shows the reasons in the cells of tables with flags, too."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(with_flags(text), **options)
 
 
 def start_log(level: int) -> None:
@@ -39,7 +48,7 @@ def start_log(level: int) -> None:
 def print_result(*parts: RenderableType) -> None:
     """Print tables and lines on stdout; a pipe gets them unwrapped and without colour."""
     width = None if sys.stdout.isatty() else 1000
-    console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+    console = _Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
     for part in parts:
         console.print(part)
 

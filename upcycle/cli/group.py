@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from upcycle.cli import console
+from upcycle.cli.flags import with_flags
 from upcycle.errors import UpcycleError, VerificationError, is_out_of_memory
 
 DIFFERENT = VerificationError.exit_code
@@ -49,7 +50,7 @@ class CommandGroup(click.Group):
 def failure(error: BaseException) -> tuple[str, int]:
     """The sentence and the exit code for whatever stopped the program."""
     if isinstance(error, UpcycleError):
-        return str(error), error.exit_code
+        return with_flags(str(error)), error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, click.UsageError):

@@ -34,7 +34,7 @@ def open_onnx_file(
         PlanError: the recipe does not fit.
     """
     if options.stream or options.resume:
-        raise UsageError("--stream: it does not apply to an ONNX file; leave it out")
+        raise UsageError("`stream`: it does not apply to an ONNX file; leave it out")
     if "gradients" in needs(recipe):
         raise UsageError(NO_GRADIENTS)
     if recipe.experts.sources:
@@ -43,7 +43,7 @@ def open_onnx_file(
             "convert the model directory that it came from"
         )
     if "onnx" not in options.targets:
-        raise UsageError("--target safetensors: an ONNX file becomes an ONNX file; leave it out")
+        raise UsageError("`targets=safetensors`: an ONNX file becomes an ONNX file; leave it out")
     plan = source.plan(recipe, recipe_name).requiring(options.runtimes, options.architecture)
     onnx_destination(plan)
     for spec in plan.specs:

@@ -168,24 +168,24 @@ def _mapped(
     if directory is None or source.dtype is not None or source.device != "cpu":
         raise UsageError(
             "a model that is converted piece by piece is a directory of safetensors files in its "
-            "own dtype, on the CPU; leave --dtype and --device out, or pass --no-stream"
+            "own dtype, on the CPU; leave `dtype` and `device` out, or pass `stream=False`"
         )
     if tuple(options.targets) != ("safetensors",):
         raise UsageError(
             "a model that is converted piece by piece is never whole in memory, and ONNX export "
-            "needs that; pass --target safetensors"
+            "needs that; pass `targets=safetensors`"
         )
     if experts.sources and needs(plan.recipe):
         raise UsageError(
             "a model that is converted piece by piece cannot be calibrated on the merge of several "
             "models, which would be whole in memory; take a router that needs no data, or pass "
-            "--no-stream"
+            "`stream=False`"
         )
     tensors = by_module_name(directory, skeleton)
     if isinstance(tensors, str):
         raise UnsupportedError(
             f"{directory}: the checkpoint has no tensor {tensors}, so it cannot be converted "
-            "piece by piece; convert it in memory (without --stream)"
+            "piece by piece; convert it in memory (`stream=False`)"
         )
     sources = open_sources(experts.sources, skeleton, source, held=tensors)
     if sources.names:

@@ -56,18 +56,18 @@ def check_options(options: Options) -> None:
     check_targets(options.targets, verify=options.verify)
     check_workers(options.workers)
     if "onnxruntime" in options.runtimes and "onnx" not in options.targets:
-        raise UsageError("--runtime onnxruntime: it runs the file of --target onnx; add that")
+        raise UsageError("`runtimes=onnxruntime`: it runs the file of `targets=onnx`; add that")
 
 
 def check_targets(targets: Sequence[str], *, verify: bool = False) -> None:
     """Raises UsageError for an unknown target, or one that cannot be verified on this machine."""
     for target in targets:
         if target not in TARGETS:
-            raise UsageError(f"--target {target}: unknown; choose from {', '.join(TARGETS)}")
+            raise UsageError(f"`targets={target}`: unknown; choose from {', '.join(TARGETS)}")
     if verify and "onnx" in targets and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
-            "--target onnx is verified with ONNX Runtime, which is not installed: pip install "
-            "'upcycle[cpu]' (or 'upcycle[gpu]', not both), or pass --no-verify"
+            "`targets=onnx` is verified with ONNX Runtime, which is not installed: pip install "
+            "'upcycle[cpu]' (or 'upcycle[gpu]', not both), or pass `verify=False`"
         )
 
 
@@ -82,8 +82,8 @@ def check_output(out: Path, dense: Path | None, *, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise UsageError(f"{out}: it exists already; choose another --out or pass --overwrite")
+        raise UsageError(f"{out}: it exists already; choose another `out` or pass `overwrite=True`")
     if not out.is_dir() or out.is_symlink():
-        raise UsageError(f"{out}: it is not a directory; choose another --out")
+        raise UsageError(f"{out}: it is not a directory; choose another `out`")
     if dense is not None and dense.resolve().is_relative_to(out.resolve()):
-        raise UsageError(f"{out}: it contains the dense model; choose another --out")
+        raise UsageError(f"{out}: it contains the dense model; choose another `out`")

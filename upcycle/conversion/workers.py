@@ -59,12 +59,12 @@ def check_workers(workers: Workers) -> None:
         UsageError: the executor is unknown or not installed, or there are no jobs.
     """
     if workers.kind not in KINDS:
-        raise UsageError(f"--executor {workers.kind}: unknown; choose from {', '.join(KINDS)}")
+        raise UsageError(f"`executor={workers.kind}`: unknown; choose from {', '.join(KINDS)}")
     if workers.jobs is not None and workers.jobs < 1:
-        raise UsageError(f"--jobs {workers.jobs}: at least one layer is made at a time")
+        raise UsageError(f"`jobs={workers.jobs}`: at least one layer is made at a time")
     if workers.kind == "ray" and importlib.util.find_spec("ray") is None:
         raise UsageError(
-            "--executor ray: Ray is not installed: pip install 'upcycle[ray]', or leave it out"
+            "`executor=ray`: Ray is not installed: pip install 'upcycle[ray]', or leave it out"
         )
 
 

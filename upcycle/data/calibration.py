@@ -141,7 +141,7 @@ def calibration_data(
     _check_reads(model, "input_ids", "a text", unnamed="input_ids")
     if tokenizer is None:
         raise UsageError(
-            f"--calibration: a text needs a tokenizer, and {directory or 'the model'} has none"
+            f"`calibration`: a text needs a tokenizer, and {directory or 'the model'} has none"
         )
     ids, domain_N = _sequences(model, tokenizer, given, wanted)
     if domain_N is None and needs_domains(recipe):
@@ -181,7 +181,7 @@ def verification_inputs(
     size = sum(len(text.strip()) for text in given.texts)
     if is_shared and size < HELD_OUT * MIN_CHARACTERS:
         raise UsageError(
-            f"--calibration: the text has {size} characters; give at least "
+            f"`calibration`: the text has {size} characters; give at least "
             f"{HELD_OUT * MIN_CHARACTERS}, of which a quarter is held out to verify on"
         )
     return "\n\n".join(held.texts), None
@@ -191,7 +191,7 @@ def _check_reads(model: nn.Module, kind: str, given: str, *, unnamed: str) -> No
     """The main input of `model` must be `kind`; `unnamed` is what a module without a name reads."""
     read = getattr(model, "main_input_name", unnamed)
     if read != kind:
-        raise UsageError(f"--calibration: {given}, and the model reads {read}; give that")
+        raise UsageError(f"`calibration`: {given}, and the model reads {read}; give that")
 
 
 def _sequences(
@@ -211,7 +211,7 @@ def _sequences(
         if not found:
             where = f" of domain {kind!r}" if kind else ""
             raise UsageError(
-                f"--calibration: the text{where} has less than one sequence of {length} tokens; "
+                f"`calibration`: the text{where} has less than one sequence of {length} tokens; "
                 "give more, or set `calibration.length`"
             )
         ids += found
@@ -234,12 +234,12 @@ def _check_arguments(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> N
     main: str | None = getattr(model, "main_input_name", None)
     if main is not None and main not in tensors and "inputs_embeds" not in tensors:
         raise UsageError(
-            f"--calibration: there is no {main} among the tensors {', '.join(sorted(tensors))}"
+            f"`calibration`: there is no {main} among the tensors {', '.join(sorted(tensors))}"
         )
     for name in tensors:
         if name not in parameters and not takes_any:
             raise UsageError(
-                f"--calibration: the model has no argument {name}; it has {', '.join(parameters)}"
+                f"`calibration`: the model has no argument {name}; it has {', '.join(parameters)}"
             )
 
 

@@ -95,7 +95,7 @@ def read_calibration(paths: Sequence[str], *, field: str = "text") -> Calibratio
     wrong = next((path for path, g in zip(paths, given, strict=True) if not g.texts), None)
     if wrong is not None:
         raise UsageError(
-            f"--calibration {wrong}: several sources are several kinds of text, and this one is no "
+            f"`calibration={wrong}`: several sources are several kinds of text, and this one is no "
             "text; give one"
         )
     return CalibrationInput(
@@ -106,7 +106,7 @@ def read_calibration(paths: Sequence[str], *, field: str = "text") -> Calibratio
 
 
 def _read(path: Path, field: str) -> CalibrationInput:
-    where = f"--calibration {path}"
+    where = f"`calibration={path}`"
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _of_records(_data_set(path, field, where), field, f"data set {path.name}", where)
@@ -155,7 +155,7 @@ def _of_records(
             found = ", ".join(name for name, value in record.items() if isinstance(value, str))
             raise UsageError(
                 f"{where}: record {number} has no text {field!r}; its texts are {found or 'none'}, "
-                "and --text-field names the one to read"
+                "and `field` names the one to read"
             )
         texts.append(text)
         domains.append(None if record.get("domain") is None else str(record["domain"]))
@@ -191,7 +191,7 @@ def _data_set(path: Path, column: str, where: str) -> Iterator[Mapping[str, Any]
         if column not in table.column_names:
             raise UsageError(
                 f"{where}: the data set has no text column {column!r}; its columns are "
-                f"{', '.join(table.column_names)}, and --text-field names the one to read"
+                f"{', '.join(table.column_names)}, and `field` names the one to read"
             )
         wanted = [name for name in (column, "domain") if name in table.column_names]
         yield from table.select(wanted).to_pylist()

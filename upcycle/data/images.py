@@ -31,7 +31,7 @@ def pixels(model: nn.Module, files: Sequence[Path], directory: Path | None = Non
         from PIL import Image, ImageOps
     except ImportError as error:
         raise UsageError(
-            "--calibration: reading images needs Pillow: pip install pillow; or give their pixels "
+            "`calibration`: reading images needs Pillow: pip install pillow; or give their pixels "
             "as tensors"
         ) from error
     path = None if directory is None else directory / "preprocessor_config.json"
@@ -47,7 +47,7 @@ def pixels(model: nn.Module, files: Sequence[Path], directory: Path | None = Non
                     image.convert("RGB"), (width, height), Image.Resampling.BICUBIC
                 )
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UsageError(f"--calibration {file}: not an image that can be read") from error
+            raise UsageError(f"`calibration={file}`: not an image that can be read") from error
         image_HWC = torch.from_numpy(np.array(fitted, dtype=np.float32) / 255)
         rows.append((image_HWC.permute(2, 0, 1) - mean_C11) / std_C11)
     return torch.stack(rows)

@@ -96,11 +96,11 @@ def onnx_calibration(
         return make(_batches(source, given.tensors), given.what)
     if not given.texts:
         raise UsageError(
-            "--calibration: for an ONNX file give a text, if its tokenizer is beside it, or tensors"
+            "`calibration`: for an ONNX file give a text, if its tokenizer is beside it, or tensors"
         )
     if tokenizer is None:
         raise UsageError(
-            f"--calibration: a text needs a tokenizer, and there is none beside {source.path.name} "
+            f"`calibration`: a text needs a tokenizer, and there is none beside {source.path.name} "
             "that fits its inputs; give tensors by the names of the inputs"
         )
     length = _fixed(source, "input_ids", 1) or SEQUENCE
@@ -108,7 +108,7 @@ def onnx_calibration(
     ids = sequences(tokenizer, given.texts, length, most=most, is_running=True)
     if not ids:
         raise UsageError(
-            f"--calibration: the text has less than one sequence of {length} tokens; give more"
+            f"`calibration`: the text has less than one sequence of {length} tokens; give more"
         )
     ids_NL = torch.tensor(ids)
     everything = {
@@ -131,13 +131,13 @@ def _batches(source: OnnxSource, tensors: Mapping[str, torch.Tensor]) -> list[Fe
     names = [str(value.name) for value in source.model.graph.inputs]
     if lacking := sorted(set(names) - set(tensors)):
         raise UsageError(
-            f"--calibration: {lacking[0]} is missing; the inputs are {', '.join(names)}"
+            f"`calibration`: {lacking[0]} is missing; the inputs are {', '.join(names)}"
         )
     fixed = next((size for name in names if (size := _fixed(source, name, 0))), None)
     rows, count = fixed or ROWS, len(tensors[names[0]])
     count = count // rows * rows if fixed else count
     if not count:
-        raise UsageError(f"--calibration: the file reads {rows} examples at once; give as many")
+        raise UsageError(f"`calibration`: the file reads {rows} examples at once; give as many")
     split = {name: torch.split(tensors[name][:count], rows) for name in names}
     return [
         given_inputs(source.model, {name: pieces[i].numpy() for name, pieces in split.items()})

@@ -28,7 +28,7 @@ def text_domains(
     """
     if len(ids) < count:
         raise UsageError(
-            f"--calibration: {len(ids)} sequences cannot be grouped into {count} domains; give "
+            f"`calibration`: {len(ids)} sequences cannot be grouped into {count} domains; give "
             "more data, or a shorter `calibration.length`"
         )
     flat_T = torch.tensor([i for row in ids for i in row])

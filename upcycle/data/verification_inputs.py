@@ -76,7 +76,7 @@ def evaluation_for(
     if tokenizer is None:
         if text is not None:
             raise UsageError(
-                f"--calibration: a text needs a tokenizer, and {directory or 'the model'} has none"
+                f"`calibration`: a text needs a tokenizer, and {directory or 'the model'} has none"
             )
         config = getattr(model, "config", None)
         vocabulary = min(getattr(config, "vocab_size", 2) or 2, 2**31)
@@ -87,7 +87,7 @@ def evaluation_for(
     text = text if text is not None else verification_text()
     if len(text.strip()) < MIN_CHARACTERS:
         raise UsageError(
-            f"--calibration: the text has {len(text.strip())} characters; give at least "
+            f"`calibration`: the text has {len(text.strip())} characters; give at least "
             f"{MIN_CHARACTERS}"
         )
     if is_language_model(model):

@@ -126,7 +126,7 @@ def _read_pickles(paths: list[Path], allow_pickle: bool) -> dict[str, torch.Tens
     if not allow_pickle:
         raise UsageError(
             f"{paths[0]}: a pickle file, which can run code when it is read; "
-            f"convert it to safetensors, or pass --allow-pickle if you trust its source"
+            f"convert it to safetensors, or pass `allow_pickle=True` if you trust its source"
         )
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:

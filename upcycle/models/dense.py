@@ -133,7 +133,7 @@ class Source:
             raise UnsupportedError(
                 f"{self.directory}: the architecture {name} is not part of transformers "
                 f"{transformers.__version__}; if the checkpoint brings its own code, pass "
-                "--trust-remote-code"
+                "`trust_remote_code=True`"
             )
         return getattr(transformers, name)
 
@@ -154,14 +154,14 @@ def open_model(
         UnsupportedError: its weights are quantised, or it is a mixture of experts already.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
+        raise UsageError(f"`dtype={dtype}`: unknown; choose one of {', '.join(DTYPES)}")
     directory: Path | None = None
     if model.endswith(".onnx") and not Path(model).is_dir():
         from upcycle.models.onnx_file import open_onnx  # onnx is not imported for other models
 
         example = call_named(inputs, dict, "a dict of tensors or arrays") if inputs else None
         elsewhere = device not in (None, "cpu")
-        return open_onnx(model, example, {"--dtype": dtype, "--device": elsewhere})
+        return open_onnx(model, example, {"dtype": dtype, "device": elsewhere})
     if model.startswith(samples.PREFIX):
         directory = samples.path(model)
     elif Path(model).exists():
@@ -200,8 +200,8 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     except Exception as error:
         if "auto_map" in data and not trust_remote_code:
             raise UsageError(
-                f"{directory}: the model brings its own Python code; pass --trust-remote-code if "
-                "you have read it and trust it"
+                f"{directory}: the model brings its own Python code; pass `trust_remote_code=True` "
+                "if you have read it and trust it"
             ) from error
         raise UsageError(f"{directory}/config.json: {one_line(error)}") from error
 
@@ -244,7 +244,7 @@ def _device(device: str | None) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {one_line(error)}") from error
+        raise UsageError(f"`device={device}`: {one_line(error)}") from error
     return str(device)
 
 

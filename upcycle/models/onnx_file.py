@@ -82,7 +82,7 @@ def open_onnx(model: str, inputs: Any, options: Mapping[str, object]) -> OnnxSou
 
     Args:
         model: the path.
-        inputs: what ``--inputs`` returned, or None.
+        inputs: what ``--inputs`` of the command line returned, or None.
         options: options that do not apply to a file, and their values.
 
     Raises:
@@ -90,12 +90,14 @@ def open_onnx(model: str, inputs: Any, options: Mapping[str, object]) -> OnnxSou
     """
     for option, value in options.items():
         if value:
-            raise UsageError(f"{option}: it does not apply to an ONNX file; leave it out")
+            raise UsageError(f"`{option}`: it does not apply to an ONNX file; leave it out")
     path = Path(model)
     if not path.is_file():
         raise UsageError(f"{model}: there is no such file")
     if inputs is not None and not isinstance(inputs, Mapping):
-        raise UsageError("--inputs: for an ONNX file it returns a dict of arrays by input name")
+        raise UsageError(
+            "`example_inputs`: for an ONNX file it returns a dict of arrays by input name"
+        )
     example = {name: np.asarray(array) for name, array in inputs.items()} if inputs else None
     return OnnxSource(path, example)
 

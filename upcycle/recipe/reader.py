@@ -95,7 +95,7 @@ def _text(recipe: str | Path) -> tuple[str, str]:
 
 
 def _override(document: Document, override: str, position: int) -> None:
-    place = Place(COMMAND_LINE, position, f"--set {override}")
+    place = Place(COMMAND_LINE, position, f"`overrides={override}`")
     key, equals, value = override.partition("=")
     path: KeyPath = tuple(key.strip().split("."))
     if not equals or not all(path):

@@ -89,7 +89,7 @@ def _ran(function: Callable[[Any], _T], argument: Any) -> _T:
         return function(argument)
     except UnsupportedError as error:
         raise VerificationError(
-            f"{error}; --target safetensors alone writes the checkpoint"
+            f"{error}; `targets=safetensors` alone writes the checkpoint"
         ) from error
 
 

@@ -44,7 +44,9 @@ def feeds_for(source: OnnxSource, seed: int) -> dict[str, Array]:
         return given_inputs(source.model, source.example)
     except KeyError as error:
         names = ", ".join(str(value.name) for value in source.model.graph.inputs)
-        raise UsageError(f"--inputs: {error.args[0]} is missing; the inputs are {names}") from error
+        raise UsageError(
+            f"`example_inputs`: {error.args[0]} is missing; the inputs are {names}"
+        ) from error
 
 
 def compare_outputs(
