@@ -8,45 +8,47 @@ import torch
 import transformers
 from torch import nn
 
-from upcycle.errors import UsageError, one_line
+from upcycle.errors import UsageError, is_out_of_memory, one_line
 from upcycle.layers.tap import install
 from upcycle.models.checkpoint_tensors import read_tensors
-from upcycle.targets import remote_code
+from upcycle.models.dense import DTYPES, class_named
 from upcycle.targets.checkpoint import UPCYCLE_JSON
 from upcycle.util.json_text import read_json
-from upcycle.util.named_callable import call_named
 from upcycle.util.quiet import quiet_transformers
 
 
-def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(
+    directory: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False
+) -> nn.Module:
     """Load a converted model, in eval mode and in the dtype that it was written in.
 
-    A directory in the form ``remote_code`` brings its own Python file, which is run, as
-    ``trust_remote_code=True`` does in transformers: load only what you trust.
+    Nothing that a file there names is imported or called. Models of transformers are built by the
+    classes of upcycle and transformers.
 
     Args:
         directory: as `Conversion.save` or ``upcycle convert`` wrote it.
         model: for a plain module that was converted in memory: a dense instance, which is changed
-            in place. Transformers models and ``package.module:callable`` models need none.
+            in place. Models of transformers need none.
+        trust_remote_code: run Python code of the directory: needed where the dense model had code
+            of its own.
 
     Raises:
         UsageError: the directory is no output of upcycle or is damaged, or a plain module needs
-            `model`.
+            `model`, or code would have to run.
     """
     directory = Path(directory)
     if (directory / "config.json").is_file():
-        return _load_transformers(directory)
+        return _load_transformers(directory, trust_remote_code)
     description = directory / UPCYCLE_JSON
     if not description.is_file():
         raise UsageError(f"{directory}: neither config.json nor {UPCYCLE_JSON} is here")
     data = read_json(description)
     if model is None:
-        if not data["factory"]:
-            raise UsageError(
-                f"{directory}: give upcycle.load a dense {data['class']} as `model`; the directory "
-                "has its weights and not its code"
-            )
-        model = call_named(data["factory"], nn.Module, "an nn.Module")
+        named = data.get("factory") or data.get("class")
+        raise UsageError(
+            f"{directory}: give upcycle.load the dense model ({named}) as `model`; the directory "
+            "has its weights and not its code"
+        )
     return _load_module(directory, data, model)
 
 
@@ -68,27 +70,41 @@ def _load_module(directory: Path, description: dict[str, Any], model: nn.Module)
     return model.eval()
 
 
-def _load_transformers(directory: Path) -> nn.Module:
+def check_opens(directory: Path) -> None:
+    """Open what was just written as far as it goes without reading numbers.
+
+    Raises:
+        UsageError: transformers cannot, or config.json does not describe the tensors of the files.
+    """
+    if (directory / "config.json").is_file():
+        options = {"device_map": "meta", "ignore_mismatched_sizes": True}
+        _load_transformers(directory, trust_remote_code=True, **options)
+
+
+def _load_transformers(directory: Path, trust_remote_code: bool, **options: Any) -> nn.Module:
     config = read_json(directory / "config.json")
     read_tensors(directory)  # says which file is damaged
-    has_code = (directory / remote_code.FILE).is_file()
-    written = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    autos = config.get("auto_map", {}).items()
-    # AutoModel last: it holds the classes that have no Auto class of their own
-    autos = sorted(autos, key=lambda item: (item[0] == "AutoModel", item[0]))
-    name = next((auto for auto, home in autos if home.endswith(f".{written}")), written)
+    model_class = _class_of(directory, config)
     with warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")  # transformers warns about its own classes
         try:
-            model, info = getattr(transformers, name).from_pretrained(
+            model, info = model_class.from_pretrained(
                 directory,
-                trust_remote_code=has_code,
+                trust_remote_code=trust_remote_code,
                 dtype="auto",
                 local_files_only=True,
                 output_loading_info=True,
                 **_kernel(config),
+                **options,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        except Exception as error:  # what a damaged config.json raises is of many types
+            if is_out_of_memory(error):
+                raise
+            if "auto_map" in config and not trust_remote_code:
+                raise UsageError(
+                    f"{directory}: the model brings its own Python code; pass "
+                    "`trust_remote_code=True` if you have read it and trust it"
+                ) from error
             raise UsageError(
                 f"{directory}: transformers cannot load it: {one_line(error)}"
             ) from error
@@ -102,12 +118,34 @@ def _load_transformers(directory: Path) -> nn.Module:
     return loaded
 
 
+def _class_of(directory: Path, config: dict[str, Any]) -> Any:
+    """The class of transformers, or the Auto class for one of another module, to load it with."""
+    try:
+        written = str((config.get("architectures") or ["AutoModelForCausalLM"])[0])
+        autos = [(str(a), str(home)) for a, home in (config.get("auto_map") or {}).items()]
+    except (AttributeError, TypeError, LookupError) as error:
+        raise UsageError(
+            f"{directory / 'config.json'}: `architectures` or `auto_map` is damaged; convert the "
+            "model again"
+        ) from error
+    # AutoModel last: it holds the classes that have no Auto class of their own
+    autos.sort(key=lambda item: (item[0] == "AutoModel", item[0]))
+    name = next((auto for auto, home in autos if home.endswith(f".{written}")), written)
+    found = class_named(name)
+    if found is None:
+        raise UsageError(
+            f"{directory / 'config.json'}: transformers {transformers.__version__} has no model "
+            f"class {name}"
+        )
+    return found
+
+
 def _kernel(config: dict[str, Any]) -> dict[str, str]:
     """``eager`` where torch's grouped_mm, the default, refuses a native architecture.
 
     It has no float64, and wants rows whose length in bytes is a multiple of 16.
     """
-    size = getattr(torch, str(config.get("dtype", "float32"))).itemsize
+    size = DTYPES.get(str(config.get("dtype")), torch.float32).itemsize
     named = ("hidden_size", "moe_intermediate_size", "intermediate_size")
     widths = [config[name] for name in named if isinstance(config.get(name), int)]
     fits = size <= 4 and all(width * size % 16 == 0 for width in widths)

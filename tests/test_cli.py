@@ -24,14 +24,14 @@ FLAGS = {
     | {"MODEL", "--recipe", "--set", "--out", "--target", "--calibration", "--inputs", "--device"}
     | {"--text-field", "--runtime", "--architecture", "--onnx-profile"}
     | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
-    | {"--stream", "--no-stream", "--resume", "--jobs", "--executor"}
+    | {"--stream", "--no-stream", "--resume", "--fresh", "--jobs", "--executor"}
     | {"--trust-remote-code", "--allow-pickle"},
     "plan": LOG
     | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"}
     | {"--runtime", "--architecture"},
     "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
     "diff": LOG | {"A", "B", "--json", "--allow-pickle"},
-    "verify": LOG | {"DENSE", "CONVERTED", "--inputs", "--json", "--trust-remote-code"},
+    "verify": LOG | {"DENSE", "CONVERTED", "--source", "--inputs", "--json", "--trust-remote-code"},
     "bench": LOG
     | {"CONVERTED", "--against", "--engine", "--tokens", "--layers", "--threads", "--seconds"}
     | {"--plot", "--inputs", "--json", "--trust-remote-code"},

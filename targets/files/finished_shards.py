@@ -1,58 +1,97 @@
 """Which files of an interrupted run are complete, so that the next run goes on from there."""
 
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from upcycle.errors import UsageError
+from upcycle.util.json_text import read_json
 
-FILE = "upcycle-manifest.json"
+MANIFEST, NEW = "manifest.json", "new"  # in ``<out>.partial``
 
 
 class Manifest:
-    """A `ShardLog` in a file beside the shards: the size and time of each, and the key of the run.
+    """A `ShardLog` in a file beside the directory of the shards: the hash of each, the key of the
+    run, and which directory it is that they are in.
 
-    It is rewritten after each shard by a rename, so that it is never half a file. What changes a
-    shard later changes its time, so shards need not be read.
+    It is rewritten after each shard by a rename, so that it is never half a file.
     """
 
-    def __init__(self, directory: Path, key: str) -> None:
-        """`key` says what is written.
+    def __init__(self, directory: Path, key: Callable[[], str]) -> None:
+        """Take the finished files of an earlier run; others are removed from `directory`.
+
+        Args:
+            directory: of the shards.
+            key: says what is written; called when the first file is finished, or was.
 
         Raises:
-            UsageError: the directory has a manifest with another key.
+            UsageError: the files are those of a run with another key.
         """
-        self._path = directory / FILE
-        self._key = key
-        self._whole: dict[str, list[int]] = {}
-        if self._path.is_file():
-            try:
-                data = json.loads(self._path.read_text(encoding="utf-8"))
-            except ValueError:
-                data = {}
-            if data.get("key") != key:
+        self._directory, self._path, self._new_key = directory, directory.parent / MANIFEST, key
+        self._finished: dict[str, str] = {}
+        if has_finished(directory.parent):
+            data = _read(self._path)
+            if data["key"] != self._key:
                 raise UsageError(
-                    f"{directory}: it is left from another conversion (another model, recipe or "
-                    "version); remove it, or run without `resume=True`"
+                    f"{directory.parent}: it is left from another conversion (another model, "
+                    "recipe or version); start anew with `fresh=True`"
                 )
-            self._whole = data["files"]
+            self._finished = data["files"]
+        for path in directory.iterdir():
+            if path.name not in self._finished or not _is_plain(path):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    @cached_property
+    def _key(self) -> str:
+        return self._new_key()
 
     def is_whole(self, path: Path) -> bool:
-        """Whether the file was finished and was not written to since then."""
-        return path.is_file() and self._whole.get(path.name) == _stamp(path)
+        """Whether the file was finished, and has the bytes that it had then."""
+        return _is_plain(path) and self._finished.get(path.name) == sha256(path)
 
-    def finished(self, path: Path) -> None:
-        """Note that the file is whole."""
-        self._whole[path.name] = _stamp(path)
-        text = json.dumps({"key": self._key, "files": self._whole}, indent=2) + "\n"
-        beside = self._path.with_suffix(".tmp")
-        beside.write_text(text, encoding="utf-8")
+    def finished(self, path: Path, digest: str) -> None:
+        """Note that the file is whole; `digest` is its SHA-256."""
+        self._finished[path.name] = digest
+        data = {
+            "key": self._key,
+            "directory": self._directory.stat().st_ino,
+            "files": self._finished,
+        }
+        beside = self._path.with_suffix(".json.tmp")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(data, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         beside.rename(self._path)
 
-    def remove(self) -> None:
-        """The run is over."""
-        self._path.unlink(missing_ok=True)
+
+def has_finished(partial: Path) -> bool:
+    """Whether a run left finished files in ``<partial>/new``, which was not published yet."""
+    try:
+        data, new = _read(partial / MANIFEST), partial / NEW
+    except (OSError, UsageError):
+        return False
+    return bool(data["files"]) and new.is_dir() and new.stat().st_ino == data["directory"]
 
 
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+def sha256(path: Path) -> str:
+    """Of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    files = data.get("files")
+    if not isinstance(files, dict) or not {"key", "directory"} <= set(data):
+        raise UsageError(f"{path}: not what upcycle writes; start anew with `fresh=True`")
+    return data
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()

@@ -5,9 +5,11 @@ to a fast disk.
 """
 
 import errno
+import hashlib
 import mmap
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -23,10 +25,18 @@ class OutputFile:
 
     It goes past the cache as long as the file system can do that and the disk is fast. Either way
     a machine that stops right after may lose some bytes.
+
+    Attributes:
+        sha256: of the bytes, once the file is closed; it is computed beside the writing, if wanted.
     """
 
-    def __init__(self, path: Path, *, past_cache: bool) -> None:
+    def __init__(self, path: Path, *, past_cache: bool, hashed: bool = False) -> None:
+        self.sha256: str | None = None
+        self._hash = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(1) if hashed else None
+        self._hashed: Future[None] | None = None
         self._path = path
+        path.unlink(missing_ok=True)  # not what a link of this name leads to
         self._buffer = mmap.mmap(-1, BUFFER)  # begins at a page, as a disk wants it
         self._filled = self._written = 0
         self._seconds = 0.0
@@ -48,7 +58,12 @@ class OutputFile:
             if kind is None:
                 self._reopen(direct=False)  # the end need not be a whole page
                 self._flush()
+                if self._hashed is not None:
+                    self._hashed.result()
+                    self.sha256 = self._hash.hexdigest()
         finally:
+            if self._hashing is not None:
+                self._hashing.shutdown()
             os.close(self._file)
             self._buffer.close()
 
@@ -65,6 +80,10 @@ class OutputFile:
 
     def _flush(self) -> None:
         begun, done = time.monotonic(), 0
+        if self._hashing is not None:
+            if self._hashed is not None:
+                self._hashed.result()
+            self._hashed = self._hashing.submit(self._hash.update, self._buffer[: self._filled])
         while done < self._filled:
             stop = min(done + (BUFFER if self._direct else PIECE), self._filled)
             try:

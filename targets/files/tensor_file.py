@@ -76,8 +76,8 @@ class ShardLog(Protocol):
     def is_whole(self, path: Path) -> bool:
         """Whether an earlier run finished the file, and it is unchanged."""
 
-    def finished(self, path: Path) -> None:
-        """Note that the file is complete."""
+    def finished(self, path: Path, digest: str) -> None:
+        """Note that the file is complete; `digest` is its SHA-256."""
 
 
 def write_tensors(
@@ -123,9 +123,10 @@ def write_tensors(
         header, places = _layout(path.name, shard)
         stored |= places
         if log is None or not log.is_whole(path):
-            _write_shard(path, header, shard, past_cache=total >= LARGE)
-            if log is not None:
-                log.finished(path)
+            past_cache, hashed = total >= LARGE, log is not None
+            digest = _write_shard(path, header, shard, past_cache=past_cache, hashed=hashed)
+            if log is not None and digest is not None:
+                log.finished(path, digest)
     if len(shards) > 1:
         weight_map = {e.name: stored[e.name].file for shard in shards for e in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -216,12 +217,16 @@ def _layout(file: str, shard: list[TensorEntry]) -> tuple[bytes, dict[str, Store
     return start, stored
 
 
-def _write_shard(path: Path, header: bytes, shard: list[TensorEntry], *, past_cache: bool) -> None:
+def _write_shard(
+    path: Path, header: bytes, shard: list[TensorEntry], *, past_cache: bool, hashed: bool
+) -> str | None:
+    """Write a file; its SHA-256, if wanted."""
     try:
-        with OutputFile(path, past_cache=past_cache) as file:
+        with OutputFile(path, past_cache=past_cache, hashed=hashed) as file:
             file.write(header)
             for entry in shard:
                 _write_tensor(file, entry)
+        return file.sha256
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -11,7 +11,7 @@ from upcycle.targets.native.architecture import (
     RouterRule,
     Stacks,
 )
-from upcycle.targets.native.attention import split_qkv
+from upcycle.targets.native.attention import head_dim, split_qkv
 
 MISTRAL = DenseArchitecture("MistralForCausalLM", carried=("sliding_window",))
 PHI3 = DenseArchitecture(
@@ -20,6 +20,8 @@ PHI3 = DenseArchitecture(
     carried=("sliding_window", "original_max_position_embeddings"),
     tensors=split_qkv,
     roles=("gate_up_proj", "gate_up_proj", "down_proj"),
+    # Transformers computes the rotated part of a head from it, and Mixtral has no default.
+    fields=lambda config: {"head_dim": head_dim(config)},
 )
 
 MIXTRAL = NativeTarget(

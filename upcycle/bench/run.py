@@ -72,8 +72,13 @@ def bench(
         plan = make_plan(located, recipe, recipe_name=report.recipe)
         plan, _ = as_made(plan, converted)
         own = None if isinstance(reference, PreTrainedModel) else dense.load()
-        made = load(converted, model=own)
-        evaluation = evaluation_for(reference, directory=dense.directory, example=dense.example)
+        made = load(converted, model=own, trust_remote_code=dense.trust_remote_code)
+        evaluation = evaluation_for(
+            reference,
+            directory=dense.directory,
+            trust_remote_code=dense.trust_remote_code,
+            example=dense.example,
+        )
         specs = [plan.specs[i] for i in _middle(len(plan.specs), wanted.layers)]
         onnx = recipe.onnx if wanted.engine == "onnx" else None
         kind = DTYPES[report.dtype] if onnx is None else torch.float32

@@ -20,22 +20,28 @@ from rich.text import Text
 from upcycle.cli.flags import with_flags
 from upcycle.util.json_text import json_text
 from upcycle.util.progress import Progress
+from upcycle.util.untrusted import printable
 
 log = logging.getLogger("upcycle")
+
+
+def shown(text: str) -> str:
+    """`text` for a terminal: with the flags of the command line, and without control characters."""
+    return printable(with_flags(text))
 
 
 class _Stderr(logging.Handler):
     """Writes to the current ``sys.stderr``, which rich and the tests replace for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(with_flags(self.format(record)), file=sys.stderr)
+        print(shown(self.format(record)), file=sys.stderr)
 
 
 class _Console(Console):
-    """Shows the reasons in the cells of tables with flags, too."""
+    """Shows the cells of tables as `shown`."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(with_flags(text), **options)
+        return super().render_str(shown(text), **options)
 
 
 def start_log(level: int) -> None:

@@ -12,11 +12,12 @@ FLAGS = {
     "field": "--text-field",
     "overrides": "--set",
     "runtimes": "--runtime",
+    "sources": "--source",
     "targets": "--target",
 }
 SAME = (
     *("allow_pickle", "architecture", "calibration", "device", "dtype", "engine", "executor"),
-    *("jobs", "out", "overwrite", "resume", "stream", "trust_remote_code", "verify"),
+    *("fresh", "jobs", "out", "overwrite", "resume", "stream", "trust_remote_code", "verify"),
 )
 ARGUMENT = re.compile(rf"`({'|'.join([*FLAGS, *SAME])})(?:=([^`]*))?`")
 

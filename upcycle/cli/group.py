@@ -10,7 +10,9 @@ import errno
 import gc
 import logging
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,6 @@ from typing import Any
 import click
 
 from upcycle.cli import console
-from upcycle.cli.flags import with_flags
 from upcycle.errors import UpcycleError, VerificationError, is_out_of_memory
 
 DIFFERENT = VerificationError.exit_code
@@ -31,6 +32,8 @@ class CommandGroup(click.Group):
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line and leave the process; not in standalone mode: return or raise."""
         console.start_log(logging.INFO)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         if not options.get("standalone_mode", True):
             return super().main(*args, **options)
         try:
@@ -43,14 +46,19 @@ class CommandGroup(click.Group):
             if console.log.isEnabledFor(logging.DEBUG):
                 traceback.print_exception(error)
             for line in sentence.splitlines():
-                click.echo(f"error: {line}", err=True)
+                click.echo(f"error: {console.shown(line)}", err=True)
         sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """End as Ctrl-C ends a run: what it has begun is cleared away."""
+    raise KeyboardInterrupt
 
 
 def failure(error: BaseException) -> tuple[str, int]:
     """The sentence and the exit code for whatever stopped the program."""
     if isinstance(error, UpcycleError):
-        return with_flags(str(error)), error.exit_code
+        return str(error), error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, click.UsageError):

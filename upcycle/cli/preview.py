@@ -47,5 +47,6 @@ def plan_model(
     skeleton = source.skeleton()
     plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
     plan = plan.requiring(runtimes, architecture)
+    source.unread(skeleton)
     check_model(skeleton, plan)
     return plan, costs(plan, *model_size(skeleton)), destination(skeleton, plan)

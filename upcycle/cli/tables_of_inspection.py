@@ -1,7 +1,8 @@
 """What a converted directory holds, and how two directories differ, as tables for people."""
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +13,7 @@ from upcycle.cli.tables import add_rows, count, new_table
 
 MAX_ROWS = 24  # of a table that would have one for each expert or tensor
 MAX_RUNS = 60  # characters
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 def converted_report(found: dict[str, Any]) -> list[RenderableType]:
@@ -126,11 +128,11 @@ def _first_rows(
 
 def _folded(tensors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Names and shapes; names that differ only in numbers, none of them missing, become one."""
-    alike: dict[tuple[str, str], list[list[int]]] = {}
+    alike: dict[tuple[tuple[str | None, ...], str], list[list[int]]] = {}
     for tensor in tensors:
         parts = tensor["name"].split(".")
-        pattern = ".".join("{}" if part.isdigit() else part for part in parts)
-        numbers = [int(part) for part in parts if part.isdigit()]
+        pattern = tuple(None if _NUMBER.fullmatch(part) else part for part in parts)
+        numbers = [int(part) for part, text in zip(parts, pattern, strict=True) if text is None]
         alike.setdefault((pattern, str(tensor["shape"])), []).append(numbers)
     rows: list[tuple[str, ...]] = []
     for (pattern, shape), found in alike.items():
@@ -138,10 +140,15 @@ def _folded(tensors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         is_whole = math.prod(len(column) for column in seen) == len(found)
         if is_whole and all(column[-1] - column[0] < len(column) for column in seen):
             spans = [f"{{{c[0]}..{c[-1]}}}" if len(c) > 1 else f"{c[0]}" for c in seen]
-            rows.append((pattern.format(*spans), shape))
+            rows.append((_filled(pattern, spans), shape))
         else:
-            rows += [(pattern.format(*numbers), shape) for numbers in found]
+            rows += [(_filled(pattern, map(str, numbers)), shape) for numbers in found]
     return rows
+
+
+def _filled(pattern: tuple[str | None, ...], numbers: Iterable[str]) -> str:
+    following = iter(numbers)
+    return ".".join(next(following) if part is None else part for part in pattern)
 
 
 def _difference(row: dict[str, Any]) -> tuple[str, ...]:

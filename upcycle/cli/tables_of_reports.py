@@ -14,6 +14,7 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.targets.destination import Destination, grouped
 
 MAX_LAYERS = 12  # in the table of a verification: the worst ones
+MAX_UNREAD = 4  # names of tensors
 
 
 def located_json(located: Located) -> dict[str, Any]:
@@ -148,7 +149,15 @@ def conversion_report(report: Report, out: str, sizes: dict[str, int]) -> list[R
     for name, number in sizes.items():
         files.add_row(name, size(number))
     verified = verification_report(report) if report.checks else ["not verified"]
-    return [*_calibrated(report), *verified, "", files, f"written to {out}"]
+    return [*_calibrated(report), *verified, *_unread(report), "", files, f"written to {out}"]
+
+
+def _unread(report: Report) -> list[RenderableType]:
+    if not report.unread:
+        return []
+    first, more = report.unread[:MAX_UNREAD], len(report.unread) - MAX_UNREAD
+    names = ", ".join(first) + (f" and {more} more" if more > 0 else "")
+    return ["", f"left out, as nothing in the model reads them: {names}"]
 
 
 def _calibrated(report: Report) -> list[RenderableType]:

@@ -30,6 +30,7 @@ from upcycle.recipe.reader import load_recipe
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.checkpoint import Checkpoint, planned_layers
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE
+from upcycle.util.modules import unwrapped
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.checks import raise_if_failed
 
@@ -144,13 +145,14 @@ def locate(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Loc
     """Every dense FFN of `model`, and the reason for each near miss; no weight is read.
 
     Args:
-        model: any module, also on the meta device; it is left alone.
+        model: any module, also on the meta device; it is left alone. One that was compiled, or made
+            parallel, stands for the module inside.
         example_inputs: keyword arguments or a tuple that its forward accepts; guessed if None.
 
     Raises:
         CaptureError: the forward could not be run on example inputs.
     """
-    return locate_in(model, example_inputs)
+    return locate_in(unwrapped(model), example_inputs)
 
 
 def convert(
@@ -171,7 +173,7 @@ def convert(
     """Turn the dense FFNs of `model` into MoE layers.
 
     Args:
-        model: any module; it is left alone.
+        model: any module, as for `locate`; it is left alone.
         recipe: a shipped name, the path of a YAML file, or a `Recipe`.
         example_inputs: inputs that the model accepts; guessed if None.
         calibration: a text, several texts, batches of inputs, or what
@@ -192,6 +194,7 @@ def convert(
         PlanError: an FFN cannot become what the recipe asks for.
         VerificationError: the result is further from the dense model than promised.
     """
+    model = unwrapped(model)
     name = recipe_name or ("custom" if isinstance(recipe, Recipe) else Path(recipe).name)
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     several = open_sources(sources or resolved.experts.sources, model, source)

@@ -26,12 +26,14 @@ class Facts:
         dtype: of its weights.
         size: how many parameters it has, and the bytes of one.
         streamed: how it is converted, if it is never whole in memory.
+        unread: the tensors of its files that nothing in it reads.
     """
 
     label: str
     dtype: torch.dtype
     size: tuple[int, int]
     streamed: str | None = None
+    unread: tuple[str, ...] = ()
 
 
 class DenseModel(Layers, Protocol[Written]):
@@ -77,4 +79,5 @@ def header(plan: Plan, facts: Facts) -> Report:
         torch=torch.__version__,
         costs=costs(plan, *facts.size),
         streamed=facts.streamed,
+        unread=facts.unread or None,
     )

@@ -56,6 +56,7 @@ class InMemory:
         example: inputs that the user gave.
         text: what a language or embedding model is verified on, if the user gave one.
         options: how it is converted and written.
+        unread: the stored tensors that nothing in it reads.
         converted: the result, once the layers are made.
     """
 
@@ -67,6 +68,7 @@ class InMemory:
     example: ExampleInputs | None = None
     text: str | None = None
     options: Options = DEFAULTS
+    unread: tuple[str, ...] = ()
     converted: nn.Module | None = None
 
     @cached_property
@@ -75,6 +77,7 @@ class InMemory:
         return evaluation_for(
             self.dense,
             directory=self.source.directory if self.source else None,
+            trust_remote_code=self.source is not None and self.source.trust_remote_code,
             example=self.example,
             text=self.text,
             seed=self.plan.recipe.seed,
@@ -84,7 +87,7 @@ class InMemory:
     def facts(self) -> Facts:
         """For reports."""
         label = self.source.label if self.source else type(self.dense).__qualname__
-        return Facts(label, model_dtype(self.dense), model_size(self.dense))
+        return Facts(label, model_dtype(self.dense), model_size(self.dense), unread=self.unread)
 
     @cached_property
     def _base(self) -> nn.Module:
@@ -150,7 +153,8 @@ class InMemory:
     def output(self, out: Path) -> AbstractContextManager[Path]:
         """A directory beside `out`."""
         protect = [self.source.directory] if self.source and self.source.directory else []
-        return staged(out, overwrite=self.options.overwrite, protect=protect)
+        options = self.options
+        return staged(out, overwrite=options.overwrite, protect=protect, fresh=options.fresh)
 
     def write(self, directory: Path, scratch: Path, made: Made, progress: Progress) -> Checkpoint:
         """Write the checkpoint, what lies beside the dense weights, and ONNX files."""
@@ -158,7 +162,8 @@ class InMemory:
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
         check_disk(directory, size)
         if self.source and self.source.directory:  # what it has of its own is not written anew
-            copy_companions(self.source.directory, directory)
+            trust = self.source.trust_remote_code
+            copy_companions(self.source.directory, directory, trust_remote_code=trust)
         factory = self.source.name if self.source and self.source.directory is None else None
         with step(progress, "writing"), eval_mode(model):
             written = write_checkpoint(

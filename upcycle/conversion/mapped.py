@@ -7,10 +7,9 @@ same bytes as a conversion in memory. Each layer is verified by itself, from the
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,11 @@ from upcycle.passes.transform.transform import transform
 from upcycle.targets.card import card
 from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
 from upcycle.targets.companions import copy_companions
-from upcycle.targets.files.finished_shards import Manifest
+from upcycle.targets.files.finished_shards import Manifest, sha256
 from upcycle.targets.files.read_back import read_layer
-from upcycle.targets.files.staging import publish
+from upcycle.targets.files.staging import staged
 from upcycle.targets.files.stored import read_stored
+from upcycle.util.background import started
 from upcycle.util.memory import give_back
 from upcycle.util.progress import Progress
 from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers
@@ -69,6 +69,8 @@ class Mapped:
         data: what is shown to it; None if the recipe needs nothing.
         sources: the models that experts are taken from.
         options: how it is converted and written.
+        unread: the stored tensors that nothing in it reads.
+        manifest: the finished files of the output.
     """
 
     source: Source
@@ -78,6 +80,8 @@ class Mapped:
     data: CalibrationData | None = None
     sources: Sources = NO_SOURCES
     options: Options = DEFAULTS
+    unread: tuple[str, ...] = ()
+    manifest: Manifest | None = field(default=None, init=False)
 
     @property
     def directory(self) -> Path:
@@ -95,7 +99,7 @@ class Mapped:
         """For reports."""
         total, _ = model_size(self.skeleton)
         how = "layer by layer; the whole model was not run"
-        return Facts(self.source.label, self.dtype, (total, self.dtype.itemsize), how)
+        return Facts(self.source.label, self.dtype, (total, self.dtype.itemsize), how, self.unread)
 
     def read(self, spec: MoESpec) -> FFNWeights:
         """The dense weights of one FFN."""
@@ -154,22 +158,22 @@ class Mapped:
 
     @contextmanager
     def output(self, out: Path) -> Iterator[Path]:
-        """``<out>.partial``: it stays if the run is interrupted, and goes if the run fails."""
-        directory = out.absolute().with_name(f"{out.name}.partial")
-        if not self.options.resume:
-            shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            manifest = Manifest(directory, self._key())
+        """A directory beside `out`, whose finished files stay if the run does not end well."""
+        options = self.options
+        with staged(
+            out,
+            overwrite=options.overwrite,
+            protect=[self.directory],
+            resumable=True,
+            resume=options.resume,
+            fresh=options.fresh,
+        ) as directory:
+            key = started(self._key)  # it reads the whole model
+            self.manifest = Manifest(directory, key)
             yield directory
-            manifest.remove()
-            publish(directory, out, overwrite=self.options.overwrite, protect=[self.directory])
-        except Exception:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
 
     def _key(self) -> str:
-        """What a partial directory is a part of: version, model files, decisions, sizes, data."""
+        """What finished files are a part of: version, model files, decisions, sizes, data."""
         others = [Path(name) for name in self.plan.recipe.experts.sources if name != BASE]
         files = [
             file
@@ -179,7 +183,7 @@ class Mapped:
         ]
         facts: list[Any] = [
             __version__,
-            [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+            [(file.name, sha256(file)) for file in files],
             self.plan.recipe.model_dump(mode="json"),
             [spec.site() for spec in self.plan.specs],
             self.options.max_shard_size,
@@ -199,14 +203,15 @@ class Mapped:
             give_back()  # the layer before has been written
             return made.layer(spec)
 
-        copy_companions(self.directory, directory)
+        trust = self.source.trust_remote_code
+        copy_companions(self.directory, directory, trust_remote_code=trust)
         written = write_checkpoint(
             directory,
             self._converted_skeleton(plan),
             plan,
             content=Content(tensor=tensor, layer=layer),
             max_shard_size=self.options.max_shard_size,
-            log=Manifest(directory, self._key()),
+            log=self.manifest,
         )
         for spec in plan.specs:
             if spec.ffn.path not in made.provenance:  # its file was whole already

@@ -88,7 +88,8 @@ class OnnxFile:
 
     def output(self, out: Path) -> AbstractContextManager[Path]:
         """A directory beside `out`."""
-        return staged(out, overwrite=self.options.overwrite, protect=[self.source.path])
+        options, protect = self.options, [self.source.path]
+        return staged(out, overwrite=options.overwrite, protect=protect, fresh=options.fresh)
 
     def write(self, directory: Path, scratch: Path, made: Made, progress: Progress) -> Read:
         """Write ``model.onnx``; float experts that it does not read go to `scratch`.

@@ -16,7 +16,8 @@ from upcycle.data.verification_inputs import evaluation_for
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.measured import Costs
 from upcycle.ir.spec import Plan
-from upcycle.models.checkpoint_tensors import by_module_name
+from upcycle.models.checkpoint_fit import check_finite, fit
+from upcycle.models.checkpoint_tensors import has_weights, read_tensors
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import Sources, check_sources, merged_tensors, open_sources
 from upcycle.models.onnx_file import OnnxSource
@@ -51,7 +52,10 @@ def open_dense(
     """
     given = None
     if options.calibration:
-        given = read_calibration(options.calibration, field=options.text_field)
+        trusted = isinstance(source, Source) and source.allow_pickle
+        given = read_calibration(
+            options.calibration, field=options.text_field, allow_pickle=trusted
+        )
     if not isinstance(source, Source):
         from upcycle.conversion.onnx_open import open_onnx_file  # onnx only where it is needed
 
@@ -64,6 +68,7 @@ def open_dense(
         plan = plan.requiring(options.runtimes, options.architecture)
     check_model(skeleton, plan)
     destination(skeleton, plan)
+    unread = source.unread(skeleton)
     if given is not None:  # the model may read something else, or there is no tokenizer for it
         _check_data(skeleton, plan, source, given)
     check_sources(recipe.experts.sources, skeleton, source)
@@ -72,11 +77,11 @@ def open_dense(
     estimate = costs(plan, total, itemsize)
     check_disk(out, estimate.bytes_on_disk)
     if _is_streamed(source, estimate, options):
-        return _mapped(source, plan, skeleton, given, options)
+        return _mapped(source, plan, skeleton, given, options, unread)
     del skeleton
     with step(progress, "loading"):
         model = source.load()
-    return in_memory(model, plan, given, source=source, options=options)
+    return in_memory(model, plan, given, source=source, options=options, unread=unread)
 
 
 def in_memory(
@@ -88,6 +93,7 @@ def in_memory(
     example: ExampleInputs | None = None,
     sources: Sources | None = None,
     options: Options = DEFAULTS,
+    unread: tuple[str, ...] = (),
 ) -> InMemory:
     """The same for a module that is in memory.
 
@@ -99,8 +105,13 @@ def in_memory(
         example: inputs that the user gave; those of `source` if None.
         sources: the models that experts are taken from; opened by their names if None.
         options: how to convert and to write it.
+        unread: the stored tensors that nothing in it reads.
+
+    Raises:
+        UsageError: a parameter has NaN or infinity in it.
     """
     directory = source.directory if source else None
+    check_finite(source.name if source else type(model).__name__, model.named_parameters())
     if example is None and source is not None:
         example = source.example
     text, held = verification_inputs(model, plan.recipe, given, directory=directory)
@@ -109,12 +120,13 @@ def in_memory(
     return InMemory(
         model,
         plan,
-        data=_data(model, plan, given, directory, example),
+        data=_data(model, plan, given, source, example),
         source=source,
         sources=sources,
         example=held if example is None else example,
         text=text,
         options=options,
+        unread=unread,
     )
 
 
@@ -122,7 +134,7 @@ def _data(
     model: nn.Module,
     plan: Plan,
     given: CalibrationInput | None,
-    directory: Path | None,
+    source: Source | None,
     example: ExampleInputs | None,
 ) -> CalibrationData | None:
     """What is shown to the model; None if the recipe needs nothing."""
@@ -130,14 +142,23 @@ def _data(
         return None
     count = plan.specs[0].num_experts
     return calibration_data(
-        model, plan.recipe, given, directory=directory, example=example, domains=count
+        model,
+        plan.recipe,
+        given,
+        directory=source.directory if source else None,
+        trust_remote_code=source is not None and source.trust_remote_code,
+        example=example,
+        domains=count,
     )
 
 
 def _check_data(skeleton: nn.Module, plan: Plan, source: Source, given: CalibrationInput) -> None:
-    text, example = verification_inputs(skeleton, plan.recipe, given, directory=source.directory)
-    evaluation_for(skeleton, directory=source.directory, example=example, text=text)
-    _data(skeleton, plan, given, source.directory, None)
+    directory, trust = source.directory, source.trust_remote_code
+    text, example = verification_inputs(skeleton, plan.recipe, given, directory=directory)
+    evaluation_for(
+        skeleton, directory=directory, trust_remote_code=trust, example=example, text=text
+    )
+    _data(skeleton, plan, given, source, None)
 
 
 def _is_streamed(source: Source, estimate: Costs, options: Options) -> bool:
@@ -157,6 +178,7 @@ def _mapped(
     skeleton: nn.Module,
     given: CalibrationInput | None,
     options: Options,
+    unread: tuple[str, ...],
 ) -> Mapped:
     """The model as a memory-mapped checkpoint.
 
@@ -181,15 +203,21 @@ def _mapped(
             "models, which would be whole in memory; take a router that needs no data, or pass "
             "`stream=False`"
         )
-    tensors = by_module_name(directory, skeleton)
-    if isinstance(tensors, str):
+    if not has_weights(directory):
+        raise UsageError(
+            f"{directory}: it has no safetensors files, which alone are read piece by piece; "
+            "convert it in memory (`stream=False`)"
+        )
+    found = fit(directory, read_tensors(directory), skeleton)
+    if isinstance(found, str):
         raise UnsupportedError(
-            f"{directory}: the checkpoint has no tensor {tensors}, so it cannot be converted "
+            f"{directory}: the checkpoint has no tensor {found}, so it cannot be converted "
             "piece by piece; convert it in memory (`stream=False`)"
         )
+    tensors = found.tensors
     sources = open_sources(experts.sources, skeleton, source, held=tensors)
     if sources.names:
         tensors = merged_tensors(tensors, sources, experts.merge)
     mapped = source.load(mapped=True) if needs(plan.recipe) else skeleton
-    data = _data(mapped, plan, given, directory, source.example)
-    return Mapped(source, skeleton, tensors, plan, data, sources, options)
+    data = _data(mapped, plan, given, source, source.example)
+    return Mapped(source, skeleton, tensors, plan, data, sources, options, unread)

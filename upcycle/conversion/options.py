@@ -1,10 +1,8 @@
 """How a conversion is run and written; what the result is, the recipe says."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from upcycle.conversion.workers import HERE, Workers, check_workers
 from upcycle.errors import UsageError
@@ -28,6 +26,7 @@ class Options:
         verify: compare with the dense model.
         stream: convert piece by piece; None does so if memory is too small.
         resume: go on with a streamed run that was interrupted.
+        fresh: remove what an interrupted run left.
         workers: what makes the layers.
     """
 
@@ -41,6 +40,7 @@ class Options:
     verify: bool = True
     stream: bool | None = None
     resume: bool = False
+    fresh: bool = False
     workers: Workers = HERE
 
 
@@ -69,21 +69,3 @@ def check_targets(targets: Sequence[str], *, verify: bool = False) -> None:
             "`targets=onnx` is verified with ONNX Runtime, which is not installed: pip install "
             "'upcycle[cpu]' (or 'upcycle[gpu]', not both), or pass `verify=False`"
         )
-
-
-def check_output(out: Path, dense: Path | None, *, overwrite: bool) -> None:
-    """Refuse now what `upcycle.targets.files.staging` would refuse after the work.
-
-    Args:
-        out: the directory to write.
-        dense: that of the dense model, if it has one.
-        overwrite: whether `out` may be there.
-    """
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise UsageError(f"{out}: it exists already; choose another `out` or pass `overwrite=True`")
-    if not out.is_dir() or out.is_symlink():
-        raise UsageError(f"{out}: it is not a directory; choose another `out`")
-    if dense is not None and dense.resolve().is_relative_to(out.resolve()):
-        raise UsageError(f"{out}: it contains the dense model; choose another `out`")

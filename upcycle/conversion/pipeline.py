@@ -9,13 +9,15 @@ from typing import Any
 from upcycle.conversion.dense_model import DenseModel, header
 from upcycle.conversion.make import Made, making
 from upcycle.conversion.open import open_dense
-from upcycle.conversion.options import DEFAULTS, Options, check_options, check_output
+from upcycle.conversion.options import DEFAULTS, Options, check_options
 from upcycle.ir.report import Report
 from upcycle.models.dense import Source
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.description import describe
-from upcycle.util.progress import Progress, silent
+from upcycle.targets.files.staging import check_output
+from upcycle.targets.load import check_opens
+from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.checks import raise_if_failed
 
 SCRATCH = "upcycle-layers"  # in a directory that is being written
@@ -35,14 +37,15 @@ def convert_model(
 ) -> Report:
     """Convert a named model into the directory `out`; its report is also written there.
 
-    Everything that can be refused is refused before the weights are read, and a failure leaves
-    nothing behind.
+    Everything that can be refused is refused before the weights are read. A failure leaves `out` as
+    it was; the finished files of a streamed run stay beside it, for `options.resume`.
 
     Raises:
         UpcycleError: `upcycle.errors` says which.
     """
     check_options(options)
-    check_output(out, source.directory, overwrite=options.overwrite)
+    protect = [] if source.directory is None else [source.directory]
+    check_output(out, overwrite=options.overwrite, protect=protect)
     dense = open_dense(source, recipe, recipe_name, out, options, progress)
     with dense.output(out) as directory:
         scratch = directory / SCRATCH
@@ -75,8 +78,12 @@ def finish(
 
     Raises:
         VerificationError: a check did not pass.
+        UsageError: nothing can open the files.
     """
     report = replace(report, checkpoint=dense.checkpoint(written))
+    if verify is None or report.streamed:  # else it is loaded to be compared
+        with step(progress, "opening again"):
+            check_opens(directory)
     if verify is not None:
         report = verify(report, directory, made, written, progress)
         raise_if_failed(report)

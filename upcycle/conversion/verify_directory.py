@@ -1,5 +1,6 @@
 """Compare a converted directory with its dense model, from the files alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from upcycle.targets.onnx.write import in_float32
 from upcycle.targets.provenance_file import as_made
 from upcycle.util.modules import device_of, model_dtype
 from upcycle.util.progress import silent
+from upcycle.util.untrusted import names_code
 from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers
 from upcycle.verification.onnx.files import verify_onnx
 from upcycle.verification.onnx.layers import compare_outputs, feeds_for
@@ -36,7 +38,9 @@ from upcycle.verification.onnx.rounding import rounded_paths
 from upcycle.verification.whole_model import compare_models, end_to_end
 
 
-def verify_directory(source: Source | OnnxSource, directory: Path) -> Report:
+def verify_directory(
+    source: Source | OnnxSource, directory: Path, *, sources: Sequence[str] = ()
+) -> Report:
     """The checks of a conversion again: tiers T0 to T2, and T4 where there are ONNX files.
 
     Layers are compared on random tokens. T3 compares files with the model that was written, which
@@ -45,6 +49,7 @@ def verify_directory(source: Source | OnnxSource, directory: Path) -> Report:
     Args:
         source: the dense model.
         directory: of the converted one.
+        sources: the models that its experts come from, if its report may not name them.
 
     Returns:
         The report of the conversion with what was measured now.
@@ -64,15 +69,30 @@ def verify_directory(source: Source | OnnxSource, directory: Path) -> Report:
         rounding=None,
     )
     recipe = recipe_of(report, directory)
+    named = [name for name in recipe.experts.sources if names_code(name)]
+    if sources:
+        experts = recipe.experts.model_copy(update={"sources": tuple(sources)})
+        recipe = recipe.model_copy(update={"experts": experts})
+    elif named:
+        raise UsageError(
+            f"{directory}: its report says that experts come from `{named[0]}`, and Python code "
+            "is not run because a file names it; give all of `sources` in their order"
+        )
     if not isinstance(source, Source):
         return _verify_onnx(source, directory, report, recipe)
     if source.dtype is None:  # as it was loaded for the conversion
         source = replace(source, dtype=DTYPES[report.dtype])
     dense = source.load()
     own = None if isinstance(dense, PreTrainedModel) else source.load()
-    converted = load(directory, model=own).to(device_of(dense))
+    converted = load(directory, model=own, trust_remote_code=source.trust_remote_code)
+    converted = converted.to(device_of(dense))
     report = _verify_layers(report, directory, recipe, source, dense)
-    evaluation = evaluation_for(dense, directory=source.directory, example=source.example)
+    evaluation = evaluation_for(
+        dense,
+        directory=source.directory,
+        trust_remote_code=source.trust_remote_code,
+        example=source.example,
+    )
     found = compare_models(dense, converted, evaluation)
     checks = [*report.checks, end_to_end(found, recipe, model_dtype(dense))]
     if any((directory / name).is_file() for name in ONNX_FILES):

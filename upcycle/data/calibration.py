@@ -25,12 +25,12 @@ from upcycle.data.text import (
     is_language_model,
     longest,
     sequences,
-    tokenizer_in,
 )
 from upcycle.data.text_domains import text_domains
 from upcycle.data.verification_inputs import MIN_CHARACTERS, evaluation_for, in_dtype_of
 from upcycle.errors import UsageError
 from upcycle.ir.measured import Calibrated, Usage
+from upcycle.models.tokenizer import tokenizer_in
 from upcycle.passes.plan.calibration_needs import needs
 from upcycle.recipe.schema import Calibration, Recipe
 from upcycle.util.modules import device_of
@@ -108,6 +108,7 @@ def calibration_data(
     given: CalibrationInput | None = None,
     *,
     directory: Path | None = None,
+    trust_remote_code: bool = False,
     example: ExampleInputs | None = None,
     domains: int = 1,
 ) -> CalibrationData:
@@ -120,6 +121,7 @@ def calibration_data(
         given: by the user. If None, what `upcycle.data.default_data` has; without a tokenizer
             random inputs, from which nothing is to be learned.
         directory: where its tokenizer is, if it has one.
+        trust_remote_code: run code that the tokenizer brings.
         example: inputs that the user gave for the capture, which are better than random ones.
         domains: how many the methods want, if they want any.
 
@@ -128,7 +130,8 @@ def calibration_data(
     """
     wanted = recipe.calibration
     kind = getattr(model, "main_input_name", None)
-    tokenizer = tokenizer_in(directory) if kind == "input_ids" else None
+    reads_text = kind == "input_ids"
+    tokenizer = tokenizer_in(directory if reads_text else None, trust_remote_code=trust_remote_code)
     if given is None and example is not None:
         return _placed(model, [example], EXAMPLE)
     if given is None and tokenizer is None:

@@ -3,7 +3,6 @@
 Each reader gives plain data; what a model makes of it is up to `upcycle.data.calibration`.
 """
 
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,8 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.models.checkpoint_tensors import read_tensors
+from upcycle.util.json_text import parsed, read_json
+from upcycle.util.untrusted import inside
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TENSORS = (".safetensors", ".npz", ".pt", ".pth")
@@ -77,7 +78,9 @@ class CalibrationInput:
         )
 
 
-def read_calibration(paths: Sequence[str], *, field: str = "text") -> CalibrationInput:
+def read_calibration(
+    paths: Sequence[str], *, field: str = "text", allow_pickle: bool = False
+) -> CalibrationInput:
     """What ``--calibration PATH`` names; several paths are several domains of text.
 
     Args:
@@ -85,11 +88,12 @@ def read_calibration(paths: Sequence[str], *, field: str = "text") -> Calibratio
             of images, or a file of tensors (``.safetensors``, ``.npz``, ``.pt``).
         field: of a record, or column of a data set, that holds the text. One named ``domain``
             says what kind of text it is.
+        allow_pickle: also read ``.pt`` and ``.pth`` files, which can hold code.
 
     Raises:
         UsageError: there is no such file, it is damaged, or it has no data of a known kind.
     """
-    given = [_read(Path(path), field) for path in paths]
+    given = [_read(Path(path), field, allow_pickle) for path in paths]
     if len(given) == 1:
         return given[0]
     wrong = next((path for path, g in zip(paths, given, strict=True) if not g.texts), None)
@@ -105,7 +109,7 @@ def read_calibration(paths: Sequence[str], *, field: str = "text") -> Calibratio
     )
 
 
-def _read(path: Path, field: str) -> CalibrationInput:
+def _read(path: Path, field: str, allow_pickle: bool) -> CalibrationInput:
     where = f"`calibration={path}`"
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -122,7 +126,8 @@ def _read(path: Path, field: str) -> CalibrationInput:
     if suffix in IMAGES:
         return CalibrationInput("1 image", images=(path,))
     if suffix in TENSORS:
-        return CalibrationInput(f"the tensors of {path.name}", tensors=_tensors(path, where))
+        tensors = _tensors(path, where, allow_pickle)
+        return CalibrationInput(f"the tensors of {path.name}", tensors=tensors)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -137,9 +142,9 @@ def _lines(text: str, where: str) -> Iterator[Mapping[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where}:{number}: not JSON: {error.msg}") from error
+            record = parsed(line)
+        except ValueError as error:
+            raise UsageError(f"{where}:{number}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise UsageError(f"{where}:{number}: not a record, as {{...}}")
         yield record
@@ -177,11 +182,12 @@ def _data_set(path: Path, column: str, where: str) -> Iterator[Mapping[str, Any]
         ) from error
     try:
         if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-            path = path / ("train" if "train" in splits else splits[0])
-        state = json.loads((path / "state.json").read_text("utf-8"))
-        files = [path / file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            splits = read_json(path / "dataset_dict.json")["splits"]
+            name = "train" if "train" in splits else str(splits[0])
+            path = inside(path, name, "dataset_dict.json")
+        state = read_json(path / "state.json")
+        files = [inside(path, str(f["filename"]), "state.json") for f in state["_data_files"]]
+    except (OSError, KeyError, TypeError, IndexError) as error:
         raise UsageError(f"{where}: not a whole data set ({error}); save it again") from error
     for file in files:
         try:
@@ -197,15 +203,15 @@ def _data_set(path: Path, column: str, where: str) -> Iterator[Mapping[str, Any]
         yield from table.select(wanted).to_pylist()
 
 
-def _tensors(path: Path, where: str) -> Mapping[str, torch.Tensor]:
+def _tensors(path: Path, where: str, allow_pickle: bool) -> Mapping[str, torch.Tensor]:
     if path.suffix.lower() == ".npz":
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found: Mapping[str, Any] = {n: torch.from_numpy(arrays[n]) for n in arrays.files}
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UsageError(f"{where}: not a file of plain arrays ({error})") from error
-    else:  # pickle files through torch's restricted reader, which runs no code
-        found = dict(read_tensors(path, allow_pickle=True))
+    else:
+        found = dict(read_tensors(path, allow_pickle=allow_pickle))
     if not found:
         raise UsageError(f"{where}: it holds no tensors by name")
     _examples(found, where)

@@ -8,12 +8,13 @@ import torch
 
 from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.default_data import EXAMPLE, RANDOM, for_calibration
-from upcycle.data.text import SEQUENCE, sequences, tokenizer_in
+from upcycle.data.text import SEQUENCE, sequences
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.measured import Calibrated, Usage
 from upcycle.ir.spec import MoESpec
 from upcycle.models.onnx_file import OnnxSource
+from upcycle.models.tokenizer import tokenizer_in
 from upcycle.onnx.inputs import Array, draw_inputs, given_inputs
 from upcycle.onnx.run import fetch
 from upcycle.passes.calibrate.calibrate import joined

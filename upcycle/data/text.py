@@ -1,12 +1,11 @@
 """Text as the inputs of a model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from upcycle.errors import UsageError
 
@@ -89,14 +88,3 @@ def sequences(
     special = tokenizer.num_special_tokens_to_add()
     rows = [row for row in cut if (len(row) > special if has_padding else len(row) == length)]
     return rows[: max(1, most // length)]
-
-
-def tokenizer_in(directory: Path | None) -> Any:
-    """The tokenizer that lies in `directory`, or None."""
-    names: Sequence[str] = ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json")
-    if directory is None or not any((directory / name).is_file() for name in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise UsageError(f"{directory}: its tokenizer cannot be loaded: {error}") from error

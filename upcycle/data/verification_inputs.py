@@ -19,9 +19,9 @@ from upcycle.data.text import (
     fixed_inputs,
     is_language_model,
     longest,
-    tokenizer_in,
 )
 from upcycle.errors import UsageError
+from upcycle.models.tokenizer import tokenizer_in
 from upcycle.util.modules import device_of, model_dtype
 
 MIN_CHARACTERS = 200
@@ -51,6 +51,7 @@ def evaluation_for(
     model: nn.Module,
     *,
     directory: Path | None = None,
+    trust_remote_code: bool = False,
     example: ExampleInputs | None = None,
     text: str | None = None,
     seed: int = 0,
@@ -60,6 +61,7 @@ def evaluation_for(
     Args:
         model: the dense model, with weights.
         directory: where its tokenizer is, if it has one.
+        trust_remote_code: run code that the tokenizer brings.
         example: inputs given by the user, which are used as they are.
         text: what to tokenise; `verification_text` if None.
         seed: of random inputs.
@@ -70,9 +72,8 @@ def evaluation_for(
     """
     if example is not None:
         return Evaluation([example], what="the given inputs")
-    tokenizer = (
-        tokenizer_in(directory) if getattr(model, "main_input_name", "") == "input_ids" else None
-    )
+    reads_text = getattr(model, "main_input_name", "") == "input_ids"
+    tokenizer = tokenizer_in(directory if reads_text else None, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         if text is not None:
             raise UsageError(

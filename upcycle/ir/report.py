@@ -45,6 +45,7 @@ class Report:
         dtype: of the dense weights.
         checks: the verification; empty if it was not run.
         streamed: how the model was converted, if it was never whole in memory.
+        unread: tensors of the dense files that nothing in the model reads; they are left out.
         layers, end_to_end: what verification measured.
         sources: the distance from each of the models that experts were taken from.
         tempered, onnx, rounding: for files that are not exactly the model.
@@ -60,6 +61,7 @@ class Report:
     costs: Costs | None = None
     checks: tuple[Check, ...] = ()
     streamed: str | None = None
+    unread: tuple[str, ...] | None = None
     calibration: Calibrated | None = None
     checkpoint: CheckpointFacts | None = None
     layers: tuple[LayerDistance, ...] | None = None

@@ -1,16 +1,16 @@
 """Read the tensors of a checkpoint directory by name, each only when it is asked for."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from upcycle.errors import UsageError
+from upcycle.util.json_text import read_json
 from upcycle.util.lazy_tensors import LazyTensors
+from upcycle.util.untrusted import inside, without_escape
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -62,7 +62,10 @@ def read_tensors(source: Path, *, allow_pickle: bool = False) -> Mapping[str, to
         raise UsageError(f"{source}: no such file or directory")
     if source.is_file() and source.suffix in PICKLE_SUFFIXES:
         return _read_pickles([source], allow_pickle)
-    single = source if source.is_file() else source / SINGLE
+    named = _named_weights(source) if source.is_dir() else None
+    if named is not None and named.name.endswith(".index.json"):
+        return _mapped(_checked_index(named))
+    single = named or (source if source.is_file() else source / SINGLE)
     if single.is_file():
         return _mapped(_names_in([single]))
     if (source / INDEX).is_file():
@@ -76,13 +79,32 @@ def read_tensors(source: Path, *, allow_pickle: bool = False) -> Mapping[str, to
     return _read_pickles([main] if main in pickles else pickles, allow_pickle)
 
 
+def has_weights(directory: Path, *, allow_pickle: bool = False) -> bool:
+    """Whether a directory holds weights that `read_tensors` reads."""
+    kinds = (".safetensors", ".safetensors.index.json", *(PICKLE_SUFFIXES if allow_pickle else ()))
+    return any(path.name.endswith(kinds) for path in directory.iterdir())
+
+
+def has_metadata(directory: Path) -> bool:
+    """Whether the index of a directory has what transformers looks up there; else true."""
+    index = directory / INDEX
+    return not index.is_file() or "metadata" in read_json(index)
+
+
+def _named_weights(directory: Path) -> Path | None:
+    """The file that ``transformers_weights`` of config.json names, if it does."""
+    config = directory / "config.json"
+    name = read_json(config).get("transformers_weights") if config.is_file() else None
+    return None if name is None else inside(directory, str(name), config.name)
+
+
 def _mapped(file_of: Mapping[str, Path]) -> LazyTensors:
     return LazyTensors(file_of, SafetensorsReader(file_of))
 
 
 def _safe_open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(without_escape(path, path.parent), framework="pt")
     except (SafetensorError, OSError) as error:
         raise UsageError(
             f"{path}: not a whole safetensors file ({error}); copy or download it again"
@@ -95,17 +117,15 @@ def _names_in(paths: list[Path]) -> dict[str, Path]:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise UsageError(f"{index}: not an index of weight files; download it again") from error
 
 
 def _shards_of(weight_map: Mapping[str, str], directory: Path) -> list[Path]:
-    shards = [directory / name for name in sorted(set(weight_map.values()))]
+    shards = [inside(directory, name, "the index") for name in sorted(set(weight_map.values()))]
     for path in shards:
-        if path.parent != directory or path.name == "..":
-            raise UsageError(f"{directory}: the index names {path}, which is not a file beside it")
         if not path.is_file():
             raise UsageError(f"{path}: the index names this file and it is missing; download it")
     return shards
@@ -138,31 +158,3 @@ def _read_pickles(paths: list[Path], allow_pickle: bool) -> dict[str, torch.Tens
             raise UsageError(f"{path}: holds a {type(content).__name__}, not tensors by name")
         tensors |= {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
     return tensors
-
-
-def lacking(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> str | None:
-    """The first parameter of `module` that is not there, if any; tied ones need not be."""
-    tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", {})
-    names = (name for name, _ in module.named_parameters() if name not in tied)
-    return next((name for name in names if name not in tensors), None)
-
-
-def by_module_name(directory: Path, skeleton: nn.Module) -> Mapping[str, torch.Tensor] | str:
-    """The memory-mapped tensors of a directory; a prefix of the base model is seen through.
-
-    Returns:
-        Tensor by the name in `skeleton`, for all that are there; or, if the checkpoint has other
-        names than the module, a parameter that was not found.
-    """
-    tensors = read_tensors(directory)
-    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-
-    def renamed(stored_name: Callable[[str], str]) -> LazyTensors:
-        present = (name for name in skeleton.state_dict() if stored_name(name) in tensors)
-        return LazyTensors(present, lambda name: tensors[stored_name(name)])
-
-    for stored_name in (str, prefix.__add__, lambda name: name.removeprefix(prefix)):
-        found = renamed(stored_name)
-        if lacking(found, skeleton) is None:
-            return found
-    return str(lacking(tensors, skeleton))

@@ -1,5 +1,7 @@
 """The dense model that the user names: a Hugging Face directory, a sample, or a Python callable."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,12 @@ from torch import nn
 from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError, is_out_of_memory, one_line
 from upcycle.models import samples
-from upcycle.models.checkpoint_tensors import read_tensors
+from upcycle.models.checkpoint_fit import fit, stored_apart
+from upcycle.models.checkpoint_tensors import has_metadata, has_weights, read_tensors
 from upcycle.util.json_text import read_json
 from upcycle.util.named_callable import call_named
 from upcycle.util.quiet import quiet_transformers
+from upcycle.util.untrusted import check_links
 
 if TYPE_CHECKING:
     from upcycle.models.onnx_file import OnnxSource
@@ -53,7 +57,21 @@ class Source:
         """The model without weights: on the meta device where it comes from a configuration."""
         if self.directory is None:
             return self._called()
+        return self._built(self._config()).eval()
+
+    def _config(self) -> Any:
+        """The configuration; tensors that are stored apart are tied no more, whatever it says."""
+        assert self.directory is not None
         config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
+        if any(getattr(part, "tie_word_embeddings", False) for part in _with_text(config)):
+            stored = self._stored()
+            if stored and stored_apart(stored, self._built(config)):
+                for part in _with_text(config):
+                    part.tie_word_embeddings = False
+        return config
+
+    def _built(self, config: Any) -> nn.Module:
+        """On the meta device."""
         cls = self._model_class(config)
         try:
             with torch.device("meta"), quiet_transformers():
@@ -66,7 +84,30 @@ class Source:
             raise _unless_ours(
                 error, f"{self.directory}/config.json: no model can be built from it"
             ) from error
-        return model.eval()
+        return model
+
+    def _stored(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of the directory; none where it has a configuration alone."""
+        assert self.directory is not None
+        if has_weights(self.directory, allow_pickle=self.allow_pickle):
+            return read_tensors(self.directory, allow_pickle=self.allow_pickle)
+        return {}
+
+    def unread(self, skeleton: nn.Module) -> tuple[str, ...]:
+        """The stored tensors that nothing in the model reads; for all others, that they fit.
+
+        Raises:
+            UsageError: a tensor has another shape or type than the model's.
+        """
+        stored = self._stored() if self.directory is not None else {}
+        if not stored:
+            return ()
+        assert self.directory is not None
+        found = fit(self.directory, stored, skeleton)
+        if isinstance(found, str):
+            return ()
+        ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return tuple(n for n in found.unread if not any(re.search(i, n) for i in ignored))
 
     def _called(self) -> nn.Module:
         """What the callable returns, on the device; a model without weights stays as it is."""
@@ -91,9 +132,11 @@ class Source:
                     "that has them (inspect and plan need none)"
                 )
             return module
-        config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
+        config = self._config()
         stored = read_tensors(self.directory, allow_pickle=self.allow_pickle)  # or what is broken
         options: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
+        # Transformers reads no index that has no metadata, and adds an adapter if peft is there.
+        mapped = mapped or not has_metadata(self.directory)
         if mapped:
             options["state_dict"] = dict(stored)
         try:
@@ -110,9 +153,9 @@ class Source:
         except Exception as error:
             raise _unless_ours(error, f"{self.directory}: the model cannot be loaded") from error
         if info["mismatched_keys"]:
-            name, stored, wanted = sorted(info["mismatched_keys"])[0]
+            name, there, wanted = sorted(info["mismatched_keys"])[0]
             raise UsageError(
-                f"{self.directory}: {name} is {list(stored)} in the file and {list(wanted)} by "
+                f"{self.directory}: {name} is {list(there)} in the file and {list(wanted)} by "
                 "config.json; one of the two belongs to another model"
             )
         if missing := sorted(info["missing_keys"]):
@@ -126,16 +169,24 @@ class Source:
     def _model_class(self, config: Any) -> Any:
         if self.trust_remote_code:
             for name in getattr(config, "auto_map", None) or ():
-                if name.startswith("AutoModel"):
-                    return getattr(transformers, name)
-        name = next(iter(config.architectures or ["AutoModel"]))
-        if not hasattr(transformers, name):
+                if str(name).startswith("AutoModel") and class_named(name) is not None:
+                    return class_named(name)
+        name = str(next(iter(config.architectures or ["AutoModel"])))
+        found = class_named(name)
+        if found is None:
             raise UnsupportedError(
                 f"{self.directory}: the architecture {name} is not part of transformers "
                 f"{transformers.__version__}; if the checkpoint brings its own code, pass "
                 "`trust_remote_code=True`"
             )
-        return getattr(transformers, name)
+        return found
+
+
+def class_named(name: str) -> Any:
+    """The model class, or Auto class, of transformers that a configuration names, or None."""
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model or (name.startswith("AutoModel") and found) else None
 
 
 def open_model(
@@ -167,6 +218,8 @@ def open_model(
     elif Path(model).exists():
         directory = Path(model)
         _check_not_ours(directory)
+        _check_no_adapter(directory)
+        check_links(directory)
         if not (directory / "config.json").is_file():
             raise UsageError(f"{model}: not a model directory, it has no config.json; {_MODEL}")
     elif ":" not in model:
@@ -194,9 +247,12 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     """
     data = read_json(directory / "config.json")
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        if not trust_remote_code:  # no code is read, so none has to come with the result
+            vars(config).pop("auto_map", None)
+        return config
     except Exception as error:
         if "auto_map" in data and not trust_remote_code:
             raise UsageError(
@@ -215,6 +271,16 @@ def _check_not_ours(directory: Path) -> None:
         )
 
 
+def _check_no_adapter(directory: Path) -> None:
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise UnsupportedError(
+            f"{directory}: it holds a PEFT adapter of {base} (adapter_config.json), which is not "
+            "applied; merge it into its base and save that, or remove the file if it is merged"
+        )
+
+
 def _check_dense(directory: Path, config: Any) -> None:
     if quantised := getattr(config, "quantization_config", None):
         data = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -230,6 +296,12 @@ def _check_dense(directory: Path, config: Any) -> None:
                 f"{directory}: it is already a mixture of experts ({field} = {count}); upcycle "
                 "starts from a dense model"
             )
+
+
+def _with_text(config: Any) -> list[Any]:
+    """The configuration and that of its language model, if that is another."""
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
 
 
 def _is_meta(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ same configuration wherever it says what is computed.
 """
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UsageError
-from upcycle.models.checkpoint_tensors import by_module_name, lacking
+from upcycle.models.checkpoint_fit import fit, lacking
+from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.models.dense import Source, open_model
+from upcycle.models.tokenizer import tokenizer_in
 from upcycle.util.lazy_tensors import LazyTensors
 
 BASE = "base"
+MAX_OTHER_TOKENS = 0.01  # of a vocabulary
+log = logging.getLogger(__name__)
 # Fields of a configuration that do not change what a model computes in evaluation mode.
 _FREE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version",
          "use_cache", "id2label", "label2id", "initializer_range", "initializer_factor",
@@ -81,7 +86,9 @@ def check_sources(wanted: Sequence[str], skeleton: nn.Module, like: Source) -> N
     """Refuse what `open_sources` would refuse, without reading a weight."""
     for name in wanted:
         if name != BASE:
-            _check_same(name, skeleton, _find(name, like).skeleton())
+            source = _find(name, like)
+            _check_same(name, skeleton, source.skeleton())
+            _check_tokenizer(name, source, like)
 
 
 def merged(model: nn.Module, sources: Sources, merge: str | int) -> nn.Module:
@@ -145,9 +152,9 @@ def _open(name: str, one: Any, model: nn.Module, like: Source | None) -> Mapping
     skeleton = source.skeleton()
     _check_same(name, model, skeleton)
     if source.directory is not None and any(source.directory.glob("*.safetensors")):
-        mapped = by_module_name(source.directory, skeleton)
-        if not isinstance(mapped, str):
-            return mapped
+        found = fit(source.directory, read_tensors(source.directory), skeleton)
+        if not isinstance(found, str):
+            return found.tensors
     tensors: Mapping[str, torch.Tensor] = source.load().state_dict()
     missing = lacking(tensors, model)
     if missing is not None:
@@ -211,3 +218,26 @@ def _computing(config: object) -> dict[str, object]:
         else:
             found[str(field)] = value
     return found
+
+
+def _check_tokenizer(name: str, source: Source, like: Source) -> None:
+    """Refuse a model that reads other tokens: its rows of an embedding mean something else.
+
+    A few may differ: models give reserved tokens a name of their own.
+    """
+    ours, theirs = (
+        tokenizer_in(one.directory, trust_remote_code=one.trust_remote_code)
+        for one in (like, source)
+    )
+    if ours is None or theirs is None:
+        return
+    mine, its = ({i: token for token, i in t.get_vocab().items()} for t in (ours, theirs))
+    other = sorted(i for i in mine.keys() & its.keys() if mine[i] != its[i])
+    if len(other) > MAX_OTHER_TOKENS * len(mine):
+        raise UsageError(
+            f"{name}: its tokenizer is another: token {other[0]} is {its[other[0]]!r} there and "
+            f"{mine[other[0]]!r} in the dense model; experts are taken from models with one "
+            "vocabulary"
+        )
+    if other:
+        log.warning("%s: %d tokens have another name than in the dense model", name, len(other))

@@ -29,6 +29,7 @@ from upcycle.recipe.yaml_places import (
     read_yaml,
     set_value,
 )
+from upcycle.util.untrusted import names_code
 
 _TYPES = {
     "integer": "a whole number",
@@ -63,6 +64,14 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         loaded = Recipe.model_validate_json(json.dumps(document.data))
     except ValidationError as error:
         raise _error(document.problems + _problems(error, document)) from None
+    for i, source in enumerate(loaded.experts.sources):
+        path = ("experts", "sources", i)
+        if names_code(source) and document.place(path).line != COMMAND_LINE:
+            sentence = (
+                f"`{source}` is Python code, which no file may name; give all sources with "
+                "`overrides=experts.sources=[...]`"
+            )
+            document.report(document.place(path), path, sentence)
     if document.problems:
         raise _error(document.problems)
     return loaded

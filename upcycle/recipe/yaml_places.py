@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 KeyPath = tuple[str | int, ...]
+_MARKS = tuple("*&!%@`")  # what begins with one is something else in YAML
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
 COMMAND_LINE = sys.maxsize  # line number of a place on the command line: after every file
 
 
@@ -106,7 +108,8 @@ def set_value(document: Document, path: KeyPath, text: str, place: Place) -> Non
     """
     inner = read_yaml(text, str(place))
     if inner.problems:
-        document.report(place, path, f"{text!r} is not a YAML value")
+        hint = f"; quote it: '{dotted(path)}=\"{text}\"'" if text[:1] in _MARKS else ""
+        document.report(place, path, f"{text!r} is not a YAML value{hint}")
         return
     section = document.data
     for depth, key in enumerate(path[:-1], start=1):
@@ -170,6 +173,9 @@ def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:
         return _mapping(node, path, document)
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, (*path, i), document) for i, item in enumerate(node.value)]
+    if _SURROGATE.search(node.value):
+        document.report(place, path, "this character is not allowed in YAML")
+        return None
     try:
         return _SCALARS[node.tag](node.value)
     except (KeyError, ValueError):
@@ -182,7 +188,7 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[
     data: dict[str, Any] = {}
     for key_node, value_node in node.value:
         place = document.mark(key_node.start_mark)
-        if not isinstance(key_node, yaml.ScalarNode):
+        if not isinstance(key_node, yaml.ScalarNode) or _SURROGATE.search(key_node.value):
             document.report(place, path, "a key must be a word")
             continue
         here = (*path, key_node.value)

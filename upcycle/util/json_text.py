@@ -7,10 +7,24 @@ from typing import Any
 
 from upcycle.errors import UsageError
 
+MAX_BYTES = 2**28  # the largest index of a checkpoint is a tenth of it
+
 
 def json_text(data: Any) -> str:
     """`data` as indented JSON; numbers that are not finite become null: JSON has none."""
     return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+
+
+def parsed(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(path: Path, remedy: str = "copy or download it again") -> dict[str, Any]:
@@ -19,8 +33,10 @@ def read_json(path: Path, remedy: str = "copy or download it again") -> dict[str
     Raises:
         UsageError: it is not JSON, or not an object.
     """
+    if path.stat().st_size > MAX_BYTES:
+        raise UsageError(f"{path}: {path.stat().st_size} bytes are too many for it; {remedy}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parsed(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: not JSON: {error}; {remedy}") from error
     if not isinstance(data, dict):

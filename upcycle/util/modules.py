@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -15,6 +16,18 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def device_of(model: nn.Module) -> torch.device:
     """Where the parameters are; the CPU if there are none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of what torch.compile, DataParallel and DDP make of one."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, parallel):
+            model = model.module
+        else:
+            return model
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def _reloaded(
     type it may then be twice as far from them as from itself in float32.
     """
     skeleton = None if isinstance(model, PreTrainedModel) else copy.deepcopy(dense)
-    loaded = load(directory, model=skeleton)
+    loaded = load(directory, model=skeleton, trust_remote_code=True)
     found = compare_models(model, loaded, evaluation, predictions=False).relative
     checks = [check(RELOADED, found, allowed)]
     if found > allowed and (followed := _followed(model, loaded, evaluation, plan)):
@@ -104,7 +104,7 @@ def _tempered(
     near ties. What tempering changes is measured by itself: in each layer, and (second result,
     without a bound) in the outputs of the files.
     """
-    loaded, layers = load(directory), list(planned_layers(model, plan))
+    loaded, layers = load(directory, trust_remote_code=True), list(planned_layers(model, plan))
     whole = compare_models(model, loaded, evaluation, predictions=False).outputs
     with tempered(layers, target) as seen:
         for batch in evaluation.batches:

@@ -87,7 +87,7 @@ def bench(
         from upcycle.targets.description import read_report
 
     name = against or read_report(converted).model
-    if against is None and ":" not in name:  # the report has no absolute paths
+    if against is None and not name.startswith("sample:"):  # what a file names is not run
         raise UsageError(
             f"{converted}: it was made from {name}, and does not say where that is; name the dense "
             "model with --against"

@@ -68,6 +68,7 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     help="Convert piece by piece, for models larger than memory.  [default: if it must be]",
 )
 @click.option("--resume", is_flag=True, help="Go on with a streamed run that was interrupted.")
+@click.option("--fresh", is_flag=True, help="Remove what an interrupted run left.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),

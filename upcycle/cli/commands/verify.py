@@ -12,12 +12,24 @@ from upcycle.cli.group import collector_paused
 @click.command()
 @click.argument("dense")
 @click.argument("converted", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="MODEL",
+    help="Where experts come from, if that is Python code; once for each, in their order.",
+)
 @options.inputs
 @options.as_json
 @options.trust
 @options.log
 def verify(
-    dense: str, converted: Path, inputs: str | None, as_json: bool, trust_remote_code: bool
+    dense: str,
+    converted: Path,
+    sources: tuple[str, ...],
+    inputs: str | None,
+    as_json: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Compare CONVERTED with the DENSE model that it was made from."""
     with collector_paused():
@@ -27,6 +39,6 @@ def verify(
         from upcycle.verification.checks import raise_if_failed
 
     source = open_model(dense, inputs=inputs, trust_remote_code=trust_remote_code)
-    checked = verify_directory(source, converted)
+    checked = verify_directory(source, converted, sources=sources)
     console.show(as_json, checked.to_json(), lambda: report.verification_report(checked))
     raise_if_failed(checked)
