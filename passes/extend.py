@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -109,14 +110,11 @@ def _loads(
 
         return hook
 
-    handles = [layer.router.register_forward_hook(count(p)) for p, layer in layers.items()]
-    try:
-        with eval_mode(model):
-            for batch in batches:
-                run_batch(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, eval_mode(model):
+        for path, layer in layers.items():
+            hooks.enter_context(layer.router.register_forward_hook(count(path)))
+        for batch in batches:
+            run_batch(model, batch)
     return loads
 
 

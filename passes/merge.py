@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from upcycle.errors import UnsupportedError
-from upcycle.ir.ffn import FFN, Projection
+from upcycle.ir.ffn import FFN
 from upcycle.ir.layer_weights import weights_of
 from upcycle.ir.partial_projection import write_kept
 from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import FFNWeights, Provenance, read_ffn
+from upcycle.ir.weights import FFNWeights, Provenance, read_ffn, read_matrices
 from upcycle.layers.moe import MoE
 from upcycle.passes.transform.transform import merge_to_dense
 
@@ -72,15 +72,11 @@ def _merged(
 
 def _write_ffn(ffn: FFN, parameters: Mapping[str, torch.Tensor], weights: FFNWeights) -> None:
     """The inverse of `upcycle.ir.weights.read_ffn`."""
-
-    def write(p: Projection, rows: torch.Tensor, bias: torch.Tensor | None) -> None:
-        stored = parameters[p.weight]
-        stored = (stored.t() if p.transposed else stored).view(stored.shape[p.transposed], -1)
-        stored[slice(*p.rows), slice(*p.columns or (None,))] = rows
-        if p.bias is not None and bias is not None:
-            parameters[p.bias][slice(*p.rows)] = bias
-
-    for i, projection in enumerate(ffn.expansions):
-        bias = None if weights.up_bias_MF is None else weights.up_bias_MF[i]
-        write(projection, weights.up_MFD[i], bias)
-    write(ffn.contraction, weights.down_OF, weights.down_bias_O)
+    matrices = (*weights.up_MFD, weights.down_OF)
+    for stored, matrix in zip(read_matrices(ffn, parameters), matrices, strict=True):
+        stored.copy_(matrix)
+    for i, p in enumerate(ffn.expansions):
+        if p.bias is not None and weights.up_bias_MF is not None:
+            parameters[p.bias][slice(*p.rows)] = weights.up_bias_MF[i]
+    if ffn.contraction.bias is not None and weights.down_bias_O is not None:
+        parameters[ffn.contraction.bias].copy_(weights.down_bias_O)

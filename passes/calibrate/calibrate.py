@@ -65,7 +65,7 @@ def calibrate(
         pairs = zip(batches, domains, strict=True)
         batches = [{**dict(batch), "domain_ids": domain_B} for batch, domain_B in pairs]
     places = [_Place(Site(spec, layer)) for spec, layer in layers]
-    one = _Pass(batches, dense, visit, sequential=sequential, domains=domains)
+    one = _Pass(BatchBarrier(len(batches)), batches, domains, dense, visit, sequential)
     with sites_of(model, [place.site for place in places]):
         for place in places:
             place.site.replace_tokens(partial(one.count, place))
@@ -101,24 +101,19 @@ class _Place:
     seen: list[FFNInputs] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class _Pass:
     """One run of all batches, which visits the layers."""
 
-    def __init__(
-        self,
-        batches: Sequence[ExampleInputs],
-        dense: Callable[[MoESpec], FFNWeights],
-        visit: Visit,
-        *,
-        sequential: bool,
-        domains: Sequence[torch.Tensor] | None,
-    ) -> None:
-        self.barrier = BatchBarrier(len(batches))
-        self.left = 0  # meetings
-        self._batches, self._domains = batches, domains
-        self._dense, self._visit, self._sequential = dense, visit, sequential
-        self._ffn: tuple[_Place, FFNWeights] | None = None
-        self._here: list[_Place] = []
+    barrier: BatchBarrier
+    batches: Sequence[ExampleInputs]
+    domains: Sequence[torch.Tensor] | None
+    dense: Callable[[MoESpec], FFNWeights]
+    visit: Visit
+    sequential: bool
+    left: int = 0  # meetings
+    ffn: tuple[_Place, FFNWeights] | None = None
+    here: list[_Place] = field(default_factory=list)
 
     def count(self, place: _Place, x_TD: torch.Tensor) -> torch.Tensor:
         place.calls += 1
@@ -126,21 +121,21 @@ class _Pass:
 
     def meet(self, place: _Place, x_TD: torch.Tensor) -> torch.Tensor:
         i = self.barrier.current
-        domain_B = None if self._domains is None else self._domains[i]
-        place.seen.append(tokens_of(self._batches[i], x_TD, place.site.shape, domain_B))
-        self._here.append(place)
+        domain_B = None if self.domains is None else self.domains[i]
+        place.seen.append(tokens_of(self.batches[i], x_TD, place.site.shape, domain_B))
+        self.here.append(place)
         self.barrier.wait(self._everyone)
         if not self.left:
             raise Stop
-        if self._sequential and place.met == place.calls:
+        if self.sequential and place.met == place.calls:
             return MoE.tokens(place.site.layer, x_TD)
         return self._ffn_of(place)(x_TD)
 
     def _everyone(self) -> None:
-        here, self._here = self._here, []
+        here, self.here = self.here, []
         place = here[0]
         other = next((p.site.path for p in here if p is not place), "its end")
-        if other != "its end" or len(here) < len(self._batches):
+        if other != "its end" or len(here) < len(self.batches):
             raise CaptureError(
                 "the calibration batches do not run the same FFNs in the same order: one is at "
                 f"{place.site.path} while another is at {other}; give batches of one kind"
@@ -149,14 +144,14 @@ class _Pass:
         place.met += 1
         if place.met == place.calls:
             seen, place.seen = joined(place.seen), []
-            self._visit(place.site.spec, place.site.layer, self._ffn_of(place), seen)
+            self.visit(place.site.spec, place.site.layer, self._ffn_of(place), seen)
 
     def _ffn_of(self, place: _Place) -> FFNWeights:
         """The dense FFN; read once for all batches, and one at a time."""
-        if self._ffn is None or self._ffn[0] is not place:
-            self._ffn = None
-            self._ffn = place, self._dense(place.site.spec)
-        return self._ffn[1]
+        if self.ffn is None or self.ffn[0] is not place:
+            self.ffn = None
+            self.ffn = place, self.dense(place.site.spec)
+        return self.ffn[1]
 
 
 def joined(parts: Sequence[FFNInputs]) -> FFNInputs:

@@ -4,7 +4,7 @@ Shape suffixes: T tokens, D d_model, F neurons, N domains, B sequences of a batc
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,14 +78,11 @@ def _backward(total: torch.Tensor) -> None:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter gets a gradient within it."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
         yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @dataclass(eq=False)

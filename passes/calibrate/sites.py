@@ -4,7 +4,7 @@ Shape suffixes: B sequences (or images) of a batch, L places of a sequence, T to
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,16 +52,12 @@ class Site:
 @contextmanager
 def sites_of(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """The sites note shapes; `model` is in eval mode and draws the same in every forward."""
-    handles = [site.layer.register_forward_pre_hook(site.note_shape) for site in sites]
-    try:
-        with eval_mode(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, eval_mode(model), torch.random.fork_rng(devices=[]):
         for site in sites:
-            vars(site.layer).pop("tokens", None)
+            stack.enter_context(site.layer.register_forward_pre_hook(site.note_shape))
+            stack.callback(vars(site.layer).pop, "tokens", None)
+        torch.manual_seed(0)
+        yield
 
 
 def run_batch(model: nn.Module, batch: ExampleInputs) -> Any:

@@ -66,8 +66,5 @@ def carve(markers: Markers, sizes: list[int]) -> torch.Tensor:
 
 
 ACTIVATION_CARVE = ExpertMethod(
-    name="activation_carve",
-    kind="split",
-    build=activation_carve,
-    needs=frozenset({"activations"}),
+    name="activation_carve", kind="split", build=activation_carve, needs="activations"
 )

@@ -108,8 +108,5 @@ def within(together_FF: sparse.csr_array, labels_F: Ints) -> float:
 
 
 COACTIVATION = ExpertMethod(
-    name="coactivation",
-    kind="split",
-    build=split(coactivation),
-    needs=frozenset({"activations"}),
+    name="coactivation", kind="split", build=split(coactivation), needs="activations"
 )

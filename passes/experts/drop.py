@@ -1,7 +1,6 @@
 """Every expert is the whole FFN, with some of its neurons drawn anew."""
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -30,7 +29,6 @@ def drop(dense: DenseLayer) -> Parts:
     spec, d_ff, generator = dense.spec, dense.d_ff, dense.generator
     experts = own_copies(dense)
     count = math.floor(spec.experts.ratio * d_ff + 1e-9)  # 0.29 of 100 is 29
-    neuron_EI = experts.neuron_EI.clone()
     for expert in range(spec.num_experts):
         some_R = torch.randperm(d_ff, generator=generator)[:count]
         for weight_EFX, bias_EF in matrices(experts):
@@ -39,8 +37,8 @@ def drop(dense: DenseLayer) -> Parts:
             _redraw(weight_EFX[expert], some_R, generator)
             if bias_EF is not None:
                 _redraw(bias_EF[expert], some_R, generator)
-            neuron_EI[expert, some_R] = -2
-    return Parts(replace(experts, neuron_EI=neuron_EI))
+            experts.neuron_EI[expert, some_R] = -2
+    return Parts(experts)
 
 
 def _redraw(rows: torch.Tensor, some_R: torch.Tensor, generator: torch.Generator) -> None:

@@ -1,12 +1,12 @@
 """Every expert is the FFN of another model."""
 
-from collections.abc import Callable, Iterator
-from operator import attrgetter
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from upcycle.ir.ffn import FFN
-from upcycle.ir.weights import ExpertWeights, gather_experts
+from upcycle.ir.weights import gather_experts, tensors_of
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
 from upcycle.recipe.schema import Recipe
 
@@ -27,18 +27,9 @@ def from_checkpoints(dense: DenseLayer) -> Parts:
     """
     neuron_1F = torch.arange(dense.d_ff)[None]
     each = [gather_experts(source, neuron_1F) for source in dense.ffn.sources]
-    chosen = [each[source] for source in dense.spec.source_E]
-
-    def stacked(part: Callable[[ExpertWeights], torch.Tensor]) -> torch.Tensor:
-        return torch.cat([part(one) for one in chosen])
-
-    experts = ExpertWeights(
-        up_EGD=stacked(attrgetter("up_EGD")),
-        up_bias_EG=None if dense.ffn.up_bias_MF is None else stacked(attrgetter("up_bias_EG")),
-        down_EOI=stacked(attrgetter("down_EOI")),
-        neuron_EI=stacked(attrgetter("neuron_EI")),
-    )
-    return Parts(experts)
+    chosen = [tensors_of(each[source]) for source in dense.spec.source_E]
+    stacked = {name: torch.cat([one[name] for one in chosen]) for name in chosen[0]}
+    return Parts(replace(each[0], **stacked))
 
 
 def _refuse(ffn: FFN, recipe: Recipe) -> Iterator[str]:

@@ -51,8 +51,5 @@ def gradient_domain(dense: DenseLayer) -> torch.Tensor:
 
 
 GRADIENT_DOMAIN = ExpertMethod(
-    name="gradient_domain",
-    kind="split",
-    build=split(gradient_domain),
-    needs=frozenset({"gradients"}),
+    name="gradient_domain", kind="split", build=split(gradient_domain), needs="gradients"
 )

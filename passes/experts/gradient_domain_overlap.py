@@ -24,5 +24,5 @@ GRADIENT_DOMAIN_OVERLAP = ExpertMethod(
     name="gradient_domain_overlap",
     kind="subsets",
     build=split(gradient_domain_overlap),
-    needs=frozenset({"gradients"}),
+    needs="gradients",
 )

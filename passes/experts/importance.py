@@ -27,8 +27,5 @@ def importance(dense: DenseLayer) -> torch.Tensor:
 
 
 IMPORTANCE = ExpertMethod(
-    name="importance",
-    kind="split",
-    build=split(importance),
-    needs=frozenset({"gradients"}),
+    name="importance", kind="split", build=split(importance), needs="gradients"
 )

@@ -34,8 +34,5 @@ def importance_overlap(dense: DenseLayer) -> torch.Tensor:
 
 
 IMPORTANCE_OVERLAP = ExpertMethod(
-    name="importance_overlap",
-    kind="subsets",
-    build=split(importance_overlap),
-    needs=frozenset({"gradients"}),
+    name="importance_overlap", kind="subsets", build=split(importance_overlap), needs="gradients"
 )

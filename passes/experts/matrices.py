@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.ir.weights import ExpertWeights
+from upcycle.ir.weights import ExpertWeights, tensors_of
 from upcycle.passes.experts.copy import copy
 from upcycle.passes.experts.method import DenseLayer
 
@@ -30,13 +30,8 @@ def matrices(experts: ExpertWeights) -> list[tuple[torch.Tensor, torch.Tensor | 
 def own_copies(dense: DenseLayer) -> ExpertWeights:
     """The experts of `copy`, each in memory of its own, so that they can be changed."""
     experts, whole = copy(dense).experts, torch.contiguous_format
-    bias_EG = experts.up_bias_EG
-    return replace(
-        experts,
-        up_EGD=experts.up_EGD.clone(memory_format=whole),
-        up_bias_EG=None if bias_EG is None else bias_EG.clone(memory_format=whole),
-        down_EOI=experts.down_EOI.clone(memory_format=whole),
-    )
+    own = {name: t.clone(memory_format=whole) for name, t in tensors_of(experts).items()}
+    return replace(experts, **own)
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ class ExpertMethod:
             nothing yet), ``split`` (the experts share the neurons of one FFN, each neuron once) or
             ``subsets`` (the same, but neurons may be in several experts, or in none).
         build: the method; its docstring names the paper.
-        needs: what calibration has to show: ``activations``, ``gradients``.
+        needs: what calibration has to show, if anything.
         has_sources: it takes the experts from ``experts.sources``.
         refuse: why it cannot make of one FFN what a recipe asks for, a sentence for each reason;
             `upcycle.passes.experts.kinds` knows what no method of a kind can do.
@@ -86,7 +86,7 @@ class ExpertMethod:
     name: ExpertMethodName
     kind: MethodKind
     build: BuildExperts
-    needs: frozenset[Need] = frozenset()
+    needs: Need | None = None
     has_sources: bool = False
     refuse: Callable[[FFN, Recipe], Iterable[str]] = lambda ffn, recipe: ()
 

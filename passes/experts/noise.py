@@ -1,7 +1,5 @@
 """Every expert is the whole FFN, with noise of its own."""
 
-from dataclasses import replace
-
 import torch
 
 from upcycle.passes.experts.matrices import exact, matrices, own_copies
@@ -29,7 +27,8 @@ def noise(dense: DenseLayer) -> Parts:
         for weight_FX in weight_EFX:
             drawn_FX = torch.randn(weight_FX.shape, generator=dense.generator).to(weight_FX.device)
             weight_FX.copy_(exact(weight_FX) + std * drawn_FX)
-    return Parts(replace(experts, neuron_EI=torch.full_like(experts.neuron_EI, -2)))
+    experts.neuron_EI.fill_(-2)
+    return Parts(experts)
 
 
 NOISE = ExpertMethod(name="noise", kind="altered", build=noise)

@@ -1,7 +1,5 @@
 """Every expert is the whole FFN, with noise in the directions that matter least."""
 
-from dataclasses import replace
-
 import torch
 
 from upcycle.passes.experts.matrices import exact, matrices, own_copies
@@ -34,7 +32,8 @@ def svd(dense: DenseLayer) -> Parts:
         for weight_FX in weight_EFX:
             drawn_R = torch.randn(s_R.shape, generator=dense.generator).to(s_R)
             weight_FX.copy_(exact(weight_FX) + (u_FR * (std * drawn_R)) @ v_RX)
-    return Parts(replace(experts, neuron_EI=torch.full_like(experts.neuron_EI, -2)))
+    experts.neuron_EI.fill_(-2)
+    return Parts(experts)
 
 
 SVD = ExpertMethod(name="svd", kind="altered", build=svd)

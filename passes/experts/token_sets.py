@@ -82,8 +82,5 @@ def _first_groups(
 
 
 TOKEN_SETS = ExpertMethod(
-    name="token_sets",
-    kind="subsets",
-    build=split(token_sets),
-    needs=frozenset({"activations"}),
+    name="token_sets", kind="subsets", build=split(token_sets), needs="activations"
 )

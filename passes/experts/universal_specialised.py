@@ -37,5 +37,5 @@ UNIVERSAL_SPECIALISED = ExpertMethod(
     name="universal_specialised",
     kind="split",
     build=split(universal_specialised),
-    needs=frozenset({"activations"}),
+    needs="activations",
 )

@@ -1,7 +1,8 @@
 """Findings in a recorded block hold for every sibling that repeats it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from typing import TypeVar
 
 from upcycle.capture.recorder import Program
 from upcycle.ir.ffn import FFN, Miss, Projection
@@ -23,22 +24,44 @@ def _child(path: str, parent: str) -> str | None:
 
 def with_replays(program: Program, found: list[FFN]) -> tuple[FFN, ...]:
     """Add each FFN for every block that repeats the one it was found in; in running order."""
-    unique: dict[tuple[str, ...], FFN] = {}
+    ffns = _repeated(program, found, lambda ffn: ffn.parameters, _renamed)
+    return tuple(sorted(ffns, key=_running_order(program)))
+
+
+def with_replayed_misses(program: Program, misses: list[Miss]) -> list[Miss]:
+    """Add each miss for every block that repeats the one it was found in."""
+
+    def renamed(miss: Miss, old: str, new: str) -> Miss:
+        return replace(miss, path=new + miss.path[len(old) :])
+
+    return _repeated(program, misses, lambda miss: miss, renamed)
+
+
+Found = TypeVar("Found", FFN, Miss)
+
+
+def _repeated(
+    program: Program,
+    found: list[Found],
+    key: Callable[[Found], Hashable],
+    renamed: Callable[[Found, str, str], Found],
+) -> list[Found]:
+    """Each of `found`, and of what repeats it, once by its `key`; copies after the original."""
+    unique: dict[Hashable, Found] = {}
     todo = list(reversed(found))
     while todo:
-        ffn = todo.pop()
-        if ffn.parameters in unique:
+        one = todo.pop()
+        if key(one) in unique:
             continue
-        unique[ffn.parameters] = ffn
+        unique[key(one)] = one
         copies = [
-            _renamed(ffn, template, path)
+            renamed(one, template, path)
             for template, siblings in program.replays.items()
-            if _inside(ffn.path, template)
-            for path in dict.fromkeys(siblings)
-            if path != template
+            if one.path == template or one.path.startswith(f"{template}.")
+            for path in siblings
         ]
         todo += reversed(copies)
-    return tuple(sorted(unique.values(), key=_running_order(program)))
+    return list(unique.values())
 
 
 def _running_order(program: Program) -> Callable[[FFN], tuple[int, ...]]:
@@ -77,26 +100,3 @@ def _renamed(ffn: FFN, old: str, new: str) -> FFN:
         expansions=tuple(projection(p) for p in ffn.expansions),
         contraction=projection(ffn.contraction),
     )
-
-
-def with_replayed_misses(program: Program, misses: list[Miss]) -> list[Miss]:
-    """Add each miss for every block that repeats the one it was found in."""
-    unique: dict[Miss, None] = {}
-    todo = list(reversed(misses))
-    while todo:
-        miss = todo.pop()
-        if miss in unique:
-            continue
-        unique[miss] = None
-        copies = [
-            replace(miss, path=path + miss.path[len(template) :])
-            for template, siblings in program.replays.items()
-            if _inside(miss.path, template)
-            for path in siblings
-        ]
-        todo += reversed(copies)
-    return list(unique)
-
-
-def _inside(path: str, block: str) -> bool:
-    return path == block or path.startswith(f"{block}.")

@@ -1,9 +1,6 @@
 """What the nodes of an ONNX graph are called, where in the model they are, what is in them."""
 
 import ast
-from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import onnx_ir as ir
 
@@ -27,17 +24,6 @@ TORCH_NAMES = {
     "ReduceSum": "sum",
     "SimplifiedLayerNormalization": "rms_norm",
 }
-
-
-@cache
-def opaque_call(name: str) -> Callable[..., Any]:
-    """A target of this name for a node of the graph, which is never run."""
-
-    def call(*args: Any) -> Any:
-        raise AssertionError("the graph is a view, it does not run")
-
-    call.__name__ = name
-    return call
 
 
 def path_of(node: ir.Node) -> str:

@@ -15,16 +15,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from upcycle.capture.recorder import Call, Program, op_name
+from upcycle.capture.recorder import Call, Program, op_name, opaque_call
 from upcycle.onnx.shapes import Inferred
 from upcycle.onnx.tensors import TORCH_TYPES
-from upcycle.passes.locate_onnx.names import (
-    TORCH_NAMES,
-    added_weights,
-    opaque_call,
-    path_of,
-    subgraphs,
-)
+from upcycle.passes.locate_onnx.names import TORCH_NAMES, added_weights, path_of, subgraphs
 
 STANDARD = ("", "ai.onnx")
 

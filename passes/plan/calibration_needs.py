@@ -9,11 +9,12 @@ from upcycle.recipe.schema import Recipe
 
 def needs(recipe: Recipe) -> frozenset[Need]:
     """``activations``: what each FFN is given in calibration; ``gradients``: of a loss, too."""
-    wanted = EXPERTS[recipe.experts.method].needs | ROUTER_METHODS[recipe.router.method].needs
-    if recipe.experts.adaptive and recipe.experts.width is not None:
-        wanted |= {"gradients"}
-    if recipe.compensate.any:
-        wanted |= {"activations"}
-    if recipe.experts.shared and recipe.experts.shared_by in NEEDS:
-        wanted |= {NEEDS[recipe.experts.shared_by]}
-    return wanted | {"activations"} if wanted else wanted
+    experts = recipe.experts
+    wanted = {EXPERTS[experts.method].needs, ROUTER_METHODS[recipe.router.method].needs}
+    if experts.adaptive and experts.width is not None:
+        wanted.add("gradients")
+    if experts.shared:
+        wanted.add(NEEDS.get(experts.shared_by))
+    if recipe.compensate.any or any(wanted):
+        wanted.add("activations")
+    return frozenset(need for need in wanted if need is not None)

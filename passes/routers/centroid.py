@@ -1,10 +1,12 @@
 """An expert is scored by how well a token points along its keys."""
 
+from dataclasses import replace
+
 import torch
 
 from upcycle.passes.experts.method import DenseLayer, Parts
-from upcycle.passes.routers.avg_key import keys, mean_of
-from upcycle.passes.routers.method import RouterMethod, linear
+from upcycle.passes.routers.avg_key import AVG_KEY, keys, mean_of
+from upcycle.passes.routers.method import linear
 
 
 def centroid(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
@@ -21,10 +23,4 @@ def centroid(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     return linear(mean_of(key_EID, parts), dense.spec)
 
 
-CENTROID = RouterMethod(
-    name="centroid",
-    build=centroid,
-    kinds=frozenset({"split", "subsets"}),
-    otherwise="averages the keys of each expert, and copies would all get the same row; "
-    "use `router.method: normal` or `virtual_group`, or an expert method that splits",
-)
+CENTROID = replace(AVG_KEY, name="centroid", build=centroid, reads=frozenset(), limits=())

@@ -133,7 +133,7 @@ KMEANS_LSQ = RouterMethod(
     kinds=frozenset({"split", "subsets", "altered"}),
     otherwise="finds the best expert for each group of tokens, and copies are all as good; "
     "use an expert method that splits, or one that changes the copies",
-    needs=frozenset({"activations"}),
+    needs="activations",
     bias=True,
     reads=frozenset({"ridge"}),
 )

@@ -44,7 +44,7 @@ class RouterMethod:
             names the paper.
         kinds: the kinds of experts that it makes sense for.
         otherwise: why it does not for the others, to end the sentence "<name> ...".
-        needs: what calibration has to show: ``activations``, ``gradients``.
+        needs: what calibration has to show, if anything.
         bias: it makes a bias that is not zero, which is on unless the recipe says otherwise.
         makes: the kind of the runtime router, a key of `upcycle.layers.routers.ROUTER_KINDS`.
         facts: router section, FFN and number of experts -> what it sets in the configuration of
@@ -57,7 +57,7 @@ class RouterMethod:
     build: BuildRouter
     kinds: frozenset[MethodKind] = ALL_KINDS
     otherwise: str = ""
-    needs: frozenset[Need] = frozenset()
+    needs: Need | None = None
     bias: bool = False
     makes: RouterKind = "linear"
     facts: Callable[[Router, FFN, int], Mapping[str, Any]] = lambda router, ffn, num_experts: {}

@@ -107,7 +107,7 @@ MLP = RouterMethod(
     kinds=frozenset({"split", "subsets"}),
     otherwise="learns what parts of an FFN add, and copies all add the same; "
     "use an expert method that splits",
-    needs=frozenset({"activations"}),
+    needs="activations",
     makes="mlp",
     facts=lambda router, ffn, num_experts: {"hidden": router.hidden or num_experts},
     reads=frozenset({"hidden"}),

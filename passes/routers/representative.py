@@ -52,7 +52,7 @@ REPRESENTATIVE = RouterMethod(
     kinds=frozenset({"split", "subsets"}),
     otherwise="chooses a neuron of each expert, and copies all have the same; "
     "use an expert method that splits",
-    needs=frozenset({"activations"}),
+    needs="activations",
     makes="neurons",
     facts=lambda router, ffn, num_experts: {
         "pointwise": ffn.pointwise,

@@ -32,7 +32,7 @@ RIDGE = RouterMethod(
     kinds=frozenset({"split", "subsets"}),
     otherwise="ranks parts of an FFN by what they add, and copies all add the same; "
     "use an expert method that splits",
-    needs=frozenset({"activations"}),
+    needs="activations",
     bias=True,
     reads=frozenset({"ridge"}),
 )

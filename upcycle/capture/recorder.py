@@ -45,19 +45,20 @@ class Program:
     replays: dict[str, list[str]] = field(default_factory=dict)
 
 
-def replayed_block(*args: Any) -> Any:
-    """Target of the node that stands for a block which repeats a recorded one."""
-    raise AssertionError("the graph is a view, it does not run")
+@functools.cache
+def opaque_call(name: str) -> Callable[..., Any]:
+    """A target of this name for a node of a graph, which is never run."""
+
+    def call(*args: Any) -> Any:
+        raise AssertionError("the graph is a view, it does not run")
+
+    call.__name__ = name
+    return call
 
 
-def overwritten(before: Any, write: Any) -> Any:
-    """Target of the node of a tensor whose memory a write to another view of it changed."""
-    raise AssertionError("the graph is a view, it does not run")
-
-
-def getitem_of(outputs: Any, index: int) -> Any:
-    """Target of the node of one of several outputs."""
-    raise AssertionError("the graph is a view, it does not run")
+replayed_block = opaque_call("replayed_block")  # a block that repeats a recorded one
+overwritten = opaque_call("overwritten")  # a tensor after a write to another view of its memory
+getitem_of = opaque_call("getitem_of")  # one of several outputs
 
 
 def op_name(target: Any) -> str:

@@ -53,7 +53,9 @@ def weights_of(layer: MoE, provenance: Provenance | None = None) -> MoEWeights:
     """
     held, up = layer.state_dict(), layer.experts.up_name
     down_EOI, shared = held["experts.down_proj"], None
-    origin = provenance
+    if provenance is None:
+        unknown_EI = torch.full((len(down_EOI), down_EOI.shape[2]), -1)
+        provenance = Provenance(unknown_EI, torch.full((layer.config.shared,), -1))
     if layer.shared_expert is not None:
         bias_G = held.get(f"shared_expert.{up}.bias")
         down_OS = held["shared_expert.down_proj.weight"]
@@ -61,13 +63,13 @@ def weights_of(layer: MoE, provenance: Provenance | None = None) -> MoEWeights:
             up_EGD=held[f"shared_expert.{up}.weight"][None],
             up_bias_EG=None if bias_G is None else bias_G[None],
             down_EOI=down_OS[None],
-            neuron_EI=_unknown(1, down_OS) if origin is None else origin.shared_S[None],
+            neuron_EI=provenance.shared_S[None],
         )
     experts = ExpertWeights(
         up_EGD=held[f"experts.{up}"],
         up_bias_EG=held.get(f"experts.{up}_bias"),
         down_EOI=down_EOI,
-        neuron_EI=_unknown(len(down_EOI), down_EOI) if origin is None else origin.expert_EI,
+        neuron_EI=provenance.expert_EI,
     )
     has_low_rank = layer.low_rank is not None
     return MoEWeights(
@@ -77,7 +79,3 @@ def weights_of(layer: MoE, provenance: Provenance | None = None) -> MoEWeights:
         shared=shared,
         low_rank=(held["low_rank.0.weight"], held["low_rank.1.weight"]) if has_low_rank else None,
     )
-
-
-def _unknown(num_experts: int, down: torch.Tensor) -> torch.Tensor:
-    return torch.full((num_experts, down.shape[-1]), -1)

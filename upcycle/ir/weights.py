@@ -6,6 +6,7 @@ expert, G = M * I rows of an expert's fused expansion.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -52,15 +53,8 @@ class FFNWeights:
 
     def to(self, target: torch.dtype | str) -> "FFNWeights":
         """The same FFN in another float dtype, or on another device."""
-        bias_MF, bias_O = self.up_bias_MF, self.down_bias_O
-        return FFNWeights(
-            pointwise=self.pointwise,
-            up_MFD=self.up_MFD.to(target),
-            up_bias_MF=None if bias_MF is None else bias_MF.to(target),
-            down_OF=self.down_OF.to(target),
-            down_bias_O=None if bias_O is None else bias_O.to(target),
-            sources=tuple(source.to(target) for source in self.sources),
-        )
+        moved = {name: tensor.to(target) for name, tensor in tensors_of(self).items()}
+        return replace(self, **moved, sources=tuple(source.to(target) for source in self.sources))
 
     def cpu(self) -> "FFNWeights":
         """The same FFN in host memory; itself if it is there already, or on the meta device."""
@@ -150,6 +144,11 @@ class MoEWeights:
         if self.low_rank is not None:
             named |= {f"low_rank.{i}.weight": tensor for i, tensor in enumerate(self.low_rank)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def tensors_of(weights: FFNWeights | ExpertWeights) -> dict[str, Any]:
+    """The tensors by the names of their fields, without those that are None."""
+    return {n: value for n, value in vars(weights).items() if isinstance(value, torch.Tensor)}
 
 
 def gather_experts(
