@@ -29,8 +29,7 @@ def merge(
     converted model computes with all experts at weight one, without a router.
 
     Args:
-        dense: the model that was converted; gives the architecture and is left alone.
-        converted: its conversion.
+        dense: the model that was converted; left alone.
         layers: FFN path -> the planned layer and the module that it became.
         provenance: FFN path -> the dense neurons behind its layer.
 

@@ -1,7 +1,7 @@
 """Rewrite: a copy of the dense module with an MoE layer in the place of each planned FFN."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,36 +15,14 @@ from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install
 
 
-def rewrite(
-    model: nn.Module,
-    specs: Iterable[MoESpec],
-    weights: Callable[[MoESpec], MoEWeights],
-) -> nn.Module:
-    """A converted copy of `model`, which stays a normal module: it trains, generates, saves.
-
-    Args:
-        model: left alone; its FFN weights are not copied.
-        specs: the planned layers.
-        weights: makes the weights of one layer; called once for each, in order.
-
-    Returns:
-        The copy, in the dtype, device and training mode of `model`.
-    """
-    specs = list(specs)
-    converted, layers = with_empty_layers(model, specs)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for spec, layer in zip(specs, layers, strict=True):
-        fill(layer, weights(spec), parameters[spec.ffn.parameters[0]].device)
-    return converted
-
-
 def with_empty_layers(
     model: nn.Module, specs: Sequence[MoESpec], *, in_place: bool = False
 ) -> tuple[nn.Module, list[MoE]]:
     """A copy of `model` with layers of zeros, and those, in the order of `specs`.
 
-    Matrices that also do something else keep those rows and columns. `in_place` changes `model`
-    itself, where the layers are on the meta device.
+    The copy stays a normal module, which trains, generates and saves; the weights of its FFNs are
+    not copied. Matrices that also do something else keep those rows and columns. `in_place` changes
+    `model` itself, where the layers are on the meta device.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = {name for spec in specs for name in spec.ffn.parameters}

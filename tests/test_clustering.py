@@ -110,14 +110,12 @@ def lloyd_with_scipy(rows: torch.Tensor, sizes: list[int]) -> float:
     return objective(rows, labels)
 
 
-def test_more_restarts_are_no_worse_and_one_seed_gives_one_result() -> None:
+def test_one_seed_gives_one_result() -> None:
     rows, sizes = random_rows(120, 6), [20] * 6
     one, again = (balanced_clusters(rows, sizes, generator=seeded(3)) for _ in range(2))
     other = balanced_clusters(rows, sizes, generator=seeded(4))
-    many = balanced_clusters(rows, sizes, generator=seeded(3), restarts=5)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
-    assert objective(rows, many) <= objective(rows, one)
 
 
 def test_half_precision_rows_are_clustered_in_float32() -> None:

@@ -37,11 +37,8 @@ def importance(
 
     Args:
         model: has the layers, whose dense FFNs are run in their place; its weights get no gradient.
-        layers: each planned layer with its module in `model`.
-        batches: inputs of the model; padding is left out.
-        dense: reads the FFN that a layer replaces; called twice for each batch.
+        layers, batches, dense, domains: as in `calibrate`; `dense` is called twice for each batch.
         objective: L, a sum over tokens, so that it does not matter how they are batched.
-        domains: the group of texts of each sequence, int64 [B], for each batch.
 
     Returns:
         FFN path -> [N, F] float32, with N = 1 if there are no domains; zeros for a domain without

@@ -4,7 +4,6 @@ Shape suffixes: T tokens, D d_model, E experts, F neurons, I neurons of an exper
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
@@ -15,20 +14,13 @@ from upcycle.ir.weights import FFNWeights, MoEWeights
 from upcycle.layers.token_context import TokenContext
 
 
-class RoutedTokens(NamedTuple):
-    """Some tokens: inputs [t, D], hidden activations of the dense FFN [t, F], weights [t, E]."""
-
-    x_TD: torch.Tensor
-    h_TF: torch.Tensor
-    weights_TE: torch.Tensor
-
-
 @torch.no_grad()
 def routed_tokens(
     spec: MoESpec, ffn: FFNWeights, made: MoEWeights, seen: FFNInputs
-) -> Iterator[RoutedTokens]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Route the tokens of `seen` by the router of `made`; 2048 at a time, float32.
 
+    For each t tokens: inputs [t, D], hidden activations of the dense FFN [t, F], weights [t, E].
     `spec` is the plan of a layer with exactly the tensors of `made`.
     """
     router = layer_around(spec.layer_config(), made).router
@@ -44,4 +36,4 @@ def routed_tokens(
         done += len(x_TD)
         _, weights_TK, index_TK = router(x_TD)
         weights_TE = torch.zeros(len(x_TD), spec.num_experts)
-        yield RoutedTokens(x_TD, h_TF, weights_TE.scatter_(1, index_TK, weights_TK))
+        yield x_TD, h_TF, weights_TE.scatter_(1, index_TK, weights_TK)

@@ -35,6 +35,7 @@ from upcycle.errors import UnsupportedError
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+_STEPS = 30  # at most
 # A step that gains less than this part of what the groups explain counts as none.
 _TOLERANCE = 1e-4
 
@@ -49,19 +50,15 @@ def balanced_clusters(
     sizes: Sequence[int],
     *,
     generator: torch.Generator,
-    iterations: int = 30,
-    restarts: int = 1,
 ) -> torch.Tensor:
     """Cluster rows into groups of given sizes with a small sum of squared distances to the means.
 
-    The same generator state gives the same labels; the best of all steps and restarts is kept.
+    The same generator state gives the same labels; the best of all steps is kept.
 
     Args:
         features_FD: [F, D], any float dtype; computed in float32.
         sizes: K group sizes, which sum to F.
         generator: CPU generator of the k-means++ draws.
-        iterations: most Lloyd steps; few tens reach the tolerance.
-        restarts: independent starts.
 
     Returns:
         Group of each row, [F] int64. Memory: one float32 copy of the features if they are in
@@ -81,25 +78,19 @@ def balanced_clusters(
         raise UnsupportedError("rows with NaN or infinity cannot be clustered; check the weights")
     if len(sizes_K) == 1:
         return torch.zeros(len(features_FD), dtype=torch.int64)
-    runs = [_lloyd(features_FD, square_F, sizes_K, generator, iterations) for _ in range(restarts)]
-    labels_F, _ = min(runs, key=lambda run: run[1])
-    return torch.from_numpy(labels_F)
+    return torch.from_numpy(_lloyd(features_FD, square_F, sizes_K, generator))
 
 
 def _lloyd(
-    features_FD: torch.Tensor,
-    square_F: torch.Tensor,
-    sizes_K: Ints,
-    generator: torch.Generator,
-    iterations: int,
-) -> tuple[Ints, float]:
-    """One run from one k-means++ start: the best labels, and their objective up to a constant."""
+    features_FD: torch.Tensor, square_F: torch.Tensor, sizes_K: Ints, generator: torch.Generator
+) -> Ints:
+    """The best labels on the way from a k-means++ start."""
     every = np.arange(len(features_FD))
     centroids_KD = _plus_plus(features_FD, square_F, len(sizes_K), generator)
     prices_K = np.zeros(len(sizes_K))
     labels_F, cost = np.zeros(len(features_FD), dtype=np.int64), np.inf
     removed = 1.0
-    for _ in range(iterations):
+    for _ in range(_STEPS):
         # |x - c|^2 without |x|^2, which is the same whatever group x is in.
         cost_KF = (centroids_KD @ features_FD.t()).mul_(-2).double()
         cost_KF += centroids_KD.double().square().sum(1, keepdim=True)
@@ -117,7 +108,7 @@ def _lloyd(
             removed /= 2
             if removed < _LEAST_REMOVED:
                 break
-    return labels_F, cost
+    return labels_F
 
 
 def _plus_plus(

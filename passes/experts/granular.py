@@ -6,7 +6,6 @@ experts are t whole copies. Their outputs are multiplied by the factor S.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
@@ -46,16 +45,8 @@ def total_scale(experts: recipe.Experts, router: recipe.Router, top_k: int) -> f
     return float(slices)
 
 
-class Placement(NamedTuple):
-    """Factors on the matrices; see `upcycle.ir.weights.ExpertWeights`."""
-
-    up_scale: float
-    down_scale: float
-    scale_gate: bool = True
-
-
-def placement(scale: str, pointwise: Pointwise, total: float) -> Placement:
-    """How a factor of `total` is put on the matrices.
+def placement(scale: str, pointwise: Pointwise, total: float) -> tuple[float, float, bool]:
+    """Put a factor of `total` on the matrices: the factors and `scale_gate` of `gather_experts`.
 
     - ``down``: all of it on the contraction, which is linear: exact for every activation.
     - ``up_down``: its root on the expansion that f is linear in, and on the contraction; for a
@@ -64,11 +55,11 @@ def placement(scale: str, pointwise: Pointwise, total: float) -> Placement:
       squared ReLU, c^2 = total for another plain FFN.
     """
     if scale == "down":
-        return Placement(1.0, total)
+        return 1.0, total, True
     if scale == "up_down" and pointwise.arity > 1:
-        return Placement(total**0.5, total**0.5, scale_gate=False)
+        return total**0.5, total**0.5, False
     root = total ** (1 / (_DEGREE.get(pointwise.name, pointwise.arity) + 1))
-    return Placement(root, root)
+    return root, root, True
 
 
 def placement_is_exact(scale: str, pointwise: Pointwise) -> bool:
@@ -99,9 +90,10 @@ def granular(dense: DenseLayer) -> Parts:
     spec = dense.spec
     slices_GI = torch.arange(dense.d_ff).reshape(spec.experts.granularity, -1)
     total = total_scale(spec.experts, spec.router, spec.top_k)
-    factors = placement(spec.experts.scale, dense.ffn.pointwise, total)
+    up, down, gate = placement(spec.experts.scale, dense.ffn.pointwise, total)
     neuron_EI = slices_GI.repeat(spec.experts.count, 1)
-    return Parts(gather_experts(dense.ffn, neuron_EI, **factors._asdict()))
+    experts = gather_experts(dense.ffn, neuron_EI, up_scale=up, down_scale=down, scale_gate=gate)
+    return Parts(experts)
 
 
 def _refuse(ffn: FFN, made: recipe.Recipe) -> Iterator[str]:

@@ -44,15 +44,12 @@ class Markers:
         return torch.from_numpy(np.asarray(count_F)).float() / max(self.tokens, 1)
 
     def distances(self, member_KF: torch.Tensor) -> torch.Tensor:
-        """The L1 distance of each neuron's row to the mean row of each group, [K, F] float32.
+        """The L1 distance of each row to the mean of the members of each group, [K, F] float32.
 
         For a row b of bits and a mean c it is ``sum c + b (1 - 2 c)``, so matrix products do. The
         squared distance differs by a number that depends on the group alone. So a balanced
         assignment, and the member nearest to the mean, are the same for both, and Lloyd's steps
         never get worse. The total over the members is twice that of the squares.
-
-        Args:
-            member_KF: [K, F] bool, the members of each group.
         """
         member_KF = member_KF.float()
         weight_KF = member_KF / member_KF.sum(1, keepdim=True).clamp(min=1)

@@ -1,5 +1,6 @@
 """Does anything outside an FFN read its hidden tensor?"""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -22,46 +23,36 @@ def check_outside_readers(hidden: HiddenTensor, contraction: LinearMap, live: se
     Returns:
         Whether some do.
     """
-    outside = _Outside(hidden, contraction, live)
+    inside = hidden.visited | {contraction.node}
+    readers: list[tuple[fx.Node, bool]] = []
     for node in hidden.visited:
         if op_name(node.target) not in LAYOUT | {"getitem_of"}:  # these are met on the way
-            outside.follow(node, hidden.taken_of(node))
-    if outside.reader is not None:
-        reader = outside.reader
+            readers += _readers(node, hidden.taken_of(node), inside, live)
+    reader = next((user for user, of_neurons in readers if of_neurons), None)
+    if reader is not None:
         reason = f"its hidden tensor is also {_described(reader)}"
         if _is_adapter(reader, contraction):
             reason = "a low-rank adapter lies on its contraction: merge it first"
         where = contraction.node if reader.op == "output" else reader
         raise NearMissError(reason, where)
-    return outside.others_are_read
+    return bool(readers)
 
 
-class _Outside:
-    """The first reader of a neuron from outside, and whether anything reads the other outputs."""
-
-    def __init__(self, hidden: HiddenTensor, contraction: LinearMap, live: set[fx.Node]) -> None:
-        self._inside = hidden.visited | {contraction.node}
-        self._live = live
-        self.reader: fx.Node | None = None
-        self.others_are_read = False
-
-    def follow(self, node: fx.Node, hidden: Any) -> None:
-        """Look at the readers of `node`; `hidden` is true for its elements that are neurons."""
-        for user in node.users:
-            name = op_name(user.target)
-            shape_alone = name in SHAPED_LIKE and user.args[0] is not node
-            if user not in self._live or name in _READS_TYPE_ALONE or shape_alone:
-                continue
-            if name == "getitem_of":
-                self.follow(user, hidden[user.args[1]])
-            elif is_layout(user):
-                self.follow(user, run_layout(user, hidden))
-            elif user in self._inside:
-                continue
-            elif bool(hidden.any()):
-                self.reader = self.reader or user
-            else:
-                self.others_are_read = True
+def _readers(
+    node: fx.Node, hidden: Any, inside: set[fx.Node], live: set[fx.Node]
+) -> Iterator[tuple[fx.Node, bool]]:
+    """Who reads `node` outside, and whether it reads neurons: elements where `hidden` is true."""
+    for user in node.users:
+        name = op_name(user.target)
+        shape_alone = name in SHAPED_LIKE and user.args[0] is not node
+        if user not in live or name in _READS_TYPE_ALONE or shape_alone:
+            continue
+        if name == "getitem_of":
+            yield from _readers(user, hidden[user.args[1]], inside, live)
+        elif is_layout(user):
+            yield from _readers(user, run_layout(user, hidden), inside, live)
+        elif user not in inside:
+            yield user, bool(hidden.any())
 
 
 def _is_adapter(reader: fx.Node, contraction: LinearMap) -> bool:

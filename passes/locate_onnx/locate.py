@@ -53,11 +53,7 @@ class OnnxLocated:
 
 
 def locate_in_onnx(model: ir.Model) -> OnnxLocated:
-    """All FFNs and near misses of a graph, in its order; no weight is read.
-
-    Args:
-        model: as `upcycle.onnx.open_file.open_graph` returns it.
-    """
+    """All FFNs and near misses of a graph of `open_graph`, in its order; no weight is read."""
     reader = Reader(model, infer(model, axis_sizes(model)), OPERATIONS)
     found = locate(reader.program)
     ffns = tuple(

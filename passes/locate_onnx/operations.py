@@ -59,9 +59,7 @@ def _operands(g: Reader, node: ir.Node) -> list[fx.Node | float]:
     return found
 
 
-def _binary(
-    target: Callable[..., Any], reflected: Callable[..., Any]
-) -> Callable[[Reader, ir.Node], fx.Node]:
+def _binary(target: Callable[..., Any], reflected: Callable[..., Any]) -> Translation:
     def translate(g: Reader, node: ir.Node) -> fx.Node:
         a, b = _operands(g, node)
         return g.emit(target, a, b) if isinstance(a, fx.Node) else g.emit(reflected, b, a)
@@ -69,7 +67,7 @@ def _binary(
     return translate
 
 
-def _extreme(target: Callable[..., Any], bound: str) -> Callable[[Reader, ir.Node], fx.Node]:
+def _extreme(target: Callable[..., Any], bound: str) -> Translation:
     def translate(g: Reader, node: ir.Node) -> fx.Node:
         operands = _operands(g, node)
         out, *rest = sorted(operands, key=lambda arg: not isinstance(arg, fx.Node))
@@ -84,11 +82,11 @@ def _extreme(target: Callable[..., Any], bound: str) -> Callable[[Reader, ir.Nod
     return translate
 
 
-def _unary(target: Callable[..., Any]) -> Callable[[Reader, ir.Node], fx.Node]:
+def _unary(target: Callable[..., Any]) -> Translation:
     return lambda g, node: g.emit(target, g.first_input(node))
 
 
-def _slope(target: Callable[..., Any], default: float) -> Callable[[Reader, ir.Node], fx.Node]:
+def _slope(target: Callable[..., Any], default: float) -> Translation:
     """Operations with the attribute `alpha`, which torch takes as second argument."""
     return lambda g, node: g.emit(
         target, g.first_input(node), node.attributes.get_float("alpha", default)
@@ -127,7 +125,7 @@ def _cast(g: Reader, node: ir.Node) -> fx.Node:
     return g.emit(torch.Tensor.to, g.first_input(node), dtype)
 
 
-def _gelu(approximate: str | None = None) -> Callable[[Reader, ir.Node], fx.Node]:
+def _gelu(approximate: str | None = None) -> Translation:
     """Gelu, after a bias where the operation has one."""
 
     def translate(g: Reader, node: ir.Node) -> fx.Node:
@@ -139,7 +137,7 @@ def _gelu(approximate: str | None = None) -> Callable[[Reader, ir.Node], fx.Node
     return translate
 
 
-def _swish(default: float) -> Callable[[Reader, ir.Node], fx.Node]:
+def _swish(default: float) -> Translation:
     def translate(g: Reader, node: ir.Node) -> fx.Node:
         x, alpha = g.first_input(node), node.attributes.get_float("alpha", default)
         if alpha == 1:

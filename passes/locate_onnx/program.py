@@ -56,12 +56,9 @@ class Reader:
         inferred: Inferred,
         operations: Mapping[tuple[str, str], Translation],
     ) -> None:
-        """Translate all of `model`.
+        """Translate all of `model`, which is at a recent opset and has no functions.
 
-        Args:
-            model: at a recent opset, without functions.
-            inferred: shapes and types of its tensors, as far as they are known.
-            operations: how to translate a node of a domain and type; all others are opaque.
+        `operations` translates a node by its domain and type; all others are opaque.
         """
         self.graph = fx.Graph()
         self.program = Program(self.graph)
@@ -195,10 +192,8 @@ class Reader:
     def per_neuron(self, value: ir.Value, owner: str) -> fx.Node:
         """The node of an operand of a pointwise operation; a stored row counts as a vector.
 
-        Args:
-            value: the operand.
-            owner: the weight of the linear map that the other operand comes from. Exporters store
-                equal biases once; each map gets its own name for it.
+        `owner` is the weight of the linear map that the other operand comes from. Exporters store
+        equal biases once; each map gets its own name for it.
         """
         source = self.source_of(value)
         tensor = ir.convenience.get_const_tensor(source)

@@ -23,9 +23,7 @@ def adaptive_shared(
     beyond whole blocks, so that no width gets padding that had none; and each routed expert keeps a
     neuron at least.
 
-    Args:
-        specs: of a split with a shared expert.
-        score_F: FFN path -> how useful each neuron is, larger is more.
+    `score_F` has how useful each neuron is by FFN path, larger is more.
 
     Source:
         the idea of a ratio for each layer is that of Zhao et al., "ExpertWeaver", 2026,
@@ -55,9 +53,7 @@ def adaptive_widths(
     each layer gets as many as it has among the best: one bound for the whole model. Widths are
     multiples of 8, which kernels want, and an eighth of the planned one at least.
 
-    Args:
-        specs: of a method that chooses the neurons of an expert freely.
-        importance_F: FFN path -> the mean ``|h dL/dh|`` of each neuron.
+    `importance_F` has the mean ``|h dL/dh|`` of each neuron by FFN path.
 
     Source:
         one bound for all layers is how Molchanov et al., "Importance Estimation for Neural Network

@@ -13,13 +13,7 @@ from upcycle.recipe.schema import Compensate
 
 
 def costs(plan: Plan, total_parameters: int, itemsize: int) -> Costs:
-    """The costs of a plan.
-
-    Args:
-        plan: what is converted.
-        total_parameters: parameters of the dense model.
-        itemsize: bytes of one number of the stored weights.
-    """
+    """The costs of a plan for a model of `total_parameters`, stored in `itemsize` bytes each."""
     specs, ffns = plan.specs, [spec.ffn for spec in plan.specs]
     dense = sum(ffn.num_parameters for ffn in ffns)
     layers = sum(layer_parameters(spec, spec.num_experts) for spec in specs)

@@ -32,14 +32,9 @@ def representatives(
 ) -> torch.Tensor:
     """The member of each expert whose markers are nearest to the mean of the members'.
 
-    Args:
-        ffn: the dense FFN, with all its neurons.
-        neuron_EI: [E, I] int64, the neurons of each expert, one at least; negative is padding.
-        data: the calibration tokens. Memory: F * T / 8 bytes.
-        markers: neurons marked in a token, ``experts.markers``.
-
-    Returns:
-        [E] int64, neurons of `ffn`; the lowest number where several are equally near.
+    `neuron_EI`, int64 [E, I], has the neurons of each expert, one at least; negative is padding.
+    The result is int64 [E]; the lowest number where several are equally near. Memory: F * T / 8
+    bytes.
     """
     member_EF = membership(neuron_EI, ffn.up_MFD.shape[1]).bool()
     far_EF = mark(ffn, data, markers).distances(member_EF)

@@ -11,7 +11,7 @@ P predictors.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -39,11 +39,8 @@ def compensate(made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: FFNInputs
     A token counts with the inverse of its squared output, and half of that at the median: otherwise
     the few tokens with huge outputs that language models have would decide alone.
 
-    Args:
-        made: experts that are sets of neurons of `ffn`, and their router.
-        ffn: the dense FFN.
-        spec: the plan of the layer.
-        data: calibration tokens. Memory: two float32 matrices of (F + D + 1)^2, for one FFN.
+    The experts of `made` are sets of neurons of `ffn`. Memory: two float32 matrices of
+    (F + D + 1)^2, for one FFN.
 
     Returns:
         The layer with other contractions, output bias and low-rank term; `made` if nothing is
@@ -93,18 +90,11 @@ def _with_down(experts: ExpertWeights, down_OF: torch.Tensor) -> ExpertWeights:
     return replace(experts, down_EOI=down_EOI)
 
 
-@dataclass
-class _Tokens:
-    """Some tokens: inputs [t, D], visited activations [t, F], dense outputs [t, O], weights [t]."""
-
-    x_TD: torch.Tensor
-    visited_TF: torch.Tensor
-    y_TO: torch.Tensor
-    weight_T: torch.Tensor
-
-
 class _Stream:
-    """The calibration tokens as the fits read them, computed again on each pass."""
+    """The calibration tokens as the fits read them, computed again on each pass.
+
+    Some at a time: inputs [t, D], visited activations [t, F], dense outputs [t, O], weights [t].
+    """
 
     def __init__(self, made: MoEWeights, ffn: FFNWeights, spec: MoESpec, data: FFNInputs) -> None:
         self.ffn = replace(ffn, down_bias_O=None)
@@ -118,11 +108,11 @@ class _Stream:
         sizes = [(h_TF @ ffn.down_OF.t()).square().sum(1) for _, h_TF in data.hidden(ffn)]
         self._median = float(torch.cat(sizes).median()) or 1.0
 
-    def __iter__(self) -> Iterator[_Tokens]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         for x_TD, h_TF, weights_TE in self._routed():
             visited_TF = h_TF * (weights_TE @ self._member_EF + self._always_F)
             y_TO = h_TF @ self.ffn.down_OF.t()
-            yield _Tokens(x_TD, visited_TF, y_TO, 1 / (y_TO.square().sum(1) + self._median))
+            yield x_TD, visited_TF, y_TO, 1 / (y_TO.square().sum(1) + self._median)
 
 
 Thin = tuple[torch.Tensor, torch.Tensor] | None
@@ -139,18 +129,18 @@ def _fit(
     count = neurons + inputs + int(wanted.mean)
     fit, held_out = Sums.zeros(count, d_out), Sums.zeros(count, d_out)
     place, held_out_size = 0, 0.0
-    for tokens in stream:
-        parts = [tokens.visited_TF] * bool(neurons) + [tokens.x_TD] * bool(inputs)
-        parts += [torch.ones(len(tokens.x_TD), 1)] * wanted.mean
+    for x_TD, visited_TF, y_TO, weight_T in stream:
+        parts = [visited_TF] * bool(neurons) + [x_TD] * bool(inputs)
+        parts += [torch.ones(len(x_TD), 1)] * wanted.mean
         z_TP = torch.cat(parts, dim=1)
-        gap_TO = tokens.y_TO - tokens.visited_TF @ ffn.down_OF.t()
+        gap_TO = y_TO - visited_TF @ ffn.down_OF.t()
         for start in range(0, len(z_TP), BLOCK):
             some = slice(start, start + BLOCK)
             is_held_out = place % EVERY == EVERY - 1
             sums = held_out if is_held_out else fit
-            sums.add(z_TP[some], gap_TO[some], tokens.weight_T[some])
+            sums.add(z_TP[some], gap_TO[some], weight_T[some])
             if is_held_out:
-                held_out_size += squares(tokens.y_TO[some], tokens.weight_T[some])
+                held_out_size += squares(y_TO[some], weight_T[some])
             place += 1
     relative_P = torch.ones(count)
     relative_P[neurons:] = FREE
@@ -190,12 +180,12 @@ def _affine(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors and offsets [O] that bring the outputs of the layer nearest to the dense ones."""
     moments = torch.zeros(5, len(down_OF))  # of weights, ours, theirs, ours^2, ours * theirs
-    for tokens in stream:
-        ours_TO = tokens.visited_TF @ down_OF.t() + bias_O
+    for x_TD, visited_TF, y_TO, weight_T in stream:
+        ours_TO = visited_TF @ down_OF.t() + bias_O
         if thin is not None:
-            ours_TO = ours_TO + tokens.x_TD @ thin[0].t() @ thin[1].t()
-        rows = (torch.ones_like(ours_TO), ours_TO, tokens.y_TO, ours_TO**2, ours_TO * tokens.y_TO)
-        moments += torch.stack([(tokens.weight_T[:, None] * row_TO).sum(0) for row_TO in rows])
+            ours_TO = ours_TO + x_TD @ thin[0].t() @ thin[1].t()
+        rows = (torch.ones_like(ours_TO), ours_TO, y_TO, ours_TO**2, ours_TO * y_TO)
+        moments += torch.stack([(weight_T[:, None] * row_TO).sum(0) for row_TO in rows])
     weight_O, ours_O, theirs_O, square_O, product_O = moments
     if not each:
         gain = product_O.sum() / square_O.sum().clamp(min=torch.finfo(torch.float32).tiny)

@@ -21,16 +21,12 @@ from upcycle.passes.transform.compensate import compensate
 def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> MoEWeights:
     """Build experts and router for one dense FFN: a pure function of its arguments.
 
-    What it promises is ``spec.promise``.
-
-    Args:
-        ffn: the dense weights, in one float dtype, which the experts keep.
-        spec: the decision, from `upcycle.passes.plan.plan.make_plan`.
-        data: what the FFN was given in calibration, if `calibration_needs` asks for it.
+    What it promises is ``spec.promise``. `data` is what the FFN was given in calibration, if
+    `calibration_needs` asks for it.
 
     Returns:
-        Experts, a float32 router, and the output bias of the FFN, which the layer adds once.
-        Memory: the experts, and what their method says.
+        Experts in the dtype of `ffn`, a float32 router, and the output bias of the FFN, which the
+        layer adds once. Memory: the experts, and what their method says.
     """
     dense = DenseLayer(ffn, spec, spec.generator("experts"), data)
     parts = EXPERTS[spec.experts.method].build(dense)
@@ -53,13 +49,9 @@ def merge_to_dense(
     Right after the split the result is the dense FFN bit for bit; after training it is the layer
     with all experts chosen and weights one.
 
-    Args:
-        experts: made by a split method, then possibly trained; one float dtype, which is kept.
-        ffn: the FFN that they were made from; its weights are not read.
-        shared: the shared expert, if there is one.
-
     Returns:
-        A dense FFN in new memory; `down_bias_O` is that of `ffn`.
+        A dense FFN in new memory, in the dtype of `experts`. Of `ffn`, which they were made from,
+        it has the output bias alone.
 
     Raises:
         UnsupportedError: the experts do not hold each neuron of `ffn` once, unscaled.

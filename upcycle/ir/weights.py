@@ -70,7 +70,7 @@ class ExpertWeights:
         up_bias_EG: [E, M * I] or None.
         down_EOI: [E, O, I]. The output bias of the FFN is kept out of the experts: the layer adds
             it once, which is right under every routing rule.
-        neuron_EI: [E, I] int64, the dense neuron behind each neuron; -1 is zero padding.
+        neuron_EI: [E, I] int64, the dense neuron behind each neuron; -1 is a neuron of zeros.
         up_scale, down_scale: factors on the expansions and on the contraction, relative to the
             dense FFN.
     """
@@ -161,15 +161,8 @@ def gather_experts(
 ) -> ExpertWeights:
     """Build experts by choosing dense neurons: the one way in which rows are copied.
 
-    Args:
-        ffn: the dense FFN.
-        neuron_EI: [E, I] int64, dense neuron of each expert neuron; -1 makes a neuron of zeros,
-            which adds nothing to the output.
-        up_scale: factor on the last expansion, or on every one when `scale_gate`.
-        down_scale: factor on the contraction.
-
-    Returns:
-        Experts in the dtype of `ffn`, E * I / F times its memory.
+    `neuron_EI` is that of the experts. `up_scale` is a factor on the last expansion, or on every
+    one with `scale_gate`, and `down_scale` one on the contraction. Memory: E * I / F times `ffn`.
     """
     padding_EI = neuron_EI < 0
 
@@ -213,12 +206,9 @@ def read_ffn(
     parameters: Mapping[str, torch.Tensor],
     sources: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> FFNWeights:
-    """The tensors of one located FFN.
+    """The tensors of one located FFN; of `parameters` only those in ``ffn.parameters`` are read.
 
-    Args:
-        ffn: where to look.
-        parameters: by name; only the names in ``ffn.parameters`` are read.
-        sources: the same of other models, for ``FFNWeights.sources``.
+    `sources` are the parameters of other models, for ``FFNWeights.sources``.
     """
     *ups, down_OF = read_matrices(ffn, parameters)
     zeros_F = ups[0].new_zeros(ffn.d_ff)
