@@ -56,7 +56,12 @@ def extend(
     if absent or not found:
         raise UsageError(f"{', '.join(sorted(absent)) or 'the model'}: no MoE layer of upcycle")
     for path, layer in found.items():
-        _check_linear(path, layer)
+        router = _config(layer).router
+        if not router.is_plain or router.tied or router.frozen:
+            raise UnsupportedError(
+                f"{path}: only a layer that takes the best `top_k` experts of linear scores, "
+                "trained and without balance, can be extended; convert with another router"
+            )
     loads = _loads(extended, found, batches)
     for path, layer in found.items():
         if not loads[path].any():
@@ -85,15 +90,6 @@ def _config(layer: Any) -> LayerConfig:
     """As the class here: the model's own file has another class, or plain data if it is older."""
     config = layer.config
     return LayerConfig.from_json(config if isinstance(config, dict) else config.to_json())
-
-
-def _check_linear(path: str, layer: Any) -> None:
-    router = _config(layer).router
-    if not router.is_plain or router.tied or router.frozen:
-        raise UnsupportedError(
-            f"{path}: only a layer that takes the best `top_k` experts of linear scores, trained "
-            "and without balance, can be extended; convert with another router"
-        )
 
 
 def _loads(

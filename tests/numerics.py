@@ -13,8 +13,7 @@ from upcycle.ir.layer_weights import load_weights
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
 from upcycle.layers.moe import MoE
-from upcycle.passes.plan.calibration_needs import needs
-from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.plan.plan import make_plan, needs
 from upcycle.passes.transform.transform import transform
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.schema import Experts, Recipe, Router

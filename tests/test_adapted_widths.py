@@ -10,8 +10,7 @@ from upcycle.errors import PlanError
 from upcycle.ir.ffn import Located
 from upcycle.ir.spec import MoESpec
 from upcycle.passes.plan.adaptive_sizes import adaptive_widths
-from upcycle.passes.plan.calibration_needs import needs
-from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.plan.plan import make_plan, needs
 from upcycle.recipe.schema import Recipe
 
 ROUTER = {"method": "ridge", "top_k": 1, "weights": "one", "bias": True}

@@ -9,8 +9,8 @@ import torch
 
 from upcycle.errors import PlanError
 from upcycle.ir.ffn import Located
-from upcycle.passes.calibrate.routed_tokens import routed_tokens
-from upcycle.passes.experts.partition import membership
+from upcycle.passes.calibrate.usage import routed_tokens
+from upcycle.passes.experts.split import membership
 from upcycle.passes.plan.costs import costs
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.least_squares import Sums, input_basis, solve

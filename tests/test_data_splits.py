@@ -18,9 +18,8 @@ from upcycle.passes.experts.activation_carve import carve
 from upcycle.passes.experts.coactivation import bisected, counts, refined, within
 from upcycle.passes.experts.markers import mark
 from upcycle.passes.experts.method import Parts
-from upcycle.passes.experts.partition import by_turns, group_sizes
-from upcycle.passes.experts.profile import profile
-from upcycle.passes.experts.useful import ranks, usefulness
+from upcycle.passes.experts.split import by_turns, group_sizes
+from upcycle.passes.experts.useful import profile, ranks, usefulness
 from upcycle.passes.plan.adaptive_sizes import adaptive_shared
 from upcycle.passes.plan.plan import make_plan
 from upcycle.passes.transform.transform import transform

@@ -13,9 +13,8 @@ from upcycle.ir.ffn import Located
 from upcycle.ir.weights import ExpertWeights, FFNWeights
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.cluster import features_of
-from upcycle.passes.experts.partition import deal, group_sizes
-from upcycle.passes.plan.calibration_needs import needs
-from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.experts.split import deal, group_sizes
+from upcycle.passes.plan.plan import make_plan, needs
 from upcycle.passes.transform.transform import transform
 
 SPLITS = [name for name, method in EXPERTS.items() if method.kind == "split"]

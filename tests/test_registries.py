@@ -13,8 +13,10 @@ from upcycle.layers.config import SELECT_ARGUMENTS
 from upcycle.layers.router import Router
 from upcycle.layers.selection import SELECT
 from upcycle.passes import experts, routers
-from upcycle.passes.experts import EXPERTS, ExpertMethod
-from upcycle.passes.routers import ROUTER_METHODS, RouterMethod
+from upcycle.passes.experts import EXPERTS
+from upcycle.passes.experts.method import ExpertMethod
+from upcycle.passes.routers import ROUTER_METHODS
+from upcycle.passes.routers.method import RouterMethod
 from upcycle.recipe import schema as recipe
 from upcycle.recipe.onnx import Form
 from upcycle.targets import native

@@ -105,11 +105,8 @@ def tokens_of(
 
 
 def _fits(of_BL: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    return of_BL.ndim == 2 and shape in (
-        tuple(of_BL.shape),
-        tuple(of_BL.shape)[::-1],
-        (of_BL.numel(),),
-    )
+    sizes = tuple(of_BL.shape)
+    return of_BL.ndim == 2 and shape in (sizes, sizes[::-1], (of_BL.numel(),))
 
 
 def _laid_out(of_BL: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -35,5 +35,3 @@ EXPERTS: Final[dict[str, ExpertMethod]] = {
         *(UNIVERSAL_SPECIALISED, TOKEN_SETS),
     )
 }
-
-__all__ = ["EXPERTS", "ExpertMethod"]

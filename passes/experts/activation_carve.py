@@ -6,8 +6,7 @@ import torch
 from upcycle.passes.experts.balanced import assign
 from upcycle.passes.experts.markers import Markers, mark
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
-from upcycle.passes.experts.partition import deal, group_sizes
-from upcycle.passes.experts.split import shared_neurons, split_parts
+from upcycle.passes.experts.split import deal, group_sizes, shared_neurons, split_parts
 
 STEPS = 10  # of Lloyd's iteration at most; the authors' code takes one
 
@@ -45,10 +44,8 @@ def carve(markers: Markers, sizes: list[int]) -> torch.Tensor:
     rate_F = markers.rate()
     sizes_K, prices_K = torch.tensor(sizes), np.zeros(len(sizes))
     group_K1 = torch.arange(len(sizes))[:, None]
-    member_KF = (
-        torch.arange(len(markers))
-        == rate_F.argsort(descending=True, stable=True)[: len(sizes), None]
-    )
+    first_K = rate_F.argsort(descending=True, stable=True)[: len(sizes)]
+    member_KF = torch.arange(len(markers)) == first_K[:, None]
     far_KF = markers.distances(member_KF)
     labels_F, total = torch.zeros(len(markers), dtype=torch.int64), np.inf
     for _ in range(STEPS):

@@ -5,8 +5,7 @@ import torch
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.balanced import balanced_clusters
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod
-from upcycle.passes.experts.partition import deal, group_sizes
-from upcycle.passes.experts.split import split
+from upcycle.passes.experts.split import deal, group_sizes, split
 
 
 def features_of(ffn: FFNWeights, which: str, metric: str = "cosine") -> torch.Tensor:

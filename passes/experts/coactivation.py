@@ -8,8 +8,7 @@ from scipy import sparse
 from upcycle.passes.experts.balanced import assign
 from upcycle.passes.experts.markers import Markers, mark
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod
-from upcycle.passes.experts.partition import deal, group_sizes
-from upcycle.passes.experts.split import split
+from upcycle.passes.experts.split import deal, group_sizes, split
 
 EDGES = 16  # of each neuron in the graph that is bisected, those of the largest counts
 STEPS = 20  # of the refinement at most

@@ -6,8 +6,7 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.passes.experts.balanced import assign
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod
-from upcycle.passes.experts.partition import deal, group_sizes
-from upcycle.passes.experts.split import split
+from upcycle.passes.experts.split import deal, group_sizes, split
 from upcycle.passes.experts.useful import importance_of, ranks
 
 

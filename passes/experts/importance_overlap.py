@@ -3,8 +3,7 @@
 import torch
 
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod
-from upcycle.passes.experts.partition import by_turns
-from upcycle.passes.experts.split import split
+from upcycle.passes.experts.split import by_turns, split
 from upcycle.passes.experts.useful import importance_of
 
 

@@ -3,8 +3,7 @@
 import torch
 
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod
-from upcycle.passes.experts.partition import deal
-from upcycle.passes.experts.split import split
+from upcycle.passes.experts.split import deal, split
 
 
 def random(dense: DenseLayer) -> torch.Tensor:

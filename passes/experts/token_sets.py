@@ -68,10 +68,8 @@ def _first_groups(
     predicted_TF: torch.Tensor, count: int, generator: torch.Generator
 ) -> torch.Tensor:
     """A few rounds of k-means in a random sketch, [T] int64."""
-    width = predicted_TF.shape[1]
-    sketch_TS = (predicted_TF - predicted_TF.mean(0)) @ torch.randn(
-        width, SKETCH, generator=generator
-    )
+    drawn_FS = torch.randn(predicted_TF.shape[1], SKETCH, generator=generator)
+    sketch_TS = (predicted_TF - predicted_TF.mean(0)) @ drawn_FS
     drawn_T = torch.randperm(len(sketch_TS), generator=generator)
     centre_ES = sketch_TS[drawn_T[torch.arange(count) % len(drawn_T)]]  # again, if tokens are few
     for _ in range(6):

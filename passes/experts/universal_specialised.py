@@ -4,9 +4,8 @@ import torch
 
 from upcycle.passes.experts.balanced import balanced_clusters
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod
-from upcycle.passes.experts.partition import deal, group_sizes
-from upcycle.passes.experts.profile import profile
-from upcycle.passes.experts.split import split
+from upcycle.passes.experts.split import deal, group_sizes, split
+from upcycle.passes.experts.useful import profile
 
 
 def universal_specialised(dense: DenseLayer) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from upcycle.ir.ffn import FFN
 from upcycle.ir.weights import gather_experts
 from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
-from upcycle.passes.experts.partition import deal
+from upcycle.passes.experts.split import deal
 from upcycle.recipe.schema import Recipe
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from upcycle.capture.recorder import op_name
-from upcycle.passes.locate.hidden_tensor import NotAnFFNError
+from upcycle.passes.locate.hidden_tensor import NotAnFFNError, data_of
 from upcycle.passes.locate.operations import LAYOUT, SHAPED_LIKE
 
 
@@ -116,9 +116,7 @@ def joined_widths(node: fx.Node, axis: int) -> list[int]:
     """
     rank = len(node.meta["shape"])
     while op_name(node.target) in {"dropout", "contiguous", "to", "clone"} and node.args:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
+        node = data_of(node)
     if op_name(node.target) not in {"cat", "concat", "concatenate"} or node.op != "call_function":
         return []
     dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if node.args[1:] else 0))

@@ -25,7 +25,11 @@ from upcycle.passes.locate.hidden_tensor import (
 from upcycle.passes.locate.layout import joined_widths
 from upcycle.passes.locate.linear import LinearMap, computed_linear, linear_map
 from upcycle.passes.locate.name_activation import recognise, swapped
-from upcycle.passes.locate.outside_readers import check_outside_readers
+from upcycle.passes.locate.outside_readers import (
+    check_outside_readers,
+    read_elsewhere,
+    without_tied,
+)
 from upcycle.passes.locate.region import (
     check_leaf_modules,
     check_one_input,
@@ -39,7 +43,6 @@ from upcycle.passes.locate.region import (
     spread_of,
 )
 from upcycle.passes.locate.replayed_blocks import crosses_blocks, with_replayed_misses, with_replays
-from upcycle.passes.locate.shared_weights import read_elsewhere, without_tied
 from upcycle.passes.locate.trace import trace
 from upcycle.pointwise import Pointwise
 

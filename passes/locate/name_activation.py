@@ -32,11 +32,8 @@ def _without_casts(program: Pointwise) -> Pointwise:
 def swapped(program: Pointwise) -> Pointwise:
     """The same function with its two arguments exchanged."""
     flip = {"z0": "z1", "z1": "z0"}
-
-    def rename(arg: object) -> object:
-        return flip.get(arg, arg) if isinstance(arg, str) else arg
-
-    steps = tuple(
-        (op, tuple(rename(a) for a in args), kwargs) for op, args, kwargs in program.steps
-    )
-    return Pointwise(program.arity, steps)
+    steps = []
+    for op, args, kwargs in program.steps:
+        renamed = (flip.get(arg, arg) if isinstance(arg, str) else arg for arg in args)
+        steps.append((op, tuple(renamed), kwargs))
+    return Pointwise(program.arity, tuple(steps))

@@ -1,14 +1,18 @@
-"""Does anything outside an FFN read its hidden tensor?"""
+"""Does anything outside an FFN read its hidden tensor, or its weights?
+
+Converting the FFN would change what reads its weights, or lose them.
+"""
 
 from collections.abc import Iterator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from upcycle.capture.recorder import op_name
+from upcycle.ir.ffn import FFN, Located, Miss
 from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError
 from upcycle.passes.locate.layout import is_layout, run_layout
-from upcycle.passes.locate.linear import LinearMap, linear_map
+from upcycle.passes.locate.linear import LinearMap, linear_map, parameter_of
 from upcycle.passes.locate.operations import CASTS, LAYOUT, SHAPED_LIKE
 
 _READS_TYPE_ALONE = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
@@ -82,3 +86,52 @@ def _described(user: fx.Node) -> str:
         return "an output of the model"
     where = user.meta.get("path")
     return f"read by `{op_name(user.target)}` in " + (f"`{where}`" if where else "the model itself")
+
+
+def read_elsewhere(
+    graph: fx.Graph, ffn: FFN, maps: set[fx.Node], live: set[fx.Node]
+) -> tuple[fx.Node, str] | None:
+    """Where and why to refuse `ffn`: a call outside its linear maps reads one of its weights.
+
+    `maps` are its linear maps, at every place where the model applies it, and `live` the nodes that
+    the output depends on.
+    """
+    weights = {p.weight for p in (*ffn.expansions, ffn.contraction)}
+    for node in graph.nodes:
+        found = parameter_of(node)
+        if found is None or found.name not in weights:
+            continue
+        for user in node.users:
+            if user in live and user not in maps and parameter_of(user) is None:
+                where = user.meta.get("path") or "the model itself"
+                return user, (
+                    f"its weight `{found.name}` is also read by `{op_name(user.target)}` in "
+                    f"`{where}`: untie them first"
+                )
+    return None
+
+
+def without_tied(model: nn.Module, located: Located) -> Located:
+    """Refuse FFNs with a parameter that another module, or another name of it, holds too.
+
+    A module that is registered at several places holds its parameters once: it is converted once
+    and put at each of the places.
+    """
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    ffns, misses = [], list(located.misses)
+    for ffn in located.ffns:
+        own = [holders[id(parameters[name])] for name in ffn.parameters]
+        tied = next((names for names in own if len(names) > 1), None)
+        if tied is None:
+            ffns.append(ffn)
+            continue
+        others = [name for name in tied if name not in ffn.parameters] or tied[1:]
+        misses.append(
+            Miss(ffn.path, f"its weights are shared with `{others[0]}`: untie them first")
+        )
+    return Located(tuple(ffns), tuple(misses))

@@ -7,7 +7,7 @@ from torch import fx
 
 from upcycle.capture.recorder import Program, op_name
 from upcycle.ir.ffn import FFN, Placement, Projection
-from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError, dropout_of
+from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError, data_of, dropout_of
 from upcycle.passes.locate.linear import LinearMap
 from upcycle.passes.locate.operations import LINEAR
 from upcycle.pointwise import Pointwise
@@ -113,9 +113,7 @@ def _dropout_between(output: fx.Node, end: fx.Node) -> float | None:
         if op_name(end.target) == "dropout":
             more = dropout_of(end)
             total += more - total * more
-        source = end.args[0]
-        assert isinstance(source, fx.Node)
-        end = source
+        end = data_of(end)
     return total
 
 
@@ -147,8 +145,7 @@ def check_leaf_modules(program: Program, ffn: FFN, nodes: list[fx.Node]) -> None
 def _through_views(node: fx.Node) -> fx.Node:
     """The tensor that `node` is a view of."""
     while node.op == "call_function" and op_name(node.target) in _VIEWS:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = data_of(node)
         if source.meta["shape"][-1:] != node.meta["shape"][-1:]:
             break
         node = source

@@ -232,11 +232,8 @@ class _Walk:
             return 1.0  # a factor that all columns share
         self.hidden.note_mixing(reason if mixes else why_opaque(node, data[0]), node)
         ref = self.value(data[0], index_PC)
-        return (
-            ref
-            if name in operations.SCALING_MIXERS | operations.AFFINE
-            else self._step(name, (ref,))
-        )
+        is_linear = name in operations.SCALING_MIXERS | operations.AFFINE
+        return ref if is_linear else self._step(name, (ref,))
 
     def _pointwise(self, node: fx.Node, name: str, index_PC: torch.Tensor) -> _Value:
         shape = node.meta["shape"]

@@ -21,6 +21,8 @@ from upcycle.passes.experts.kinds import (
     shared_neurons,
     sharing_problem,
 )
+from upcycle.passes.experts.method import Need
+from upcycle.passes.experts.useful import NEEDS
 from upcycle.passes.plan.promise import promise_of
 from upcycle.passes.plan.router_problems import resolved, router_problems
 from upcycle.passes.routers import ROUTER_METHODS
@@ -155,3 +157,19 @@ def _problems(ffn: FFN, recipe: Recipe) -> list[str]:
     if method.kind not in router_method.kinds and not is_one_copy:
         problems.append(f"`router.method: {router.method}` {router_method.otherwise}")
     return [*problems, *router_problems(router)]
+
+
+def needs(recipe: Recipe) -> frozenset[Need]:
+    """What calibration has to show before `recipe` can be carried out.
+
+    ``activations``: what each FFN is given; ``gradients``: of a loss, too.
+    """
+    experts = recipe.experts
+    wanted = {EXPERTS[experts.method].needs, ROUTER_METHODS[recipe.router.method].needs}
+    if experts.adaptive and experts.width is not None:
+        wanted.add("gradients")
+    if experts.shared:
+        wanted.add(NEEDS.get(experts.shared_by))
+    if recipe.compensate.any or any(wanted):
+        wanted.add("activations")
+    return frozenset(need for need in wanted if need is not None)

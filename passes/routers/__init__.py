@@ -30,5 +30,3 @@ ROUTER_METHODS: Final[dict[str, RouterMethod]] = {
         *(KMEANS_LSQ, NOISY_TOPK, RANDOM_FIXED, HASH, ASSIGNED, COSINE, ORACLE),
     )
 }
-
-__all__ = ["ROUTER_METHODS", "RouterMethod"]

@@ -9,7 +9,7 @@ import torch
 
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
-from upcycle.passes.experts.partition import membership
+from upcycle.passes.experts.split import membership
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 

@@ -35,12 +35,8 @@ def kmeans_lsq(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     x_TD = torch.cat(list(data.chunks()))
     loss_TE = torch.cat([_losses(ffn, parts, some_TD) for some_TD in data.chunks()])
     group_T = clusters(x_TD, count, generator=dense.generator)
-    loss_GE = torch.stack(
-        [
-            loss_TE[group_T == g].median(0).values if (group_T == g).any() else loss_TE[:0].sum(0)
-            for g in range(count)
-        ]
-    )
+    groups = [loss_TE[group_T == g] for g in range(count)]
+    loss_GE = torch.stack([g_TE.median(0).values if len(g_TE) else g_TE.sum(0) for g_TE in groups])
     expert_G = torch.from_numpy(linear_sum_assignment(loss_GE.double().numpy())[1].astype(np.int64))
     weight_ED, bias_E = fit(x_TD, expert_G[group_T], count, penalty=spec.router.ridge)
     return linear(weight_ED, spec, bias_E)

@@ -55,7 +55,12 @@ def mlp(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
         if epoch:
             shuffled_T = rest_T[torch.randperm(len(rest_T), generator=generator)]
             for some in torch.split(shuffled_T, BATCH):
-                _step(optimizer, tensors, x_TD[some], target_TE[some])
+                with torch.enable_grad():  # calibration runs without
+                    logits_TE = _logits(tensors, x_TD[some])
+                    loss = F.binary_cross_entropy_with_logits(logits_TE, target_TE[some])
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
         with torch.no_grad():
             captured = captured_mass(_logits(tensors, x_TD[held_T]), size_TE[held_T], spec.top_k)
         if captured > best:
@@ -86,19 +91,6 @@ def _start(parts: Parts, spec: MoESpec, generator: torch.Generator) -> list[torc
 def _logits(tensors: Sequence[torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
     into, out, *bias = tensors
     return F.linear(F.linear(x_TD, into).tanh(), out, *bias)
-
-
-@torch.enable_grad()  # calibration runs without
-def _step(
-    optimizer: torch.optim.Optimizer,
-    tensors: Sequence[torch.Tensor],
-    x_TD: torch.Tensor,
-    target_TE: torch.Tensor,
-) -> None:
-    loss = F.binary_cross_entropy_with_logits(_logits(tensors, x_TD), target_TE)
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    optimizer.step()
 
 
 MLP = RouterMethod(

@@ -6,7 +6,7 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.weights import FFNWeights
 from upcycle.passes.experts.markers import mark
 from upcycle.passes.experts.method import DenseLayer, Parts
-from upcycle.passes.experts.partition import membership
+from upcycle.passes.experts.split import membership
 from upcycle.passes.routers.method import RouterMethod, no_bias, no_nulls
 
 

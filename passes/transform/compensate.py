@@ -19,8 +19,8 @@ import torch
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
-from upcycle.passes.calibrate.routed_tokens import routed_tokens
-from upcycle.passes.experts.partition import membership
+from upcycle.passes.calibrate.usage import routed_tokens
+from upcycle.passes.experts.split import membership
 from upcycle.passes.transform.least_squares import Sums, best_penalty, input_basis, solve, squares
 from upcycle.recipe.schema import Compensate
 

@@ -22,7 +22,7 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> 
     """Build experts and router for one dense FFN: a pure function of its arguments.
 
     What it promises is ``spec.promise``. `data` is what the FFN was given in calibration, if
-    `calibration_needs` asks for it.
+    `passes.plan.plan.needs` asks for it.
 
     Returns:
         Experts in the dtype of `ffn`, a float32 router, and the output bias of the FFN, which the

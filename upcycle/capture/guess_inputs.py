@@ -1,14 +1,14 @@
 """Example inputs for a model, guessed in a fixed order; and random ones of the same form.
 
 Only shapes and dtypes matter for capture, and every guess is checked by a forward on fake tensors,
-which costs no arithmetic. Models of transformers say a lot about what they read (`model_inputs`);
+which costs no arithmetic. Models of transformers say a lot about what they read;
 of any other module the layers do. Where a forward says what it misses, it gets it.
 """
 
 import inspect
+import itertools
 import re
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -17,8 +17,14 @@ from torch import nn
 from upcycle.capture.capture import ExampleInputs, capture
 from upcycle.capture.function_caches import caches_cleared
 from upcycle.capture.recorder import Program, words_of
-from upcycle.capture.transformers_input_shapes import BATCH, LENGTH, unknown_arguments, values_of
-from upcycle.capture.transformers_inputs import combinations
+from upcycle.capture.transformers_input_shapes import (
+    BATCH,
+    LENGTH,
+    part_of,
+    required,
+    unknown_arguments,
+    values_of,
+)
 from upcycle.errors import CaptureError, ValueNeededError
 from upcycle.util.modules import model_dtype
 
@@ -26,6 +32,8 @@ from upcycle.util.modules import model_dtype
 _LAYER_GUESSES = 4
 # Integers that are no tokens: what they may be depends on the model, and zeros are accepted.
 _NO_TOKENS = re.compile(r"mask|bbox|box|type|position|shape|grid|thw|freq|static|lengths|num_")
+_MAIN = ("input_ids", "pixel_values", "input_features", "input_values", "past_values")
+_FORMS = 12  # of the required arguments together: some have several
 
 
 def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[ExampleInputs, Program]:
@@ -93,14 +101,56 @@ def _guesses(model: nn.Module) -> Iterator[ExampleInputs]:
     if config is None or not hasattr(model, "main_input_name"):
         yield from _from_layers(model)
         return
-    yield from combinations(model, config, model_dtype(model))
+    yield from _combinations(model, config)
     try:
         dummy = getattr(model, "dummy_inputs", None)
     except (AttributeError, KeyError, TypeError, ValueError):  # a property that computes
         dummy = None
     if isinstance(dummy, dict):
         yield dummy
-    yield from islice(_from_layers(model), _LAYER_GUESSES)
+    yield from itertools.islice(_from_layers(model), _LAYER_GUESSES)
+
+
+def _combinations(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
+    """Arguments for a model of transformers by their usual forms, the likeliest first.
+
+    The signature of the forward says which there are, and `main_input_name` which matters most.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    main = str(model.main_input_name)
+    if main not in parameters:
+        main = next((name for name in _MAIN if name in parameters), next(iter(parameters), main))
+    needed, dtype = set(required(parameters)), model_dtype(model)
+    cache = {"use_cache": False} if "use_cache" in parameters else {}
+
+    def forms(names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        offers = (values_of(name, config, dtype, parameters) for name in names)
+        return (dict(zip(names, values, strict=True)) for values in itertools.product(*offers))
+
+    for extra in _companions(main, set(parameters) - needed, config):
+        for base in itertools.islice(forms(tuple(sorted(needed - {main}))), _FORMS):
+            for given in forms((main, *extra)):
+                yield {**given, **base, **cache}
+
+
+def _companions(main: str, optional: set[str], config: Any) -> Iterator[tuple[str, ...]]:
+    """Sets of further arguments, each worth a try."""
+    paired = bool(getattr(config, "is_encoder_decoder", False))
+    if main == "input_ids" and "pixel_values" in optional and part_of(config, "vision"):
+        yield ("pixel_values",)  # two towers; a language model that sees wants tokens for images
+    if main == "past_values":
+        names = ("past_time_features", "past_observed_mask", "future_values")
+        yield tuple(n for n in (*names, "future_time_features") if n in optional) if paired else ()
+    if paired and "decoder_input_ids" in optional:
+        yield ("decoder_input_ids",)
+    yield ()
+    if paired and "decoder_input_values" in optional:
+        yield ("decoder_input_values",)
+    if f"{main}_mask" in optional:
+        yield (f"{main}_mask",)
+    for name in ("pixel_values", "input_features", "input_values", "bbox"):
+        if name in optional and name != main:
+            yield (name, "is_longer") if "is_longer" in optional else (name,)
 
 
 def _completed(

@@ -73,12 +73,8 @@ def op_name(target: Any) -> str:
 _SPELLINGS = {
     **{f"i{op}": op for op in ("add", "sub", "mul", "pow", "matmul")},
     **{f"r{op}": op for op in ("add", "mul")},
+    **dict.fromkeys(("truediv", "itruediv", "idiv", "true_divide", "divide"), "div"),
     "rtruediv": "rdiv",
-    "truediv": "div",
-    "itruediv": "div",
-    "idiv": "div",
-    "true_divide": "div",
-    "divide": "div",
     "multiply": "mul",
     "subtract": "sub",
     "negative": "neg",

@@ -12,8 +12,6 @@ BATCH, LENGTH, DECODER_LENGTH = 2, 7, 5
 _FRAMES = 50  # of raw audio, after its convolutions
 _GRID = 4  # patches along each side of an image that comes as patches; they are merged in squares
 
-Example = dict[str, Any]
-
 
 def unknown_arguments(config: Any, arguments: Mapping[str, inspect.Parameter]) -> list[str]:
     """The required arguments of a forward whose form is not known."""

@@ -2,8 +2,7 @@
 
 from upcycle.ir.ffn import FFN, Located, Projection
 from upcycle.kernels.activations import NAMED_POINTWISE
-from upcycle.passes.plan.calibration_needs import needs
-from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.plan.plan import make_plan, needs
 from upcycle.recipe.schema import Layers, Recipe
 
 _WIDTH, _NEURONS = 4096, 12288  # of an FFN as in most language models

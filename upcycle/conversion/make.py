@@ -16,7 +16,7 @@ from upcycle.ir.weights import FFNWeights, MoEWeights, Provenance
 from upcycle.passes.calibrate.usage import usage
 from upcycle.passes.experts.useful import usefulness
 from upcycle.passes.plan.adaptive_sizes import adaptive_shared, adaptive_widths
-from upcycle.passes.plan.calibration_needs import needs
+from upcycle.passes.plan.plan import needs
 from upcycle.passes.transform.transform import transform
 from upcycle.util.progress import Progress, silent
 

@@ -9,8 +9,8 @@ from upcycle.data.onnx_calibration import onnx_calibration, verification_feeds
 from upcycle.errors import UsageError
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.run import run
-from upcycle.passes.plan.calibration_needs import needs
 from upcycle.passes.plan.costs import costs
+from upcycle.passes.plan.plan import needs
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.destination import onnx_destination
 from upcycle.targets.files.tensor_file import check_disk

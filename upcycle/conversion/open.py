@@ -22,10 +22,9 @@ from upcycle.models.dense import Source
 from upcycle.models.expert_sources import Sources, check_sources, merged_tensors, open_sources
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.passes.locate.locate import locate_in
-from upcycle.passes.plan.calibration_needs import needs
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.passes.plan.model_problems import check_model
-from upcycle.passes.plan.plan import make_plan
+from upcycle.passes.plan.plan import make_plan, needs
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.destination import destination
 from upcycle.targets.files.tensor_file import check_disk

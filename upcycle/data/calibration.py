@@ -31,7 +31,7 @@ from upcycle.data.verification_inputs import MIN_CHARACTERS, evaluation_for, in_
 from upcycle.errors import UsageError
 from upcycle.ir.measured import Calibrated, Usage
 from upcycle.models.tokenizer import tokenizer_in
-from upcycle.passes.plan.calibration_needs import needs
+from upcycle.passes.plan.plan import needs
 from upcycle.recipe.schema import Calibration, Recipe
 from upcycle.util.modules import device_of
 

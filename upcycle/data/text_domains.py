@@ -10,7 +10,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.passes.experts.balanced import balanced_clusters
-from upcycle.passes.experts.partition import group_sizes
+from upcycle.passes.experts.split import group_sizes
 
 
 def text_domains(

@@ -174,9 +174,8 @@ def gather_experts(
 
     def fused(rows_M: torch.Tensor) -> torch.Tensor:
         """[M, F, ...] -> [E, M * I, ...]."""
-        *firsts, last = rows_M
-        first_scale = up_scale if scale_gate else 1.0
-        blocks = [gathered(first, first_scale) for first in firsts]
+        *gates, last = rows_M
+        blocks = [gathered(gate, up_scale if scale_gate else 1.0) for gate in gates]
         return torch.cat([*blocks, gathered(last, up_scale)], dim=1)
 
     return ExpertWeights(
