@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,17 +99,14 @@ def _loads(
     """How many tokens visit each expert."""
     loads = {path: torch.zeros(layer.router.num_experts) for path, layer in layers.items()}
 
-    def count(path: str) -> Any:
-        def hook(_: nn.Module, __: object, out: tuple[torch.Tensor, ...]) -> None:
-            weights_TK, index_TK = out[1:]
-            visited = index_TK[weights_TK != 0].cpu()
-            loads[path] += torch.bincount(visited, minlength=len(loads[path]))
-
-        return hook
+    def count(path: str, _: nn.Module, __: object, out: tuple[torch.Tensor, ...]) -> None:
+        weights_TK, index_TK = out[1:]
+        visited = index_TK[weights_TK != 0].cpu()
+        loads[path] += torch.bincount(visited, minlength=len(loads[path]))
 
     with ExitStack() as hooks, eval_mode(model):
         for path, layer in layers.items():
-            hooks.enter_context(layer.router.register_forward_hook(count(path)))
+            hooks.enter_context(layer.router.register_forward_hook(partial(count, path)))
         for batch in batches:
             run_batch(model, batch)
     return loads

@@ -87,10 +87,8 @@ class HiddenTensor:
         }
         for i, name in self.biases.items():
             if f"z{i}" in used:
-                node = self.expansions[i].linear.node
-                self.note_parameter(
-                    f"it reads a linear map with and without the bias `{name}`", node
-                )
+                reason = f"it reads a linear map with and without the bias `{name}`"
+                self.note_parameter(reason, self.expansions[i].linear.node)
 
         def plain(arg: Any) -> Any:
             biased = isinstance(arg, str) and arg[0] == "b" and arg[1:].isdigit()

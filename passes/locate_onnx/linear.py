@@ -67,29 +67,23 @@ def _apply(g: Reader, value: ir.Value | None, weight: fx.Node, *, rank: int = 3)
     return g.emit(torch.matmul, x, weight)
 
 
-def _matmul(g: Reader, node: ir.Node) -> fx.Node:
-    x, w = _inputs(node, 2)
-    if node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_int("transA", 0) != 0:
-        raise NoTorchCallError("a scaled product")
-    transposed = node.attributes.get_int("transB", 0) == 1
-    return _apply(g, x, _weight(g, w, node, transposed=transposed))
-
-
-def _gemm(g: Reader, node: ir.Node) -> fx.Node:
+def _product(g: Reader, node: ir.Node) -> fx.Node:
+    """A matrix product, with a bias where the operation has one."""
     x, w, c = _inputs(node, 3)
+    rank = 2 if node.op_type == "Gemm" else 3
     scaled = node.attributes.get_float("alpha", 1.0) != 1
     scaled |= c is not None and node.attributes.get_float("beta", 1.0) != 1
     if scaled or node.attributes.get_int("transA", 0) != 0:
         raise NoTorchCallError("a scaled product")
     weight = _weight(g, w, node, transposed=node.attributes.get_int("transB", 0) == 1)
     if c is None:
-        return _apply(g, x, weight, rank=2)
+        return _apply(g, x, weight, rank=rank)
     found = parameter_of(weight)
     bias = g.per_neuron(c, found.name if found else g.path)
     is_bias = bias.op == "get_attr" and bias.meta["shape"] == weight.meta["shape"][1:]
     if not is_bias or found is None or x is None or g.is_constant(x):
-        return g.emit(torch.add, _apply(g, x, weight, rank=2), bias)
-    return g.emit(torch.addmm, bias, g.data(x, weight, weight.meta["shape"][0], 2), weight)
+        return g.emit(torch.add, _apply(g, x, weight, rank=rank), bias)
+    return g.emit(torch.addmm, bias, g.data(x, weight, weight.meta["shape"][0], rank), weight)
 
 
 def _convolution(g: Reader, node: ir.Node) -> fx.Node:
@@ -153,12 +147,12 @@ LINEAR: dict[tuple[str, str], Translation] = {
     ("", "Conv"): _convolution,
     ("", "DynamicQuantizeLinear"): _dynamic_quantisation,
     ("", "Einsum"): _einsum,
-    ("", "Gemm"): _gemm,
-    ("", "MatMul"): _matmul,
+    ("", "Gemm"): _product,
+    ("", "MatMul"): _product,
     ("", "MatMulInteger"): _quantised(0, 1),
     ("", "QLinearMatMul"): _quantised(0, 3),
     (MS, "DynamicQuantizeMatMul"): _quantised(0, 1),
-    (MS, "FusedMatMul"): _matmul,
+    (MS, "FusedMatMul"): _product,
     (MS, "MatMulBnb4"): _quantised(0, 1, "4-bit", rows=True),
     (MS, "MatMulIntegerToFloat"): _quantised(0, 1),
     (MS, "MatMulNBits"): _quantised(0, 1, "4-bit", rows=True),

@@ -8,6 +8,7 @@ depend on it.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +92,12 @@ class Reader:
         self.path = path_of(node)
         domain = "" if node.domain in STANDARD else node.domain
         translate = self._operations.get((domain, node.op_type))
-        made: fx.Node | dict[ir.Value, fx.Node] | None = None
+        results: dict[ir.Value, fx.Node] = {}
         if translate is not None:
-            try:
+            with suppress(NoTorchCallError, RuntimeError, TypeError, ValueError, IndexError):
+                # Fails for an option that torch's call lacks, or an invalid shape.
                 made = translate(self, node)
-            except (NoTorchCallError, RuntimeError, TypeError, ValueError, IndexError):
-                made = None  # an option that torch's call lacks, or an invalid shape
-        results = made if isinstance(made, dict) else {node.outputs[0]: made} if made else {}
+                results = made if isinstance(made, dict) else {node.outputs[0]: made}
         if not all(self._fits(value, result) for value, result in results.items()):
             results = {}
         name = TORCH_NAMES.get(node.op_type, node.op_type)

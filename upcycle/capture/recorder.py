@@ -141,13 +141,8 @@ class Recorder(TorchFunctionMode):
         if not args and "input" in kwargs:  # the data is always the first argument
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
         to_node = functools.partial(pytree.tree_map_only, torch.Tensor, self.node_of)
-        node = self.graph.create_node(
-            "call_function",
-            target,
-            to_node(tuple(args)),
-            to_node(dict(kwargs)),
-            name=op_name(target),
-        )
+        inputs = to_node(tuple(args)), to_node(dict(kwargs))
+        node = self.graph.create_node("call_function", target, *inputs, name=op_name(target))
         node.meta["source"] = _source()
         if isinstance(out, torch.Tensor):
             self._bind(out, node)
