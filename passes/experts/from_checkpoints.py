@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def from_checkpoints(dense: DenseLayer) -> Parts:
     neuron_1F = torch.arange(dense.d_ff)[None]
     each = [gather_experts(source, neuron_1F) for source in dense.ffn.sources]
     chosen = [tensors_of(each[source]) for source in dense.spec.source_E]
-    stacked = {name: torch.cat([one[name] for one in chosen]) for name in chosen[0]}
+    stacked: dict[str, Any] = {name: torch.cat([one[name] for one in chosen]) for name in chosen[0]}
     return Parts(replace(each[0], **stacked))
 
 
