@@ -8,7 +8,8 @@ from typing import Protocol, TypeVar, cast
 import torch
 
 from upcycle.conversion.make import Layers, Made
-from upcycle.ir.report import CheckpointFacts, DType, Report
+from upcycle.conversion.options import Options
+from upcycle.ir.report import DType, Report
 from upcycle.ir.spec import Plan
 from upcycle.passes.plan.costs import costs
 from upcycle.util.progress import Progress
@@ -44,6 +45,11 @@ class DenseModel(Layers, Protocol[Written]):
         """For reports."""
         ...
 
+    @property
+    def options(self) -> Options:
+        """How it is converted and written."""
+        ...
+
     def output(self, out: Path) -> AbstractContextManager[Path]:
         """A directory that becomes `out` when the block ends well."""
         ...
@@ -52,18 +58,10 @@ class DenseModel(Layers, Protocol[Written]):
         """Write the converted model, and nothing that describes it."""
         ...
 
-    def checkpoint(self, written: Written) -> CheckpointFacts | None:
-        """What the weights were written as, if they were."""
-        ...
-
     def verify(
         self, report: Report, directory: Path, made: Made, written: Written, progress: Progress
     ) -> Report:
         """The report with what was measured of `directory`, and the checks of it."""
-        ...
-
-    def card(self, name: str, directory: Path, report: Report, made: Made, written: Written) -> str:
-        """README.md of the directory."""
         ...
 
 

@@ -18,7 +18,7 @@ from upcycle.data.calibration import CalibrationData
 from upcycle.data.verification_inputs import Evaluation, evaluation_for
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.layer_weights import weights_of
-from upcycle.ir.report import CheckpointFacts, Report
+from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, read_ffn
 from upcycle.layers.moe import MoE
@@ -28,13 +28,11 @@ from upcycle.passes.calibrate.calibrate import calibrate
 from upcycle.passes.calibrate.gradients import importance
 from upcycle.passes.plan.costs import model_size
 from upcycle.passes.rewrite import fill, with_empty_layers
-from upcycle.targets.card import card
 from upcycle.targets.checkpoint import Checkpoint, planned_layers, write_checkpoint
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.staging import staged
 from upcycle.targets.files.tensor_file import check_disk
 from upcycle.targets.native.in_place import as_on_disk
-from upcycle.targets.onnx.parts import ENCODER
 from upcycle.targets.onnx.write import in_float32, write_onnx
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.util.progress import Progress, step
@@ -187,10 +185,6 @@ class InMemory:
         with eval_mode(model), as_on_disk(planned_layers(model, made.plan), form.target):
             yield in_float32(model, rounded_routers=form.form == "native")
 
-    def checkpoint(self, written: Checkpoint) -> CheckpointFacts:
-        """What the weights were written as."""
-        return written.facts()
-
     def verify(
         self, report: Report, directory: Path, made: Made, written: Checkpoint, progress: Progress
     ) -> Report:
@@ -223,10 +217,3 @@ class InMemory:
         with step(progress, "running ONNX"), self._for_onnx(made, written) as single:
             facts, checks = verify_precision(directory, single, evaluation, plan.recipe.onnx)
         return replace(report, onnx=facts, checks=(*report.checks, *checks))
-
-    def card(
-        self, name: str, directory: Path, report: Report, made: Made, written: Checkpoint
-    ) -> str:
-        """README.md of the directory."""
-        is_pair = (directory / ENCODER).is_file()
-        return card(name, made.plan, written, self.options.targets, report, is_pair=is_pair)

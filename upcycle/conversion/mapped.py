@@ -27,7 +27,7 @@ from upcycle.data.calibration import CalibrationData
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.layer_weights import layer_tensors
 from upcycle.ir.partial_projection import read_kept
-from upcycle.ir.report import CheckpointFacts, Report
+from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, MoEWeights, read_ffn
 from upcycle.layers.moe import MoE
@@ -39,7 +39,6 @@ from upcycle.passes.calibrate.gradients import importance
 from upcycle.passes.plan.costs import model_size
 from upcycle.passes.rewrite import with_empty_layers
 from upcycle.passes.transform.transform import transform
-from upcycle.targets.card import card
 from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.finished_shards import Manifest, sha256
@@ -226,10 +225,6 @@ class Mapped:
             _as_stored(layer, self.dtype)
         return skeleton
 
-    def checkpoint(self, written: Checkpoint) -> CheckpointFacts:
-        """What the weights were written as."""
-        return written.facts()
-
     def verify(
         self, report: Report, directory: Path, made: Made, written: Checkpoint, progress: Progress
     ) -> Report:
@@ -248,12 +243,6 @@ class Mapped:
             rows = verify_layers(specs, stored(weights), origins, each=pool.map, progress=progress)
         checks = (*report.checks, *layer_checks(rows, self.dtype))
         return replace(report, layers=rows, checks=checks)
-
-    def card(
-        self, name: str, directory: Path, report: Report, made: Made, written: Checkpoint
-    ) -> str:
-        """README.md of the directory."""
-        return card(name, made.plan, written, ["safetensors"], report)
 
 
 def _as_stored(layer: MoE, dtype: torch.dtype) -> None:

@@ -23,7 +23,6 @@ from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import run
 from upcycle.onnx.tensors import TORCH_TYPES
-from upcycle.targets.card import onnx_card
 from upcycle.targets.files.read_back import Read, read_at
 from upcycle.targets.files.staging import staged
 from upcycle.targets.files.stored import read_stored
@@ -108,22 +107,12 @@ class OnnxFile:
         )
         return lambda name: read_stored(folder, places[name])
 
-    def checkpoint(self, written: Read) -> None:
-        """There is none."""
-
     def verify(
-        self,
-        report: Report,
-        directory: Path,
-        made: Made,
-        written: Read,
-        progress: Progress,
+        self, report: Report, directory: Path, made: Made, written: Read, progress: Progress
     ) -> Report:
         """Tiers T0 to T2, and the checker of onnx."""
         path, specs = directory / FILE, made.plan.specs
-
         case = stored(lambda spec: read_at(spec.ffn.path, spec, written))
-
         rows, checks = verify_onnx_layers(
             self.source,
             specs,
@@ -148,10 +137,6 @@ class OnnxFile:
             checks.append(end_to_end(found, made.plan.recipe, self.dtype))
         every = (*report.checks, *checks)
         return replace(report, layers=rows, end_to_end=found, rounding=rounding, checks=every)
-
-    def card(self, name: str, directory: Path, report: Report, made: Made, written: Read) -> str:
-        """README.md of the directory."""
-        return onnx_card(name, made.plan, report)
 
 
 NO_GRADIENTS = (

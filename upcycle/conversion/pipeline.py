@@ -14,15 +14,16 @@ from upcycle.ir.report import Report
 from upcycle.models.dense import Source
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.recipe.schema import Recipe
+from upcycle.targets.card import card, onnx_card
+from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.description import describe
 from upcycle.targets.files.staging import check_output
 from upcycle.targets.load import check_opens
+from upcycle.targets.onnx.parts import ENCODER
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.checks import raise_if_failed
 
 SCRATCH = "upcycle-layers"  # in a directory that is being written
-
-
 Verify = Callable[[Report, Path, Made, Any, Progress], Report]
 
 
@@ -44,8 +45,8 @@ def convert_model(
         UpcycleError: `upcycle.errors` says which.
     """
     check_options(options)
-    protect = [] if source.directory is None else [source.directory]
-    check_output(out, overwrite=options.overwrite, protect=protect)
+    dense_files = [source.directory] if source.directory else []
+    check_output(out, overwrite=options.overwrite, protect=dense_files)
     dense = open_dense(source, recipe, recipe_name, out, options, progress)
     with dense.output(out) as directory:
         scratch = directory / SCRATCH
@@ -80,7 +81,9 @@ def finish(
         VerificationError: a check did not pass.
         UsageError: nothing can open the files.
     """
-    report = replace(report, checkpoint=dense.checkpoint(written))
+    checkpoint = written if isinstance(written, Checkpoint) else None
+    if checkpoint is not None:
+        report = replace(report, checkpoint=checkpoint.facts())
     if verify is None or report.streamed:  # else it is loaded to be compared
         with step(progress, "opening again"):
             check_opens(directory)
@@ -88,6 +91,10 @@ def finish(
         report = verify(report, directory, made, written, progress)
         raise_if_failed(report)
     shutil.rmtree(directory / SCRATCH, ignore_errors=True)
-    card = dense.card(name, directory, report, made, written)
-    describe(directory, made.plan, made.provenance, report, card)
+    if checkpoint is None:
+        text = onnx_card(name, made.plan, report)
+    else:
+        is_pair = (directory / ENCODER).is_file()
+        text = card(name, made.plan, checkpoint, dense.options.targets, report, is_pair=is_pair)
+    describe(directory, made.plan, made.provenance, report, text)
     return report

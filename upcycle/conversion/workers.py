@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
 
 import torch
 
@@ -40,16 +40,8 @@ class Workers:
 
 
 HERE = Workers()
-
-
-class Executor(Protocol):
-    """What runs a function somewhere."""
-
-    def submit(
-        self, fn: Callable[..., MoEWeights], /, ffn: FFNWeights, spec: MoESpec
-    ) -> Future[MoEWeights]:
-        """Begin ``fn(ffn, spec)``."""
-        ...
+# Begins to make a layer somewhere.
+Submit = Callable[[FFNWeights, MoESpec], Future[MoEWeights]]
 
 
 def check_workers(workers: Workers) -> None:
@@ -84,12 +76,8 @@ def layer_maker(
         read: the dense weights of a layer; called in this thread.
     """
     check_workers(workers)
-    with (
-        _threads(workers, specs) if workers.kind == "threads" else _ray(workers, specs) as (
-            executor,
-            jobs,
-        )
-    ):
+    executor = _threads if workers.kind == "threads" else _ray
+    with executor(workers, specs) as (submit, jobs):
         begun: dict[int, Future[MoEWeights]] = {}
         place = {spec.ffn.path: i for i, spec in enumerate(specs)}
 
@@ -100,7 +88,7 @@ def layer_maker(
                 del begun[i]
             for i in soon:
                 if i not in begun:
-                    begun[i] = executor.submit(transform, read(specs[i]), specs[i])
+                    begun[i] = submit(read(specs[i]), specs[i])
             return begun.pop(first).result()
 
         yield layer
@@ -135,14 +123,15 @@ def single_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def _threads(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Executor, int]]:
+def _threads(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Submit, int]]:
     jobs = local_jobs(workers, specs)
     with single_threads(jobs) as pool:
-        yield pool, jobs
+        yield partial(pool.submit, transform), jobs
 
 
 @contextmanager
-def _ray(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Executor, int]]:
+def _ray(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Submit, int]]:
+    """Tasks of one core each; a failed machine's are run again elsewhere, by Ray."""
     import ray
 
     ours = not ray.is_initialized()
@@ -150,25 +139,14 @@ def _ray(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Executor,
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
         cores = int(ray.cluster_resources().get("CPU", 1))
-        yield _Ray(ray), workers.jobs or jobs_in_memory(specs, cores)
+        task = ray.remote(num_cpus=1)(_with_one_thread)
+        jobs = workers.jobs or jobs_in_memory(specs, cores)
+        yield lambda ffn, spec: task.remote(ffn, spec).future(), jobs
     finally:
         if ours:
             ray.shutdown()
 
 
-class _Ray:
-    """Tasks of one core each; a failed machine's are run again elsewhere, by Ray."""
-
-    def __init__(self, ray: Any) -> None:
-        self._call = ray.remote(num_cpus=1)(_with_one_thread)
-
-    def submit(
-        self, fn: Callable[..., MoEWeights], /, ffn: FFNWeights, spec: MoESpec
-    ) -> Future[MoEWeights]:
-        made: Future[MoEWeights] = self._call.remote(fn, ffn, spec).future()
-        return made
-
-
-def _with_one_thread(fn: Callable[..., MoEWeights], ffn: FFNWeights, spec: MoESpec) -> MoEWeights:
+def _with_one_thread(ffn: FFNWeights, spec: MoESpec) -> MoEWeights:
     torch.set_num_threads(1)
-    return fn(ffn, spec)
+    return transform(ffn, spec)
