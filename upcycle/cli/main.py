@@ -23,7 +23,7 @@ from upcycle.version import __version__
 atexit.register(gc.freeze)
 
 
-@click.group("upcycle", cls=CommandGroup)
+@click.group("upcycle", cls=CommandGroup, context_settings={"show_default": True})
 @click.version_option(__version__, message="upcycle %(version)s")
 @options.log
 def main() -> None:

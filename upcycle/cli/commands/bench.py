@@ -24,25 +24,19 @@ def _numbers(ctx: click.Context, param: click.Parameter, given: str) -> tuple[in
 @click.argument("converted", type=click.Path(path_type=Path))
 @click.option("--against", metavar="DENSE", help="The dense model.  [default: as converted]")
 @click.option(
-    "--engine",
-    type=click.Choice(["torch", "onnx"]),
-    default="torch",
-    show_default=True,
-    help="What runs both models.",
+    "--engine", type=click.Choice(["torch", "onnx"]), default="torch", help="What runs both models."
 )
 @click.option(
     "--tokens",
     metavar="N,...",
     callback=_numbers,
     default="1,16,256,2048",
-    show_default=True,
     help="How many tokens at a time.",
 )
 @click.option(
     "--layers",
     type=click.IntRange(min=0),
     default=1,
-    show_default=True,
     help="How many of the converted layers to measure by themselves; 0 is all.",
 )
 @click.option(
@@ -52,7 +46,6 @@ def _numbers(ctx: click.Context, param: click.Parameter, given: str) -> tuple[in
     "--seconds",
     type=click.FloatRange(min=0),
     default=2.0,
-    show_default=True,
     help="Time for each figure; five rounds at least.",
 )
 @click.option(

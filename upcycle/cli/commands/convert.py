@@ -22,7 +22,6 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     multiple=True,
     type=click.Choice(["safetensors", "onnx"]),
     default=["safetensors", "onnx"],
-    show_default=True,
     help="What to write; may be repeated.",
 )
 @click.option(
@@ -34,7 +33,6 @@ from upcycle.cli.group import collector_paused, size_in_bytes
 @click.option(
     "--text-field",
     default="text",
-    show_default=True,
     metavar="NAME",
     help="Field of a .jsonl record, or column of a data set, with the text.",
 )
@@ -57,11 +55,12 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     metavar="SIZE",
     callback=size_in_bytes,
     default="5GB",
-    show_default=True,
     help="Largest size of a weight file.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
-@click.option("--verify/--no-verify", default=True, help="Compare with the dense model.")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=False, help="Compare with the dense model."
+)
 @click.option(
     "--stream/--no-stream",
     default=None,
@@ -78,7 +77,6 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     "--executor",
     type=click.Choice(["threads", "ray"]),
     default="threads",
-    show_default=True,
     help="Make layers here, or on the Ray cluster of RAY_ADDRESS.",
 )
 @options.trust
