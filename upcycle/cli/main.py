@@ -5,17 +5,7 @@ import gc
 
 import click
 
-from upcycle.cli.commands import (
-    bench,
-    convert,
-    diff,
-    inspect,
-    options,
-    plan,
-    recipes,
-    samples,
-    verify,
-)
+from upcycle.cli.commands import bench, convert, options, plan, recipes, verify
 from upcycle.cli.group import CommandGroup
 from upcycle.version import __version__
 
@@ -37,12 +27,12 @@ def main() -> None:
 for command in (
     convert.convert,
     plan.plan,
-    inspect.inspect,
-    diff.diff,
+    plan.inspect,
+    verify.diff,
     verify.verify,
     bench.bench,
     recipes.recipes,
     recipes.schema,
-    samples.samples,
+    recipes.samples,
 ):
     main.add_command(command)

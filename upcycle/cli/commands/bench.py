@@ -61,15 +61,11 @@ def _numbers(ctx: click.Context, param: click.Parameter, given: str) -> tuple[in
 def bench(
     converted: Path,
     against: str | None,
-    engine: Any,
-    tokens: tuple[int, ...],
-    layers: int,
-    threads: int | None,
-    seconds: float,
     plot: Path | None,
     inputs: str | None,
     as_json: bool,
     trust_remote_code: bool,
+    **wanted: Any,
 ) -> None:
     """Measure CONVERTED beside the dense model: time, memory, and the floor of this machine."""
     with collector_paused():
@@ -90,9 +86,8 @@ def bench(
         raise UsageError(f"{name}: only models of torch are measured, and this is an ONNX file")
     if plot is not None:
         tables.check_plot(plot)
-    wanted = run.Wanted(tokens, layers, seconds, engine, threads)
     with console.progress() as progress:
-        found = run.bench(converted, source, wanted, progress)
+        found = run.bench(converted, source, run.Wanted(**wanted), progress)
     if plot is not None:
         tables.plot(found, plot)
     console.show(as_json, found, lambda: tables.bench_report(found))
