@@ -22,12 +22,8 @@ Written = TypeVar("Written")  # what a kind of model knows of its files
 class Facts:
     """What reports say of a dense model.
 
-    Attributes:
-        label: its name.
-        dtype: of its weights.
-        size: how many parameters it has, and the bytes of one.
-        streamed: how it is converted, if it is never whole in memory.
-        unread: the tensors of its files that nothing in it reads.
+    `size` is how many parameters it has, and the bytes of one; `streamed` how it is converted, if
+    it is never whole in memory; `unread` the tensors of its files that nothing in it reads.
     """
 
     label: str

@@ -43,17 +43,14 @@ from upcycle.verification.onnx.precision import verify_precision
 
 @dataclass
 class InMemory:
-    """A module, what it becomes, and what it is shown.
+    """A module, what it becomes, and what it is shown; `DenseModel` tells of what is not here.
 
     Attributes:
         dense: the module; left alone.
-        plan: what its FFNs become.
-        data: what is shown to it; None if the recipe needs nothing.
         source: where it comes from.
         sources: the models that experts are taken from; the rest of the result is their merge.
         example: inputs that the user gave.
         text: what a language or embedding model is verified on, if the user gave one.
-        options: how it is converted and written.
         unread: the stored tensors that nothing in it reads.
         converted: the result, once the layers are made.
     """
@@ -180,8 +177,7 @@ class InMemory:
     @contextmanager
     def _for_onnx(self, made: Made, written: Checkpoint) -> Iterator[nn.Module]:
         """The converted module with the numbers that the checkpoint has, in float32."""
-        model = self.finish(made)
-        form = written.destination
+        model, form = self.finish(made), written.destination
         with eval_mode(model), as_on_disk(planned_layers(model, made.plan), form.target):
             yield in_float32(model, rounded_routers=form.form == "native")
 

@@ -90,11 +90,8 @@ def making(
 ) -> Iterator[Made]:
     """Yields the layers: made already if the model has to be run for them, else when asked for.
 
-    Args:
-        dense: the model, its plan and its data.
-        scratch: a folder for what does not stay.
-        workers: make the layers that need no data, some ahead of time.
-        progress: called after each layer.
+    `workers` make the layers that need no data, some ahead of time; `scratch` is a folder for what
+    does not stay; `progress` is called after each layer.
     """
     plan, important = _survey(dense, scratch)
     provenance: dict[str, Provenance] = {}
@@ -120,8 +117,7 @@ def making(
 
     sequential = plan.recipe.calibration.sequential
     kept = dense.show(plan, visit, scratch, sequential=sequential)
-    shown = dense.data.describe(rows, sequential=sequential)
-    yield Made(plan, kept, provenance, shown)
+    yield Made(plan, kept, provenance, dense.data.describe(rows, sequential=sequential))
 
 
 def _survey(dense: Layers, scratch: Path) -> tuple[Plan, Mapping[str, torch.Tensor]]:

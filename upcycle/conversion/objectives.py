@@ -21,11 +21,7 @@ def objective_for(model: nn.Module, *, seed: int) -> Objective:
     matrix, and of the Fisher information for outputs with normal errors of variance one. So it asks
     how much a neuron moves the outputs, without knowing what they are used for. It is the choice
     for encoders, for masked language models, whose texts have no gaps to fill here, for
-    encoder-decoders and for anything else.
-
-    Args:
-        model: the dense model.
-        seed: of the signs.
+    encoder-decoders and for anything else. `seed` draws the signs.
     """
     return next_token if is_language_model(model) else functools.partial(projection, seed=seed)
 

@@ -36,17 +36,10 @@ from upcycle.verification.whole_model import end_to_end
 
 @dataclass
 class OnnxFile:
-    """An ONNX file, what it becomes, and what it is shown.
+    """An ONNX file, what it becomes, and what it is shown, as `DenseModel` tells.
 
+    It is verified on `feeds`, for which it returns `outputs`; None if it is not verified.
     Peak memory: the graph with the weights inside the file, one FFN, and what it becomes.
-
-    Attributes:
-        source: the file.
-        plan: what its FFNs become.
-        feeds: what it is verified on.
-        outputs: what it returns for them; None if it is not verified.
-        data: what is shown to it; None if the recipe needs nothing.
-        options: how it is converted and written.
     """
 
     source: OnnxSource

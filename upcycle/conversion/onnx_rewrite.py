@@ -37,13 +37,9 @@ def write_converted(
     Weights that were in external files, and are still used, go to ``model.onnx.data``.
 
     Args:
-        source: the dense file.
-        plan: what its FFNs become.
-        directory: for the file.
         made: gives the weights of a layer; called once for each, in the order of the plan.
         beside: for ``experts.safetensors``; if it is not `directory`, then what the file reads of
             it goes to ``model.onnx.data``, too.
-        max_shard_size: bytes of one safetensors file.
 
     Returns:
         Where each tensor of the experts is in `beside`.
@@ -57,10 +53,8 @@ def write_converted(
     replaced: dict[ir.Value, ir.Value] = {}
     for spec in plan.specs:
         layer, path = empty_layer(spec.layer_config()), spec.ffn.path
-        tensors = {}
-        for name in layer.state_dict():
-            full = f"{path}.{name}"
-            tensors[name] = stored_value(full, stored[full], beside)
+        names = {name: f"{path}.{name}" for name in layer.state_dict()}
+        tensors = {n: stored_value(full, stored[full], beside) for n, full in names.items()}
         for key, region in zip(keys[path], found.regions[path], strict=True):
             x = replaced.get(region.x, region.x)  # the output of an FFN may be the input of one
             place = Place(x, region.output, region.rank, ONNX_TYPES[region.dtype])

@@ -15,15 +15,11 @@ TARGETS = ("safetensors", "onnx")
 class Options:
     """The ways of a conversion.
 
+    Those that `Conversion.save` takes, too, are described there.
+
     Attributes:
-        targets: of ``safetensors``, ``onnx``; an ONNX file reads the safetensors beside it.
-        runtimes: software that has to run the result.
-        architecture: the MoE architecture of transformers to write; by default what fits.
         calibration: files with data for recipes that need some.
         text_field: of a record of them, with the text.
-        max_shard_size: bytes of one weight file.
-        overwrite: replace the output if it exists.
-        verify: compare with the dense model.
         stream: convert piece by piece; None does so if memory is too small.
         resume: go on with a streamed run that was interrupted.
         fresh: remove what an interrupted run left.

@@ -70,12 +70,10 @@ def finish(
     """Verify what was written into `directory` and describe it there; the finished report.
 
     Args:
-        dense, made, written: the model, its layers, and what `dense.write` returned.
+        written: what `dense.write` returned.
         report: what is known so far.
-        directory: of the files.
         name: of the result, for its card.
         verify: measures the files; None leaves that out.
-        progress: called as each step begins and ends.
 
     Raises:
         VerificationError: a check did not pass.

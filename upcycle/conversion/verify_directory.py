@@ -44,15 +44,12 @@ def verify_directory(
     """The checks of a conversion again: tiers T0 to T2, and T4 where there are ONNX files.
 
     Layers are compared on random tokens. T3 compares files with the model that was written, which
-    is gone.
+    is gone. Returns the report of the conversion with what was measured now.
 
     Args:
         source: the dense model.
         directory: of the converted one.
         sources: the models that its experts come from, if its report may not name them.
-
-    Returns:
-        The report of the conversion with what was measured now.
 
     Raises:
         UsageError: the directory is no output of upcycle, or was made from another model.
@@ -109,11 +106,9 @@ def _verify_layers(
     facts, target = report.checkpoint, None
     if facts is not None and facts.form == "native":
         target = destination(dense, plan.requiring((), facts.architecture)).target
-    origins = Origins(
-        dict(dense.named_parameters(remove_duplicate=False)),
-        provenance,
-        open_sources(recipe.experts.sources, dense, source).tensors,
-    )
+    sources = open_sources(recipe.experts.sources, dense, source)
+    parameters = dict(dense.named_parameters(remove_duplicate=False))
+    origins = Origins(parameters, provenance, sources.tensors)
     read = read_by_name(directory)
     try:
         case = stored(lambda spec: read_layer(target, spec, read))

@@ -68,12 +68,7 @@ def layer_maker(
 
     It is asked for each layer at most once, and best in the order of `specs`: at most as many
     layers as there are jobs are begun, that one and those after it, and what is not asked for next
-    is dropped.
-
-    Args:
-        workers: where.
-        specs: all layers.
-        read: the dense weights of a layer; called in this thread.
+    is dropped. `read` gives the dense weights of a layer; it is called in this thread.
     """
     check_workers(workers)
     executor = _threads if workers.kind == "threads" else _ray
@@ -105,7 +100,7 @@ def jobs_in_memory(specs: Sequence[MoESpec], cores: int) -> int:
 
 
 def local_jobs(workers: Workers, specs: Sequence[MoESpec]) -> int:
-    """How many layers at a time on this machine."""
+    """As `jobs_in_memory`, unless the user gave a number of threads."""
     given = workers.jobs if workers.kind == "threads" else None
     return given or jobs_in_memory(specs, torch.get_num_threads())
 
