@@ -50,19 +50,16 @@ class CalibrationInput:
         the first quarter of each. Fewer than four of the others serve both.
         """
         if 0 < len(self.texts) < HELD_OUT:
-            cuts = [len(text) // HELD_OUT for text in self.texts]
-            pairs = list(zip(self.texts, cuts, strict=True))
-            held_texts = tuple(text[:cut] for text, cut in pairs)
-            rest_texts = tuple(text[cut:] for text, cut in pairs)
-            return replace(self, texts=held_texts), replace(self, texts=rest_texts)
+            held = tuple(text[: len(text) // HELD_OUT] for text in self.texts)
+            rest = tuple(text[len(text) // HELD_OUT :] for text in self.texts)
+            return replace(self, texts=held), replace(self, texts=rest)
         return self._part(is_held=True), self._part(is_held=False)
 
     def _part(self, *, is_held: bool) -> "CalibrationInput":
         def chosen(items: Sequence[Any]) -> tuple[Any, ...]:
-            everything = len(items) < HELD_OUT
-            return tuple(
-                x for i, x in enumerate(items) if everything or (i % HELD_OUT == 0) == is_held
-            )
+            if len(items) < HELD_OUT:
+                return tuple(items)
+            return tuple(x for i, x in enumerate(items) if (i % HELD_OUT == 0) == is_held)
 
         tensors = self.tensors
         if tensors is not None:
@@ -165,7 +162,7 @@ def _of_records(
         texts.append(text)
         domains.append(None if record.get("domain") is None else str(record["domain"]))
     with_domain = tuple(domain for domain in domains if domain is not None)
-    if with_domain and None in domains:
+    if 0 < len(with_domain) < len(domains):
         lacking = domains.index(None) + 1
         raise UsageError(f"{where}: record {lacking} has no `domain`, and others have one")
     return CalibrationInput(what, tuple(texts), with_domain)

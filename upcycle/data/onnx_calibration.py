@@ -56,10 +56,8 @@ class OnnxCalibration:
                 "cannot be had; leave it out with `layers.exclude`, or use another recipe"
             )
         parts = []
-        names = [region.x_name for region in regions]
-        for feeds, arrays in zip(
-            self.batches, fetch(self.source.path, self.batches, names), strict=True
-        ):
+        fetched = fetch(self.source.path, self.batches, [region.x_name for region in regions])
+        for feeds, arrays in zip(self.batches, fetched, strict=True):
             batch = {name: torch.from_numpy(array) for name, array in feeds.items()}
             for array in arrays:
                 x = torch.from_numpy(array).movedim(spec.ffn.axis, -1)
@@ -73,11 +71,9 @@ def onnx_calibration(
 ) -> OnnxCalibration:
     """Inputs for the file, from what verification does not read.
 
-    Args:
-        source: the dense file; a tokenizer is looked for beside it.
-        recipe: how many tokens.
-        given: texts or tensors. If None: the inputs that the user gave for the capture; else three
-            quarters of the documentation of Python if there is a tokenizer; else random inputs.
+    Without `given` texts or tensors: the inputs that the user gave for the capture; else three
+    quarters of the documentation of Python if there is a tokenizer beside the file; else random
+    inputs.
 
     Raises:
         UsageError: the file reads something else, or the data is too short.
@@ -87,8 +83,7 @@ def onnx_calibration(
     is_text = "input_ids" in names and names <= _TEXT
     tokenizer = tokenizer_in(source.directory) if is_text else None
     if given is None and source.example is not None:
-        feeds = given_inputs(source.model, source.example)
-        return make([feeds], EXAMPLE)
+        return make([given_inputs(source.model, source.example)], EXAMPLE)
     if given is None and tokenizer is None:
         seeds = range(recipe.seed + 1000, recipe.seed + 1000 + BATCHES)
         return make([draw_inputs(source.model, seed=seed) for seed in seeds], RANDOM)
@@ -104,8 +99,7 @@ def onnx_calibration(
             f"`calibration`: a text needs a tokenizer, and there is none beside {source.path.name} "
             "that fits its inputs; give tensors by the names of the inputs"
         )
-    length = _fixed(source, "input_ids", 1) or SEQUENCE
-    most = recipe.calibration.tokens
+    length, most = _fixed(source, "input_ids", 1) or SEQUENCE, recipe.calibration.tokens
     ids = sequences(tokenizer, given.texts, length, most=most, is_running=True)
     if not ids:
         raise UsageError(

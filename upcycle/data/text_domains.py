@@ -19,9 +19,7 @@ def text_domains(
     """`count` groups of sequences of similar words: TF-IDF, its first directions, and k-means.
 
     The sizes of the groups differ by at most one sequence. `generator` draws the first centres.
-
-    Returns:
-        The group of each sequence, int64 [N]. Memory: [N, V] float64.
+    Returns the group of each sequence, int64 [N]. Memory: [N, V] float64.
 
     Raises:
         UsageError: there are fewer sequences than groups.

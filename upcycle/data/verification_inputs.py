@@ -56,10 +56,9 @@ def evaluation_for(
     text: str | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Choose inputs for `model`.
+    """Choose inputs for `model`, which has weights.
 
     Args:
-        model: the dense model, with weights.
         directory: where its tokenizer is, if it has one.
         trust_remote_code: run code that the tokenizer brings.
         example: inputs given by the user, which are used as they are.
@@ -84,16 +83,16 @@ def evaluation_for(
         found = find_example(model)[0]
         batches = [randomised(found, vocabulary=vocabulary, seed=seed + i) for i in range(2)]
         return Evaluation([in_dtype_of(model, batch) for batch in batches])
-    what = "the given text" if text is not None else "the documentation of Python"
-    text = text if text is not None else verification_text()
+    what = "the given text"
+    if text is None:
+        what, text = "the documentation of Python", verification_text()
     if len(text.strip()) < MIN_CHARACTERS:
         raise UsageError(
             f"`calibration`: the text has {len(text.strip())} characters; give at least "
             f"{MIN_CHARACTERS}"
         )
-    if is_language_model(model):
-        return _running_text(model, tokenizer, text, what)
-    return _sentences(model, tokenizer, text, what)
+    choose = _running_text if is_language_model(model) else _sentences
+    return choose(model, tokenizer, text, what)
 
 
 def _running_text(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evaluation:
@@ -104,17 +103,12 @@ def _running_text(model: nn.Module, tokenizer: Any, text: str, what: str) -> Eva
     windows = ids[: count * window].reshape(count, window) if count else None
     length = min(SENTENCE_TOKENS, len(ids) // 4, window)
     batch = ids[: 4 * length].reshape(4, length)
-    extra = fixed_inputs(model)
     batches: list[ExampleInputs] = [
-        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **extra}
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **fixed_inputs(model)}
         for tokens in (batch, ids[None, :1])
     ]
-    return Evaluation(
-        batches,
-        windows=windows,
-        what=what,
-        prompts=[batch[i : i + 1, :PROMPT_TOKENS] for i in range(2)],
-    )
+    prompts = [batch[i : i + 1, :PROMPT_TOKENS] for i in range(2)]
+    return Evaluation(batches, windows, what, prompts)
 
 
 def _sentences(model: nn.Module, tokenizer: Any, text: str, what: str) -> Evaluation:
@@ -148,9 +142,8 @@ def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tenso
     with torch.no_grad(), torch.random.fork_rng([] if here.type == "cpu" else [here]):
         torch.manual_seed(0)
         out = model(**given) if isinstance(given, Mapping) else model(*given)
-    named = dict(out) if isinstance(out, Mapping) else {"output": out}
     tensors: dict[str, torch.Tensor] = {}
-    for name, value in named.items():
+    for name, value in (out if isinstance(out, Mapping) else {"output": out}).items():
         if isinstance(value, Cache) or name == "past_key_values":  # a model's own may be tuples
             continue
         leaves = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]

