@@ -27,10 +27,9 @@ Calls = dict[str, Call]  # "dense" and "converted"
 
 @dataclass(frozen=True)
 class Engine:
-    """Both models, ready to run.
+    """Both models, and the layers that can be run by themselves.
 
     Attributes:
-        pairs: layers that can be run by themselves.
         models: ``dense`` and ``converted``, as `reader` and `writer` take them.
         reader: a model and its inputs -> a call that runs it.
         writer: a model and ids [B, L] of a prompt -> a call that writes the next token; None if
@@ -97,8 +96,7 @@ def onnx_engine(
             log.warning("%s: the ONNX graph does not show it apart; not measured", ffn.path)
         else:
             pairs.append(replace(pair(dense, converted, spec), dense=before, converted=after))
-    is_writer = all(map(onnx_models.has_cache, runners.values()))
-    writer = onnx_models.writer if is_writer else None
+    writer = onnx_models.writer if all(map(onnx_models.has_cache, runners.values())) else None
     return Engine(pairs, runners, onnx_models.reader, writer, last_logits_only=False)
 
 

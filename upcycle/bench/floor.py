@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -85,14 +84,10 @@ def floor_of(
     `itemsize` are the bytes of a weight in the computation, unless `options`, those of the ONNX
     file if that is run, make it less.
     """
-    model: Any = dense
-    output = model.get_output_embeddings() if isinstance(dense, PreTrainedModel) else None
-    head = [*output.parameters()] if isinstance(output, nn.Module) else []
-    is_head = {id(p) for p in head}
-    tables = {
-        id(m.weight): m.weight.numel() for m in dense.modules() if isinstance(m, nn.Embedding)
-    }
-    looked_up = sum(size for key, size in tables.items() if key not in is_head)
+    output = dense.get_output_embeddings() if isinstance(dense, PreTrainedModel) else None
+    head = set(output.parameters()) if isinstance(output, nn.Module) else set()
+    tables = {m.weight for m in dense.modules() if isinstance(m, nn.Embedding)}
+    looked_up = sum(weight.numel() for weight in tables - head)
     size: float = 2 if options is not None and options.half else itemsize
     return Floor(
         machine,

@@ -32,6 +32,10 @@ class Pair:
     converted: Layer
     visited: Callable[[torch.Tensor], int]
 
+    def calls(self, x_TD: torch.Tensor) -> dict[str, Callable[[], Any]]:
+        """Calls that run both on these tokens."""
+        return {"dense": lambda: self.dense(x_TD), "converted": lambda: self.converted(x_TD)}
+
 
 def converted_layer(model: nn.Module, spec: MoESpec) -> nn.Module:
     """The layer in a loaded model: an `MoE`, or the block of a native architecture.

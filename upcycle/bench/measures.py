@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from upcycle.bench.engines import Calls, Engine
@@ -38,23 +37,17 @@ class Subject:
 
 def layer_rows(subject: Subject, tokens: Sequence[int], tick: Tick) -> list[dict[str, Any]]:
     """Each layer with each number of tokens, which it gets in the dense model."""
-    rows = []
+    rows, batches = [], subject.evaluation.batches
     for pair in subject.engine.pairs:
-        batches = subject.evaluation.batches
         x_TD = inputs_of(subject.dense, pair.spec, batches, max(tokens))
         for count in tokens:
             visited = pair.visited(x_TD[:count])
-            calls = _layer_calls(pair.dense, pair.converted, x_TD[:count])
-            found = interleaved(calls, seconds=subject.seconds)
+            found = interleaved(pair.calls(x_TD[:count]), seconds=subject.seconds)
             floors = subject.floor.of_layer(pair.spec, count, visited)
             row = {"path": pair.spec.ffn.path, "tokens": count, "visited_experts": visited}
             rows.append(row | compared(found, floors))
             tick()
     return rows
-
-
-def _layer_calls(dense: Any, converted: Any, x_TD: torch.Tensor) -> Calls:
-    return {"dense": lambda: dense(x_TD), "converted": lambda: converted(x_TD)}
 
 
 def reading_rows(subject: Subject, tokens: Sequence[int], tick: Tick) -> list[dict[str, Any]]:
@@ -113,8 +106,7 @@ def six(
     calls, most = _writing(subject)
     tokens: int | None = 1
     if calls is None:
-        calls, tokens, _ = _reading(subject, last["tokens"] or 1)
-        most = MOST
+        (calls, tokens, _), most = _reading(subject, last["tokens"] or 1), MOST
     sizes = {"dense": size.bytes_before, "converted": size.bytes_on_disk}
     found = {}
     for name, call in calls.items():

@@ -52,8 +52,7 @@ def reader(runner: Any, inputs: ExampleInputs) -> Call:
     feeds = {}
     for value in wanted:
         if value.name.startswith(f"{PAST}."):
-            batch = len(given["input_ids"])
-            shape = (batch, value.shape[1], 0, value.shape[3])
+            shape = (len(given["input_ids"]), value.shape[1], 0, value.shape[3])
             feeds[value.name] = np.zeros(shape, _TYPES[value.type])
         elif value.name in given:
             array = given[value.name]
@@ -147,8 +146,7 @@ def _cut(graph: Any, first: str, last: str) -> str | None:
     if len(starts) != 1 or len(ends) != 1:
         return None
     (x,), (y,) = starts, ends
-    needed: set[str] = {y}
-    nodes: list[onnx.NodeProto] = []
+    needed, nodes = {y}, list[onnx.NodeProto]()
     for node in reversed(graph.node):
         if needed & set(node.output) and x not in node.output:
             nodes.append(node)

@@ -33,7 +33,6 @@ class Wanted:
         tokens: numbers of tokens at a time.
         layers: number of converted layers, from the middle outwards; 0 is all.
         seconds: for each figure, at least five rounds.
-        engine: runs the models.
         threads: of the engine; None leaves them as they are.
     """
 
@@ -69,8 +68,7 @@ def bench(
         stack.enter_context(_threads(wanted.threads))
         reference = dense.load()
         located = locate_in(reference, dense.example)
-        plan = make_plan(located, recipe, recipe_name=report.recipe)
-        plan, _ = as_made(plan, converted)
+        plan, _ = as_made(make_plan(located, recipe, recipe_name=report.recipe), converted)
         own = None if isinstance(reference, PreTrainedModel) else dense.load()
         made = load(converted, model=own, trust_remote_code=dense.trust_remote_code)
         evaluation = evaluation_for(
@@ -96,23 +94,21 @@ def bench(
         subject = Subject(reference, evaluation, engine, floor, wanted.seconds)
         total = (len(engine.pairs) + 1) * len(wanted.tokens) + 3
         tick = _ticker(progress, total)
-        layers = layer_rows(subject, wanted.tokens, tick)
         reading = reading_rows(subject, wanted.tokens, tick)
-        writing = writing_row(subject, tick)
-        metrics = six(subject, reading[-1], size, report, tick)
-        progress("measuring", total, total)
-        return {
+        found = {
             "model": report.model,
             "recipe": report.recipe,
             "engine": wanted.engine,
             "machine": asdict(machine),
             "costs": size.to_json(),
             "memory": floor.weight_bytes(size.parameters_before),
-            "layers": layers,
+            "layers": layer_rows(subject, wanted.tokens, tick),
             "reading": reading,
-            "writing": writing,
-            "six": metrics,
+            "writing": writing_row(subject, tick),
+            "six": six(subject, reading[-1], size, report, tick),
         }
+        progress("measuring", total, total)
+        return found
 
 
 def _middle(count: int, wanted: int) -> list[int]:

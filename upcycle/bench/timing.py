@@ -18,10 +18,7 @@ def interleaved(
     """Time each of `calls` once in every round, each round beginning with another one.
 
     Each is called once before, untimed. The last round is that in which `seconds` have passed;
-    there are at least `least` and at most `most`.
-
-    Returns:
-        The seconds of each call, in the order of the rounds.
+    there are at least `least` and at most `most`. Returns the seconds of each call, by round.
     """
     names = list(calls)
     for call in calls.values():

@@ -88,7 +88,7 @@ def _layer(directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
 def _count(rows: Sequence[str], dense_neurons: int) -> dict[str, int]:
     times = Counter(neuron for text in rows for neuron in neurons_of(text))
     padding, drawn = times.pop(PADDING, 0), times.pop(DRAWN, 0)
-    once = sum(number == 1 for number in times.values())
+    once = list(times.values()).count(1)
     return {
         "once": once,
         "several_times": len(times) - once,

@@ -61,15 +61,9 @@ def _layer(layer: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(layer: dict[str, Any]) -> str:
-    rows = layer["rows"]
-    words = {
-        "once": "once",
-        "several_times": "several times",
-        "nowhere": "nowhere",
-        "padding": "rows of zeros",
-        "drawn_anew": "rows drawn anew",
-    }
-    found = [f"{rows[key]} {text}" for key, text in words.items() if rows[key]]
+    words = {"padding": "rows of zeros", "drawn_anew": "rows drawn anew"}
+    rows = {words.get(key, key.replace("_", " ")): number for key, number in layer["rows"].items()}
+    found = [f"{number} {text}" for text, number in rows.items() if number]
     return f"of {layer['dense_neurons']}: {', '.join(found)}"
 
 

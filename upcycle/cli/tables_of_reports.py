@@ -30,10 +30,7 @@ def located_report(located: Located) -> list[RenderableType]:
     ffns = new_table("FFN", "kind", "shape", "activation", "placement")
     rows = [(f.path, f.kind, _shape(f), f.pointwise.name, f.placement) for f in located.ffns]
     add_rows(ffns, rows)
-    parts: list[RenderableType] = [ffns, f"{count(located.ffns, 'dense FFN')} found"]
-    if located.misses:
-        parts += ["", _misses(located)]
-    return parts
+    return [ffns, f"{count(located.ffns, 'dense FFN')} found", *_misses(located)]
 
 
 def plan_json(plan: Plan, costs: Costs, written: Destination) -> dict[str, Any]:
@@ -53,23 +50,18 @@ def plan_json(plan: Plan, costs: Costs, written: Destination) -> dict[str, Any]:
 def plan_report(plan: Plan, costs: Costs, written: Destination) -> list[RenderableType]:
     """What each FFN becomes, what that costs, and which software runs the result."""
     layers = new_table("FFN", "shape", "becomes", "promise")
-    specs = {spec.ffn.path: spec for spec in plan.specs}
-    rows = []
-    for ffn in plan.located.ffns:
-        spec = specs.get(ffn.path)
-        becomes, promise = "stays dense", ""
-        if spec:
-            becomes = f"{spec.num_experts} experts of {spec.width}, a token visits {spec.top_k}"
-            promise = spec.promise
-        rows.append((ffn.path, _shape(ffn), becomes, promise))
-    add_rows(layers, rows)
-    of = f"{len(plan.specs)} of {count(plan.located.ffns, 'dense FFN')}"
+    becomes = {
+        s.ffn.path: (f"{s.num_experts} experts of {s.width}, a token visits {s.top_k}", s.promise)
+        for s in plan.specs
+    }
+    dense = ("stays dense", "")
+    ffns = plan.located.ffns
+    add_rows(layers, [(f.path, _shape(f), *becomes.get(f.path, dense)) for f in ffns])
+    of = f"{len(plan.specs)} of {count(ffns, 'dense FFN')}"
     parts: list[RenderableType] = [layers, f"{plan.recipe_name} converts {of}"]
     if plan.specs:
         parts += ["", costs_table(costs), "", *runtimes_report(written)]
-    if plan.located.misses:
-        parts += ["", _misses(plan.located)]
-    return parts
+    return [*parts, *_misses(plan.located)]
 
 
 def runtimes_report(written: Destination) -> list[RenderableType]:
@@ -108,12 +100,12 @@ def verification_report(report: Report) -> list[RenderableType]:
         verdict = "ok" if check.passed else "FAILED"
         table.add_row(check.what, f"{check.error:.2e}", f"{check.allowed:.2e}", verdict)
     parts: list[RenderableType] = [table]
-    for check in report.checks:
-        if check.elsewhere is not None:
-            parts.append(
-                f"{check.what}: {check.elsewhere} of {check.tokens} choices of experts "
-                "fell otherwise; outputs were compared with the same choices"
-            )
+    parts += [
+        f"{check.what}: {check.elsewhere} of {check.tokens} choices of experts fell otherwise; "
+        "outputs were compared with the same choices"
+        for check in report.checks
+        if check.elsewhere is not None
+    ]
     if rows := [*_distances(report)]:
         what = "compared with the dense model"
         distances = new_table(what, "relative error", "cosine min", "mean")
@@ -135,10 +127,9 @@ def _distances(report: Report) -> Iterator[tuple[str, ...]]:
     layers: Sequence[LayerDistance] = report.layers or ()
     if len(layers) > MAX_LAYERS:
         layers = sorted(layers, key=lambda row: -row.relative)[:MAX_LAYERS]
+    outputs = report.end_to_end.outputs if report.end_to_end else {}
     named: list[tuple[str, Distance]] = [(row.path, row) for row in layers]
-    named += [*report.end_to_end.outputs.items()] if report.end_to_end else []
-    named += [*(report.sources or {}).items()]
-    for name, found in named:
+    for name, found in [*named, *outputs.items(), *(report.sources or {}).items()]:
         cosines = (f"{cosine:.6f}" for cosine in (found.min_cosine, found.mean_cosine))
         yield (name, f"{found.relative:.2e}", *cosines)
 
@@ -170,10 +161,10 @@ def _calibrated(report: Report) -> list[RenderableType]:
     return [table, f"on {report.calibration.data}", ""]
 
 
-def _misses(located: Located) -> Table:
+def _misses(located: Located) -> list[RenderableType]:
     table = new_table("no FFN", "because", "at")
     add_rows(table, [(m.path, m.reason, m.source or m.node) for m in located.misses])
-    return table
+    return ["", table] if located.misses else []
 
 
 def _shape(ffn: FFN) -> str:
