@@ -26,7 +26,7 @@ from upcycle.conversion.options import Options
 from upcycle.conversion.pipeline import SCRATCH
 from upcycle.data.calibration import calibration_data
 from upcycle.data.calibration_files import CalibrationInput
-from upcycle.data.onnx_calibration import onnx_calibration
+from upcycle.data.onnx_calibration import inputs_of_ffn, onnx_calibration
 from upcycle.errors import UsageError
 from upcycle.ir.layer_weights import empty_layer, weights_of
 from upcycle.models.dense import Source, open_model
@@ -275,9 +275,8 @@ def test_an_onnx_layer_is_shown_what_the_dense_file_gives(tmp_path: Path) -> Non
     tensors = {str(value.name): torch.from_numpy(x.astype(np.float32))}
     recipe = load_recipe("factorllm", [*RIDGE, *SHORT])
     plan = source.plan(recipe, "test")
-    seen = onnx_calibration(source, recipe, CalibrationInput("x", tensors=tensors)).seen(
-        plan.specs[0]
-    )
+    data = onnx_calibration(source, recipe, CalibrationInput("x", tensors=tensors))
+    seen = inputs_of_ffn(plan.specs[0], source, data.batches)
     expected = tensors[str(value.name)][torch.arange(12) % 4 != 0].flatten(0, -2)
     torch.testing.assert_close(torch.cat(seen.x), expected, rtol=0, atol=0)
 

@@ -1,6 +1,6 @@
 """Make the weights of every planned layer: survey, transform, and note what came of it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from upcycle.conversion.workers import Workers, layer_maker
+from upcycle.data.calibration import CalibrationData
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.measured import Calibrated, Usage
 from upcycle.ir.spec import MoESpec, Plan
@@ -25,14 +26,6 @@ Visit = Callable[[MoESpec, FFNWeights, FFNInputs], MoEWeights | None]
 Kept = Callable[[MoESpec], MoEWeights]
 
 
-class Shown(Protocol):
-    """What a dense model is shown: inputs of the whole, of which its FFNs get theirs."""
-
-    def describe(self, layers: Sequence[Usage], *, sequential: bool) -> Calibrated:
-        """For the report, with what its tokens make of the layers."""
-        ...
-
-
 class Layers(Protocol):
     """The FFNs of a dense model, as making layers needs them."""
 
@@ -42,7 +35,7 @@ class Layers(Protocol):
         ...
 
     @property
-    def data(self) -> Shown | None:
+    def data(self) -> CalibrationData | None:
         """What is shown to the model; None if the recipe needs nothing."""
         ...
 

@@ -13,7 +13,8 @@ from upcycle.conversion.make import Kept, Made, Visit
 from upcycle.conversion.onnx_rewrite import FILE, write_converted
 from upcycle.conversion.options import Options
 from upcycle.conversion.spool import Spool
-from upcycle.data.onnx_calibration import Feeds, OnnxCalibration
+from upcycle.data.calibration import CalibrationData
+from upcycle.data.onnx_calibration import Feeds, inputs_of_ffn
 from upcycle.errors import UsageError
 from upcycle.ir.measured import OnnxFacts
 from upcycle.ir.report import Report
@@ -46,7 +47,7 @@ class OnnxFile:
     plan: Plan
     feeds: Feeds
     outputs: Mapping[str, Array] | None
-    data: OnnxCalibration | None
+    data: CalibrationData | None
     options: Options
 
     @property
@@ -69,7 +70,8 @@ class OnnxFile:
         assert self.data is not None
         spool = Spool(scratch)
         for spec in plan.specs:
-            weights = visit(spec, self.read(spec), self.data.seen(spec))
+            seen = inputs_of_ffn(spec, self.source, self.data.batches)
+            weights = visit(spec, self.read(spec), seen)
             if weights is not None:
                 spool.put(spec, weights)
         return spool.get

@@ -50,17 +50,20 @@ class CalibrationData:
         batches: in the dtype and on the device of the model.
         what: where they come from, in a few words.
         domains: the kind of text of each sequence, int64 [B], for each batch; or None.
+        from_dense: layers see what the dense model gives, whatever `calibration.sequential` says.
     """
 
     batches: Sequence[ExampleInputs]
     what: str
     domains: Sequence[torch.Tensor] | None = None
+    from_dense: bool = False
 
     def describe(self, layers: Sequence[Usage], *, sequential: bool) -> Calibrated:
         """For the report, with what its tokens make of the layers."""
         domains = None
         if self.domains is not None:
             domains = int(torch.cat(list(self.domains)).bincount().count_nonzero())
+        sequential = sequential and not self.from_dense
         return Calibrated(self.what, len(self.batches), sequential, domains, tuple(layers))
 
     @property

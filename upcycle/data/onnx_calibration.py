@@ -1,17 +1,17 @@
 """What the FFNs of an ONNX file are given on calibration data, fetched from ONNX Runtime."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
+from upcycle.data.calibration import CalibrationData
 from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.default_data import EXAMPLE, RANDOM, for_calibration
 from upcycle.data.text import SEQUENCE, sequences
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.ffn_inputs import FFNInputs
-from upcycle.ir.measured import Calibrated, Usage
 from upcycle.ir.spec import MoESpec
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.models.tokenizer import tokenizer_in
@@ -28,47 +28,31 @@ _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 Feeds = Mapping[str, Array]
 
 
-@dataclass(frozen=True)
-class OnnxCalibration:
-    """Inputs of the dense file, and where they come from, in a few words.
+def inputs_of_ffn(spec: MoESpec, source: OnnxSource, batches: Sequence[Any]) -> FFNInputs:
+    """What one FFN is given; the file is run up to it. Memory: the inputs of this FFN.
 
-    Layers are always shown what the dense file gives (``calibration.sequential`` is ignored).
+    Raises:
+        UnsupportedError: the FFN is inside a branch or a loop, or the file cannot be run.
     """
-
-    source: OnnxSource
-    batches: Sequence[Feeds]
-    what: str
-
-    def describe(self, layers: Sequence[Usage], *, sequential: bool) -> Calibrated:
-        """For the report, with what its tokens make of the layers."""
-        return Calibrated(self.what, len(self.batches), sequential=False, layers=tuple(layers))
-
-    def seen(self, spec: MoESpec) -> FFNInputs:
-        """What one FFN is given; the file is run up to it. Memory: the inputs of this FFN.
-
-        Raises:
-            UnsupportedError: the FFN is inside a branch or a loop, or the file cannot be run.
-        """
-        regions = self.source.found.regions[spec.ffn.path]
-        if any(region.inside for region in regions):
-            raise UnsupportedError(
-                f"{spec.ffn.path}: it is inside a branch or a loop of the graph, where its inputs "
-                "cannot be had; leave it out with `layers.exclude`, or use another recipe"
-            )
-        parts = []
-        fetched = fetch(self.source.path, self.batches, [region.x_name for region in regions])
-        for feeds, arrays in zip(self.batches, fetched, strict=True):
-            batch = {name: torch.from_numpy(array) for name, array in feeds.items()}
-            for array in arrays:
-                x = torch.from_numpy(array).movedim(spec.ffn.axis, -1)
-                shape = tuple(x.shape[:-1])
-                parts.append(tokens_of(batch, x.reshape(-1, x.shape[-1]), shape, None))
-        return joined(parts)
+    regions = source.found.regions[spec.ffn.path]
+    if any(region.inside for region in regions):
+        raise UnsupportedError(
+            f"{spec.ffn.path}: it is inside a branch or a loop of the graph, where its inputs "
+            "cannot be had; leave it out with `layers.exclude`, or use another recipe"
+        )
+    parts = []
+    fetched = fetch(source.path, batches, [region.x_name for region in regions])
+    for feeds, arrays in zip(batches, fetched, strict=True):
+        batch = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        for array in arrays:
+            x = torch.from_numpy(array).movedim(spec.ffn.axis, -1)
+            parts.append(tokens_of(batch, x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]), None))
+    return joined(parts)
 
 
 def onnx_calibration(
     source: OnnxSource, recipe: Recipe, given: CalibrationInput | None
-) -> OnnxCalibration:
+) -> CalibrationData:
     """Inputs for the file, from what verification does not read.
 
     Without `given` texts or tensors: the inputs that the user gave for the capture; else three
@@ -78,7 +62,7 @@ def onnx_calibration(
     Raises:
         UsageError: the file reads something else, or the data is too short.
     """
-    make = partial(OnnxCalibration, source)
+    make = partial(CalibrationData, from_dense=True)
     names = {str(value.name) for value in source.model.graph.inputs}
     is_text = "input_ids" in names and names <= _TEXT
     tokenizer = tokenizer_in(source.directory) if is_text else None
