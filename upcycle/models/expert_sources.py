@@ -196,9 +196,8 @@ def _check_same(name: str, model: nn.Module, other: nn.Module) -> None:
 
 def _tied(module: nn.Module) -> set[str]:
     """The names of parameters that have another name, too."""
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    every = module.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in every if first[id(parameter)] != name}
+    first, every = module.named_parameters(), module.named_parameters(remove_duplicate=False)
+    return dict(every).keys() - dict(first).keys()
 
 
 def _computing(config: object) -> dict[str, object]:
