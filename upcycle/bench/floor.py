@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -84,7 +85,8 @@ def floor_of(
     `itemsize` are the bytes of a weight in the computation, unless `options`, those of the ONNX
     file if that is run, make it less.
     """
-    output = dense.get_output_embeddings() if isinstance(dense, PreTrainedModel) else None
+    model: Any = dense
+    output = model.get_output_embeddings() if isinstance(dense, PreTrainedModel) else None
     head = set(output.parameters()) if isinstance(output, nn.Module) else set()
     tables = {m.weight for m in dense.modules() if isinstance(m, nn.Embedding)}
     looked_up = sum(weight.numel() for weight in tables - head)

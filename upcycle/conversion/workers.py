@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -121,7 +120,7 @@ def single_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
 def _threads(workers: Workers, specs: Sequence[MoESpec]) -> Iterator[tuple[Submit, int]]:
     jobs = local_jobs(workers, specs)
     with single_threads(jobs) as pool:
-        yield partial(pool.submit, transform), jobs
+        yield lambda ffn, spec: pool.submit(transform, ffn, spec), jobs
 
 
 @contextmanager
