@@ -1,14 +1,13 @@
 """The model card of a conversion, out of its plan and report."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from upcycle.ir.measured import Distance
 from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import Plan
 from upcycle.recipe.reader import dump_recipe
-from upcycle.targets import model_card
 from upcycle.targets.checkpoint import Checkpoint
+from upcycle.targets.model_card import model_card
 from upcycle.targets.native.tempered import is_tempered
 
 MAX_LAYERS = 12  # in the card; report.json has all
@@ -17,52 +16,41 @@ MAX_LAYERS = 12  # in the card; report.json has all
 def card(
     name: str,
     plan: Plan,
-    written: Checkpoint,
-    targets: Sequence[str],
     report: Report,
+    targets: Sequence[str],
+    written: Checkpoint | None = None,
     *,
     is_pair: bool = False,
 ) -> str:
-    """README.md as text; with `is_pair` the ONNX files are an encoder and a decoder."""
-    form = written.destination
-    onnx = ["onnx_pair" if is_pair else "onnx"] if "onnx" in targets else []
-    return model_card.model_card(
+    """README.md as text, of a checkpoint `written` with `targets` or of a converted ONNX file.
+
+    With `is_pair` the ONNX files are an encoder and a decoder.
+    """
+    formats = ["onnx_pair" if is_pair else "onnx"] if "onnx" in targets else []
+    notes = [*_notes(plan, targets)]
+    runtimes: dict[str, str] = {}
+    if written is not None:
+        form = written.destination
+        formats = [form.form, *formats]
+        runtimes = {runtime: support.text() for runtime, support in form.runtimes.items()}
+        if "onnx" not in targets:
+            del runtimes["onnxruntime"]
+        if is_tempered(form.target, plan.specs):
+            notes += _tempered(report)
+    return model_card(
         name=name,
-        **_common(plan, report),
-        targets=[form.form, *onnx],
-        auto_class=written.auto_class,
-        runtimes={
-            name: support.text()
-            for name, support in form.runtimes.items()
-            if name != "onnxruntime" or "onnx" in targets
-        },
-        notes=[
-            *_notes(plan, targets),
-            *(_tempered(report) if is_tempered(form.target, plan.specs) else ()),
-        ],
+        base_model=report.model,
+        promise=plan.promise,
+        recipe_name=plan.recipe_name,
+        recipe_text=dump_recipe(plan.recipe),
+        numbers=dict(_numbers(plan, report)),
+        checks=report.checks,
+        targets=formats,
+        auto_class=written.auto_class if written else "",
+        runtimes=runtimes,
+        notes=notes,
+        library="transformers" if written else "onnx",
     )
-
-
-def onnx_card(name: str, plan: Plan, report: Report) -> str:
-    """README.md of a converted ONNX file."""
-    return model_card.model_card(
-        name=name,
-        **_common(plan, report),
-        targets=["onnx"],
-        notes=list(_notes(plan, ["onnx"])),
-        library="onnx",
-    )
-
-
-def _common(plan: Plan, report: Report) -> dict[str, Any]:
-    return {
-        "base_model": report.model,
-        "promise": plan.promise,
-        "recipe_name": plan.recipe_name,
-        "recipe_text": dump_recipe(plan.recipe),
-        "numbers": dict(_numbers(plan, report)),
-        "checks": report.checks,
-    }
 
 
 def _numbers(plan: Plan, report: Report) -> Iterator[tuple[str, str]]:

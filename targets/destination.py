@@ -79,9 +79,13 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
         raise UsageError(
             f"`architecture={plan.architecture}`: unknown; choose from {', '.join(NATIVE)}"
         )
-    target, reasons = _native_target(model, plan)
-    config = _config(model, plan, target)
-    form = "native" if target else CUSTOM if isinstance(model, PreTrainedModel) else PLAIN
+    target, reasons = None, {}
+    form, config = PLAIN, {"dtype": str(model_dtype(model)).removeprefix("torch.")}
+    if isinstance(model, PreTrainedModel):
+        form, config = CUSTOM, model.config.to_dict()
+        target, reasons = _native_target(model, plan)
+    if target is not None:
+        form, config = "native", build_config(target, model.config, plan)
     written_as = target.model_type if target else form
     if target is None and plan.architecture is not None:
         why = reasons.get(plan.architecture, "the model is no model of transformers")
@@ -111,10 +115,9 @@ def onnx_destination(plan: Plan) -> Destination:
     return Destination(None, GRAPH, {}, {}, runtimes | {"onnxruntime": loads()})
 
 
-def _native_target(dense: nn.Module, plan: Plan) -> tuple[NativeTarget | None, dict[str, str]]:
-    if not isinstance(dense, PreTrainedModel):
-        return None, {}
-
+def _native_target(
+    dense: PreTrainedModel, plan: Plan
+) -> tuple[NativeTarget | None, dict[str, str]]:
     def accepts(target: NativeTarget, config: Mapping[str, Any]) -> str | None:
         return refusal(plan.runtimes, target.model_type, config, plan)
 
@@ -129,11 +132,3 @@ def grouped(reasons: Mapping[str, str]) -> dict[str, str]:
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
     return {", ".join(alike): reason for reason, alike in names.items()}
-
-
-def _config(model: nn.Module, plan: Plan, target: NativeTarget | None) -> dict[str, Any]:
-    if not isinstance(model, PreTrainedModel):
-        return {"dtype": str(model_dtype(model)).removeprefix("torch.")}
-    if target is not None:
-        return build_config(target, model.config, plan)
-    return dict(model.config.to_dict())

@@ -72,12 +72,11 @@ def model_card(
 
     Args:
         base_model: the dense model: a Hub id (then the Hub links to it), or any other name.
-        promise: a `Promise` of `upcycle.ir.spec`.
-        recipe_name, recipe_text: the recipe and its YAML.
+        promise: a key of `PROMISES`.
         numbers: facts in the order in which they are shown, such as "experts per layer": "8".
         checks: the verification; if empty it was not run.
         targets: which of `LOADING` the directory contains.
-        auto_class: the transformers class that loads it.
+        auto_class: the class of transformers that loads it, if one does.
         runtimes: other software and how it runs the model.
         library: what loads it, in the words of the Hub.
     """

@@ -45,7 +45,7 @@ class TensorRule:
 
     pattern: str
     name: str
-    change: Callable[[torch.Tensor], torch.Tensor]
+    change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,6 @@ def head_dim(config: PreTrainedConfig) -> int:
     return int(width or config.hidden_size // config.num_attention_heads)
 
 
-def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    """`TensorRule.change` of a rule that changes only the name."""
-    return tensor
-
-
 def interleaved_rope(
     config: PreTrainedConfig, layers: Sequence[int] | None = None
 ) -> list[TensorRule]:
@@ -45,7 +40,7 @@ def zero_biases(config: PreTrainedConfig) -> list[TensorRule]:
 
     pattern = NAMES.format(name="[qkv]_proj") + r"\.weight"
     return [
-        TensorRule(pattern, r"\1.weight", as_it_is),
+        TensorRule(pattern, r"\1.weight"),
         TensorRule(pattern, r"\1.bias", lambda weight: weight.new_zeros(weight.shape[0])),
     ]
 
@@ -71,7 +66,7 @@ def no_sinks(config: PreTrainedConfig) -> list[TensorRule]:
 
     pattern = NAMES.format(name="") + r"q_proj\.weight"
     return [
-        TensorRule(pattern, r"\1q_proj.weight", as_it_is),
+        TensorRule(pattern, r"\1q_proj.weight"),
         TensorRule(pattern, r"\1sinks", sinks),
     ]
 
@@ -83,15 +78,13 @@ def one_more(config: PreTrainedConfig) -> list[TensorRule]:
 
 def renamed(old: str, new: str) -> TensorRule:
     """Every tensor whose name contains `old` between dots."""
-    return TensorRule(rf"(.+\.){re.escape(old)}(\..+)", rf"\g<1>{new}\g<2>", as_it_is)
+    return TensorRule(rf"(.+\.){re.escape(old)}(\..+)", rf"\g<1>{new}\g<2>")
 
 
 def untied() -> list[TensorRule]:
     """The embeddings also as an output matrix of their own."""
     embeddings = "model.embed_tokens.weight"
-    return [
-        TensorRule(re.escape(embeddings), name, as_it_is) for name in (embeddings, "lm_head.weight")
-    ]
+    return [TensorRule(re.escape(embeddings), name) for name in (embeddings, "lm_head.weight")]
 
 
 def no_windows(config: PreTrainedConfig) -> str | None:

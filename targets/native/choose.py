@@ -88,9 +88,6 @@ def choose(
         accepts: a target that fits and its ``config.json`` -> None, or why it is not wanted.
         only: the one architecture that is tried.
     """
-    if only is not None and only not in targets:
-        known = ", ".join(targets)
-        return None, {only: f"upcycle does not know this architecture; it knows {known}"}
     reasons: dict[str, str] = {}
     for asked in (False, True) if plan.runtimes or only is not None else (False,):
         for name in targets if only is None else [only]:

@@ -85,7 +85,7 @@ def unfolded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpe
         made["selection_bias"] = router["selection_bias"]
     if config.weights == "gain":
         made["gain"] = torch.zeros(spec.num_experts)
-    shared = weights.shared
+    shared = weights.shared if spec.shared else None
     if shared is not None:
         half = 0.5 if target.shared and target.shared.gate else 1.0
         up_1MSD = _expansions(shared)[:, :, : spec.shared]
@@ -95,7 +95,7 @@ def unfolded(weights: MoEWeights, fold: Fold, target: NativeTarget, spec: MoESpe
             shared.down_EOI[..., : spec.shared] * half,
             torch.full((1, spec.shared), -1),
         )
-    return replace(weights, experts=experts, router=made, shared=shared if spec.shared else None)
+    return replace(weights, experts=experts, router=made, shared=shared)
 
 
 def _expansions(weights: ExpertWeights) -> torch.Tensor:
@@ -115,8 +115,9 @@ def shared_on_disk(
     weights: MoEWeights, target: NativeTarget, spec: MoESpec
 ) -> ExpertWeights | None:
     """The shared expert as wide as it is on disk, and doubled if it has a gate."""
-    if target.shared is None or not (size := target.shared.size(spec)):
+    if target.shared is None or not (target.shared.always or target.shared.size(spec)):
         return None
+    size = target.shared.size(spec)
     like = weights.experts
     arity = like.up_EGD.shape[1] // like.down_EOI.shape[2]
     up = like.up_EGD.new_zeros(1, arity, size, like.up_EGD.shape[2])
@@ -168,5 +169,5 @@ def unfuse(
     if layout.transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     if layout.interleaved:
-        up = up.reshape(len(up), -1, 2, up.shape[2]).transpose(1, 2).flatten(1, 2)
+        up = interleaved(up, up.shape[1] // 2)  # back again
     return up.contiguous(), down.contiguous()

@@ -5,7 +5,8 @@ Shape suffixes: E experts, I expert width, D d_model.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from typing import Generic, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,10 +16,19 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import ExpertWeights, MoEWeights
 from upcycle.targets.files.tensor_file import TensorEntry
 from upcycle.targets.native.architecture import FusedTensors, NativeTarget, TensorRule
-from upcycle.targets.native.attention import as_it_is, untied
-from upcycle.targets.native.fold_layer import folded, fuse, gate_noise, unfolded, unfuse
+from upcycle.targets.native.attention import untied
+from upcycle.targets.native.fold_layer import (
+    folded,
+    fuse,
+    gate_noise,
+    shared_on_disk,
+    unfolded,
+    unfuse,
+)
 from upcycle.targets.native.fold_router import fold_of
 from upcycle.targets.native.layers import layer_of
+
+_T = TypeVar("_T")
 
 
 def entries(
@@ -34,47 +44,46 @@ def entries(
     down of all experts, each a stack (see `Stacks.stacked`), then the shared expert.
 
     Args:
-        target: the architecture, as `choose` returns it.
+        target: the architecture, as `choose` returns it for `plan` and the dense `config`.
         dense_tensors: the dense checkpoint; only shapes are asked for before an entry is read.
-        plan: what is converted.
         moe_weights: makes the layer of one spec. Called once per layer if the entries are read in
             order, and one result at a time is kept.
-        config: of the dense model.
 
     Raises:
         UsageError: a tensor of a converted FFN is missing in `dense_tensors`.
     """
     source = target.sources[config.model_type]
     rules = [*source.tensors(config), *(untied() if target.untied else ())]
+    dtypes: dict[str, torch.dtype] = {}  # by path, of the FFNs whose layer was written
 
-    def written(spec: MoESpec) -> MoEWeights:
-        return folded(moe_weights(spec), fold_of(target, spec), target, spec)
+    def tensors(spec: MoESpec) -> dict[str, torch.Tensor]:
+        weights = folded(moe_weights(spec), fold_of(target, spec), target, spec)
+        on_disk = _on_disk(target, spec, weights, dtypes[spec.ffn.path])
+        return {name: tensor for name, tensor, _, _ in on_disk}
 
-    one_layer = OneLayer(written)
+    one_layer = OneLayer(tensors)
     spec_of = {name: spec for spec in plan.specs for name in spec.ffn.parameters}
     for name, spec in spec_of.items():
         if name not in dense_tensors:
             raise UsageError(f"{name}: the checkpoint lacks this tensor of {spec.ffn.path}")
-    done: set[str] = set()
     for name in dense_tensors:
         if name not in spec_of:
             if not name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints contain
                 yield from _dense_entries(name, dense_tensors, rules)
-        elif (spec := spec_of[name]).ffn.path not in done:
-            done.add(spec.ffn.path)
-            layer, dtype = layer_of(spec.ffn, source), dense_tensors[name].dtype
-            yield from _moe_entries(target, str(layer), spec, dtype, one_layer)
+        elif (spec := spec_of[name]).ffn.path not in dtypes:
+            dtypes[spec.ffn.path] = dense_tensors[name].dtype
+            yield from _moe_entries(target, spec, dtypes[spec.ffn.path], one_layer)
 
 
-class OneLayer:
+class OneLayer(Generic[_T]):
     """Calls `compute` for a spec, and again only after another spec was asked for."""
 
-    def __init__(self, compute: Callable[[MoESpec], MoEWeights]) -> None:
+    def __init__(self, compute: Callable[[MoESpec], _T]) -> None:
         self._compute = compute
-        self._last: tuple[MoESpec, MoEWeights] | None = None
+        self._last: tuple[MoESpec, _T] | None = None
 
-    def __call__(self, spec: MoESpec) -> MoEWeights:
-        """The weights of one layer; kept until another is asked for."""
+    def __call__(self, spec: MoESpec) -> _T:
+        """What `compute` returned, kept until another spec is asked for."""
         if self._last is None or self._last[0] is not spec:
             self._last = None  # frees the layer before the next one is made
             self._last = (spec, self._compute(spec))
@@ -84,113 +93,87 @@ class OneLayer:
 def _dense_entries(
     name: str, tensors: Mapping[str, torch.Tensor], rules: Sequence[TensorRule]
 ) -> Iterator[TensorEntry]:
-    changes = {
-        match.expand(rule.name): rule.change
-        for rule in rules
-        if (match := re.fullmatch(rule.pattern, name))
-    }
+    matches = [(rule, match) for rule in rules if (match := re.fullmatch(rule.pattern, name))]
+    written = {match.expand(rule.name): rule for rule, match in matches}
     like = torch.empty_like(tensors[name], device="meta")
-    for written, change in (changes or {name: as_it_is}).items():
+    for new, rule in (written or {name: TensorRule(name, name)}).items():
 
-        def read(change: Callable[[torch.Tensor], torch.Tensor] = change) -> torch.Tensor:
-            return change(tensors[name])
+        def read(rule: TensorRule = rule) -> torch.Tensor:
+            return rule.change(tensors[name])
 
-        made = change(like)
-        yield TensorEntry(written, tuple(made.shape), made.dtype, read)
+        made = rule.change(like)
+        yield TensorEntry(new, tuple(made.shape), made.dtype, read)
 
 
 def _moe_entries(
     target: NativeTarget,
-    layer: str,
     spec: MoESpec,
     dtype: torch.dtype,
-    weights: Callable[[MoESpec], MoEWeights],
+    tensors: Callable[[MoESpec], Mapping[str, torch.Tensor]],
 ) -> Iterator[TensorEntry]:
+    shapes = _on_disk(target, spec, _without_numbers(target, spec), dtype)
+    for name, empty, written_as, stack in shapes:
+
+        def read(name: str = name, written_as: torch.dtype = written_as) -> torch.Tensor:
+            return tensors(spec)[name].to(written_as).contiguous()
+
+        yield TensorEntry(name, tuple(empty.shape), written_as, read, stack)
+
+
+def _without_numbers(target: NativeTarget, spec: MoESpec) -> MoEWeights:
+    """The experts as `folded` returns them, on the meta device."""
     count, d_model, width = spec.num_experts, spec.ffn.d_model, spec.width
+    with torch.device("meta"):
+        up_EGD = torch.empty(count, len(spec.ffn.expansions) * width, d_model)
+        down_EOI = torch.empty(count, d_model, width)
+    experts = ExpertWeights(up_EGD, None, down_EOI, torch.empty(0))
+    weights = MoEWeights(experts, {}, None)
+    return replace(weights, shared=shared_on_disk(weights, target, spec))
 
-    def router(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        found = weights(spec).router.get(name)
-        return torch.zeros(shape, dtype=dtype) if found is None else found.to(dtype).reshape(shape)
 
+def _on_disk(
+    target: NativeTarget, spec: MoESpec, weights: MoEWeights, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor, torch.dtype, str | None]]:
+    """Name, content (not yet cast), dtype and stack of each tensor of a layer."""
+    (source,) = target.sources.values()
+    layer = str(layer_of(spec.ffn, source))
+    count, d_model = spec.num_experts, spec.ffn.d_model
     router_dtype = target.router_dtype or dtype
     each = (count,) if target.selection_bias_shape == "E" else (1, count)
-    tensors: list[tuple[str, str | None, tuple[int, ...], torch.dtype]] = [
+    for key, name, shape, kind in (
         ("weight", target.router, (count, d_model), router_dtype),
         ("bias", target.router_bias, (count,), router_dtype),
         ("selection_bias", target.selection_bias, each, torch.float32),
-    ]
-    for tensor, name, shape, kind in tensors:
+    ):
         if name is not None:
-            read = partial(router, tensor, shape, kind)
-            yield TensorEntry(name.format(layer=layer), shape, kind, read)
-
-    def matrix(role: int, expert: int) -> torch.Tensor:
-        experts = weights(spec).experts
-        if role == last:
-            return experts.down_EOI[expert].to(dtype)
-        return experts.up_EGD[expert, role * width : (role + 1) * width].to(dtype)
-
-    def fused(layout: FusedTensors, name: str) -> torch.Tensor:
-        return fuse(layout, weights(spec).experts)[name].to(dtype).contiguous()
-
-    arity = len(spec.ffn.expansions)
-    layout = target.experts
+            found = weights.router.get(key)
+            tensor = torch.zeros(shape) if found is None else found.reshape(shape)
+            yield name.format(layer=layer), tensor, kind, None
+    layout, shared = target.experts, target.shared
     if isinstance(layout, FusedTensors):
-        with torch.device("meta"):
-            empty = ExpertWeights(
-                torch.empty(count, arity * width, d_model),
-                None,
-                torch.empty(count, d_model, width),
-                torch.empty(0),
-            )
-            shapes = {name: tuple(t.shape) for name, t in fuse(layout, empty).items()}
-        for name, shape in shapes.items():
-            yield TensorEntry(name.format(layer=layer), shape, dtype, partial(fused, layout, name))
+        for name, tensor in fuse(layout, weights.experts).items():
+            yield name.format(layer=layer), tensor, dtype, None
     else:
-        last = len(layout.matrices) - 1
-        for role, stack in enumerate(layout.stacked(layer)):
-            shape = (d_model, width) if role == last else (width, d_model)
-            for expert in range(count):
-                name = layout.name.format(layer=layer, expert=expert, matrix=layout.matrices[role])
-                read = partial(matrix, role, expert)
-                yield TensorEntry(name, shape, dtype, read, stack)
-    yield from _shared_entries(target, layer, spec, dtype, weights)
-
-
-def _shared_entries(
-    target: NativeTarget,
-    layer: str,
-    spec: MoESpec,
-    dtype: torch.dtype,
-    weights: Callable[[MoESpec], MoEWeights],
-) -> Iterator[TensorEntry]:
-    shared = target.shared
-    if shared is None or not (shared.always or shared.size(spec)):
+        matrices = _matrices(weights.experts, len(layout.matrices))
+        for word, matrix_E, stack in zip(
+            layout.matrices, matrices, layout.stacked(layer), strict=True
+        ):
+            for expert, matrix in enumerate(matrix_E):
+                name = layout.name.format(layer=layer, expert=expert, matrix=word)
+                yield name, matrix, dtype, stack
+    if shared is None or weights.shared is None:
         return
-    size = shared.size(spec)
-    d_model, *up_names, down_name = spec.ffn.d_model, *shared.matrices
-    rows = len(spec.ffn.expansions) * size // len(up_names)
-
-    def up(part: int) -> torch.Tensor:
-        expert = weights(spec).shared
-        if expert is None:
-            return torch.empty(rows, d_model, dtype=dtype)
-        return expert.up_EGD[0, part * rows : (part + 1) * rows].to(dtype)
-
-    def down() -> torch.Tensor:
-        expert = weights(spec).shared
-        if expert is None:
-            return torch.empty(d_model, 0, dtype=dtype)
-        return expert.down_EOI[0].to(dtype)
-
-    def gate() -> torch.Tensor:
-        return gate_noise((1, d_model), dtype, spec.generator("gate"))
-
-    for part, name in enumerate(up_names):
-        yield TensorEntry(name.format(layer=layer), (rows, d_model), dtype, partial(up, part))
-    yield TensorEntry(down_name.format(layer=layer), (d_model, size), dtype, down)
+    matrices = _matrices(weights.shared, len(shared.matrices))
+    for name, (matrix,) in zip(shared.matrices, matrices, strict=True):
+        yield name.format(layer=layer), matrix, dtype, None
     if shared.gate is not None:
-        yield TensorEntry(shared.gate.format(layer=layer), (1, d_model), dtype, gate)
+        gate = gate_noise((1, d_model), dtype, spec.generator("gate"))
+        yield shared.gate.format(layer=layer), gate, dtype, None
+
+
+def _matrices(weights: ExpertWeights, count: int) -> tuple[torch.Tensor, ...]:
+    """The matrices [E, ...] of experts on disk: `count` - 1 expansions and the contraction."""
+    return *weights.up_EGD.chunk(count - 1, dim=1), weights.down_EOI
 
 
 def read_native(

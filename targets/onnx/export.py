@@ -12,18 +12,18 @@ import onnx_ir.passes.common as common
 import torch
 from torch import Tensor, nn
 
+from upcycle.data.verification_inputs import cast_floats
 from upcycle.onnx.node_names import name_nodes
 from upcycle.onnx.tensors import ONNX_TYPES
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.onnx.axes import Axes, Inputs, default_axes, fixed_sizes, name_axes
+from upcycle.targets.onnx.dtypes import narrowed, widen
 from upcycle.targets.onnx.forms.lower import lower
-from upcycle.targets.onnx.narrow import cast_inputs, narrowed
 from upcycle.targets.onnx.opaque_experts import identifier, symbolic_layers, tensor_outputs
 from upcycle.targets.onnx.parts import Compute
 from upcycle.targets.onnx.share_weights import Store, share_weights, write_weights
 from upcycle.targets.onnx.trace import quiet, trace
-from upcycle.targets.onnx.widen import widen
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def export_onnx(
     start = time.perf_counter()
     kind: torch.dtype = getattr(torch, options.half or "float32")
     if options.half:
-        model, example_inputs = narrowed(model, kind), cast_inputs(example_inputs, kind)
+        model, example_inputs = narrowed(model, kind), cast_floats(example_inputs, kind)
     named = _named(model, example_inputs)
     axes = default_axes(named) if dynamic is None else dynamic
     inputs = list(named)

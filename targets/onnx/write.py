@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.capture.capture import ExampleInputs
+from upcycle.data.verification_inputs import cast_floats
 from upcycle.errors import UnsupportedError
 from upcycle.layers.moe import MoE
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
@@ -19,7 +20,6 @@ from upcycle.targets.files.stored import Stored
 from upcycle.targets.onnx.axes import Inputs
 from upcycle.targets.onnx.cache import PAST
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.narrow import cast_inputs
 from upcycle.targets.onnx.parts import Part, parts
 from upcycle.util.modules import device_of, eval_mode, model_dtype
 
@@ -97,7 +97,7 @@ def float_tensors(model: nn.Module, example: ExampleInputs) -> Inputs:
         example = inspect.signature(model.forward).bind(*example).arguments
     if isinstance(example, Mapping):
         example = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
-    return cast_inputs(example, torch.float32)
+    return cast_floats(example, torch.float32)
 
 
 @contextlib.contextmanager

@@ -27,13 +27,13 @@ from upcycle.data.text import (
     sequences,
 )
 from upcycle.data.text_domains import text_domains
-from upcycle.data.verification_inputs import MIN_CHARACTERS, evaluation_for, in_dtype_of
+from upcycle.data.verification_inputs import MIN_CHARACTERS, cast_floats, evaluation_for
 from upcycle.errors import UsageError
 from upcycle.ir.measured import Calibrated, Usage
 from upcycle.models.tokenizer import tokenizer_in
 from upcycle.passes.plan.plan import needs
 from upcycle.recipe.schema import Calibration, Recipe
-from upcycle.util.modules import device_of
+from upcycle.util.modules import device_of, model_dtype
 
 MOST_BATCHES = 16  # each has a thread and a residual stream
 LEAST_PLACES = 2048  # tokens of a batch, if there are as many
@@ -179,10 +179,10 @@ def verification_inputs(
     is_shared = bool(needs(recipe))
     held = given.parts()[0] if is_shared else given
     if held.batches:
-        return None, in_dtype_of(model, held.batches[0])
+        return None, cast_floats(held.batches[0], model_dtype(model))
     if held.images or held.tensors is not None:
         batches = _examples(model, held, recipe.calibration, directory)
-        return None, in_dtype_of(model, batches[0])
+        return None, cast_floats(batches[0], model_dtype(model))
     _check_reads(model, "input_ids", "a text", unnamed="input_ids")
     size = sum(len(text.strip()) for text in given.texts)
     if is_shared and size < HELD_OUT * MIN_CHARACTERS:
@@ -272,7 +272,7 @@ def _placed(
 ) -> CalibrationData:
     """In the dtype and on the device of the model."""
     device = device_of(model)
-    batches = [in_dtype_of(model, batch) for batch in batches]
+    batches = [cast_floats(batch, model_dtype(model)) for batch in batches]
     if device.type != "meta":
         batches = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batches)
     return CalibrationData(batches, what, domains)

@@ -82,7 +82,7 @@ def evaluation_for(
         vocabulary = min(getattr(config, "vocab_size", 2) or 2, 2**31)
         found = find_example(model)[0]
         batches = [randomised(found, vocabulary=vocabulary, seed=seed + i) for i in range(2)]
-        return Evaluation([in_dtype_of(model, batch) for batch in batches])
+        return Evaluation([cast_floats(batch, model_dtype(model)) for batch in batches])
     what = "the given text"
     if text is None:
         what, text = "the documentation of Python", verification_text()
@@ -174,12 +174,11 @@ def comparable(
     return found
 
 
-def in_dtype_of(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
-    """Random floats in the dtype of the weights: a convolution takes no other."""
-    dtype = model_dtype(model)
+def cast_floats(inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
+    """The inputs with their floats in `dtype`."""
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    cast_inputs: ExampleInputs = pytree.tree_map_only(torch.Tensor, cast, inputs)
-    return cast_inputs
+    made: ExampleInputs = pytree.tree_map_only(torch.Tensor, cast, inputs)
+    return made

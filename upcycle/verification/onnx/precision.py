@@ -14,8 +14,8 @@ from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import draw_inputs
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Onnx
+from upcycle.targets.onnx.dtypes import narrowed
 from upcycle.targets.onnx.forms.choose import kernel_named
-from upcycle.targets.onnx.narrow import narrowed
 from upcycle.targets.onnx.parts import FILES
 from upcycle.verification.checks import ONNX, check
 from upcycle.verification.metrics import ROUNDING
