@@ -14,7 +14,8 @@ from upcycle.targets.onnx.axes import Inputs
 from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.parts import DECODER, ENCODER, FILES, MODEL
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# By their names in ONNX Runtime.
+FLOAT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxFiles:
@@ -85,7 +86,8 @@ class OnnxFiles:
 
     def _run(self, file: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [value.name for value in self._runners[file].get_outputs()]
-        types = {value.name: _TYPES.get(value.type) for value in self._runners[file].get_inputs()}
+        inputs = self._runners[file].get_inputs()
+        types = {value.name: FLOAT_TYPES.get(value.type) for value in inputs}
         given = {n: array.astype(types[n] or array.dtype) for n, array in feeds.items()}
         with described(Path(file)):
             made = dict(zip(names, self._runners[file].run(names, given), strict=True))
@@ -96,11 +98,8 @@ class OnnxFiles:
     def _decode(self, file: str, text: Mapping[str, Array], fixed: Mapping[str, Array]) -> Array:
         """Logits of every token of `text`: [batch, sequence] ids, mask and positions."""
         batch, length = text["input_ids"].shape
-        past = {
-            value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), _TYPES[value.type])
-            for value in self._runners[file].get_inputs()
-            if value.name.startswith(f"{PAST}.") and value.name not in fixed
-        }
+        past = empty_past(self._runners[file], batch)
+        past = {name: array for name, array in past.items() if name not in fixed}
         logits = []
         for start, end in ((0, length - 1), (length - 1, length)):
             if start == end:
@@ -112,6 +111,15 @@ class OnnxFiles:
             past = {name: made[name.replace(PAST, PRESENT)] for name in past}
             logits.append(made["logits"])
         return np.concatenate(logits, axis=1)
+
+
+def empty_past(runner: Any, batch: int) -> dict[str, Array]:
+    """The past of a text that has none, for each input of a session that reads it."""
+    return {
+        value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), FLOAT_TYPES[value.type])
+        for value in runner.get_inputs()
+        if value.name.startswith(f"{PAST}.")
+    }
 
 
 def _by_name(names: Sequence[str], given: Inputs) -> dict[str, Array]:

@@ -20,12 +20,12 @@ from upcycle.data.verification_inputs import Evaluation
 from upcycle.onnx.run import described, session
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.cache import PAST, PRESENT
+from upcycle.targets.onnx.decode import FLOAT_TYPES, empty_past
 from upcycle.targets.onnx.parts import MODEL
 from upcycle.targets.onnx.write import in_float32, write_onnx
 from upcycle.util.quiet import quiet_logs
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def write_dense(directory: Path, model: nn.Module, evaluation: Evaluation, options: Onnx) -> Path:
@@ -49,14 +49,13 @@ def reader(runner: Any, inputs: ExampleInputs) -> Call:
     if not isinstance(inputs, Mapping):
         inputs = dict(zip([value.name for value in wanted], inputs, strict=False))
     given = {name: _array(tensor) for name, tensor in inputs.items()}
-    feeds = {}
+    feeds: dict[str, Any] = {}
+    if has_cache(runner):
+        feeds |= empty_past(runner, len(given["input_ids"]))
     for value in wanted:
-        if value.name.startswith(f"{PAST}."):
-            shape = (len(given["input_ids"]), value.shape[1], 0, value.shape[3])
-            feeds[value.name] = np.zeros(shape, _TYPES[value.type])
-        elif value.name in given:
+        if value.name in given:
             array = given[value.name]
-            feeds[value.name] = array.astype(_TYPES.get(value.type, array.dtype))
+            feeds[value.name] = array.astype(FLOAT_TYPES.get(value.type, array.dtype))
         elif value.name == "attention_mask":
             feeds[value.name] = np.ones_like(given["input_ids"])
         elif value.name == "position_ids":
@@ -107,7 +106,7 @@ def layer(file: Path, first: str, last: str, threads: int) -> Layer | None:
     if x_name is None:
         return None
     runner = opened(proto, threads, file.parent)
-    types = {value.name: _TYPES.get(value.type, np.int64) for value in runner.get_inputs()}
+    types = {value.name: FLOAT_TYPES.get(value.type, np.int64) for value in runner.get_inputs()}
 
     def run(x_TD: torch.Tensor) -> Any:
         tokens = len(x_TD)

@@ -65,9 +65,9 @@ def _common(stacks: Sequence[torch.Tensor], block: Block) -> int | None:
 def _in_groups(weight_ENK: torch.Tensor, bits: int, block: int | None) -> Quantised:
     limit, columns = 2 ** (bits - 1), weight_ENK.shape[2]
     group = block or columns
-    scale_ENG = _largest(weight_ENK, group) / (limit - 1)
+    scale_ENG = largest_of(weight_ENK, group) / (limit - 1)
     scale_ENG = torch.where(scale_ENG == 0, torch.ones_like(scale_ENG), scale_ENG)
-    steps = (weight_ENK / _spread(scale_ENG, group, columns)).round().clamp(1 - limit, limit - 1)
+    steps = (weight_ENK / spread(scale_ENG, group, columns)).round().clamp(1 - limit, limit - 1)
     packed = _pack((steps + limit).to(torch.uint8), bits)
     scale = scale_ENG if block else scale_ENG[..., 0]
     return Quantised(packed, scale.contiguous(), bits, block)
@@ -77,9 +77,14 @@ def dequantise(quantised: Quantised, columns: int) -> torch.Tensor:
     """The rounded matrices [E, N, K] in float32; `columns` is K."""
     zero = 2 ** (quantised.bits - 1)
     q_ENK: torch.Tensor = _unpack(quantised.packed, quantised.bits).float() - zero
+    return q_ENK * steps_of(quantised, columns)
+
+
+def steps_of(quantised: Quantised, columns: int) -> torch.Tensor:
+    """The distance of neighbouring values, for each element or, [E, N, 1], for each row."""
     if quantised.block is None:
-        return q_ENK * quantised.scale[..., None]
-    return q_ENK * _spread(quantised.scale, quantised.block, columns)
+        return quantised.scale[..., None]
+    return spread(quantised.scale, quantised.block, columns)
 
 
 def adaptive_group(weight_NK: torch.Tensor) -> int:
@@ -89,9 +94,9 @@ def adaptive_group(weight_NK: torch.Tensor) -> int:
     or less; so a matrix whose magnitudes are alike keeps one scale for each row.
     """
     columns = weight_NK.shape[1]
-    group, mean = columns, _largest(weight_NK, columns).mean()
+    group, mean = columns, largest_of(weight_NK, columns).mean()
     for smaller in _candidates(columns):
-        shrunk = _largest(weight_NK, smaller).mean()
+        shrunk = largest_of(weight_NK, smaller).mean()
         if shrunk > mean * _SHRINKS ** math.log2(group / smaller):
             break
         group, mean = smaller, shrunk
@@ -107,14 +112,14 @@ def _candidates(columns: int) -> Iterator[int]:
         size //= 2
 
 
-def _largest(weight: torch.Tensor, group: int) -> torch.Tensor:
+def largest_of(weight: torch.Tensor, group: int) -> torch.Tensor:
     """The largest magnitude of each group, [..., K] -> [..., G]."""
     padded = torch.nn.functional.pad(weight.abs(), (0, -weight.shape[-1] % group))
     largest: torch.Tensor = padded.reshape(*weight.shape[:-1], -1, group).amax(-1)
     return largest
 
 
-def _spread(scale: torch.Tensor, group: int, columns: int) -> torch.Tensor:
+def spread(scale: torch.Tensor, group: int, columns: int) -> torch.Tensor:
     """The scale of each element, [..., K]."""
     return scale.repeat_interleave(group, dim=-1)[..., :columns]
 

@@ -7,7 +7,7 @@ Shape suffixes: T tokens, D d_model, E experts, I expert width, G = arity * I.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,8 +20,15 @@ from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import run
 from upcycle.onnx.tensors import TORCH_TYPES, tensor_of
 from upcycle.pointwise import Pointwise
+from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms.choose import kernel_named
-from upcycle.targets.onnx.forms.quantise import Quantised, dequantise
+from upcycle.targets.onnx.forms.quantise import (
+    Quantised,
+    dequantise,
+    largest_of,
+    spread,
+    steps_of,
+)
 from upcycle.verification.checks import ROUNDED_KERNEL, ROUNDED_LAYER, ROUNDED_WEIGHTS, worst_at
 from upcycle.verification.metrics import ROUNDING
 
@@ -38,7 +45,7 @@ class RoundedLayer:
         x, weights, y: names of its tensors: tokens, the weight of each expert, and the output.
         pointwise: what its kernel computes.
         up_EGD, down_EDI: the decoded matrices; gate rows first.
-        step: the quantisation step of each element of the two.
+        step: the quantisation steps of the two, see `steps_of`.
         bits, block: bits of a weight, and the number of inputs that share a scale, or ``row``.
         rounds_tokens: group size in which the kernel rounds its input to 8 bits; 0 if it does not.
         dtype: of everything that the kernel does not round.
@@ -73,11 +80,8 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
         assert weights is not None
         assert scale is not None
         assert scale.dtype is not None
-        if kernel.gated:
-            up, up_step = (
-                t.reshape(len(t), -1, 2, t.shape[2]).transpose(1, 2).flatten(1, 2)
-                for t in (up, up_step)
-            )
+        if kernel.gated:  # the rows of gate and up alternate in the file
+            up, up_step = (interleaved(t, t.shape[1] // 2) for t in (up, up_step))
         yield RoundedLayer(
             layer=_layer_of(node),
             x=str(x.name),
@@ -132,11 +136,10 @@ def verify_rounding(
         arrays = (seen[name] for name in (layer.x, layer.weights, layer.y))
         tensors = (torch.from_numpy(array).float() for array in arrays)
         rows.append(_row(layer, layers[layer.layer], *tensors))
-    expected = {row.path: row.rounding_over_expected for row in rows}
     checks = [
         worst_at(ROUNDED_WEIGHTS, {row.path: row.half_steps for row in rows}, _HALF_STEP),
         worst_at(ROUNDED_KERNEL, {row.path: row.kernel_over_allowed for row in rows}, 1.0),
-        worst_at(ROUNDED_LAYER, expected, _INDEPENDENT),
+        worst_at(ROUNDED_LAYER, {r.path: r.rounding_over_expected for r in rows}, _INDEPENDENT),
     ]
     return rows, checks
 
@@ -168,15 +171,13 @@ def _row(
         block=rounded.block,
         weights_rms={"up": _relative(up_error, up), "down": _relative(down_error, down)},
         output_rms=error / size if size else 0.0,
-        half_steps=max(map(_half_steps, (up_error, down_error), rounded.step)),
+        half_steps=max(
+            float((2 * error.abs() / step.abs()).max())
+            for error, step in zip((up_error, down_error), rounded.step, strict=True)
+        ),
         kernel_over_allowed=kernel,
         rounding_over_expected=error / off if off else 0.0,
     )
-
-
-def _half_steps(error: torch.Tensor, step: torch.Tensor) -> float:
-    """The largest error in halves of its step; zeros stay zeros."""
-    return float((2 * error.abs() / step.abs()).max())
 
 
 def _rms(tensor: torch.Tensor) -> float:
@@ -256,22 +257,15 @@ def _through(
 
 def _rounding_variance(x: torch.Tensor, group: int) -> torch.Tensor:
     """The variance of rounding to 255 steps over the range of each group."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
-    groups = padded.reshape(*x.shape[:-1], -1, group)
-    step = groups.abs().amax(-1, keepdim=True) / 127
-    spread = step.expand(*step.shape[:-1], group).flatten(-2)[..., : x.shape[-1]]
-    variance: torch.Tensor = spread.square() / 12
-    return variance
+    return spread(largest_of(x, group) / 127, group, x.shape[-1]).square() / 12
 
 
 def _decoded(node: ir.Node, place: int, bits: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A stack of matrices, and the step of each element."""
+    """A stack of matrices, and its quantisation steps."""
     values = node.inputs[place], node.inputs[place + 1]
     packed, scale = (None if value is None else tensor_of(value) for value in values)
     assert packed is not None
     assert scale is not None
     columns = packed.shape[2] * 8 // bits
     found = Quantised(packed, scale.float(), bits, block or None)
-    one = 129 if bits == 8 else 9 | 9 << 4  # one step above the middle
-    step = dequantise(replace(found, packed=torch.full_like(packed, one)), columns)
-    return dequantise(found, columns), step
+    return dequantise(found, columns), steps_of(found, columns)
