@@ -94,11 +94,6 @@ def read_origins(directory: Path) -> list[dict[str, Any]] | None:
     return layers
 
 
-def _provenance_of(layer: Mapping[str, Any]) -> Provenance:
-    expert_EI = torch.tensor([neurons_of(row) for row in layer["experts"]], dtype=torch.int64)
-    return Provenance(expert_EI, torch.tensor(neurons_of(layer["shared"]), dtype=torch.int64))
-
-
 def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
     """The plan with the widths that the layers in `directory` have, and their provenance.
 
@@ -111,12 +106,16 @@ def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
     layers = read_origins(directory)
     if layers is None:
         return plan, {}
+    there, sizes, provenance = [], [], {}
     try:
-        there = [
-            (layer["path"], layer["dense_neurons"], layer["layer"]["d_model"]) for layer in layers
-        ]
-        sizes = [(layer["layer"]["width"], layer["layer"]["shared"]) for layer in layers]
-        provenance = {layer["path"]: _provenance_of(layer) for layer in layers}
+        for layer in layers:
+            made = layer["layer"]
+            there.append((layer["path"], layer["dense_neurons"], made["d_model"]))
+            sizes.append({"width": made["width"], "shared": made["shared"]})
+            provenance[layer["path"]] = Provenance(
+                torch.tensor([neurons_of(row) for row in layer["experts"]], dtype=torch.int64),
+                torch.tensor(neurons_of(layer["shared"]), dtype=torch.int64),
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{directory / FILE}: not what upcycle writes ({one_line(error)}); convert the model "
@@ -127,8 +126,5 @@ def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
             f"{directory}: its {len(there)} layers ({there[:1]}, ...) are not those of the dense "
             "model; name the model that it was made from"
         )
-    specs = [
-        replace(spec, width=width, shared=shared)
-        for spec, (width, shared) in zip(plan.specs, sizes, strict=True)
-    ]
-    return replace(plan, specs=tuple(specs)), provenance
+    specs = tuple(replace(spec, **size) for spec, size in zip(plan.specs, sizes, strict=True))
+    return replace(plan, specs=specs), provenance

@@ -120,19 +120,16 @@ def build_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     """The content of ``config.json``: the dense configuration, the layers, and the classes."""
     data: dict[str, Any] = model.config.to_dict()
     data.pop("_name_or_path", None)
-    data.update(_processors(model.config.model_type, data))
-    data.update(
-        architectures=[new_name(type(model))],
-        auto_map=auto_map(type(model.config), heads(type(model.config), type(model))),
-        dtype=str(model.dtype).removeprefix("torch."),
-        model_type=new_model_type(type(model.config), type(model)),
-        upcycle={
-            "version": __version__,
-            "format": FORMAT,
-            "sites": [spec.site() for spec in plan.specs],
-        },
-    )
-    return data
+    sites = [spec.site() for spec in plan.specs]
+    return {
+        **data,
+        **_processors(model.config.model_type, data),
+        "architectures": [new_name(type(model))],
+        "auto_map": auto_map(type(model.config), heads(type(model.config), type(model))),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_type": new_model_type(type(model.config), type(model)),
+        "upcycle": {"version": __version__, "format": FORMAT, "sites": sites},
+    }
 
 
 _BY_MODEL_TYPE = {
@@ -181,11 +178,10 @@ def auto_mapping(dense_config: type) -> dict[str, tuple[type, ...]]:
     """Auto class -> the classes that it may make of the dense configuration."""
     found = {}
     for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None:
-            known = mapping.get(dense_config, None)
-            if known is not None:
-                found[name] = known if isinstance(known, tuple) else (known,)
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        known = None if mapping is None else mapping.get(dense_config, None)
+        if known is not None:
+            found[name] = known if isinstance(known, tuple) else (known,)
     return found
 
 

@@ -19,24 +19,19 @@ def variants(
 ) -> list[NativeTarget] | str:
     """The ways in which `target` holds the converted model exactly, or why there is none.
 
-    Args:
-        target: the architecture.
-        config: the dense model's config, as ``AutoConfig`` reads it.
-        plan: what is converted.
-        asked: the user asked for it, so that what holds only now (copies), or only almost (a
-            tempered router), will do; see `targets.native.fold_router`.
+    `config` is the dense model's, as ``AutoConfig`` reads it. If the user `asked` for the target,
+    what holds only now (copies), or only almost (a tempered router), will do; see
+    `targets.native.fold_router`.
 
     Returns:
         The target with one form and one source, once for each way, the best first; or the reason.
     """
-    reason = _config_reason(target, config)
-    if reason is not None:
+    if reason := _config_reason(target, config):
         return reason
     source = target.sources[config.model_type]
     dtype = getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))
     layers = source.layers(config)
-    reason = plan_reason(target, source, layers, plan, itemsize=dtype.itemsize)
-    if reason is not None:
+    if reason := plan_reason(target, source, layers, plan, itemsize=dtype.itemsize):
         return reason
     found, reasons = [], []
     for form in target.forms:
@@ -79,14 +74,9 @@ def choose(
 ) -> tuple[NativeTarget | None, dict[str, str]]:
     """The first target that fits, or None; and the reason of each one before it, by name.
 
-    The target has one form and one source. If the plan requires runtimes, or with `only`, it may
-    be one that `variants` returns on request.
-
-    Args:
-        targets: architectures by name, in the order in which they are tried.
-        config, plan: as for `variants`.
-        accepts: a target that fits and its ``config.json`` -> None, or why it is not wanted.
-        only: the one architecture that is tried.
+    The target has one form and one source. If the plan requires runtimes, or with `only`, the one
+    that is tried, it may be one that `variants` returns on request. `accepts` says of a target that
+    fits, and of its ``config.json``, why it is not wanted, or None.
     """
     reasons: dict[str, str] = {}
     for asked in (False, True) if plan.runtimes or only is not None else (False,):
@@ -198,9 +188,6 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if not rope:
         return {}
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return {
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
-    }
+    scaling = dict(rope)
+    written = {"rope_parameters": rope, "rope_theta": scaling.pop("rope_theta")}
+    return written | {"rope_scaling": None if rope["rope_type"] == "default" else scaling}

@@ -61,12 +61,10 @@ SEED_OSS = DenseArchitecture(
     ignored=("pretraining_tp", "residual_dropout"),
     fields=lambda config: {"use_qk_norm": False},
 )
-QWEN3 = DenseArchitecture(
-    "Qwen3ForCausalLM",
+QWEN3 = replace(
+    QWEN2,
+    architecture="Qwen3ForCausalLM",
     absent=("attention_bias",),
-    fits=no_windows,
-    carried=("intermediate_size",),
-    checked=WINDOWS,
     fields=_attention(norm=True),
 )
 QWEN3_WINDOWS = replace(

@@ -24,11 +24,8 @@ def as_on_disk(
 
     Down projections are scaled as there, and the weights of the experts divided; the shared expert
     is as wide, as doubled and as cut into matrices as there, and its output halved. Outputs change
-    by rounding only. Memory: the scaled projections and the shared experts.
-
-    Args:
-        layers: each with its spec; changed in place, and restored.
-        target: the architecture that was written, or None if none was.
+    by rounding only. Memory: the scaled projections and the shared experts. Without a `target`
+    nothing changes.
     """
     with ExitStack() as undo:
         for spec, layer in layers if target is not None else ():

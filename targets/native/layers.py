@@ -49,8 +49,7 @@ def plan_reason(
     if not plan.specs:
         return "the plan converts nothing"
     for spec in plan.specs:
-        reason = _ffn_reason(spec.ffn, source) or _layer_reason(target, spec)
-        if reason is not None:
+        if reason := _ffn_reason(spec.ffn, source) or _layer_reason(target, spec):
             return f"{spec.ffn.path}: {reason}"
     first = plan.specs[0]
     for spec in plan.specs:
@@ -81,8 +80,7 @@ def sparse_layers(source: DenseArchitecture, layers: list[str], plan: Plan) -> l
 
 
 def _ffn_reason(ffn: FFN, source: DenseArchitecture) -> str | None:
-    biases = [p.bias for p in (*ffn.expansions, ffn.contraction) if p.bias]
-    if biases:
+    if biases := [p.bias for p in (*ffn.expansions, ffn.contraction) if p.bias]:
         return f"its experts have no biases, and the FFN has {biases[0]}"
     gated = len(source.roles) == 3
     if not computes(ffn.pointwise, source.activation, gated=gated):

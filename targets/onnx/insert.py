@@ -45,12 +45,11 @@ def insert_layer(
     """Make what reads the output read a layer of `x`; the nodes between are left without use.
 
     Args:
-        model: the graph; changed in place.
+        model: changed in place.
         key: name of the layer, unique in the graph.
         layer: its shapes and options; may be on the meta device.
         tensors: its weights in float32, by their names in the layer; those that are not in the
             graph become initializers.
-        place: where it goes.
 
     Returns:
         The tensor in the place of the output, with its name.

@@ -63,9 +63,7 @@ def _other_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[N
 def check_router(path: str, router: RouterConfig, *, has_ids: bool) -> None:
     """Refuse the routers that have no place in a graph.
 
-    Args:
-        path, router: of the layer.
-        has_ids: whether an input of the graph is known to hold the ids that a table is read by.
+    `has_ids` says whether an input of it is known to hold the ids that a table is read by.
 
     Raises:
         UnsupportedError: an oracle, or a table without ids.
@@ -132,7 +130,6 @@ def tensor_outputs(
     """Within it `model` returns a flat tuple of tensors; the value holds their names after a run.
 
     Args:
-        model: restored afterwards.
         compute: what it computes, if that is not its forward; see `upcycle.targets.onnx.parts`.
         inputs: the names of what `compute` reads. The arguments are these as `identifier` has them.
     """

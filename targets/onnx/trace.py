@@ -28,14 +28,9 @@ def trace(
     *,
     optimize: bool = True,
 ) -> torch.onnx.ONNXProgram:
-    """The graph of `model.forward`.
+    """The graph of `model.forward`, in eval mode; `named` has the example `inputs` by name.
 
-    Args:
-        model: in eval mode.
-        inputs: an example of its arguments.
-        named: the same by name.
-        axes: which may vary, by the names of `named`.
-        optimize: fold what follows from weights and constants.
+    Of those the `axes` may vary. `optimize` folds what follows from weights and constants.
 
     Raises:
         UnsupportedError: torch cannot export the model.

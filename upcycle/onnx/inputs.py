@@ -17,21 +17,19 @@ def draw_inputs(model: ir.Model, *, seed: int = 0) -> dict[str, Array]:
     """Random inputs of `model`: floats are normal, masks all ones, ids within their embedding."""
     generator = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
-    shapes = axis_sizes(model)
-    for value in model.graph.inputs:
-        shape = shapes[str(value.name)]
+    for value, (name, shape) in zip(model.graph.inputs, axis_sizes(model).items(), strict=True):
         dtype = value.dtype or ir.DataType.FLOAT
-        kind, name = dtype.numpy(), str(value.name).lower()
-        if "mask" in name or kind == np.bool_:
-            feeds[str(value.name)] = np.ones(shape, kind)
+        array: Array
+        if "mask" in name.lower() or dtype == ir.DataType.BOOL:
+            array = np.ones(shape)
         elif dtype.is_floating_point():
-            feeds[str(value.name)] = generator.standard_normal(shape).astype(kind)
-        elif "position" in name:
-            row = np.arange(shape[-1] if shape else 1).astype(kind)
-            feeds[str(value.name)] = np.broadcast_to(row, shape).copy()
+            array = generator.standard_normal(shape)
+        elif "position" in name.lower():
+            array = np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
         else:
             rows = min(_embeddings(value), default=2)
-            feeds[str(value.name)] = np.asarray(generator.integers(0, rows, shape)).astype(kind)
+            array = np.asarray(generator.integers(0, rows, shape))
+        feeds[name] = np.array(array, dtype.numpy())
     return feeds
 
 

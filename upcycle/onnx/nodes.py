@@ -27,11 +27,9 @@ class Nodes(Tape):
         self._metadata = metadata or {}
         self._count = 0
 
-    def __call__(
-        self, op_type: str, *inputs: ir.Value | None, domain: str = "", name: str = "", **attrs: Any
-    ) -> ir.Value:
-        """One node with one output."""
-        (value,) = self.many(op_type, *inputs, outputs=1, domain=domain, name=name, **attrs)
+    def __call__(self, op_type: str, *inputs: ir.Value | None, **more: Any) -> ir.Value:
+        """One node with one output; `more` is as for `many`."""
+        (value,) = self.many(op_type, *inputs, outputs=1, **more)
         return value
 
     def many(

@@ -4,7 +4,7 @@ Weights in external files are not read: onnx_ir maps them when they are asked fo
 """
 
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from pathlib import Path
 
 import onnx
@@ -142,7 +142,8 @@ def _name_apart(model: ir.Model) -> None:
 
 
 def _check_external(path: Path, model: ir.Model) -> None:
-    for tensor in _external_tensors(model):
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    for tensor in (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)):
         file = path.parent / str(tensor.location)
         if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
             raise UsageError(
@@ -159,13 +160,6 @@ def _check_external(path: Path, model: ir.Model) -> None:
                 f"{path}: its external data {tensor.location} is too short for {tensor.name}; it "
                 "is truncated, or of another model"
             )
-
-
-def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
 
 
 def _raise_opset(path: Path, model: ir.Model, version: int) -> None:

@@ -89,6 +89,13 @@ def _values(graph: onnx.GraphProto) -> Iterator[Sequence[onnx.ValueInfoProto]]:
         yield from _values(inner)
 
 
+def fixed_size(value: ir.Value, axis: int) -> int:
+    """The size of an axis that cannot vary."""
+    size = value.shape[axis] if value.shape is not None else None
+    assert isinstance(size, int)
+    return size
+
+
 def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     """The branches and bodies that are attributes of a node."""
     graphs = []

@@ -18,6 +18,13 @@ ONNX_TYPES = {
 TORCH_TYPES = {onnx: dtype for dtype, onnx in ONNX_TYPES.items()}
 
 
+def numbers_of(value: ir.Value | None) -> torch.Tensor:
+    """The numbers of an initializer that has some, in a type of torch."""
+    tensor = None if value is None else tensor_of(value)
+    assert tensor is not None
+    return tensor
+
+
 def tensor_of(value: ir.Value) -> torch.Tensor | None:
     """The numbers of an initializer, or None if its type has no torch equivalent."""
     const = value.const_value

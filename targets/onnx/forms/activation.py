@@ -28,12 +28,6 @@ def _div(n: Nodes, x: ir.Value, y: ir.Value, rounding_mode: None = None) -> ir.V
     return n("Div", x, y)
 
 
-def _hardtanh(
-    n: Nodes, x: ir.Value, min_val: ir.Value | None = None, max_val: ir.Value | None = None
-) -> ir.Value:
-    return n("Clip", x, min_val or n.const(-1.0), max_val or n.const(1.0))
-
-
 def _with_slope(op_type: str, argument: str, default: float) -> Operation:
     """An operation whose parameter is the attribute `alpha` of ONNX, not an input."""
 
@@ -109,7 +103,9 @@ OPERATIONS: dict[str, Operation] = {
     "gt": _comparison("Greater"),
     "hardshrink": _shrink(soft=False),
     "hardsigmoid": lambda n, x: n("HardSigmoid", x, alpha=1 / 6, beta=0.5),
-    "hardtanh": _hardtanh,
+    "hardtanh": lambda n, x, min_val=None, max_val=None: n(
+        "Clip", x, min_val or n.const(-1.0), max_val or n.const(1.0)
+    ),
     "le": _comparison("LessOrEqual"),
     "leaky_relu": _with_slope("LeakyRelu", "negative_slope", 0.01),
     "log10": lambda n, x: n("Div", n("Log", x), n.const(math.log(10))),

@@ -9,7 +9,7 @@ import torch
 
 from upcycle.layers.moe import MoE
 from upcycle.onnx.nodes import Nodes
-from upcycle.onnx.tensors import tensor_of
+from upcycle.onnx.tensors import numbers_of, tensor_of
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms import functions as bodies
@@ -60,16 +60,13 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) 
     The rounded matrices and their scales become initializers, named after their originals.
     """
     x_TD, weights_TE, up_EGD, down_EDI, *bias = node.inputs
-    assert up_EGD is not None
-    assert down_EDI is not None
-    up, down = tensor_of(up_EGD), tensor_of(down_EDI)
-    assert up is not None
-    assert down is not None
+    up, down = numbers_of(up_EGD), numbers_of(down_EDI)
     if kernel.gated:
         up = interleaved(up, 2)
     stacks = quantise([up.float(), down.float()], options.bits, options.block)
     values: list[ir.Value] = []
     for value, stack in zip((up_EGD, down_EDI), stacks, strict=True):
+        assert value is not None
         stem = f"{value.name}.int{options.bits}"
         values.append(initializer(node.graph, stem, stack.packed))
         values.append(initializer(node.graph, f"{stem}.scale", stack.scale.to(up.dtype)))

@@ -35,7 +35,6 @@ def lower(
     """Replace every opaque node of `model`, in place, and add the functions behind the new ones.
 
     Args:
-        model: the exported graph.
         layers: the layer behind each opaque node, by path.
         store: what is on disk: decides whether a gated layer reads one stack or two.
         options: decide which form each layer gets, see `choose`.
@@ -102,7 +101,7 @@ def _layer(n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made) -> 
     """The nodes of a layer: one form, or two of which the number of tokens takes one."""
     if choice.longer is None:
         return _form(choice.form, n, node, layer, choice, made)
-    branches: dict[str, Any] = {}
+    branches = {}
     for branch, form in (("then_branch", choice.form), ("else_branch", choice.longer)):
         inner = n.inside(form)
         out = _form(form, inner, node, layer, choice, made)

@@ -11,6 +11,7 @@ import math
 
 import onnx_ir as ir
 
+from upcycle.onnx.shapes import fixed_size
 from upcycle.targets.onnx.torch_ops.traced import Traced
 
 
@@ -38,16 +39,14 @@ def attention(
         enable_gqa: J may be a part of H.
     """
     n = Traced(dtype=query.dtype or ir.DataType.FLOAT)
-    assert query.shape is not None
-    d_head = query.shape[-1]
-    assert isinstance(d_head, int)
     if enable_gqa:
         key, value = (_for_all_heads(n, shared, query) for shared in (key, value))
     if is_causal:
         attn_mask = _added(n, _causal(n, query, key))
     elif attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
         attn_mask = _added(n, attn_mask)
-    query = n("Mul", query, n.const(1 / math.sqrt(d_head) if scale is None else float(scale)))
+    scale = 1 / math.sqrt(fixed_size(query, -1)) if scale is None else float(scale)
+    query = n("Mul", query, n.const(scale))
     key = n("Transpose", key, perm=[0, 1, 3, 2])
     scores_BHTS = n("MatMul", query, key)
     if attn_mask is None:
@@ -75,11 +74,7 @@ def _causal(n: Traced, query: ir.Value, key: ir.Value) -> ir.Value:
 
 def _for_all_heads(n: Traced, shared: ir.Value, query: ir.Value) -> ir.Value:
     """Keys or values [B, J, S, D] -> [B, H, S, D], each head for several heads of queries."""
-    assert query.shape is not None
-    assert shared.shape is not None
-    heads, groups = query.shape[-3], shared.shape[-3]
-    assert isinstance(heads, int)
-    assert isinstance(groups, int)
+    heads, groups = fixed_size(query, -3), fixed_size(shared, -3)
     if heads == groups:
         return shared
     each = n("Unsqueeze", shared, n.const([-3]))

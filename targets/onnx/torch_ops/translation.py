@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 import upcycle.kernels.torch_operation  # noqa: F401  (defines the operation)
+from upcycle.onnx.shapes import fixed_size
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms.unrolled import grouped
 from upcycle.targets.onnx.torch_ops.traced import Traced
@@ -32,11 +33,8 @@ def moe(
     program: str,
 ) -> ir.Value:
     """What ``upcycle::moe`` computes, each expert on its own tokens only, [T, O]."""
-    assert up_EGD.shape is not None
-    assert up_EGD.dtype is not None
-    num_experts = up_EGD.shape[0]
-    assert isinstance(num_experts, int)
-    n = Traced(dtype=up_EGD.dtype)
+    num_experts = fixed_size(up_EGD, 0)
+    n = Traced(dtype=up_EGD.dtype or ir.DataType.FLOAT)
     tokens = n("Shape", x_TD, start=0, end=1)
     zeros_TE = n("Expand", n.const(0.0), n("Concat", tokens, n.const([num_experts]), axis=0))
     weights_TK = n("CastLike", weights_TK, zeros_TE)

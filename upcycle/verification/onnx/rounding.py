@@ -18,7 +18,7 @@ from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import run
-from upcycle.onnx.tensors import TORCH_TYPES, tensor_of
+from upcycle.onnx.tensors import numbers_of
 from upcycle.pointwise import Pointwise
 from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms.choose import kernel_named
@@ -75,17 +75,13 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
         block = node.attributes.get_int("block_size", 0)
         kernel, pointwise = kernel_named(node.attributes["activation_type"].as_string())
         (up, up_step), (down, down_step) = (_decoded(node, i, bits, block) for i in (2, 5))
-        x, scale, weights = (node.inputs[i] for i in (0, 3, 14))
-        assert x is not None
-        assert weights is not None
-        assert scale is not None
-        assert scale.dtype is not None
+        x, weights = (str(value.name) for value in (node.inputs[0], node.inputs[14]) if value)
         if kernel.gated:  # the rows of gate and up alternate in the file
             up, up_step = (interleaved(t, t.shape[1] // 2) for t in (up, up_step))
         yield RoundedLayer(
             layer=_layer_of(node),
-            x=str(x.name),
-            weights=str(weights.name),
+            x=x,
+            weights=weights,
             y=str(node.outputs[0].name),
             pointwise=pointwise,
             up_EGD=up,
@@ -94,7 +90,7 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
             bits=bits,
             block=block or "row",
             rounds_tokens=block if bits == 8 else 0,
-            dtype=TORCH_TYPES[scale.dtype],
+            dtype=numbers_of(node.inputs[3]).dtype,
         )
 
 
@@ -262,10 +258,7 @@ def _rounding_variance(x: torch.Tensor, group: int) -> torch.Tensor:
 
 def _decoded(node: ir.Node, place: int, bits: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A stack of matrices, and its quantisation steps."""
-    values = node.inputs[place], node.inputs[place + 1]
-    packed, scale = (None if value is None else tensor_of(value) for value in values)
-    assert packed is not None
-    assert scale is not None
+    packed, scale = (numbers_of(value) for value in node.inputs[place : place + 2])
     columns = packed.shape[2] * 8 // bits
     found = Quantised(packed, scale.float(), bits, block or None)
     return dequantise(found, columns), steps_of(found, columns)
