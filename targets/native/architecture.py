@@ -201,14 +201,12 @@ def all_sparse(sparse: Sequence[bool]) -> dict[str, Any] | str:
 
 @dataclass(frozen=True)
 class NativeTarget:
-    """One MoE architecture.
+    """One MoE architecture; `num_experts`, `top_k` and `width` are names of its config fields.
 
     Attributes:
-        model_type, architecture: how its config names it.
         sources: the dense model types that it can hold.
         forms: the rules of its router, exact ones for most recipes first. `choose` returns a target
             with a single one.
-        num_experts, top_k, width: config fields of the MoE.
         dense: for each layer, whether it is sparse -> config fields that say so, or why not.
         constants: config fields with one value.
         router: name of the router weight [E, D] on disk.
@@ -221,7 +219,6 @@ class NativeTarget:
         fewest: experts that its router has at least.
         most_chosen: experts that a token visits at most, or None.
         grouped: transformers runs its experts with grouped_mm, for rows of 16 n bytes.
-        auto_class: of transformers, which loads it.
         may_untie: llama.cpp wants an output matrix of its own, so a tied one may be written twice.
         untied: it is written twice.
         refused: why nothing is written in this architecture; empty for all others.

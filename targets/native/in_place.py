@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from upcycle.layers.moe import MoE
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.fold_layer import router_on_disk, scaled, shared_on_disk
 from upcycle.targets.native.fold_router import Fold, fold_of
+from upcycle.util.modules import set_within
 
 
 @contextmanager
@@ -34,18 +34,13 @@ def as_on_disk(
             shared = _shared(layer, target, spec)
             if made.down not in (0, 1):
                 down = layer.experts.down_proj
-                _set(undo, down, "data", scaled(down.data, made.down))
-                _set(undo, layer.router, "scale", layer.router.scale / made.down)
+                set_within(undo, down, "data", scaled(down.data, made.down))
+                set_within(undo, layer.router, "scale", layer.router.scale / made.down)
             if _only_order_counts(spec):
                 _router(undo, layer, made, spec)
             if shared is not None:
-                _set(undo, layer, "shared_expert", shared)
+                set_within(undo, layer, "shared_expert", shared)
         yield
-
-
-def _set(undo: ExitStack, holder: Any, name: str, value: Any) -> None:
-    undo.callback(setattr, holder, name, getattr(holder, name))
-    setattr(holder, name, value)
 
 
 def _only_order_counts(spec: MoESpec) -> bool:
@@ -62,7 +57,7 @@ def _router(undo: ExitStack, layer: MoE, made: Fold, spec: MoESpec) -> None:
     for name, before in (("weight", router.weight), ("bias", router.bias)):
         if before is not None:
             after = written[name] if name in written else torch.zeros_like(before)
-            _set(undo, before, "data", after.to(before))
+            set_within(undo, before, "data", after.to(before))
 
 
 def _shared(layer: MoE, target: NativeTarget, spec: MoESpec) -> nn.Module | None:

@@ -15,6 +15,7 @@ from upcycle.ir.spec import MoESpec
 from upcycle.layers.moe import MoE
 from upcycle.targets.native.architecture import NativeTarget, RouterRule
 from upcycle.targets.native.fold_router import Fold, fold_of, temper
+from upcycle.util.modules import set_within
 
 
 @dataclass
@@ -60,8 +61,7 @@ def every_expert(native: nn.Module, count: int) -> Iterator[None]:
     routers: list[Any] = [m for m in native.modules() if isinstance(getattr(m, "top_k", None), int)]
     with ExitStack() as undo:
         for router in routers:
-            undo.callback(setattr, router, "top_k", router.top_k)
-            router.top_k = count
+            set_within(undo, router, "top_k", count)
         yield
 
 

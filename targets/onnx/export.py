@@ -50,7 +50,6 @@ def export_onnx(
             was.
         example_inputs: every dynamic axis longer than 1.
         path: the file to write, and what is returned; files of `stored` are relative to its folder.
-        stored: the tensors that are on disk.
         dynamic: names of the axes that must vary. Default: `default_axes`, where they can.
         compute: what the graph computes instead of `model.forward`, which it gets together with
             the inputs; then these are by name, and any name will do.

@@ -48,11 +48,9 @@ _ENCODED_AXES = {0: "batch", 2: "encoded"}
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a model.
+    """One file of a model, and an `example` of what it reads.
 
     Attributes:
-        file: its name.
-        example: what it reads.
         axes: names of the axes that must vary, by input; None lets the exporter decide.
         compute: what it computes, if that is not the model's forward.
     """

@@ -21,7 +21,7 @@ from upcycle.targets.onnx.axes import Inputs
 from upcycle.targets.onnx.cache import PAST
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.parts import Part, parts
-from upcycle.util.modules import device_of, eval_mode, model_dtype
+from upcycle.util.modules import device_of, eval_mode, model_dtype, set_within
 
 
 def write_onnx(
@@ -105,7 +105,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     """Within it the model goes from token ids to outputs, without a key-value cache."""
     config: Any = getattr(model, "config", None)
     with contextlib.ExitStack() as undo:
-        if (use_cache := getattr(config, "use_cache", None)) is not None:
-            undo.callback(setattr, config, "use_cache", use_cache)
-            config.use_cache = False
+        if getattr(config, "use_cache", None) is not None:
+            set_within(undo, config, "use_cache", False)
         yield

@@ -73,10 +73,6 @@ class Nodes(Tape):
         dtype = self.dtype if isinstance(value, float) else ir.DataType.INT64
         return self("Constant", value=ir.tensor(value, dtype=dtype))
 
-    def single(self, value: float) -> ir.Value:
-        """A float32 scalar."""
-        return self("Constant", value=ir.tensor(value, dtype=ir.DataType.FLOAT))
-
     def zeros(self, shape: ir.Value) -> ir.Value:
         """Zeros of `dtype`."""
         return self("ConstantOfShape", shape, value=ir.tensor([0.0], dtype=self.dtype))

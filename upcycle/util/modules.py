@@ -1,7 +1,8 @@
 """What kind of numbers a module holds, and the modes it runs in for the time of a block."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,6 +42,12 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+def set_within(undo: ExitStack, holder: Any, name: str, value: Any) -> None:
+    """Set an attribute until `undo` is closed."""
+    undo.callback(setattr, holder, name, getattr(holder, name))
+    setattr(holder, name, value)
 
 
 @contextmanager

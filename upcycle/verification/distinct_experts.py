@@ -17,6 +17,7 @@ from torch import nn
 
 from upcycle.layers.moe import MoE
 from upcycle.verification.metrics import distance
+from upcycle.verification.near_ties import chosen
 
 TOKENS = 32
 NEURONS = 1024  # in the wider type at a time
@@ -38,7 +39,9 @@ def distinct_experts_error(layer: MoE, x_TD: torch.Tensor) -> float:
     _, weights_TK, index_TK = changed.router(x_TD)
     weights_TK = weights_TK.double()
     if changed.config.router.is_plain:  # scores and weights can be had without the router's code
-        logits_TE = _logits(changed, x_TD)
+        logits_TE = x_TD.double() @ changed.router.weight.double().t()
+        if changed.router.bias is not None:
+            logits_TE = logits_TE + changed.router.bias.double()
         if not _has_best_scores(changed, x_TD, logits_TE, index_TK):
             return math.inf
         weights_TK = _weights(changed, logits_TE, index_TK)
@@ -81,12 +84,6 @@ def _made_distinct(layer: MoE, x_TD: torch.Tensor) -> MoE:
     return changed
 
 
-def _logits(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
-    router = layer.router
-    logits_TE = x_TD.double() @ router.weight.double().t()
-    return logits_TE if router.bias is None else logits_TE + router.bias.double()
-
-
 def _has_best_scores(
     layer: MoE, x_TD: torch.Tensor, logits_TE: torch.Tensor, index_TK: torch.Tensor
 ) -> bool:
@@ -94,7 +91,7 @@ def _has_best_scores(
     k = layer.config.router.select.k
     if index_TK.shape != (len(x_TD), k):
         return False
-    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_TK, True)
+    chosen_TE = chosen((index_TK, None), layer.config.num_experts)
     if not bool((chosen_TE.sum(1) == k).all()):
         return False
     if k == layer.config.num_experts:

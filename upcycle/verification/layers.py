@@ -36,10 +36,9 @@ Map = Callable[[Callable[[MoESpec], LayerDistance], Sequence[MoESpec]], Iterator
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A converted layer and what it is compared on.
+    """A converted layer in eval mode, and what it is compared on.
 
     Attributes:
-        layer: with its weights, in eval mode.
         x_TD: tokens that it gets in the model; random ones are drawn if None.
         more: fields of `LayerDistance` that are known already.
     """

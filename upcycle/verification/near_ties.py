@@ -76,9 +76,7 @@ def choices_of(model: nn.Module, layers: Sequence[MoE]) -> Iterator[Choices | No
 
     def watch(layer: MoE) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            index_TK = args[1]
-            mask_TE = torch.zeros(len(index_TK), layer.router.num_experts, dtype=torch.bool)
-            choices[layer].append(mask_TE.scatter(-1, index_TK.cpu(), value=True))
+            choices[layer].append(chosen((args[1].cpu(), None), layer.router.num_experts))
 
         return note
 
@@ -98,7 +96,7 @@ def _follower(
 ) -> Callable[[torch.Tensor], Selected]:
     def follow(logits_TE: torch.Tensor) -> Selected:
         own, want_TE = choose(logits_TE), masks.pop(0).to(logits_TE.device)
-        moved_T = (_mask(own, want_TE) != want_TE).any(-1)
+        moved_T = (chosen(own, want_TE.shape[1]) != want_TE).any(-1)
         seen.tokens += len(moved_T)
         if not moved_T.any():
             return own
@@ -112,10 +110,11 @@ def _follower(
     return follow
 
 
-def _mask(chosen: Selected, like_TE: torch.Tensor) -> torch.Tensor:
-    index_TK, mask_TK = chosen
+def chosen(selected: Selected, num_experts: int) -> torch.Tensor:
+    """Which experts each token visits, [T, E] bool."""
+    index_TK, mask_TK = selected
     mask_TK = torch.ones_like(index_TK, dtype=torch.bool) if mask_TK is None else mask_TK
-    return torch.zeros_like(like_TE).scatter(-1, index_TK, mask_TK)
+    return mask_TK.new_zeros(len(index_TK), num_experts).scatter(-1, index_TK, mask_TK)
 
 
 def _apart(
@@ -140,7 +139,7 @@ def _apart(
         for attempt in range(_DRAWS):
             sign_TE = torch.randint(2, up_TE.shape, generator=draw, device=up_TE.device) * 2 - 1
             off_TE = (sign_TE if attempt else up_TE) * (error * size)
-            made_TE = _mask(choose(logits_TE + off_TE), want_TE)
+            made_TE = chosen(choose(logits_TE + off_TE), want_TE.shape[1])
             left_T = left_T & (made_TE != want_TE).any(-1)
         if not left_T.any():
             return error

@@ -24,13 +24,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer becomes.
+    """What a layer becomes: `form`, or in calls of `limit` tokens or more `longer`.
 
     Attributes:
-        form: of every call, or of calls of fewer than `limit` tokens.
         pointwise: what the experts compute: as the layer says, or the kernel's form of GELU.
         kernel: the node behind a form that is fused or quantised.
-        longer: the form of calls of `limit` tokens or more, if that is another one.
     """
 
     form: Form
@@ -75,8 +73,6 @@ def choose(layer: MoE, options: Onnx) -> Choice:
         asked = "quantised" if may_round else "fused"
     if (asked == "fused" and kernel is None) or (asked == "quantised" and not may_round):
         asked = "unrolled"
-    if asked is not None and asked not in ("fused", "quantised"):
-        return Choice(asked, own)
     made = Choice(asked, own) if asked else _fastest(layer, kernel, options, may_round=may_round)
     if kernel is None or not {"fused", "quantised"} & set(made.forms):
         return made
@@ -97,24 +93,22 @@ def _fastest(layer: MoE, kernel: Kernel | None, options: Onnx, *, may_round: boo
     if may_round:
         blocks = "" if options.block in ("row", "adaptive") else " blocks"
         kinds["quantised"] = f"int{options.bits}{blocks}"
+    one_token = Work(
+        tokens=1,
+        num_experts=experts.num_experts,
+        top_k=max_experts_per_token(layer),
+        d_model=experts.hidden_dim,
+        width=experts.intermediate_dim,
+        arity=own.arity,
+        gelu=any(op == "gelu" for op, _, _ in own.steps),
+    )
 
     def cost(form: Form, tokens: int) -> float:
-        work = Work(
-            tokens=tokens,
-            num_experts=experts.num_experts,
-            top_k=max_experts_per_token(layer),
-            d_model=experts.hidden_dim,
-            width=experts.intermediate_dim,
-            arity=own.arity,
-            gelu=any(op == "gelu" for op, _, _ in own.steps),
-        )
-        return seconds(kinds[form], work)
+        return seconds(kinds[form], replace(one_token, tokens=tokens))
 
     few, *more = options.calls
     form = min(kinds, key=lambda form: cost(form, few))
-    if not more or may_round:
-        return Choice(form, own)
-    (many,) = more
+    many = few if may_round or not more else more[0]
     longer = min(kinds, key=lambda form: cost(form, many))
     if longer == form:
         return Choice(form, own)

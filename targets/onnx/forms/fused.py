@@ -32,7 +32,8 @@ def fused(
     if bias_EG is None and biased:  # the function behind all these nodes reads one
         bias_EG = n.zeros(n.const(list(experts.up_EGD.shape[:2])))
     # In float32 whatever the graph is: a narrow type has no 1e-30.
-    scores_TE = n("Log", n("Max", weights_TE, n.single(_FLOOR)), name="scores")
+    floor = n("Constant", value=ir.tensor(_FLOOR, dtype=ir.DataType.FLOAT))
+    scores_TE = n("Log", n("Max", weights_TE, floor), name="scores")
     if n.is_half:
         scores_TE = n("CastLike", scores_TE, x_TD)
     y_TD = n(

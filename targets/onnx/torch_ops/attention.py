@@ -27,16 +27,8 @@ def attention(
 ) -> ir.Value:
     """``torch.nn.functional.scaled_dot_product_attention`` in eval mode, up to rounding.
 
-    Args:
-        query: [B, H, T, D]; torch takes other ranks apart before. H, J and D are fixed.
-        key: [B, J, S, D].
-        value: [B, J, S, O].
-        attn_mask: broadcasts to [B, H, T, S]: true where a query may attend, or what is added to
-            the scores.
-        dropout_p: ignored.
-        is_causal: query t attends to the keys 0 to t.
-        scale: of the scores; by default one over the root of D.
-        enable_gqa: J may be a part of H.
+    Its arguments: `query` [B, H, T, D] (torch takes other ranks apart before), `key` [B, J, S, D],
+    `value` [B, J, S, O], `attn_mask` that broadcasts to [B, H, T, S]. H, J and D are fixed.
     """
     n = Traced(dtype=query.dtype or ir.DataType.FLOAT)
     if enable_gqa:

@@ -1,7 +1,7 @@
 """Verify ONNX files as far as their numbers go: float32, a narrow type, rounded experts."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.dtypes import narrowed
 from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.parts import FILES
+from upcycle.util.modules import set_within
 from upcycle.verification.checks import ONNX, check
 from upcycle.verification.metrics import ROUNDING
 from upcycle.verification.onnx.files import onnx_distance, verify_onnx
@@ -84,23 +85,13 @@ def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:
 @contextmanager
 def _as_written(layers: Mapping[str, MoE], paths: Sequence[Path]) -> Iterator[None]:
     """Within it the layers have the experts of the files, and the kernel's form of GELU."""
-    before = []
-    programs = {layer: layer.experts.act_fn.pointwise for layer in layers.values()}
-    try:
+    with ExitStack() as undo:
         for path in paths:
             for name, pointwise in kernels_of(path, layers).items():
-                layers[name].experts.act_fn.pointwise = pointwise
+                set_within(undo, layers[name].experts.act_fn, "pointwise", pointwise)
             for rounded in rounded_layers(path):
                 experts = layers[rounded.layer].experts
-                for tensor, value in (
-                    (experts.up_EGD, rounded.up_EGD),
-                    (experts.down_proj, rounded.down_EDI),
-                ):
-                    before.append((tensor, tensor.detach().clone()))
-                    tensor.data.copy_(value)
+                up, down = experts.up_EGD, experts.down_proj
+                set_within(undo, up, "data", rounded.up_EGD.to(up))
+                set_within(undo, down, "data", rounded.down_EDI.to(down))
         yield
-    finally:
-        for layer, pointwise in programs.items():
-            layer.experts.act_fn.pointwise = pointwise
-        for tensor, value in reversed(before):
-            tensor.data.copy_(value)

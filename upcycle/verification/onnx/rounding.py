@@ -43,7 +43,6 @@ class RoundedLayer:
     Attributes:
         layer: path of its layer.
         x, weights, y: names of its tensors: tokens, the weight of each expert, and the output.
-        pointwise: what its kernel computes.
         up_EGD, down_EDI: the decoded matrices; gate rows first.
         step: the quantisation steps of the two, see `steps_of`.
         bits, block: bits of a weight, and the number of inputs that share a scale, or ``row``.
