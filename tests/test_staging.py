@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from upcycle.errors import UsageError
+from upcycle.ir.measured import Check
+from upcycle.targets.card import LOADING, PROMISES, model_card
 from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.staging import staged
-from upcycle.targets.model_card import LOADING, PROMISES, Check, model_card
 
 
 def content(directory: Path) -> dict[str, str]:
@@ -122,6 +123,10 @@ def card(**changes: object) -> str:
             Check("layer 3 | gate", float("nan"), 1e-5, False),
         ],
         "targets": ["native"],
+        "auto_class": "AutoModelForCausalLM",
+        "runtimes": {},
+        "notes": [],
+        "library": "transformers",
     }
     return model_card(**{**arguments, **changes})  # type: ignore[arg-type]
 

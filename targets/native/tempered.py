@@ -32,11 +32,6 @@ class Tempering:
     tokens: int = 0
     elsewhere: int = 0
 
-    @property
-    def elsewhere_share(self) -> float:
-        """The share of the tokens that went to other experts."""
-        return self.elsewhere / max(self.tokens, 1)
-
 
 @contextmanager
 def tempered(

@@ -57,7 +57,8 @@ def insert_layer(
     Raises:
         UnsupportedError: a graph cannot have the router of the layer.
     """
-    inner = _exported(json.dumps(layer.config.to_json()), place.rank)
+    exported = onnx.load_from_string(_exported(json.dumps(layer.config.to_json()), place.rank))
+    inner = ir.from_proto(exported).graph
     n = Nodes(f"{key}/")
     narrow = place.dtype != ir.DataType.FLOAT
     x = n("Cast", place.x, to=ir.DataType.FLOAT.value, name="tokens") if narrow else place.x
@@ -87,13 +88,9 @@ def insert_layer(
     return y
 
 
-def _exported(config: str, rank: int) -> ir.Graph:
-    """The graph of a layer; its parameters are inputs, by their names in the layer."""
-    return ir.from_proto(onnx.load_from_string(_exported_bytes(config, rank))).graph
-
-
 @lru_cache(maxsize=64)
-def _exported_bytes(config: str, rank: int) -> bytes:
+def _exported(config: str, rank: int) -> bytes:
+    """The graph of a layer as a file; its parameters are inputs, by their names in the layer."""
     layer = empty_layer(LayerConfig.from_json(json.loads(config)))
     numbers = {  # one for each tensor, to need no memory: the exporter takes no meta tensors
         name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)

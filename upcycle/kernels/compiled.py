@@ -51,15 +51,9 @@ def run_compiled(
     The result does not depend on the number of threads. Pairs of weight zero cost nothing, and
     their index is not looked at.
 
-    Args:
-        up_EGD: float32 or bfloat16, as the other parameters; with G = 2 I the gate comes first.
-        activation: one of `ACTIVATIONS`, or None if it has no name.
-        x_TD: tokens, float.
-        index_TK: integers.
-        weights_TK: float.
-
-    Returns:
-        [T, O], in the dtype of `x_TD`.
+    `up_EGD` and the other parameters are float32 or bfloat16; with G = 2 I the gate comes first.
+    `activation` is one of `ACTIVATIONS`, or None if it has no name. The rest is as in
+    `upcycle.kernels.run_experts`.
 
     Raises:
         IndexError: an index of a pair with a weight is no expert.
@@ -123,31 +117,16 @@ def _call(
     functions = library()
     if functions is None:
         return None
-    up_EGD, up_bias_EG, down_EOI, down_bias_EO = experts
+    up_EGD, _, down_EOI, _ = experts
     x = _as(x_TD, up_EGD.dtype)
     tokens, d_model = x.shape
     count, d_out, width = down_EOI.shape
     y_TO = torch.empty(tokens, d_out, dtype=torch.float32)
-    status = functions[name, up_EGD.dtype](
-        x.data_ptr(),
-        second.data_ptr(),
-        None if third is None else third.data_ptr(),
-        up_EGD.data_ptr(),
-        None if up_bias_EG is None else up_bias_EG.data_ptr(),
-        down_EOI.data_ptr(),
-        None if down_bias_EO is None else down_bias_EO.data_ptr(),
-        y_TO.data_ptr(),
-        tokens,
-        top_k,
-        count,
-        d_model,
-        d_out,
-        width,
-        up_EGD.shape[1] == 2 * width,
-        ACTIVATIONS[activation or ""],
-        torch.get_num_threads(),
-        *rest,
-    )
+    tensors = (x, second, third, *experts, y_TO)
+    sizes = (tokens, top_k, count, d_model, d_out, width)
+    how = (up_EGD.shape[1] == 2 * width, ACTIVATIONS[activation or ""], torch.get_num_threads())
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    status = functions[name, up_EGD.dtype](*pointers, *sizes, *how, *rest)
     return status, y_TO if x_TD.dtype == torch.float32 else y_TO.to(x_TD.dtype)
 
 

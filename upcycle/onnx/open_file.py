@@ -144,21 +144,21 @@ def _name_apart(model: ir.Model) -> None:
 def _check_external(path: Path, model: ir.Model) -> None:
     tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
     for tensor in (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)):
-        file = path.parent / str(tensor.location)
-        if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
+        location, end = (
+            Path(tensor.location),
+            (tensor.offset or 0) + (tensor.length or tensor.nbytes),
+        )
+        if location.is_absolute() or ".." in location.parts:
             raise UsageError(
                 f"{path}: its weight {tensor.name} is said to be in {tensor.location}, outside the "
                 "folder of the file"
             )
+        data, file = f"{path}: its external data {tensor.location} is", path.parent / location
         if not file.is_file():
-            raise UsageError(
-                f"{path}: its external data {tensor.location} is missing; put the file beside it"
-            )
-        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            raise UsageError(f"{data} missing; put the file beside it")
         if file.stat().st_size < end:
             raise UsageError(
-                f"{path}: its external data {tensor.location} is too short for {tensor.name}; it "
-                "is truncated, or of another model"
+                f"{data} too short for {tensor.name}; it is truncated, or of another model"
             )
 
 

@@ -115,6 +115,6 @@ def _tempered(
     checks = [
         check(RELOADED, found.relative, allowed),
         check(TEMPERED, seen.weight_error, MOST_WEIGHT_ERROR),
-        check(ELSEWHERE, seen.elsewhere_share, MOST_ELSEWHERE),
+        check(ELSEWHERE, seen.elsewhere / max(seen.tokens, 1), MOST_ELSEWHERE),
     ]
     return checks, Tempered(seen.tokens, seen.elsewhere, whole)

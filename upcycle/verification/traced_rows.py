@@ -8,8 +8,9 @@ from itertools import product
 
 import torch
 
+from upcycle.ir.layer_weights import weights_of
 from upcycle.ir.spec import MoESpec
-from upcycle.ir.weights import Provenance, read_matrices
+from upcycle.ir.weights import ExpertWeights, Provenance, read_matrices
 from upcycle.layers.moe import MoE
 
 ROWS = 1024  # in float64 at a time
@@ -31,8 +32,11 @@ def untraced_rows(
     `origin` has the dense neuron of each neuron, `parameters` the tensors of the dense model by
     name, `sources` those of the models that experts were taken from, if not from the dense one.
     """
-    routed = _routed_matrices(layer)
-    groups = [(_shared_matrices(layer), origin.shared_S[None], parameters)]
+    weights = weights_of(layer)
+    routed = _matrices(weights.experts)
+    groups = []
+    if weights.shared is not None:
+        groups.append((_matrices(weights.shared), origin.shared_S[None], parameters))
     if sources:
         for e, source in enumerate(spec.source_E):
             one = slice(e, e + 1)
@@ -65,21 +69,10 @@ def lost_neurons(spec: MoESpec, origin: Provenance) -> int:
     return int((times_F != 1).sum())
 
 
-def _routed_matrices(layer: MoE) -> list[torch.Tensor]:
-    """Each matrix of the routed experts with a row for each neuron, [E, I, D]."""
-    experts = layer.experts
-    ups = torch.split(experts.up_EGD.detach(), experts.intermediate_dim, dim=1)
-    return [*ups, experts.down_proj.detach().transpose(1, 2)]
-
-
-def _shared_matrices(layer: MoE) -> list[torch.Tensor]:
-    """The same matrices of the shared expert, [1, S, D]."""
-    shared = layer.shared_expert
-    if shared is None:
-        return []
-    down_OS = shared.down_proj.weight.detach()
-    ups = torch.split(shared.up.weight.detach(), down_OS.shape[1])
-    return [matrix[None] for matrix in (*ups, down_OS.t())]
+def _matrices(experts: ExpertWeights) -> list[torch.Tensor]:
+    """Each matrix of experts with a row for each neuron, [E, I, D]."""
+    width = experts.down_EOI.shape[2]
+    return [*experts.up_EGD.split(width, dim=1), experts.down_EOI.transpose(1, 2)]
 
 
 def _wrong(made_EID: torch.Tensor, dense_FD: torch.Tensor, neuron_EI: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ Shape suffixes: E experts, N rows, K inputs of a row, G groups of a row, P packe
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,21 +95,13 @@ def adaptive_group(weight_NK: torch.Tensor) -> int:
     """
     columns = weight_NK.shape[1]
     group, mean = columns, largest_of(weight_NK, columns).mean()
-    for smaller in _candidates(columns):
+    powers = (2**power for power in range((columns - 1).bit_length() - 1, 0, -1))
+    for smaller in (n for n in powers if n >= SMALLEST and columns % n == 0):
         shrunk = largest_of(weight_NK, smaller).mean()
         if shrunk > mean * _SHRINKS ** math.log2(group / smaller):
             break
         group, mean = smaller, shrunk
     return group
-
-
-def _candidates(columns: int) -> Iterator[int]:
-    """Powers of two below `columns` that divide it, from the largest on."""
-    size = 2 ** int(math.log2(max(columns - 1, 1)))
-    while size >= SMALLEST:
-        if columns % size == 0:
-            yield size
-        size //= 2
 
 
 def largest_of(weight: torch.Tensor, group: int) -> torch.Tensor:

@@ -53,16 +53,8 @@ def experts_forward(
 
     Deterministic; slots with weight zero and experts of other processes (index >= E) cost nothing.
     Sums are in float32, and so are the activation and the router weight. Where gradients are
-    recorded the experts run unfused, by torch's grouped_mm.
-
-    Args:
-        self: a module with the experts interface.
-        hidden_states: tokens [T, D].
-        top_k_index: [T, K] integers.
-        top_k_weights: [T, K].
-
-    Returns:
-        [T, O], in the dtype of the tokens.
+    recorded the experts run unfused, by torch's grouped_mm. The arguments are those of
+    `upcycle.kernels.run_experts`.
 
     Raises:
         UnsupportedError: Triton is not installed.

@@ -66,10 +66,7 @@ class RoundedLayer:
 
 def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
     """The rounded layers of a file, one after the other."""
-    model = ir.load(path)
-    for node in model.graph.all_nodes():
-        if not _is_rounded(node):
-            continue
+    for node in _rounded_nodes(path):
         bits = node.attributes["expert_weight_bits"].as_int()
         block = node.attributes.get_int("block_size", 0)
         kernel, pointwise = kernel_named(node.attributes["activation_type"].as_string())
@@ -95,12 +92,12 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
 
 def rounded_paths(path: Path) -> set[str]:
     """The paths of the rounded layers of a file; no weight is read."""
+    return set(map(_layer_of, _rounded_nodes(path)))
+
+
+def _rounded_nodes(path: Path) -> list[ir.Node]:
     nodes = ir.load(path).graph.all_nodes()
-    return {_layer_of(node) for node in nodes if _is_rounded(node)}
-
-
-def _is_rounded(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) == ("com.microsoft", "QMoE")
+    return [node for node in nodes if (node.domain, node.op_type) == ("com.microsoft", "QMoE")]
 
 
 def _layer_of(node: ir.Node) -> str:
