@@ -180,17 +180,10 @@ def model_card(
     notes: Sequence[str],
     library: str,
 ) -> str:
-    """The text of the card, with `name` as its title and `notes` as further paragraphs.
+    """The text of the card.
 
-    Args:
-        base_model: the dense model: a Hub id (then the Hub links to it), or any other name.
-        promise: a key of `PROMISES`.
-        numbers: facts in the order in which they are shown, such as "experts per layer": "8".
-        checks: the verification; if empty it was not run.
-        targets: which of `LOADING` the directory contains.
-        auto_class: the class of transformers that loads it, if one does.
-        runtimes: other software and how it runs the model.
-        library: what loads it, in the words of the Hub.
+    `base_model` is a Hub id, and then the Hub links to it, or any other name; `targets` are keys of
+    `LOADING`. Without `checks` the model was not verified.
     """
     sections = [
         _front_matter(base_model, library),

@@ -1,19 +1,28 @@
 """Conditions that several runtimes have: None, or why a model does not meet one."""
 
+from collections.abc import Collection
+
 from upcycle.ir.spec import Plan
 from upcycle.targets.native.layers import is_swiglu
-from upcycle.targets.runtimes.support import PLAIN, Config, Support, refuses
+from upcycle.targets.runtimes.support import CUSTOM, PLAIN, Config, Support, loads, refuses
 
 
-def lacks(target: str) -> Support | None:
-    """For a server: what neither vLLM nor SGLang runs, whatever the config says."""
+def served(
+    target: str, config: Config, plan: Plan, native: Collection[str], *, generic: str, trusted: str
+) -> Support | None:
+    """What vLLM and SGLang have in common; None if the architecture is `native` and may run.
+
+    `generic` says how one runs any other architecture of transformers, `trusted` custom code.
+    """
     if target == PLAIN:
         return refuses("MODEL", "it loads models of transformers, and this is a plain module")
     if target == "gpt_oss":
         return refuses("swiglu_alpha", "it computes with 1.702, and the experts here need 1")
     if target == "switch_transformers":
         return refuses("model_type", "it has no T5 and no Switch Transformers")
-    return None
+    if target == CUSTOM:
+        return only_silu(plan) or loads(trusted)
+    return other_activation(config) if target in native else loads(generic)
 
 
 def needs_every_layer(plan: Plan) -> Support | None:

@@ -6,7 +6,7 @@ granitemoe, mixtral: the width of a head is hidden_size / num_attention_heads, a
 
 from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes import conditions
-from upcycle.targets.runtimes.support import CUSTOM, Config, Support, first, loads
+from upcycle.targets.runtimes.support import Config, Support, first, loads
 
 NATIVE = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe"),
@@ -18,13 +18,8 @@ GENERIC = "with --model-impl transformers"
 
 def judge(target: str, config: Config, plan: Plan) -> Support:
     """Whether SGLang loads it and computes the same."""
-    if missing := conditions.lacks(target):
-        return missing
-    if target == CUSTOM:
-        return conditions.only_silu(plan) or loads(f"{GENERIC} and --trust-remote-code")
-    if target not in NATIVE:
-        return loads(GENERIC)
-    found = conditions.other_activation(config)
+    trusted = f"{GENERIC} and --trust-remote-code"
+    found = conditions.served(target, config, plan, NATIVE, generic=GENERIC, trusted=trusted)
     if target == "mixtral":
         found = first(found, conditions.has_own_head_dim(config), conditions.scaled_rope(config))
     elif target == "qwen2_moe":

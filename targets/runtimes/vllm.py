@@ -6,7 +6,7 @@ as transformers does. The number of tensor-parallel ranks may not exceed that of
 
 from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes import conditions
-from upcycle.targets.runtimes.support import CUSTOM, Config, Support, first, loads, refuses
+from upcycle.targets.runtimes.support import Config, Support, first, loads, refuses
 
 NATIVE = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe"),
@@ -17,16 +17,10 @@ GENERIC = "through its backend for transformers models"
 
 def judge(target: str, config: Config, plan: Plan) -> Support:
     """Whether vLLM loads it and computes the same."""
-    if missing := conditions.lacks(target):
-        return missing
-    if target == CUSTOM:
-        generic = f"{GENERIC}, with --trust-remote-code, where that knows the dense class"
-        return conditions.only_silu(plan) or loads(generic)
     if target == "dots1":
         return loads("in versions up to 0.23.0, which still have this architecture")
-    if target not in NATIVE:
-        return loads(GENERIC)
-    found = conditions.other_activation(config)
+    trusted = f"{GENERIC}, with --trust-remote-code, where that knows the dense class"
+    found = conditions.served(target, config, plan, NATIVE, generic=GENERIC, trusted=trusted)
     if target == "qwen2_moe":
         if not config.get("qkv_bias", True):
             found = refuses("qkv_bias", "it always reads biases of queries, keys and values")

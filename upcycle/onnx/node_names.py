@@ -16,10 +16,8 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 def name_nodes(model: ir.Model, layers: Collection[str]) -> None:
     """Name every node of the graph by its module, in place, and drop the metadata of the exporter.
 
-    They are stack traces, which are most of a file and hold paths of this machine.
-
-    Args:
-        layers: paths of the MoE layers. What was made for one has a name that begins with it.
+    They are stack traces, which are most of a file and hold paths of this machine. `layers` are the
+    paths of the MoE layers: what was made for one has a name that begins with it.
     """
     initializers = set(model.graph.initializers)
     named = [(node, _name(node, layers, initializers)) for node in model.graph.all_nodes()]
@@ -29,12 +27,9 @@ def name_nodes(model: ir.Model, layers: Collection[str]) -> None:
         node.name = f"{name}_{seen[name]}" if counts[name] > 1 else name
         seen[name] += 1
         node.metadata_props.clear()  # onnx_ir's pass would also clear the graph's signature
-    for function in model.functions.values():
-        for node in function.all_nodes():
-            node.metadata_props.clear()
-    for value in model.graph.inputs:
-        value.metadata_props.clear()
-    model.metadata_props.clear()
+    inside = (node for function in model.functions.values() for node in function.all_nodes())
+    for part in (*inside, *model.graph.inputs, model):
+        part.metadata_props.clear()
 
 
 def _name(node: ir.Node, layers: Collection[str], initializers: Collection[str]) -> str:

@@ -1,8 +1,10 @@
 """Building ONNX nodes with names that a reader of the graph understands."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
+import onnxscript
 from onnx_ir.tape import Tape
 
 OPSET = 21  # the first with IR version 10; string Equal needs 19
@@ -76,3 +78,26 @@ class Nodes(Tape):
     def zeros(self, shape: ir.Value) -> ir.Value:
         """Zeros of `dtype`."""
         return self("ConstantOfShape", shape, value=ir.tensor([0.0], dtype=self.dtype))
+
+
+class Traced(Nodes):
+    """Nodes inside a translation of torch's own exporter, under names that it chooses."""
+
+    def many(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        name: str = "",
+        **attrs: Any,
+    ) -> list[ir.Value]:
+        """One node with any number of outputs."""
+        has_sizes = op_type == "Split" and len(inputs) == 2
+        if has_sizes:  # the exporter wants their number, which ONNX does not want beside them
+            attrs["num_outputs"] = outputs
+        made = getattr(getattr(onnxscript, f"opset{OPSET}"), op_type)(*inputs, **attrs)
+        values = list(made) if isinstance(made, Sequence) else [made]
+        if has_sizes:
+            del values[0].producer().attributes["num_outputs"]
+        return values

@@ -144,10 +144,7 @@ def _name_apart(model: ir.Model) -> None:
 def _check_external(path: Path, model: ir.Model) -> None:
     tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
     for tensor in (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)):
-        location, end = (
-            Path(tensor.location),
-            (tensor.offset or 0) + (tensor.length or tensor.nbytes),
-        )
+        location = Path(tensor.location)
         if location.is_absolute() or ".." in location.parts:
             raise UsageError(
                 f"{path}: its weight {tensor.name} is said to be in {tensor.location}, outside the "
@@ -156,7 +153,7 @@ def _check_external(path: Path, model: ir.Model) -> None:
         data, file = f"{path}: its external data {tensor.location} is", path.parent / location
         if not file.is_file():
             raise UsageError(f"{data} missing; put the file beside it")
-        if file.stat().st_size < end:
+        if file.stat().st_size < (tensor.offset or 0) + (tensor.length or tensor.nbytes):
             raise UsageError(
                 f"{data} too short for {tensor.name}; it is truncated, or of another model"
             )

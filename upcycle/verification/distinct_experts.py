@@ -27,11 +27,8 @@ NEURONS = 1024  # in the wider type at a time
 def distinct_experts_error(layer: MoE, x_TD: torch.Tensor) -> float:
     """The relative error of a copy of `layer` with distinct experts, on 32 tokens of `x_TD`.
 
-    The layer is in eval mode.
-
-    Returns:
-        The largest absolute error over the largest reference value; infinite if the router chose
-        experts that do not have the best scores.
+    The layer is in eval mode. The error is infinite if the router chose experts that do not have
+    the best scores.
     """
     x_TD = x_TD[:TOKENS]
     changed = _made_distinct(layer, x_TD)

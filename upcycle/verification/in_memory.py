@@ -30,14 +30,11 @@ def verify_module(
     evaluation: Evaluation,
     sources: Sources = NO_SOURCES,
 ) -> Report:
-    """Compare layer by layer, on the tokens that each gets in the model, and as a whole.
+    """The report with a comparison of each layer, on the tokens that it gets, and of the whole.
 
     Both models are run in eval mode and left in the mode that they had. `provenance` has the dense
     neurons behind the layer of each FFN path; `sources` are the models that experts were taken
     from, if there are several.
-
-    Returns:
-        The report with the measurements and their checks.
     """
     layers = {spec.ffn.path: layer for spec, layer in planned_layers(converted, plan)}
     parameters = dict(dense.named_parameters(remove_duplicate=False))
@@ -54,13 +51,8 @@ def verify_module(
         found = compare_models(dense, converted, evaluation)
         apart = _source_distances(dense, converted, sources, evaluation)
     checks = (*layer_checks(rows, dtype), end_to_end(found, plan.recipe, dtype))
-    return replace(
-        report,
-        layers=rows,
-        end_to_end=found,
-        sources=apart or None,
-        checks=(*report.checks, *checks),
-    )
+    every = (*report.checks, *checks)
+    return replace(report, layers=rows, end_to_end=found, sources=apart or None, checks=every)
 
 
 def _source_distances(

@@ -55,13 +55,10 @@ def check_outputs(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str)
 def compare_predictions(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
 ) -> LanguageModel:
-    """Compare next-token predictions; the first token of each row is not predicted.
+    """Compare next-token predictions: dense and converted logits [B, S, V] for tokens [B, S].
 
-    Args:
-        batches: dense and converted logits [B, S, V] for tokens [B, S].
-
-    Returns:
-        The means over all tokens; perplexities are at most e^700.
+    The first token of each row is not predicted. Means are over all tokens; perplexities are at
+    most e^700.
     """
     tokens, kl, agreed, dense_nll, converted_nll = 0, 0.0, 0, 0.0, 0.0
     for dense_BSV, converted_BSV, token_BS in batches:

@@ -33,14 +33,9 @@ def lower(
 ) -> dict[str, Choice]:
     """Replace every opaque node of `model`, in place, and add the functions behind the new ones.
 
-    Args:
-        layers: the layer behind each opaque node, by path.
-        store: what is on disk: decides whether a gated layer reads one stack or two.
-        options: decide which form each layer gets, see `choose`.
-        dtype: in which the experts compute.
-
-    Returns:
-        What each layer has become, by path.
+    `layers` has the layer behind each opaque node by path, and so is returned what it has become
+    by `options`, see `choose`. What `store` has on disk decides whether a gated layer reads one
+    stack or two. The experts compute in `dtype`.
     """
     nodes = [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == OPAQUE]
     paths = [n.attributes["layer"].as_string() for n in nodes]

@@ -11,8 +11,8 @@ import math
 
 import onnx_ir as ir
 
+from upcycle.onnx.nodes import Traced
 from upcycle.onnx.shapes import fixed_size
-from upcycle.targets.onnx.torch_ops.traced import Traced
 
 
 def attention(

@@ -17,10 +17,10 @@ import onnx_ir as ir
 import torch
 
 import upcycle.kernels.torch_operation  # noqa: F401  (defines the operation)
+from upcycle.onnx.nodes import Traced
 from upcycle.onnx.shapes import fixed_size
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms.unrolled import grouped
-from upcycle.targets.onnx.torch_ops.traced import Traced
 
 
 def moe(
