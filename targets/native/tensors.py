@@ -6,6 +6,7 @@ Shape suffixes: E experts, I expert width, D d_model.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -62,6 +63,10 @@ def entries(
         return {name: tensor for name, tensor, _, _ in on_disk}
 
     one_layer = OneLayer(tensors)
+
+    def read(spec: MoESpec, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return one_layer(spec)[name].to(dtype).contiguous()
+
     spec_of = {name: spec for spec in plan.specs for name in spec.ffn.parameters}
     for name, spec in spec_of.items():
         if name not in dense_tensors:
@@ -71,8 +76,11 @@ def entries(
             if not name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints contain
                 yield from _dense_entries(name, dense_tensors, rules)
         elif (spec := spec_of[name]).ffn.path not in dtypes:
-            dtypes[spec.ffn.path] = dense_tensors[name].dtype
-            yield from _moe_entries(target, spec, dtypes[spec.ffn.path], one_layer)
+            dtype = dtypes[spec.ffn.path] = dense_tensors[name].dtype
+            shapes = _on_disk(target, spec, _without_numbers(target, spec), dtype)
+            for written, empty, kind, stack in shapes:
+                read_it = partial(read, spec, written, kind)
+                yield TensorEntry(written, tuple(empty.shape), kind, read_it, stack)
 
 
 class OneLayer(Generic[_T]):
@@ -103,21 +111,6 @@ def _dense_entries(
 
         made = rule.change(like)
         yield TensorEntry(new, tuple(made.shape), made.dtype, read)
-
-
-def _moe_entries(
-    target: NativeTarget,
-    spec: MoESpec,
-    dtype: torch.dtype,
-    tensors: Callable[[MoESpec], Mapping[str, torch.Tensor]],
-) -> Iterator[TensorEntry]:
-    shapes = _on_disk(target, spec, _without_numbers(target, spec), dtype)
-    for name, empty, written_as, stack in shapes:
-
-        def read(name: str = name, written_as: torch.dtype = written_as) -> torch.Tensor:
-            return tensors(spec)[name].to(written_as).contiguous()
-
-        yield TensorEntry(name, tuple(empty.shape), written_as, read, stack)
 
 
 def _without_numbers(target: NativeTarget, spec: MoESpec) -> MoEWeights:

@@ -44,15 +44,9 @@ def insert_layer(
 ) -> ir.Value:
     """Make what reads the output read a layer of `x`; the nodes between are left without use.
 
-    Args:
-        model: changed in place.
-        key: name of the layer, unique in the graph.
-        layer: its shapes and options; may be on the meta device.
-        tensors: its weights in float32, by their names in the layer; those that are not in the
-            graph become initializers.
-
-    Returns:
-        The tensor in the place of the output, with its name.
+    The `layer`, whose name `key` is unique in the graph, may be on the meta device: `tensors` has
+    its weights in float32 by their names in it, and those that are not in the graph become
+    initializers. Returns the tensor in the place of the output, with its name.
 
     Raises:
         UnsupportedError: a graph cannot have the router of the layer.

@@ -37,7 +37,7 @@ class Match:
     cast: bool
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same tensor as integers, so that -0 differs from 0 and a NaN equals itself."""
     return tensor.view(_BITS[tensor.element_size()])
 
@@ -46,7 +46,7 @@ def _fingerprint(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, by
     """Shape, type, and up to 256 elements spread evenly over `tensor`, whatever its strides."""
     flat = np.linspace(0, tensor.numel() - 1, min(tensor.numel(), 256)).astype(np.int64)
     index = tuple(torch.from_numpy(i) for i in np.unravel_index(flat, tensor.shape))
-    return tuple(tensor.shape), tensor.dtype, _bits(tensor[index]).numpy().tobytes()
+    return tuple(tensor.shape), tensor.dtype, bits(tensor[index]).numpy().tobytes()
 
 
 class Store:
@@ -89,7 +89,7 @@ class Store:
         value = self.value(match)
         rows = max(1, (1 << 24) // max(1, math.prod(tensor.shape[1:])))  # a copy of 64 MB at most
         return all(
-            torch.equal(_bits(value[i : i + rows].to(tensor.dtype)), _bits(tensor[i : i + rows]))
+            torch.equal(bits(value[i : i + rows].to(tensor.dtype)), bits(tensor[i : i + rows]))
             for i in range(0, len(tensor), rows)
         )
 
@@ -112,7 +112,16 @@ def share_weights(model: ir.Model, store: Store, path: Path) -> int:
             missing.append(value)
             continue
         del graph.initializers[str(value.name)]
-        _replace(value, match, head, shared, store.directory)
+        if match.name not in shared:
+            shared[match.name] = stored_value(match.name, match.stored, store.directory)
+        new = shared[match.name]
+        # Nodes are kept apart by the name of the value, which is unique in the graph.
+        if match.cast:
+            new = head("Cast", new, to=ir.DataType.FLOAT.value, name=f"{value.name}/float32")
+        if match.transposed:
+            perm = [1, 0] if len(match.stored.shape) == 2 else [0, 2, 1]
+            new = head("Transpose", new, perm=perm, name=f"{value.name}/transposed")
+        ir.convenience.replace_all_uses_with(value, new)
     for value in shared.values():
         if value.name in graph.initializers:  # a tensor of this name that is not the stored one
             value.name = f"{value.name}/stored"
@@ -139,21 +148,6 @@ def write_weights(model: ir.Model, path: Path) -> int:
 def _is_small(tensor: torch.Tensor) -> bool:
     limit = INLINE_BYTES if tensor.is_floating_point() else INLINE_INDEX_BYTES
     return tensor.numel() * tensor.element_size() < limit
-
-
-def _replace(
-    value: ir.Value, match: Match, head: Nodes, shared: dict[str, ir.Value], directory: Path
-) -> None:
-    if match.name not in shared:
-        shared[match.name] = stored_value(match.name, match.stored, directory)
-    new = shared[match.name]
-    # Nodes are kept apart by the name of the value, which is unique in the graph.
-    if match.cast:
-        new = head("Cast", new, to=ir.DataType.FLOAT.value, name=f"{value.name}/float32")
-    if match.transposed:
-        perm = [1, 0] if len(match.stored.shape) == 2 else [0, 2, 1]
-        new = head("Transpose", new, perm=perm, name=f"{value.name}/transposed")
-    ir.convenience.replace_all_uses_with(value, new)
 
 
 def stored_value(name: str, stored: Stored, directory: Path) -> ir.Value:

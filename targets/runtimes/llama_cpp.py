@@ -11,7 +11,7 @@ glm4_moe and solar_open need tokens that only their own tokenizers have. Read: `
 
 from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes import conditions
-from upcycle.targets.runtimes.support import CUSTOM, PLAIN, Config, Support, first, loads, refuses
+from upcycle.targets.runtimes.support import CUSTOM, PLAIN, Config, Support, loads, refuses
 
 # Whether its graph divides the weights of the chosen experts by their sum.
 GRANITE = ("granitemoe", "granitemoeshared", "granitemoe_swa")
@@ -41,14 +41,14 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
         return refuses("MODEL" if target == PLAIN else "model_type", ABSENT[target])
     if target not in RENORMALISES and target not in READS_NORM:
         return refuses("model_type", "upcycle does not know whether it has this architecture")
-    refusal = first(
-        conditions.other_activation(config),
-        _norm(target, config),
-        _experts(plan),
-        _special(target, config),
-        # Those of READS_NORM have leading dense layers.
-        None if target in READS_NORM else conditions.needs_every_layer(plan),
+    refusal = (
+        conditions.other_activation(config)
+        or _norm(target, config)
+        or _experts(plan)
+        or _special(target, config)
     )
+    if target not in READS_NORM:  # those have leading dense layers
+        refusal = refusal or conditions.needs_every_layer(plan)
     return refusal or loads(
         conditions.sliding(config) if target not in READS_WINDOWS else None,
         _quantised(plan),

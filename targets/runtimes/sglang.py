@@ -6,7 +6,7 @@ granitemoe, mixtral: the width of a head is hidden_size / num_attention_heads, a
 
 from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes import conditions
-from upcycle.targets.runtimes.support import Config, Support, first, loads
+from upcycle.targets.runtimes.support import Config, Support, loads
 
 NATIVE = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe"),
@@ -20,18 +20,13 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
     """Whether SGLang loads it and computes the same."""
     trusted = f"{GENERIC} and --trust-remote-code"
     found = conditions.served(target, config, plan, NATIVE, generic=GENERIC, trusted=trusted)
-    if target == "mixtral":
-        found = first(found, conditions.has_own_head_dim(config), conditions.scaled_rope(config))
-    elif target == "qwen2_moe":
-        found = first(
-            found, conditions.needs_every_layer(plan), conditions.has_own_head_dim(config)
-        )
-    elif target in ("granitemoe", "granitemoeshared"):
-        found = first(
-            found,
-            conditions.without_biases(config),
-            conditions.has_own_head_dim(config),
-            conditions.scaled_rope(config),
-        )
+    if target == "qwen2_moe":
+        found = found or conditions.needs_every_layer(plan)
+    if target in ("granitemoe", "granitemoeshared"):
+        found = found or conditions.without_biases(config)
+    if target in ("mixtral", "qwen2_moe", "granitemoe", "granitemoeshared"):
+        found = found or conditions.has_own_head_dim(config)
+    if target in ("mixtral", "granitemoe", "granitemoeshared"):
+        found = found or conditions.scaled_rope(config)
     ignores = target in ("mixtral", "qwen2_moe", "qwen3_moe")
     return found or loads(conditions.sliding(config) if ignores else None)

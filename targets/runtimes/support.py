@@ -53,8 +53,3 @@ def loads(*limits: str | None) -> Support:
 def refuses(field: str, why: str) -> Support:
     """It does not, because of `field`."""
     return Support("no", (why,), field)
-
-
-def first(*found: Support | None) -> Support | None:
-    """The first refusal among the checks, or None."""
-    return next((support for support in found if support is not None), None)

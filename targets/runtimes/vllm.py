@@ -6,7 +6,7 @@ as transformers does. The number of tensor-parallel ranks may not exceed that of
 
 from upcycle.ir.spec import Plan
 from upcycle.targets.runtimes import conditions
-from upcycle.targets.runtimes.support import Config, Support, first, loads, refuses
+from upcycle.targets.runtimes.support import Config, Support, loads, refuses
 
 NATIVE = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe"),
@@ -21,12 +21,10 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
         return loads("in versions up to 0.23.0, which still have this architecture")
     trusted = f"{GENERIC}, with --trust-remote-code, where that knows the dense class"
     found = conditions.served(target, config, plan, NATIVE, generic=GENERIC, trusted=trusted)
-    if target == "qwen2_moe":
-        if not config.get("qkv_bias", True):
-            found = refuses("qkv_bias", "it always reads biases of queries, keys and values")
-        found = first(found, conditions.has_own_head_dim(config))
-    elif target == "qwen3_moe":
-        found = first(found, conditions.without_biases(config))
-    elif target in ("granitemoe", "granitemoeshared"):
-        found = first(found, conditions.without_biases(config), conditions.has_own_head_dim(config))
+    if target == "qwen2_moe" and not config.get("qkv_bias", True):
+        found = refuses("qkv_bias", "it always reads biases of queries, keys and values")
+    if target in ("qwen3_moe", "granitemoe", "granitemoeshared"):
+        found = found or conditions.without_biases(config)
+    if target in ("qwen2_moe", "granitemoe", "granitemoeshared"):
+        found = found or conditions.has_own_head_dim(config)
     return found or loads()

@@ -65,7 +65,12 @@ class Inferred:
 def infer(model: ir.Model, inputs: Mapping[str, Shape]) -> Inferred:
     """What onnx infers of the tensors inside, for these shapes of the inputs."""
     proto = _without_weights(model)
-    sizes = _sizes_by_label(model, inputs)
+    sizes = {
+        str(axis.value): size
+        for value in model.graph.inputs
+        for axis, size in zip(value.shape or (), inputs[str(value.name)], strict=True)
+        if not isinstance(axis, int) and axis.value
+    }
     for value in chain(proto.graph.input, proto.graph.output, proto.graph.value_info):
         if value.type.HasField("tensor_type"):
             _fix(value, inputs.get(value.name), sizes)
@@ -128,15 +133,6 @@ def _elements(value: ir.Value) -> int:
     if value.type is None:
         value.type = ir.TensorType(value.const_value.dtype)
     return int(value.const_value.size)
-
-
-def _sizes_by_label(model: ir.Model, inputs: Mapping[str, Shape]) -> dict[str, int]:
-    return {
-        str(axis.value): size
-        for value in model.graph.inputs
-        for axis, size in zip(value.shape or (), inputs[str(value.name)], strict=True)
-        if not isinstance(axis, int) and axis.value
-    }
 
 
 def _fix(value: onnx.ValueInfoProto, shape: Shape | None, sizes: Mapping[str, int]) -> None:

@@ -7,11 +7,11 @@ would not have made is compared with its own scores: how far would they have to 
 Shape suffixes: T tokens, E experts (scores: null experts last), K chosen experts.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -87,8 +87,7 @@ def choices_of(model: nn.Module, layers: Sequence[MoE]) -> Iterator[Choices | No
 
 
 def _has_interface(module: nn.Module) -> bool:
-    code: Any = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
-    return "top_k_index" in code.co_varnames[: code.co_argcount]
+    return "top_k_index" in inspect.signature(type(module).forward).parameters
 
 
 def _follower(

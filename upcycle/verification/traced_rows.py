@@ -12,6 +12,7 @@ from upcycle.ir.layer_weights import weights_of
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, Provenance, read_matrices
 from upcycle.layers.moe import MoE
+from upcycle.targets.onnx.share_weights import bits
 
 ROWS = 1024  # in float64 at a time
 
@@ -97,10 +98,8 @@ def _wrong(made_EID: torch.Tensor, dense_FD: torch.Tensor, neuron_EI: torch.Tens
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two matrices are the same bytes: for copies there is nothing to compute."""
-    if a.dtype != b.dtype or a.device != b.device:
-        return False
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
-    return torch.equal(a.view(bits), b.view(bits))
+    is_alike = a.dtype == b.dtype and a.device == b.device
+    return is_alike and torch.equal(bits(a), bits(b))
 
 
 def _expected(dense_FD: torch.Tensor, neuron_I: torch.Tensor) -> torch.Tensor:

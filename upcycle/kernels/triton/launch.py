@@ -121,12 +121,10 @@ def launch(
 
 def _tiles(rows: float, x_TD: torch.Tensor, *, gated: bool) -> tuple[Tiles, Tiles]:
     """The tiles of the two products on the device of `x_TD`."""
-
-    def fitting(gated: bool) -> Tiles:
-        tiles, room = choose_tiles(rows, x_TD.dtype, gated=gated), _shared_memory(x_TD.device)
-        return fit_stages(tiles, x_TD.element_size(), room, gated=gated)
-
-    return fitting(gated), fitting(False)
+    size, room = x_TD.element_size(), _shared_memory(x_TD.device)
+    wide = choose_tiles(rows, x_TD.dtype, gated=gated)
+    flat = choose_tiles(rows, x_TD.dtype, gated=False)
+    return fit_stages(wide, size, room, gated=gated), fit_stages(flat, size, room, gated=False)
 
 
 def _most_blocks(slots: int, experts: int, rows: int) -> int:
