@@ -79,13 +79,14 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
         raise UsageError(
             f"`architecture={plan.architecture}`: unknown; choose from {', '.join(NATIVE)}"
         )
-    target, reasons = None, {}
+    target: NativeTarget | None = None
+    reasons: dict[str, str] = {}
     form, config = PLAIN, {"dtype": str(model_dtype(model)).removeprefix("torch.")}
     if isinstance(model, PreTrainedModel):
         form, config = CUSTOM, model.config.to_dict()
         target, reasons = _native_target(model, plan)
-    if target is not None:
-        form, config = "native", build_config(target, model.config, plan)
+        if target is not None:
+            form, config = "native", build_config(target, model.config, plan)
     written_as = target.model_type if target else form
     if target is None and plan.architecture is not None:
         why = reasons.get(plan.architecture, "the model is no model of transformers")

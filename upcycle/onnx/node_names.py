@@ -28,7 +28,8 @@ def name_nodes(model: ir.Model, layers: Collection[str]) -> None:
         seen[name] += 1
         node.metadata_props.clear()  # onnx_ir's pass would also clear the graph's signature
     inside = (node for function in model.functions.values() for node in function.all_nodes())
-    for part in (*inside, *model.graph.inputs, model):
+    parts: list[ir.Node | ir.Value | ir.Model] = [*inside, *model.graph.inputs, model]
+    for part in parts:
         part.metadata_props.clear()
 
 

@@ -73,7 +73,7 @@ def lost_neurons(spec: MoESpec, origin: Provenance) -> int:
 def _matrices(experts: ExpertWeights) -> list[torch.Tensor]:
     """Each matrix of experts with a row for each neuron, [E, I, D]."""
     width = experts.down_EOI.shape[2]
-    return [*experts.up_EGD.split(width, dim=1), experts.down_EOI.transpose(1, 2)]
+    return [*torch.split(experts.up_EGD, width, dim=1), experts.down_EOI.transpose(1, 2)]
 
 
 def _wrong(made_EID: torch.Tensor, dense_FD: torch.Tensor, neuron_EI: torch.Tensor) -> torch.Tensor:
