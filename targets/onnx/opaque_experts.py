@@ -129,9 +129,8 @@ def tensor_outputs(
 ) -> Iterator[list[str]]:
     """Within it `model` returns a flat tuple of tensors; the value holds their names after a run.
 
-    Args:
-        compute: what it computes, if that is not its forward; see `upcycle.targets.onnx.parts`.
-        inputs: the names of what `compute` reads. The arguments are these as `identifier` has them.
+    With `compute`, see `upcycle.targets.onnx.parts`, it computes that instead of its forward, of
+    arguments that are the names in `inputs` as `identifier` has them.
     """
     names: list[str] = []
     forward = model.forward

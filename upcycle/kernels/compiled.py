@@ -83,9 +83,8 @@ def run_routed(
 
     Scores are float32. None also where two scores are equal and torch has to choose between them.
 
-    Args:
-        router: weight [E, D] and bias [E] or None, float32; how many are chosen; one of `RULES`
-            for the weights; their scale.
+    `router` is the weight [E, D] and the bias [E] or None, float32; how many are chosen; one of
+    `RULES` for the weights; their scale.
     """
     weight_ED, bias_E, top_k, rule, scale = router
     experts = (up_EGD, up_bias_EG, down_EOI, None)
