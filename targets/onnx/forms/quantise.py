@@ -75,7 +75,8 @@ def _in_groups(weight_ENK: torch.Tensor, bits: int, block: int | None) -> Quanti
 
 def dequantise(quantised: Quantised, columns: int) -> torch.Tensor:
     """The rounded matrices [E, N, K] in float32; `columns` is K."""
-    q_ENK = _unpack(quantised.packed, quantised.bits).float() - 2 ** (quantised.bits - 1)
+    zero = 2 ** (quantised.bits - 1)
+    q_ENK: torch.Tensor = _unpack(quantised.packed, quantised.bits).float() - zero
     return q_ENK * steps_of(quantised, columns)
 
 
