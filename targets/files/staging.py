@@ -178,9 +178,9 @@ def _rename(old: Path, new: Path, flag: int) -> bool:
     names = os.fsencode(old), os.fsencode(new)
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
-        return libc.renameat2(_HERE, names[0], _HERE, names[1], flag) == 0
+        return bool(libc.renameat2(_HERE, names[0], _HERE, names[1], flag) == 0)
     if hasattr(libc, "renamex_np") and flag == _EXCHANGE:
-        return libc.renamex_np(*names, flag) == 0
+        return bool(libc.renamex_np(*names, flag) == 0)
     return False
 
 

@@ -14,7 +14,7 @@ from upcycle.ir.report import Report
 from upcycle.models.dense import Source
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.recipe.schema import Recipe
-from upcycle.targets.card import card, onnx_card
+from upcycle.targets.card import card
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.description import describe
 from upcycle.targets.files.staging import check_output
@@ -89,10 +89,8 @@ def finish(
         report = verify(report, directory, made, written, progress)
         raise_if_failed(report)
     shutil.rmtree(directory / SCRATCH, ignore_errors=True)
-    if checkpoint is None:
-        text = onnx_card(name, made.plan, report)
-    else:
-        is_pair = (directory / ENCODER).is_file()
-        text = card(name, made.plan, checkpoint, dense.options.targets, report, is_pair=is_pair)
+    targets = ["onnx"] if checkpoint is None else dense.options.targets
+    is_pair = checkpoint is not None and (directory / ENCODER).is_file()
+    text = card(name, made.plan, report, targets, checkpoint, is_pair=is_pair)
     describe(directory, made.plan, made.provenance, report, text)
     return report
