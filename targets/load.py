@@ -11,10 +11,12 @@ from torch import nn
 from upcycle.errors import UsageError, is_out_of_memory, one_line
 from upcycle.layers.tap import install
 from upcycle.models.checkpoint_tensors import read_tensors
-from upcycle.models.dense import DTYPES, class_named
+from upcycle.models.configuration import check_fields, class_named
+from upcycle.models.dense import DTYPES
 from upcycle.targets.checkpoint import UPCYCLE_JSON
 from upcycle.util.json_text import read_json
 from upcycle.util.quiet import quiet_transformers
+from upcycle.util.untrusted import untrusted_code
 
 
 def load(
@@ -100,14 +102,8 @@ def _load_transformers(directory: Path, trust_remote_code: bool, **options: Any)
         except Exception as error:  # what a damaged config.json raises is of many types
             if is_out_of_memory(error):
                 raise
-            if "auto_map" in config and not trust_remote_code:
-                raise UsageError(
-                    f"{directory}: the model brings its own Python code; pass "
-                    "`trust_remote_code=True` if you have read it and trust it"
-                ) from error
-            raise UsageError(
-                f"{directory}: transformers cannot load it: {one_line(error)}"
-            ) from error
+            problem = UsageError(f"{directory}: transformers cannot load it: {one_line(error)}")
+            raise untrusted_code(directory, "the model", error) or problem from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise UsageError(
@@ -120,14 +116,9 @@ def _load_transformers(directory: Path, trust_remote_code: bool, **options: Any)
 
 def _class_of(directory: Path, config: dict[str, Any]) -> Any:
     """The class of transformers, or the Auto class for one of another module, to load it with."""
-    try:
-        written = str((config.get("architectures") or ["AutoModelForCausalLM"])[0])
-        autos = [(str(a), str(home)) for a, home in (config.get("auto_map") or {}).items()]
-    except (AttributeError, TypeError, LookupError) as error:
-        raise UsageError(
-            f"{directory / 'config.json'}: `architectures` or `auto_map` is damaged; convert the "
-            "model again"
-        ) from error
+    check_fields(directory / "config.json", config)
+    written = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    autos = [(str(a), str(home)) for a, home in (config.get("auto_map") or {}).items()]
     # AutoModel last: it holds the classes that have no Auto class of their own
     autos.sort(key=lambda item: (item[0] == "AutoModel", item[0]))
     name = next((auto for auto, home in autos if home.endswith(f".{written}")), written)

@@ -122,7 +122,9 @@ def test_a_vision_model_reads_one_batch(tmp_path: Path) -> None:
 def test_a_plain_module(tmp_path: Path) -> None:
     given = ("--inputs", "small_models:plain_inputs")
     moe = convert("small_models:plain", tmp_path / "moe", "emoe", *SPLIT, *given)
-    found = measured(moe, *given)  # the report names the callable
+    named = run("bench", moe, *given, *QUICK)  # the report names the callable, which is not run
+    assert "name the dense model with --against" in named.stderr
+    found = measured(moe, "--against", "small_models:plain", *given)
     check_rows(found)
     assert [row["tokens"] for row in found["reading"]] == [None]
 

@@ -110,8 +110,8 @@ def test_kill_and_resume_give_the_same_bytes(llama: Path, tmp_path: Path) -> Non
     code = (
         "import os, signal, sys, upcycle.targets.files.finished_shards as m\n"
         "finished, count = m.Manifest.finished, [0]\n"
-        "def stop(self, path):\n"
-        "    finished(self, path)\n"
+        "def stop(self, *args):\n"
+        "    finished(self, *args)\n"
         "    count[0] += 1\n"
         "    if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "m.Manifest.finished = stop\n"
@@ -125,7 +125,7 @@ def test_kill_and_resume_give_the_same_bytes(llama: Path, tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (tmp_path / "out.partial" / SCRATCH).is_dir()
+    assert (tmp_path / "out.partial" / "new" / SCRATCH).is_dir()
     convert(llama, out, "--resume")
     convert(llama, tmp_path / "whole", "--stream")
     assert weights(out) == weights(tmp_path / "whole")

@@ -95,12 +95,14 @@ def test_a_model_that_was_cast(name: str, recipe: str, cls: str, tmp_path: Path)
             assert torch.equal(state[key], value.to(state[key].dtype)), key
 
 
-def test_a_module_with_a_factory(tmp_path: Path) -> None:
+def test_a_callable_that_a_file_names_is_not_called(tmp_path: Path) -> None:
     out = tmp_path / "moe"
     arguments = ["convert", "small_models:plain", "--recipe", "split-all", "--out", str(out)]
     done = CliRunner().invoke(main, [*arguments, "--target", "safetensors"])
     assert done.exit_code == 0, done.stderr
-    loaded = upcycle.load(out)
+    with pytest.raises(UsageError, match=r"the dense model \(small_models:plain\) as `model`"):
+        upcycle.load(out)
+    loaded = upcycle.load(out, small_models.plain())
     assert isinstance(loaded, small_models.Plain)
     assert isinstance(loaded.ffns[0], MoE)
     assert_same_function(loaded, small_models.plain())
@@ -112,7 +114,9 @@ def test_a_module_with_a_given_model(dtype: torch.dtype, tmp_path: Path) -> None
     done = convert(dense, "emoe", overrides=EMOE)
     model = trained(done)
     done.save(tmp_path / "moe")
-    with pytest.raises(UsageError, match=r"give upcycle.load a dense small_models.Plain"):
+    with pytest.raises(
+        UsageError, match=r"give upcycle.load the dense model \(small_models.Plain\) as `model`"
+    ):
         upcycle.load(tmp_path / "moe")
     given = small_models.Plain()
     loaded = upcycle.load(tmp_path / "moe", given)

@@ -15,10 +15,15 @@ from upcycle.errors import UnsupportedError, UpcycleError, UsageError, is_out_of
 from upcycle.models import samples
 from upcycle.models.checkpoint_fit import fit, stored_apart
 from upcycle.models.checkpoint_tensors import has_metadata, has_weights, read_tensors
-from upcycle.util.json_text import read_json
+from upcycle.models.configuration import (
+    check_dense,
+    check_files,
+    class_named,
+    read_config,
+    with_text,
+)
 from upcycle.util.named_callable import call_named
 from upcycle.util.quiet import quiet_transformers
-from upcycle.util.untrusted import check_links
 
 if TYPE_CHECKING:
     from upcycle.models.onnx_file import OnnxSource
@@ -63,10 +68,10 @@ class Source:
         """The configuration; tensors that are stored apart are tied no more, whatever it says."""
         assert self.directory is not None
         config = read_config(self.directory, trust_remote_code=self.trust_remote_code)
-        if any(getattr(part, "tie_word_embeddings", False) for part in _with_text(config)):
+        if any(getattr(part, "tie_word_embeddings", False) for part in with_text(config)):
             stored = self._stored()
             if stored and stored_apart(stored, self._built(config)):
-                for part in _with_text(config):
+                for part in with_text(config):
                     part.tie_word_embeddings = False
         return config
 
@@ -182,13 +187,6 @@ class Source:
         return found
 
 
-def class_named(name: str) -> Any:
-    """The model class, or Auto class, of transformers that a configuration names, or None."""
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model or (name.startswith("AutoModel") and found) else None
-
-
 def open_model(
     model: str,
     *,
@@ -217,9 +215,7 @@ def open_model(
         directory = samples.path(model)
     elif Path(model).exists():
         directory = Path(model)
-        _check_not_ours(directory)
-        _check_no_adapter(directory)
-        check_links(directory)
+        check_files(directory)
         if not (directory / "config.json").is_file():
             raise UsageError(f"{model}: not a model directory, it has no config.json; {_MODEL}")
     elif ":" not in model:
@@ -235,73 +231,8 @@ def open_model(
         allow_pickle=allow_pickle,
     )
     if directory is not None:
-        _check_dense(directory, read_config(directory, trust_remote_code=trust_remote_code))
+        check_dense(directory, read_config(directory, trust_remote_code=trust_remote_code))
     return source
-
-
-def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
-    """The configuration of a Hugging Face directory.
-
-    Raises:
-        UsageError: config.json is no JSON, or names a model type that transformers does not know.
-    """
-    data = read_json(directory / "config.json")
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        if not trust_remote_code:  # no code is read, so none has to come with the result
-            vars(config).pop("auto_map", None)
-        return config
-    except Exception as error:
-        if "auto_map" in data and not trust_remote_code:
-            raise UsageError(
-                f"{directory}: the model brings its own Python code; pass `trust_remote_code=True` "
-                "if you have read it and trust it"
-            ) from error
-        raise UsageError(f"{directory}/config.json: {one_line(error)}") from error
-
-
-def _check_not_ours(directory: Path) -> None:
-    """Before transformers asks whether the code that upcycle wrote may run."""
-    if (directory / "modeling_upcycle.py").is_file() or (directory / "upcycle.json").is_file():
-        raise UnsupportedError(
-            f"{directory}: it was made by upcycle and is a mixture of experts; start from the "
-            "dense model"
-        )
-
-
-def _check_no_adapter(directory: Path) -> None:
-    adapter = directory / "adapter_config.json"
-    if adapter.is_file():
-        base = read_json(adapter).get("base_model_name_or_path")
-        raise UnsupportedError(
-            f"{directory}: it holds a PEFT adapter of {base} (adapter_config.json), which is not "
-            "applied; merge it into its base and save that, or remove the file if it is merged"
-        )
-
-
-def _check_dense(directory: Path, config: Any) -> None:
-    if quantised := getattr(config, "quantization_config", None):
-        data = quantised if isinstance(quantised, dict) else quantised.to_dict()
-        method = data.get("quant_method", "unknown method")
-        raise UnsupportedError(
-            f"{directory}: its weights are quantised ({method}); dequantise them and save the "
-            "model first"
-        )
-    for field in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        count = getattr(config, field, None) or 0
-        if count > 1:
-            raise UnsupportedError(
-                f"{directory}: it is already a mixture of experts ({field} = {count}); upcycle "
-                "starts from a dense model"
-            )
-
-
-def _with_text(config: Any) -> list[Any]:
-    """The configuration and that of its language model, if that is another."""
-    text = config.get_text_config()
-    return [config] if text is config else [config, text]
 
 
 def _is_meta(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from upcycle.errors import UsageError, one_line
 from upcycle.util.quiet import quiet_transformers
+from upcycle.util.untrusted import untrusted_code
 
 
 def tokenizer_in(directory: Path | None, *, trust_remote_code: bool = False) -> Any:
@@ -25,11 +26,5 @@ def tokenizer_in(directory: Path | None, *, trust_remote_code: bool = False) -> 
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise UsageError(
-                f"{directory}: its tokenizer brings its own Python code; pass "
-                "`trust_remote_code=True` if you have read it and trust it"
-            ) from error
-        raise UsageError(
-            f"{directory}: its tokenizer cannot be loaded: {one_line(error)}"
-        ) from error
+        problem = UsageError(f"{directory}: its tokenizer cannot be loaded: {one_line(error)}")
+        raise untrusted_code(directory, "its tokenizer", error) or problem from error

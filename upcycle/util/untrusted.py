@@ -67,6 +67,16 @@ def names_code(name: str) -> bool:
     return ":" in name and not name.startswith("sample:") and not Path(name).exists()
 
 
+def untrusted_code(directory: Path, what: str, error: Exception) -> UsageError | None:
+    """What to raise if transformers ended with `error` because code of `directory` would run."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return UsageError(
+        f"{directory}: {what} brings its own Python code; pass `trust_remote_code=True` if you "
+        "have read it and trust it"
+    )
+
+
 def printable(text: str) -> str:
     """`text` with control characters, and those that reorder it, as escapes."""
 
