@@ -5,9 +5,9 @@ seen in another process.
 """
 
 import json
-import shutil
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
