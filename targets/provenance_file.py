@@ -20,6 +20,7 @@ from upcycle.ir.weights import Provenance
 from upcycle.util.json_text import read_json
 
 FILE = "provenance.json"
+MOST = 2**26  # neurons of a layer: none has a tenth of it
 PADDING, DRAWN = -1, -2  # in the place of a dense neuron
 _WORDS = {PADDING: "zero", DRAWN: "new"}
 
@@ -42,18 +43,38 @@ def _run(index: int, neuron: int) -> tuple[bool, int]:
     return (True, neuron - index) if neuron >= 0 else (False, neuron)
 
 
-def neurons_of(text: str) -> list[int]:
-    """The neurons that `runs` wrote."""
+def neurons_of(text: str, most: int = MOST) -> list[int]:
+    """The neurons that `runs` wrote.
+
+    Raises:
+        ValueError: the text is damaged, or names more than `most` neurons.
+    """
     found: list[int] = []
     words = {word: value for value, word in _WORDS.items()}
     for part in text.split():
         word, _, times = part.partition("*")
         if word in words:
-            found += [words[word]] * int(times)
+            neuron, count = words[word], int(times)
         else:
             first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
+            neuron, count = int(first), int(last or first) + 1 - int(first)
+        if count < 1 or len(found) + count > most:
+            raise ValueError(f"{part}: at most {most} neurons can be here")
+        found += [neuron] * count if word in words else range(neuron, neuron + count)
     return found
+
+
+def rows_of(layer: Mapping[str, Any]) -> tuple[list[list[int]], list[int]]:
+    """The neurons of the experts and of the shared expert of a layer in the file.
+
+    Raises:
+        KeyError, TypeError, ValueError: the layer is damaged.
+    """
+    width, shared = layer["layer"]["width"], layer["layer"]["shared"]
+    if len(layer["experts"]) * int(width) + int(shared) > MOST:
+        raise ValueError(f"{len(layer['experts'])} experts of {width} neurons are too many")
+    experts = [neurons_of(row, width) for row in layer["experts"]]
+    return experts, neurons_of(layer["shared"], shared)
 
 
 def write_origins(directory: Path, plan: Plan, provenance: Mapping[str, Provenance]) -> None:
@@ -112,11 +133,11 @@ def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
             made = layer["layer"]
             there.append((layer["path"], layer["dense_neurons"], made["d_model"]))
             sizes.append({"width": made["width"], "shared": made["shared"]})
+            experts, shared = rows_of(layer)
             provenance[layer["path"]] = Provenance(
-                torch.tensor([neurons_of(row) for row in layer["experts"]], dtype=torch.int64),
-                torch.tensor(neurons_of(layer["shared"]), dtype=torch.int64),
+                torch.tensor(experts, dtype=torch.int64), torch.tensor(shared, dtype=torch.int64)
             )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"{directory / FILE}: not what upcycle writes ({one_line(error)}); convert the model "
             "again"

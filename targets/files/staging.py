@@ -83,6 +83,8 @@ def partial_of(out: Path) -> Path:
 def check_output(out: Path, *, overwrite: bool, protect: Sequence[Path] = ()) -> None:
     """Raise UsageError where `out` cannot be written, under the rules of `staged`."""
     out = out.absolute()
+    if not str(out).isprintable():
+        raise UsageError(f"{out}: the name has characters that no file should have; choose another")
     if not os.path.lexists(out):
         return
     if not out.is_dir() or out.is_symlink():

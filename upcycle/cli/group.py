@@ -77,6 +77,8 @@ def failure(error: BaseException) -> tuple[str, int]:
             return f"{place}: {error.strerror}; choose a place that you may read and write", 2
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST):
             return f"{place}: {error.strerror}; choose another path", 2
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EIO, errno.ENODEV):
+            return f"{place}: {error.strerror}; mend that and run again", 5
     about = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
     return f"this is a bug in upcycle ({about}); -v shows where it happened", 1
 

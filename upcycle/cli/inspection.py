@@ -1,14 +1,13 @@
 """What is in a directory that upcycle wrote, from its JSON files: no weight is read."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UsageError
 from upcycle.layers.config import LayerConfig
 from upcycle.targets.description import REPORT, read_report
-from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, neurons_of, read_origins
+from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, read_origins, rows_of
 from upcycle.util.json_text import read_json
 
 ROUTER_FACTS = ("weights", "scale", "bias", "tied", "balance")
@@ -77,16 +76,17 @@ def _layer(directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
             "sources": stored["sources"],
             "expert_rows": stored["experts"],
             "shared_rows": stored["shared"],
-            "rows": _count([*stored["experts"], stored["shared"]], stored["dense_neurons"]),
+            "rows": _count(stored, stored["dense_neurons"]),
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"{directory / FILE}: not what this version of upcycle writes; convert the model again"
         ) from error
 
 
-def _count(rows: Sequence[str], dense_neurons: int) -> dict[str, int]:
-    times = Counter(neuron for text in rows for neuron in neurons_of(text))
+def _count(layer: dict[str, Any], dense_neurons: int) -> dict[str, int]:
+    experts, shared = rows_of(layer)
+    times = Counter(neuron for row in (*experts, shared) for neuron in row)
     padding, drawn = times.pop(PADDING, 0), times.pop(DRAWN, 0)
     once = list(times.values()).count(1)
     return {

@@ -7,6 +7,7 @@ from upcycle.conversion.options import Options
 from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.onnx_calibration import onnx_calibration, verification_feeds
 from upcycle.errors import UsageError
+from upcycle.models.checkpoint_fit import check_finite
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.run import run
 from upcycle.passes.plan.costs import costs
@@ -54,6 +55,9 @@ def open_onnx_file(
             "in float32; leave it out, or convert the model that the file was exported from"
         )
     check_disk(out, costs(plan, *source.size).bytes_on_disk)
+    names = [name for spec in plan.specs for name in spec.ffn.parameters]
+    weights = source.found.weights
+    check_finite(source.path, ((name, weights[name]) for name in names))
     feeds = verification_feeds(source, given)
     feeds = feeds_for(source, recipe.seed) if feeds is None else feeds
     shown = onnx_calibration(source, recipe, given) if needs(recipe) else None
