@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from upcycle.errors import UsageError, one_line
 from upcycle.ir.spec import Plan
@@ -23,6 +25,24 @@ FILE = "provenance.json"
 MOST = 2**26  # neurons of a layer: none has a tenth of it
 PADDING, DRAWN = -1, -2  # in the place of a dense neuron
 _WORDS = {PADDING: "zero", DRAWN: "new"}
+
+
+class LayerOrigin(TypedDict):
+    """A layer in the file."""
+
+    path: str
+    dense_neurons: int
+    method: str
+    router: str
+    compensate: dict[str, Any]
+    promise: str
+    layer: dict[str, Any]
+    sources: list[str]
+    experts: list[str]
+    shared: str
+
+
+_LAYERS = TypeAdapter(list[LayerOrigin])
 
 
 def runs(neurons: Iterable[int]) -> str:
@@ -64,7 +84,7 @@ def neurons_of(text: str, most: int = MOST) -> list[int]:
     return found
 
 
-def rows_of(layer: Mapping[str, Any]) -> tuple[list[list[int]], list[int]]:
+def rows_of(layer: LayerOrigin) -> tuple[list[list[int]], list[int]]:
     """The neurons of the experts and of the shared expert of a layer in the file.
 
     Raises:
@@ -100,7 +120,7 @@ def write_origins(directory: Path, plan: Plan, provenance: Mapping[str, Provenan
     (directory / FILE).write_text(text, encoding="utf-8")
 
 
-def read_origins(directory: Path) -> list[dict[str, Any]] | None:
+def read_origins(directory: Path) -> list[LayerOrigin] | None:
     """The layers of the file, or None where an older version of upcycle wrote none.
 
     Raises:
@@ -109,10 +129,15 @@ def read_origins(directory: Path) -> list[dict[str, Any]] | None:
     path = directory / FILE
     if not path.is_file():
         return None
-    layers = read_json(path, "convert the model again").get("layers")
-    if not isinstance(layers, list):
-        raise UsageError(f"{path}: not what upcycle writes; convert the model again")
-    return layers
+    try:
+        return _LAYERS.validate_python(read_json(path, "convert the model again").get("layers"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("layers", *first["loc"])))
+        raise UsageError(
+            f"{path}: not what this version of upcycle writes ({place}: {first['msg'].lower()}); "
+            "convert the model again"
+        ) from error
 
 
 def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:

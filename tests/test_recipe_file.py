@@ -172,6 +172,18 @@ def test_wrong_overrides_are_named_after_the_file(tmp_path: Path) -> None:
     ]
 
 
+def test_a_count_has_a_limit(tmp_path: Path) -> None:
+    """Tensors of any size are made from it, some of them while a model is planned."""
+    lines = complaints(
+        tmp_path, GOOD, "experts.count=9223372036854775808", 'layers.include="\\ud800"'
+    )
+    assert lines == [
+        "`overrides=experts.count=9223372036854775808`: experts.count: must be at most 16777216, "
+        "not 9223372036854775808",
+        '`overrides=layers.include="\\ud800"`: layers.include: \'"\\\\ud800"\' is not a YAML value',
+    ]
+
+
 def test_an_override_mends_the_file(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(GOOD.replace("copy", "kopy"), "utf-8")

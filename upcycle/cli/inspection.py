@@ -7,7 +7,7 @@ from typing import Any
 from upcycle.errors import UsageError
 from upcycle.layers.config import LayerConfig
 from upcycle.targets.description import REPORT, read_report
-from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, read_origins, rows_of
+from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, LayerOrigin, read_origins, rows_of
 from upcycle.util.json_text import read_json
 
 ROUTER_FACTS = ("weights", "scale", "bias", "tied", "balance")
@@ -52,7 +52,7 @@ def inspect_converted(directory: Path) -> dict[str, Any]:
     }
 
 
-def _layer(directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
+def _layer(directory: Path, stored: LayerOrigin) -> dict[str, Any]:
     try:
         config = LayerConfig.from_json(stored["layer"])
         router = config.router
@@ -84,7 +84,7 @@ def _layer(directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def _count(layer: dict[str, Any], dense_neurons: int) -> dict[str, int]:
+def _count(layer: LayerOrigin, dense_neurons: int) -> dict[str, int]:
     experts, shared = rows_of(layer)
     times = Counter(neuron for row in (*experts, shared) for neuron in row)
     padding, drawn = times.pop(PADDING, 0), times.pop(DRAWN, 0)

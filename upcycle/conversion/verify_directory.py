@@ -90,7 +90,13 @@ def verify_directory(
         trust_remote_code=source.trust_remote_code,
         example=source.example,
     )
-    found = compare_models(dense, converted, evaluation)
+    try:
+        found = compare_models(dense, converted, evaluation)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{directory}: the model in it cannot be run ({one_line(error)}); its files do not fit "
+            "together, convert the model again"
+        ) from error
     checks = [*report.checks, end_to_end(found, recipe, model_dtype(dense))]
     if any((directory / name).is_file() for name in ONNX_FILES):
         checks += verify_onnx(directory, in_float32(converted), evaluation)

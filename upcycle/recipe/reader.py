@@ -137,6 +137,8 @@ def _problems(error: ValidationError, document: Document) -> list[Problem]:
             sentence = _wrong(reduce(getitem, path, document.data), keys[path], schema)
             if detail["type"] == "value_error":  # a rule that no schema has
                 sentence = str(detail["ctx"]["error"])
+            elif detail["type"] == "less_than_equal":
+                sentence = f"must be at most {detail['ctx']['le']}, not {_shown(detail['input'])}"
         if dotted(path) not in reported:
             found.setdefault(dotted(path), Problem(place, dotted(path), sentence))
     return list(found.values())

@@ -12,7 +12,8 @@ from upcycle.layers.config import SelectRule, TokenKey, WeightRule
 from upcycle.recipe.onnx import Onnx, Section
 
 FFNKind = Literal["ffn", "bottleneck", "head"]
-CountOrPart = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
+MOST = 2**24  # of anything that is counted: no model has a tenth of it
+CountOrPart = Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, lt=1)]
 
 # What a recipe may name. `upcycle.passes` has the methods, and `tests/test_registries.py` compares.
 ExpertMethodName = Literal[
@@ -85,7 +86,7 @@ class Experts(Section):
         description="whole FFNs, slices of copies, or parts of one FFN; see the methods"
     )
     count: int = Field(
-        ge=1, description="experts, shared ones included; for granular, copies of the FFN"
+        ge=1, le=MOST, description="experts, shared ones included; for granular, copies of the FFN"
     )
     shared: CountOrPart = Field(
         0,
@@ -110,7 +111,7 @@ class Experts(Section):
         0.0, ge=0, le=1, description="importance_overlap: part of an expert that all have in common"
     )
     granularity: int = Field(
-        1, ge=1, description="granular, zero_routed: slices that each copy is cut into"
+        1, ge=1, le=MOST, description="granular, zero_routed: slices that each copy is cut into"
     )
     scale: Literal["down", "up_down", "even"] = Field(
         "down", description="granular: which matrices carry the factor that undoes the averaging"
@@ -124,6 +125,7 @@ class Experts(Section):
     markers: int = Field(
         10,
         ge=1,
+        le=MOST,
         description="coactivation, activation_carve, shared_by rate, representative: neurons that "
         "are marked active in a token",
     )
@@ -139,7 +141,9 @@ class Experts(Section):
         description="noise, svd: standard deviation, relative to the mean |weight| or singular "
         "value",
     )
-    rank: int = Field(64, ge=1, description="svd: directions of each matrix that stay as they are")
+    rank: int = Field(
+        64, ge=1, le=MOST, description="svd: directions of each matrix that stay as they are"
+    )
     sources: tuple[str, ...] = Field(
         (), description="from_checkpoints: models, of one shape; `base` is the converted one"
     )
@@ -155,7 +159,7 @@ class Router(Section):
     method: RouterMethodName = Field(
         description="how the scores of the experts are made; see the methods"
     )
-    top_k: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+    top_k: Annotated[int, Field(ge=1, le=MOST)] | Literal["all"] = Field(
         description="experts that a token visits, besides the shared one"
     )
     weights: WeightRule = Field(description="how the outputs of the visited experts are weighted")
@@ -165,7 +169,7 @@ class Router(Section):
     mass: float = Field(0.4, ge=0, le=1, description="top_p, entropy: probability to reach")
     above: float = Field(0.9, description="entropy: visit all experts above this entropy")
     q: float = Field(1.1, gt=0, le=2, description="entropy: index of the Tsallis entropy")
-    nulls: int = Field(0, ge=0, description="null: experts that do nothing")
+    nulls: int = Field(0, ge=0, le=MOST, description="null: experts that do nothing")
     balance: bool = Field(
         False, description="add a bias to the selection alone, which balances the load in training"
     )
@@ -178,6 +182,7 @@ class Router(Section):
     hidden: int = Field(
         0,
         ge=0,
+        le=MOST,
         description="mlp: width of the hidden layer, 0 is one per expert; cosine: of the small "
         "space, 0 is half as many",
     )
@@ -185,7 +190,10 @@ class Router(Section):
         "token", description="hash, assigned: what the table of experts is read by"
     )
     entries: int = Field(
-        65536, ge=1, description="hash, assigned: rows of the table; a larger id starts over"
+        65536,
+        ge=1,
+        le=MOST,
+        description="hash, assigned: rows of the table; a larger id starts over",
     )
     ridge: float = Field(
         0.01,
@@ -231,8 +239,10 @@ class Compensate(Section):
 class Calibration(Section):
     """What the methods that look at activations are shown."""
 
-    tokens: int = Field(16384, ge=1, description="tokens of text; or 256 times as many images")
-    length: int = Field(512, ge=1, description="tokens of one sequence")
+    tokens: int = Field(
+        16384, ge=1, le=2**40, description="tokens of text; or 256 times as many images"
+    )
+    length: int = Field(512, ge=1, le=MOST, description="tokens of one sequence")
     sequential: bool = Field(
         True, description="each layer sees what the converted layers before it give"
     )
@@ -257,4 +267,4 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     onnx: Onnx = Onnx()
     verify: Verify = Verify()
-    seed: int = Field(0, ge=0, description="seed of every random draw")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random draw")
