@@ -13,7 +13,6 @@ from upcycle.errors import UnsupportedError
 log = logging.getLogger(__name__)
 
 Axes = Mapping[str, Mapping[int, str]]  # input -> axis -> its name
-Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]  # of a forward: by name, or in order
 
 
 def default_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:

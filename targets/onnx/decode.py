@@ -10,7 +10,6 @@ import torch
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import described, opened
-from upcycle.targets.onnx.axes import Inputs
 from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.parts import DECODER, ENCODER, FILES, MODEL
 
@@ -45,10 +44,10 @@ class OnnxFiles:
             name.startswith(f"{PAST}.") for name in self._names(MODEL)
         )
 
-    def completed(self, given: Inputs) -> Inputs:
+    def completed(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`given` with the masks and positions that the files read and a model can do without."""
-        if not self.has_cache or not isinstance(given, Mapping):
-            return given
+        if not self.has_cache:
+            return dict(given)
         first = ENCODER if ENCODER in self._runners else MODEL
         ids, names = given.get("input_ids"), self._names(first)
         full = dict(given)
@@ -59,17 +58,21 @@ class OnnxFiles:
             full.setdefault("position_ids", places.clamp(min=0))
         return full
 
-    def outputs(self, given: Inputs) -> dict[str, Array]:
+    def outputs(self, given: Mapping[str, torch.Tensor]) -> dict[str, Array]:
         """What the model returns, by name.
 
         With a cache only the logits, and what an encoder made; all tokens but the last are read in
         one run, and the last one in another.
         """
         given, self.seen = self.completed(given), {}
+        arrays = {name: tensor.detach().numpy() for name, tensor in given.items()}
         if not self.has_cache:
-            return self._run(MODEL, _by_name(self._names(MODEL), given))
-        assert isinstance(given, Mapping)
-        arrays = {name: tensor.numpy() for name, tensor in given.items()}
+            names = self._names(MODEL)
+            if set(names) != set(arrays):
+                raise UnsupportedError(
+                    f"the file reads {', '.join(names)}, and the model {', '.join(arrays)}"
+                )
+            return self._run(MODEL, arrays)
         if DECODER not in self._runners:
             text = {n: arrays[n] for n in self._names(MODEL) if not n.startswith(f"{PAST}.")}
             return {"logits": self._decode(MODEL, text, {})}
@@ -120,10 +123,3 @@ def empty_past(runner: Any, batch: int) -> dict[str, Array]:
         for value in runner.get_inputs()
         if value.name.startswith(f"{PAST}.")
     }
-
-
-def _by_name(names: Sequence[str], given: Inputs) -> dict[str, Array]:
-    values = list(given.values()) if isinstance(given, Mapping) else list(given)
-    if len(names) != len(values):
-        raise UnsupportedError(f"the file has {len(names)} inputs and the model {len(values)}")
-    return {name: tensor.numpy() for name, tensor in zip(names, values, strict=True)}

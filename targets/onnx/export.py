@@ -2,25 +2,26 @@
 
 import logging
 import time
-from collections.abc import Mapping
-from inspect import signature
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import cast_floats
 from upcycle.onnx.node_names import name_nodes
 from upcycle.onnx.tensors import ONNX_TYPES
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.stored import Stored
-from upcycle.targets.onnx.axes import Axes, Inputs, default_axes, fixed_sizes, name_axes
+from upcycle.targets.onnx.arguments import apart, arguments_of, identifiers
+from upcycle.targets.onnx.axes import Axes, default_axes, fixed_sizes, name_axes
 from upcycle.targets.onnx.dtypes import narrowed, widen
 from upcycle.targets.onnx.forms.lower import lower
-from upcycle.targets.onnx.opaque_experts import identifier, symbolic_layers, tensor_outputs
+from upcycle.targets.onnx.opaque_experts import symbolic_layers, tensor_outputs
 from upcycle.targets.onnx.parts import Compute
 from upcycle.targets.onnx.share_weights import Store, share_weights, write_weights
 from upcycle.targets.onnx.trace import quiet, trace
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def export_onnx(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: ExampleInputs,
     *,
     path: Path,
     stored: Mapping[str, Stored],
@@ -48,11 +49,12 @@ def export_onnx(
     Args:
         model: any module, float32, with `upcycle.layers.moe.MoE` layers in it; it is left as it
             was.
-        example_inputs: every dynamic axis longer than 1.
+        example_inputs: every dynamic axis longer than 1; numbers, flags and words among them become
+            constants of the graph, and tensors inside of one argument inputs, ``obs.a``.
         path: the file to write, and what is returned; files of `stored` are relative to its folder.
         dynamic: names of the axes that must vary. Default: `default_axes`, where they can.
         compute: what the graph computes instead of `model.forward`, which it gets together with
-            the inputs; then these are by name, and any name will do.
+            the inputs; then these are tensors by name, and any name will do.
         options: the form of the layers and the type of the graph, in which only routers stay in
             float32. A file in another type, or with rounded weights, holds its weights itself, in
             ``<path>.data``.
@@ -64,23 +66,28 @@ def export_onnx(
     kind: torch.dtype = getattr(torch, options.half or "float32")
     if options.half:
         model, example_inputs = narrowed(model, kind), cast_floats(example_inputs, kind)
-    named = _named(model, example_inputs)
-    axes = default_axes(named) if dynamic is None else dynamic
-    inputs = list(named)
-    if compute is not None:
-        example_inputs = named = {identifier(name): tensor for name, tensor in named.items()}
-        axes = {identifier(name): labels for name, labels in axes.items()}
+    if compute is None:
+        given = arguments_of(model, example_inputs)
+        example_inputs, compute = given.tensors, given.call
+    assert isinstance(example_inputs, Mapping)
+    axes = default_axes(example_inputs) if dynamic is None else dynamic
+    words = dict(zip(example_inputs, identifiers(list(example_inputs)), strict=True))
     store = Store(path.parent, stored)
-    with symbolic_layers(model, kind) as layers, tensor_outputs(model, compute, inputs) as outputs:
-        program = trace(model, example_inputs, named, axes)
+    with symbolic_layers(model, kind) as layers, tensor_outputs(model, compute, words) as outputs:
+        program = trace(
+            model,
+            {word: example_inputs[name] for name, word in words.items()},
+            {word: axes[name] for name, word in words.items() if name in axes},
+        )
     graph: ir.Model = program.model
+    _rename(graph, graph.graph.inputs, list(words))
     if kind is torch.float32:
         widen(graph)
     name_axes(graph, axes, fixed_sizes(program), required=dynamic is not None)
     chosen = lower(graph, layers, store, options, dtype=ONNX_TYPES[kind])
     with quiet():
         common.RemoveUnusedNodesPass()(graph)
-    _rename(graph, inputs if compute else [], outputs)
+    _rename(graph, graph.graph.outputs, apart(outputs, words))
     if options.half or any(choice.form == "quantised" for choice in chosen.values()):
         missing = write_weights(graph, path)
     else:
@@ -96,21 +103,13 @@ def export_onnx(
     return path
 
 
-def _named(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    if isinstance(inputs, Mapping):
-        return dict(inputs)
-    return dict(zip(signature(model.forward).parameters, inputs, strict=False))
-
-
-def _rename(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
-    graph = model.graph
-    wanted = {id(v): n for v, n in zip(graph.inputs, inputs, strict=False)}
-    wanted |= {id(v): n for v, n in zip(graph.outputs, outputs, strict=False)}
-    for value in (o for node in graph for o in node.outputs if id(o) not in wanted):
-        if value.name in wanted.values():
+def _rename(model: ir.Model, values: Sequence[ir.Value], names: Sequence[str]) -> None:
+    """Give inputs or outputs of the graph their names, which nothing else inside keeps."""
+    for value in (o for node in model.graph for o in node.outputs):
+        if value.name in names:
             value.name = f"{value.name}/inner"
-    for value in (*graph.inputs, *graph.outputs):
-        value.name = wanted.get(id(value), value.name)
+    for value, name in zip(values, names, strict=True):
+        value.name = name
 
 
 def _tidy(model: ir.Model) -> None:

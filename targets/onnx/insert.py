@@ -97,7 +97,7 @@ def _exported(config: str, rank: int) -> bytes:
     x = torch.zeros(sizes)
     labels = {i: f"axis_{i}" for i in range(rank) if i != axis}
     with symbolic_layers(layer):
-        program = trace(layer, (x,), {"x": x}, {"x": labels}, optimize=False)
+        program = trace(layer, {"x": x}, {"x": labels}, optimize=False)
     model: ir.Model = program.model
     with quiet():
         common.InlinePass()(model)

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -125,34 +125,26 @@ def named_tensors(result: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 @contextmanager
 def tensor_outputs(
-    model: nn.Module, compute: Compute | None = None, inputs: Sequence[str] = ()
+    model: nn.Module, compute: Compute, inputs: Mapping[str, str]
 ) -> Iterator[list[str]]:
     """Within it `model` returns a flat tuple of tensors; the value holds their names after a run.
 
-    With `compute`, see `upcycle.targets.onnx.parts`, it computes that instead of its forward, of
-    arguments that are the names in `inputs` as `identifier` has them.
+    It computes what `compute` does, see `upcycle.targets.onnx.parts`, instead of its forward, of
+    the arguments that are the values of `inputs`; the keys are their names in the graph.
     """
     names: list[str] = []
     forward = model.forward
 
     @functools.wraps(forward)
-    def flat(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        if compute is None:
-            found = named_tensors(forward(*args, **kwargs))
-        else:
-            given = {name: kwargs[identifier(name)] for name in inputs}
-            found = named_tensors(compute(forward, given))
+    def flat(**kwargs: Any) -> tuple[torch.Tensor, ...]:
+        given = {name: kwargs[word] for name, word in inputs.items()}
+        found = named_tensors(compute(forward, given))
         names[:] = found
         return tuple(found.values())
 
-    if compute is not None:  # torch.export asks for the names of the arguments
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        arguments = [inspect.Parameter(identifier(name), kind) for name in inputs]
-        vars(flat)["__signature__"] = inspect.Signature(arguments)
+    # torch.export asks for the names of the arguments
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    arguments = [inspect.Parameter(word, kind) for word in inputs.values()]
+    vars(flat)["__signature__"] = inspect.Signature(arguments)
     with _other_forward(model, flat):
         yield names
-
-
-def identifier(name: str) -> str:
-    """The name of an argument for the input `name` of a graph."""
-    return name.replace(".", "_")

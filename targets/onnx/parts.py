@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from upcycle.errors import UnsupportedError
-from upcycle.targets.onnx.axes import Axes, Inputs
+from upcycle.targets.onnx.arguments import Arguments
+from upcycle.targets.onnx.axes import Axes
 from upcycle.targets.onnx.cache import (
     CacheShape,
     cache_argument,
@@ -35,8 +36,8 @@ MODEL = "model.onnx"
 ENCODER, DECODER = "encoder_model.onnx", "decoder_with_past_model.onnx"
 FILES = (MODEL, ENCODER, DECODER)
 
-# The model's own forward and the inputs by name -> the outputs by name.
-Compute = Callable[[Callable[..., Any], dict[str, Tensor]], Mapping[str, Any]]
+# The model's own forward and the inputs by name -> the outputs, whose tensors have names.
+Compute = Callable[[Callable[..., Any], dict[str, Tensor]], Any]
 _TEXT = {"input_ids", "attention_mask", "position_ids"}
 # Sizes of the example, all distinct; only their number of axes matters.
 _BATCH, _NEW, _PAST, _ENCODED = 2, 3, 5, 7
@@ -52,16 +53,16 @@ class Part:
 
     Attributes:
         axes: names of the axes that must vary, by input; None lets the exporter decide.
-        compute: what it computes, if that is not the model's forward.
+        compute: what it computes.
     """
 
     file: str
-    example: Inputs
-    axes: Axes | None = None
-    compute: Compute | None = None
+    example: Mapping[str, Tensor]
+    axes: Axes | None
+    compute: Compute
 
 
-def parts(model: nn.Module, example: Inputs, *, cache: bool = True) -> list[Part]:
+def parts(model: nn.Module, given: Arguments, *, cache: bool = True) -> list[Part]:
     """The files to write for `model` (float32, on the CPU), which runs once, on one token.
 
     With `cache` a model that has a cache keeps it.
@@ -70,13 +71,13 @@ def parts(model: nn.Module, example: Inputs, *, cache: bool = True) -> list[Part
         UnsupportedError: it has a cache that no file can hand on.
     """
     if not cache or not _generates_with_cache(model):
-        return [Part(MODEL, example)]
+        return [Part(MODEL, given.tensors, None, given.call)]
     try:
-        if not isinstance(example, Mapping):
-            raise UnsupportedError("its example inputs have no names")
+        if given.chosen:
+            raise UnsupportedError(f"it also reads {', '.join(given.chosen)}")
         if model.config.is_encoder_decoder:
-            return _encoder_decoder(model, example)
-        return [_causal(model, example)]
+            return _encoder_decoder(model, given.tensors)
+        return [_causal(model, given.tensors)]
     except UnsupportedError as error:
         raise UnsupportedError(
             f"the file would have no key-value cache and generate slowly: {error}; "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from upcycle.errors import UnsupportedError, first_line
 from upcycle.onnx.nodes import OPSET
-from upcycle.targets.onnx.axes import Axes, Inputs
+from upcycle.targets.onnx.axes import Axes
 from upcycle.targets.onnx.torch_ops.attention import attention
 from upcycle.util.modules import no_fast_path
 from upcycle.util.quiet import quiet_logs
@@ -22,36 +22,31 @@ ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def trace(
     model: nn.Module,
-    inputs: Inputs,
-    named: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
     axes: Axes,
     *,
     optimize: bool = True,
 ) -> torch.onnx.ONNXProgram:
-    """The graph of `model.forward`, in eval mode; `named` has the example `inputs` by name.
+    """The graph of `model.forward`, in eval mode, for example `inputs` by name.
 
     Of those the `axes` may vary. `optimize` folds what follows from weights and constants.
 
     Raises:
         UnsupportedError: torch cannot export the model.
     """
-    shapes = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in named}
-    arguments: dict[str, Any] = (
-        {"kwargs": dict(inputs), "dynamic_shapes": shapes}
-        if isinstance(inputs, Mapping)
-        else {"args": inputs, "dynamic_shapes": tuple(shapes.values())}
-    )
+    shapes = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in inputs}
     # With gradients torch takes another attention kernel while tracing than for its decompositions.
     with quiet(), no_fast_path(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model,
+                kwargs=dict(inputs),
+                dynamic_shapes=shapes,
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
                 optimize=optimize,
                 custom_translation_table=ATTENTION,
-                **arguments,
             )
         except torch.onnx.OnnxExporterError as error:
             reason = first_line(error.__cause__ or error)

@@ -2,14 +2,13 @@
 
 import contextlib
 import copy
-import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import cast_floats
@@ -17,11 +16,13 @@ from upcycle.errors import UnsupportedError
 from upcycle.layers.moe import MoE
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.stored import Stored
-from upcycle.targets.onnx.axes import Inputs
+from upcycle.targets.onnx.arguments import Arguments, arguments_of
 from upcycle.targets.onnx.cache import PAST
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.parts import Part, parts
 from upcycle.util.modules import device_of, eval_mode, model_dtype, set_within
+
+log = logging.getLogger(__name__)
 
 
 def write_onnx(
@@ -39,8 +40,11 @@ def write_onnx(
     Raises:
         UnsupportedError: torch cannot export the model.
     """
-    given = float_tensors(model, example)
     try:
+        given = in_graph(model, example)
+        if given.chosen:
+            constants = ", ".join(f"{name}={value!r}" for name, value in given.chosen.items())
+            log.warning("the ONNX file computes with %s, as the example inputs say", constants)
         with without_cache(model), eval_mode(model):
             return [
                 export_onnx(
@@ -62,8 +66,7 @@ def write_onnx(
 
 def _tokens(options: Onnx, part: Part) -> int | tuple[int, int] | None:
     """Of typical calls: with a cache one reads a text, and the others write a token each."""
-    names = part.example if isinstance(part.example, Mapping) else ()
-    has_cache = any(name.startswith(f"{PAST}.") for name in names)
+    has_cache = any(name.startswith(f"{PAST}.") for name in part.example)
     return options.tokens or ((1, 256) if has_cache else None)
 
 
@@ -88,16 +91,13 @@ def in_float32(model: nn.Module, *, rounded_routers: bool = False) -> nn.Module:
     return model.to(device="cpu", dtype=torch.float32)
 
 
-def float_tensors(model: nn.Module, example: ExampleInputs) -> Inputs:
-    """The tensors among the inputs, floats in float32: an ONNX graph has no other kind.
+def in_graph(model: nn.Module, example: ExampleInputs) -> Arguments:
+    """The arguments of `model` as its graph has them, floats in float32.
 
-    A model of transformers gets them by name.
+    Raises:
+        UnsupportedError: a graph cannot have one of them.
     """
-    if isinstance(model, PreTrainedModel) and not isinstance(example, Mapping):
-        example = inspect.signature(model.forward).bind(*example).arguments
-    if isinstance(example, Mapping):
-        example = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
-    return cast_floats(example, torch.float32)
+    return arguments_of(model, cast_floats(example, torch.float32))
 
 
 @contextlib.contextmanager

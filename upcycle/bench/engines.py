@@ -18,6 +18,7 @@ from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UsageError
 from upcycle.ir.spec import MoESpec
 from upcycle.recipe.onnx import Onnx
+from upcycle.targets.onnx.arguments import arguments_of
 from upcycle.targets.onnx.cache import cache_argument
 from upcycle.targets.onnx.parts import ENCODER, MODEL
 
@@ -97,7 +98,11 @@ def onnx_engine(
         else:
             pairs.append(replace(pair(dense, converted, spec), dense=before, converted=after))
     writer = onnx_models.writer if all(map(onnx_models.has_cache, runners.values())) else None
-    return Engine(pairs, runners, onnx_models.reader, writer, last_logits_only=False)
+
+    def reader(runner: Any, inputs: ExampleInputs) -> Call:
+        return onnx_models.reader(runner, arguments_of(dense, inputs).tensors)
+
+    return Engine(pairs, runners, reader, writer, last_logits_only=False)
 
 
 def check_file(directory: Path) -> None:

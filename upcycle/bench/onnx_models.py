@@ -15,7 +15,6 @@ from torch import nn
 
 from upcycle.bench.layers import Layer
 from upcycle.bench.whole import Call
-from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import Evaluation
 from upcycle.onnx.run import described, session
 from upcycle.recipe.onnx import Onnx
@@ -43,11 +42,9 @@ def opened(file: Path | onnx.ModelProto, threads: int, weights: Path | None = No
         return session(model, weights=weights, threads=threads, prepack=True)
 
 
-def reader(runner: Any, inputs: ExampleInputs) -> Call:
+def reader(runner: Any, inputs: Mapping[str, torch.Tensor]) -> Call:
     """A function that runs the file on `inputs`, with an empty past if it reads one."""
     wanted = runner.get_inputs()
-    if not isinstance(inputs, Mapping):
-        inputs = dict(zip([value.name for value in wanted], inputs, strict=False))
     given = {name: _array(tensor) for name, tensor in inputs.items()}
     feeds: dict[str, Any] = {}
     if has_cache(runner):
@@ -64,9 +61,7 @@ def reader(runner: Any, inputs: ExampleInputs) -> Call:
     return lambda: runner.run(None, feeds)
 
 
-def _array(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
+def _array(value: torch.Tensor) -> Any:
     return value.float().numpy() if value.is_floating_point() else value.numpy()
 
 

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G = ari
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -51,9 +52,12 @@ def lower(
     used = sorted({kernel.activation for kernel in by_kernel.values() if kernel})
     biased = any(layers[path].experts.has_bias for path in by_kernel)
     made = _Made(store, options, biased)
+    calls: Counter[str] = Counter()
     for node, path in zip(nodes, paths, strict=True):
         scopes = {key: value for key, value in node.metadata_props.items() if key == SCOPES}
-        n = Nodes(f"{path}/" if path else "", scopes, dtype=dtype)
+        call = f"{calls[path]}/" if calls[path] else ""  # a layer may be applied more than once
+        calls[path] += 1
+        n = Nodes((f"{path}/" if path else "") + call, scopes, dtype=dtype)
         _put(node, n, _layer(n, node, layers[path], chosen[path], made))
     functions = list(made.functions.values())
     if used:

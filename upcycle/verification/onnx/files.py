@@ -16,10 +16,11 @@ from upcycle.errors import UnsupportedError, VerificationError
 from upcycle.ir.measured import Check
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
+from upcycle.targets.onnx.arguments import Arguments, apart
 from upcycle.targets.onnx.decode import OnnxFiles
 from upcycle.targets.onnx.opaque_experts import named_tensors
 from upcycle.targets.onnx.parts import FILES
-from upcycle.targets.onnx.write import float_tensors, without_cache
+from upcycle.targets.onnx.write import in_graph, without_cache
 from upcycle.util.modules import eval_mode
 from upcycle.verification.checks import ONNX, ONNX_TIES, check
 from upcycle.verification.metrics import ROUNDING, check_outputs, distance
@@ -69,15 +70,15 @@ def onnx_distance(
     files = _ran(lambda where: OnnxFiles(where, inner), directory)
     with without_cache(model), eval_mode(model):
         for batch in evaluation.batches:
-            given = float_tensors(model, batch)
-            arrays = _ran(files.outputs, given)
+            given = in_graph(model, batch)
+            arrays = _ran(files.outputs, given.tensors)
             for layer, masks in (choices or {}).items():
                 masks += _choices_in(names[layer], files.seen)
             made = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            reference = _outputs_of(model, files.completed(given))
+            reference = _outputs_of(model, given, files.completed(given.tensors))
             if files.has_cache:
                 reference = {name: reference[name] for name in made}
-            ours, theirs = comparable(made, given), comparable(reference, given)
+            ours, theirs = (comparable(found, given.tensors) for found in (made, reference))
             check_outputs(ours, theirs, f"the ONNX file in {directory}")
             worst = max(worst, *(distance(ours[n], theirs[n]).relative for n in theirs))
     return worst
@@ -93,12 +94,15 @@ def _ran(function: Callable[[Any], _T], argument: Any) -> _T:
         ) from error
 
 
-def _outputs_of(model: nn.Module, given: Any) -> dict[str, torch.Tensor]:
-    """The float tensors that `model` returns, named as in the file."""
+def _outputs_of(
+    model: nn.Module, given: Arguments, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The float tensors that `model` returns for `tensors`, named as in the file."""
     with torch.no_grad():
-        out = model(**given) if isinstance(given, Mapping) else model(*given)
-    named = named_tensors(out)
-    return {n: t for n, t in named.items() if t.is_floating_point() and t.numel()}
+        named = named_tensors(given.call(model, tensors))
+    names = apart(named, given.tensors)
+    pairs = zip(names, named.values(), strict=True)
+    return {n: t for n, t in pairs if t.is_floating_point() and t.numel()}
 
 
 def _inner_choices(directory: Path, model: nn.Module) -> ChoiceNames:

@@ -6,6 +6,7 @@ and with the float weights, on the tokens and expert weights that it gets in the
 Shape suffixes: T tokens, D d_model, E experts, I expert width, G = arity * I.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,8 @@ def _rounded_nodes(path: Path) -> list[ir.Node]:
 
 
 def _layer_of(node: ir.Node) -> str:
-    """`lower` names what it makes after the layer."""
-    return str(node.outputs[0].name).rpartition("/")[0]
+    """`lower` names what it makes after the layer, and after the number of a further call."""
+    return re.sub(r"/\d+$", "", str(node.outputs[0].name).rpartition("/")[0])
 
 
 def verify_rounding(
