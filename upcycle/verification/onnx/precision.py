@@ -3,12 +3,13 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from upcycle.data.verification_inputs import Evaluation
+from upcycle.data.verification_inputs import Evaluation, cast_floats
 from upcycle.ir.measured import Check, OnnxFacts, Rounded
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import draw_inputs
@@ -61,9 +62,15 @@ def verify_precision(
             return facts, checks + verify_onnx(directory, model, evaluation)
         found = onnx_distance(directory, model, evaluation)
         narrow = narrowed(model, torch.float16)
+        narrow.register_forward_pre_hook(_halved, with_kwargs=True)
         noise = compare_models(model, narrow, evaluation, predictions=False).relative
     allowed = max(ROUNDING[torch.float16], 2 * noise)
     return facts, [*checks, check(ONNX, found, allowed)]
+
+
+def _halved(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The arguments as the file has them: its float inputs are as narrow as its weights."""
+    return cast_floats((args, kwargs), torch.float16)
 
 
 def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:

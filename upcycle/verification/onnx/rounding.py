@@ -129,10 +129,15 @@ def verify_rounding(
         arrays = (seen[name] for name in (layer.x, layer.weights, layer.y))
         tensors = (torch.from_numpy(array).float() for array in arrays)
         rows.append(_row(layer, layers[layer.layer], *tensors))
+
+    def worst(field: str) -> dict[str, float]:  # of the calls of a layer
+        values = sorted((getattr(row, field), row.path) for row in rows)
+        return {path: value for value, path in values}
+
     checks = [
-        worst_at(ROUNDED_WEIGHTS, {row.path: row.half_steps for row in rows}, _HALF_STEP),
-        worst_at(ROUNDED_KERNEL, {row.path: row.kernel_over_allowed for row in rows}, 1.0),
-        worst_at(ROUNDED_LAYER, {r.path: r.rounding_over_expected for r in rows}, _INDEPENDENT),
+        worst_at(ROUNDED_WEIGHTS, worst("half_steps"), _HALF_STEP),
+        worst_at(ROUNDED_KERNEL, worst("kernel_over_allowed"), 1.0),
+        worst_at(ROUNDED_LAYER, worst("rounding_over_expected"), _INDEPENDENT),
     ]
     return rows, checks
 
