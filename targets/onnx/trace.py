@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import _trace
 
 from upcycle.errors import UnsupportedError, first_line
 from upcycle.onnx.nodes import OPSET
@@ -58,8 +59,12 @@ def trace(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide what torch's exporter says about itself: deprecations, and packages it does without."""
-    with quiet_logs("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+    with quiet_logs("torch.onnx", "torch.fx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", module=r"torch\.|onnxscript\.")
-        yield
+        vars(_trace)["print"] = lambda *_, **__: None  # of all of a graph that it refuses
+        try:
+            yield
+        finally:
+            vars(_trace).pop("print", None)
