@@ -76,6 +76,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of the error that was first in a chain."""
+    while behind := error.__cause__ or error.__context__:
+        error = behind
+    return first_line(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python or torch ran out; torch's CPU allocator raises a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

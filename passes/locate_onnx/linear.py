@@ -47,14 +47,16 @@ def _integers_behind(value: ir.Value) -> str:
 
 
 def _constants(value: ir.Value) -> Iterator[ir.TensorProtocol]:
-    tensor = ir.convenience.get_const_tensor(value)
-    producer = value.producer()
-    if tensor is not None:
-        yield tensor
-    elif producer is not None:
-        for source in producer.inputs:
-            if source is not None:
-                yield from _constants(source)
+    todo, seen = [value], {value}
+    while todo:
+        current = todo.pop()
+        tensor, producer = ir.convenience.get_const_tensor(current), current.producer()
+        if tensor is not None:
+            yield tensor
+        elif producer is not None:
+            more = [v for v in dict.fromkeys(producer.inputs) if v is not None and v not in seen]
+            seen.update(more)
+            todo += reversed(more)
 
 
 def _apply(g: Reader, value: ir.Value | None, weight: fx.Node, *, rank: int = 3) -> fx.Node:

@@ -18,23 +18,26 @@ from upcycle.passes.locate.linear import linear_map
 from upcycle.passes.locate_onnx.linear import LINEAR, MS
 from upcycle.passes.locate_onnx.program import NoTorchCallError, Reader, Translation
 
-_SINGLE = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}  # of a number: the number
+_SINGLE = {"Cast", "Identity", "Reshape", "Sqrt", "Squeeze", "Unsqueeze"}  # of one number
+_FAR = 16  # operations between a number and where it is used, at most
 
 
 def number(value: ir.Value | None) -> float | None:
     """The number that a tensor of one element holds, if it is a constant."""
-    if value is None:
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is not None:
-        return float(tensor.numpy().reshape(-1)[0]) if tensor.size == 1 else None
-    producer = value.producer()
-    if producer is None or not producer.inputs:
-        return None
-    inner = number(producer.inputs[0])
-    if inner is not None and producer.op_type == "Sqrt" and inner >= 0:
-        return float(inner**0.5)
-    return inner if producer.op_type in _SINGLE else None
+    roots = 0
+    for _ in range(_FAR):
+        tensor = None if value is None else ir.convenience.get_const_tensor(value)
+        if tensor is not None:
+            single = float(tensor.numpy().reshape(-1)[0]) if tensor.size == 1 else None
+            if single is None or not roots:
+                return single
+            return float(single**0.5**roots) if single >= 0 else None
+        producer = None if value is None else value.producer()
+        if producer is None or not producer.inputs or producer.op_type not in _SINGLE:
+            return None
+        roots += producer.op_type == "Sqrt"
+        value = producer.inputs[0]
+    return None
 
 
 def integers(node: ir.Node, name: str, index: int) -> list[int] | None:

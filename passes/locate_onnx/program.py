@@ -71,6 +71,9 @@ class Reader:
         self._nodes: dict[ir.Value, fx.Node] = {}
         self._names: dict[tuple[ir.Value, str], str] = {}
         self._owner: dict[str, str] = {}  # path of a linear map -> its weight
+        self._sources: dict[ir.Value, ir.Value] = {}  # a copy -> what it is a copy of
+        self._constant: set[ir.Value] = set()  # made by nodes, of weights and constants alone
+        self._made: dict[Any, torch.Tensor] = {}  # a call on shapes -> what torch makes of them
         for value in model.graph.inputs:
             self._bind(value, self.graph.placeholder(str(value.name)))
         self._read_all(model.graph)
@@ -89,6 +92,7 @@ class Reader:
         """Add `node`; every output of it has a node afterwards."""
         if node.op_type == "Constant" and node.domain in STANDARD:
             return
+        self._note_origin(node)
         self.path = path_of(node)
         domain = "" if node.domain in STANDARD else node.domain
         translate = self._operations.get((domain, node.op_type))
@@ -106,6 +110,14 @@ class Reader:
                 results[value] = self.opaque(name, *self._all_inputs(node))
         for value, result in results.items():
             self._bind(value, result)
+
+    def _note_origin(self, node: ir.Node) -> None:
+        """Note what the outputs come from, once, so that no walk goes back to the inputs."""
+        values = [value for value in node.inputs if value is not None]
+        if values and not subgraphs(node) and all(map(self.is_constant, values)):
+            self._constant.update(node.outputs)
+        if node.op_type == "Identity" and values:
+            self._sources[node.outputs[0]] = self.source_of(values[0])
 
     def _fits(self, value: ir.Value, node: fx.Node) -> bool:
         known = self._shapes.get(str(value.name))
@@ -155,11 +167,21 @@ class Reader:
                 raise NoTorchCallError(op_name(target))
             return torch.empty(arg.meta["shape"], dtype=arg.meta["dtype"], device="meta")
 
-        out = target(*(meta(arg) for arg in args), **kwargs)
+        out = self._result(target, [meta(arg) for arg in args], kwargs)
         node = self.graph.create_node("call_function", target, args, kwargs, name=op_name(target))
         node.meta.update(shape=tuple(out.shape), dtype=out.dtype, path=self.path, known=True)
         self._note_call(node)
         return node
+
+    def _result(
+        self, target: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """What torch makes of meta tensors; equal calls, as of equal layers, are made once."""
+        described = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else repr(a) for a in args]
+        key = (target, *described, repr(kwargs))
+        if key not in self._made:
+            self._made[key] = target(*args, **kwargs)
+        return self._made[key]
 
     def opaque(self, name: str, *args: fx.Node, shape: tuple[int, ...] | None = None) -> fx.Node:
         """Add a call that the analysis does not look into."""
@@ -245,26 +267,11 @@ class Reader:
 
     def source_of(self, value: ir.Value) -> ir.Value:
         """The tensor itself, past copies of it."""
-        producer = value.producer()
-        while producer is not None and producer.op_type == "Identity" and producer.inputs[0]:
-            value = producer.inputs[0]
-            producer = value.producer()
-        return value
+        return self._sources.get(value, value)
 
     def is_constant(self, value: ir.Value) -> bool:
         """Whether a tensor is made of weights and constants alone."""
-        todo, seen = [value], {value}
-        while todo:
-            current = todo.pop()
-            if ir.convenience.get_const_tensor(current) is not None:
-                continue
-            producer = current.producer()
-            if producer is None or not any(v is not None for v in producer.inputs):
-                return False
-            more = {v for v in producer.inputs if v is not None} - seen
-            seen |= more
-            todo += more
-        return True
+        return value in self._constant or ir.convenience.get_const_tensor(value) is not None
 
     def claim_path(self, value: ir.Value, node: ir.Node) -> None:
         """Make `path` the own path of the linear map `node`, whose weight is `value`."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from upcycle.errors import UnsupportedError, UsageError
+from upcycle.errors import UnsupportedError, UsageError, reason_of
 from upcycle.ir.spec import Plan
 from upcycle.onnx.open_file import open_graph
 from upcycle.onnx.tensors import TORCH_TYPES
@@ -43,7 +43,12 @@ class OnnxSource:
     @cached_property
     def found(self) -> OnnxLocated:
         """The FFNs of the graph and their weights."""
-        return locate_in_onnx(self.model)
+        try:
+            return locate_in_onnx(self.model)
+        except ir.serde.SerdeError as error:  # of types and names that no file can have
+            raise UsageError(
+                f"{self.path}: the graph is not valid: {reason_of(error)}"
+            ) from error
 
     def plan(self, recipe: Recipe, recipe_name: str) -> Plan:
         """What the recipe does to the file.

@@ -47,9 +47,10 @@ def given_inputs(model: ir.Model, example: Mapping[str, Array]) -> dict[str, Arr
 
 def _embeddings(value: ir.Value) -> Iterator[int]:
     """The rows of the embeddings that `value` chooses from."""
-    for node, index in value.uses():
+    uses = list(value.uses())
+    for node, index in uses:  # grows
         if node.op_type in _PASSES and index == 0 and node.outputs:
-            yield from _embeddings(node.outputs[0])
+            uses += node.outputs[0].uses()
         elif node.op_type == "Gather" and index == 1 and len(_shape(node.inputs[0])) == 2:
             yield _rows(node.inputs[0])
         elif node.op_type == "EmbedLayerNormalization" and index < 2:

@@ -4,6 +4,7 @@ Weights in external files are not read: onnx_ir maps them when they are asked fo
 """
 
 import logging
+from collections import Counter
 from collections.abc import Set
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript.version_converter import ConvertVersionPass
 
-from upcycle.errors import UnsupportedError, UsageError, first_line
-from upcycle.onnx.nodes import OPSET
+from upcycle.errors import UnsupportedError, UsageError, first_line, reason_of
+from upcycle.onnx.external_data import external_files
+from upcycle.onnx.nodes import IR_VERSION, OPSET
 from upcycle.onnx.shapes import subgraphs
 from upcycle.util.quiet import quiet_logs
 
@@ -34,21 +36,23 @@ def open_graph(path: Path) -> ir.Model:
     """
     proto = read_proto(path)
     version = _opset(path, proto)
+    _check_kinds(path, proto.graph)
+    for entry, file in external_files(path, proto):  # of the graph in memory only
+        entry.value = str(file)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises types of its own, and KeyErrors, for broken graphs
-        raise UsageError(f"{path}: the graph is not valid: {_root(error)}") from error
+        raise UsageError(f"{path}: the graph is not valid: {reason_of(error)}") from error
     _check_external(path, model)
-    for graph in model.graphs():
-        ir.external_data.set_base_dir(graph, path.parent.absolute())
     del proto
+    model.ir_version = max(model.ir_version or 0, IR_VERSION)
     with quiet_logs("onnxscript", "onnx_ir", level=logging.CRITICAL):  # advice to its own callers
         common.RemoveInitializersFromInputsPass()(model)
         if model.functions:
             try:
                 common.InlinePass()(model)
             except Exception as error:  # onnx_ir's own types: a function that calls itself
-                raise UsageError(f"{path}: its functions are not valid: {_root(error)}") from error
+                raise UsageError(f"{path}: its functions are not valid: {reason_of(error)}") from error
         if version < OPSET:
             _raise_opset(path, model, version)
         _name_apart(model)
@@ -111,6 +115,9 @@ def _check_order(path: Path, graph: onnx.GraphProto, outside: Set[str] = frozens
     made |= {tensor.values.name for tensor in graph.sparse_initializer}
     later = {output for node in graph.node for output in node.output}
     for node in graph.node:
+        for word in (node.op_type, node.domain, node.name):
+            if not isinstance(word, str):  # as protobuf gives what is no UTF-8
+                raise UsageError(f"{broken} a node has the name {word!r}, which is no text")
         for name in (name for name in node.input if name and name not in made):
             why = "before it is made, or in a cycle" if name in later else "and nothing makes it"
             raise UsageError(f"{broken} the {node.op_type} node {node.name!r} reads {name!r} {why}")
@@ -130,33 +137,56 @@ def _name_apart(model: ir.Model) -> None:
     By hand: NameFixPass of onnx_ir leaves those alone, and also renames nodes.
     """
     taken: set[str] = set()
+    counts: Counter[str] = Counter()
     for graph in (model.graph, *model.graph.subgraphs()):
         made = [*graph.inputs, *graph.initializers.values()]
         made += [value for node in graph for value in node.outputs]
         for value in (value for value in made if value.name):
-            name, count = str(value.name), 0
+            name = str(value.name)
             while value.name in taken:
-                count += 1
-                value.name = f"{name}/{count}"
+                counts[name] += 1
+                value.name = f"{name}/{counts[name]}"
             taken.add(str(value.name))
 
 
 def _check_external(path: Path, model: ir.Model) -> None:
     tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
     for tensor in (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)):
-        location = Path(tensor.location)
-        if location.is_absolute() or ".." in location.parts:
+        size = Path(tensor.location).stat().st_size
+        if size < (tensor.offset or 0) + (tensor.length or tensor.nbytes):
             raise UsageError(
-                f"{path}: its weight {tensor.name} is said to be in {tensor.location}, outside the "
-                "folder of the file"
+                f"{path}: its external data {Path(tensor.location).name} is too short for "
+                f"{tensor.name}; it is truncated, or of another model"
             )
-        data, file = f"{path}: its external data {tensor.location} is", path.parent / location
-        if not file.is_file():
-            raise UsageError(f"{data} missing; put the file beside it")
-        if file.stat().st_size < (tensor.offset or 0) + (tensor.length or tensor.nbytes):
-            raise UsageError(
-                f"{data} too short for {tensor.name}; it is truncated, or of another model"
+
+
+def _check_kinds(path: Path, graph: onnx.GraphProto) -> None:
+    """Refuse what onnx_ir has no form for: maps, and tensors that are stored sparse."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if _has_map(value.type):
+            raise UnsupportedError(
+                f"{path}: {value.name} is a map, or a sequence of maps, and only tensors can be "
+                "converted; export the model again without it (skl2onnx: zipmap=False)"
             )
+    sparse = [tensor.values.name or tensor.indices.name for tensor in graph.sparse_initializer]
+    for node in graph.node:
+        kinds = {attribute.type for attribute in node.attribute}
+        if kinds & {onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS}:
+            sparse.append(node.output[0] if node.output else node.name)
+        for inner in subgraphs(node):
+            _check_kinds(path, inner)
+    if sparse:
+        raise UnsupportedError(
+            f"{path}: its tensor {sparse[0]!r} is stored sparse, which cannot be read; export the "
+            "model again with dense weights"
+        )
+
+
+def _has_map(kind: onnx.TypeProto) -> bool:
+    which = kind.WhichOneof("value")
+    if which in ("sequence_type", "optional_type"):
+        return _has_map(getattr(kind, which).elem_type)
+    return bool(which == "map_type")
 
 
 def _raise_opset(path: Path, model: ir.Model, version: int) -> None:
@@ -181,9 +211,3 @@ def _unknown_operation(model: ir.Model) -> str:
             return f" (the domain {node.domain!r} of the node {node.name!r} has no version)"
     return ""
 
-
-def _root(error: BaseException) -> str:
-    """The first line of the error that was first in a chain."""
-    while behind := error.__cause__ or error.__context__:
-        error = behind
-    return first_line(error)

@@ -1,6 +1,7 @@
 """Running ONNX files, also where their inner tensors are wanted."""
 
 import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError, one_line
+from upcycle.onnx.external_data import external_files, homes
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.shapes import subgraphs
 
@@ -98,12 +100,22 @@ def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> di
     with described(path):
         runner = opened(path, extra)
         names = [value.name for value in runner.get_outputs()]
-        return dict(zip(names, runner.run(None, dict(feeds)), strict=True))
+        made = zip(names, runner.run(None, dict(feeds)), strict=True)
+        found: dict[str, Array] = {}
+        for name, value in made:
+            if isinstance(value, list):  # a sequence
+                found |= {f"{name}.{i}": part for i, part in enumerate(value)}
+            else:
+                found[name] = value
+        return found
 
 
 def opened(path: Path, extra: Sequence[str] = ()) -> Any:
     """A session of a file that also returns the inner tensors named in `extra`."""
-    return session(_with_outputs(path, extra), weights=path.parent) if extra else session(path)
+    if not extra:
+        return session(path)
+    model, folder = _with_outputs(path, extra)
+    return session(model, weights=folder)
 
 
 def fetch(
@@ -114,7 +126,8 @@ def fetch(
     Raises: as `run`.
     """
     with described(path):
-        runner = session(_with_outputs(path, names, only=True), weights=path.parent)
+        model, folder = _with_outputs(path, names, only=True)
+        runner = session(model, weights=folder)
         needed = {value.name for value in runner.get_inputs()}
         given = [{n: array for n, array in feeds.items() if n in needed} for feeds in batches]
         return [list(runner.run(list(names), feeds)) for feeds in given]
@@ -131,7 +144,8 @@ def described(path: Path) -> Iterator[None]:
         raise UnsupportedError(f"ONNX Runtime cannot run {path.name}: {one_line(error)}") from error
 
 
-def _with_outputs(path: Path, names: Sequence[str], *, only: bool = False) -> bytes:
+def _with_outputs(path: Path, names: Sequence[str], *, only: bool = False) -> tuple[bytes, Path]:
+    """The file with these outputs, and the folder that its external data is in."""
     proto = onnx.load(path, load_external_data=False)
     if only:
         del proto.graph.output[:]
@@ -139,4 +153,9 @@ def _with_outputs(path: Path, names: Sequence[str], *, only: bool = False) -> by
     for name in dict.fromkeys(names):
         if name not in present:
             proto.graph.output.append(onnx.ValueInfoProto(name=name))
-    return bytes(proto.SerializeToString())
+    files = list(external_files(path, proto))
+    near, linked = homes(path)
+    home = near if all(file.is_relative_to(near) for _, file in files) else linked
+    for entry, file in files:
+        entry.value = os.path.relpath(file, home)
+    return bytes(proto.SerializeToString()), home
