@@ -27,6 +27,7 @@ from upcycle.passes.locate import operations
 from upcycle.passes.locate.hidden_tensor import (
     Expansion,
     HiddenTensor,
+    NearMissError,
     NotAnFFNError,
     data_of,
     dropout_of,
@@ -70,7 +71,11 @@ def trace(hidden: fx.Node, axis: int, columns: tuple[int, int] | None = None) ->
     """
     grid = Grid(hidden, axis, columns)
     walk = _Walk(grid)
-    value = walk.value(hidden, grid.index_PC)
+    try:
+        value = walk.value(hidden, grid.index_PC)
+    except RecursionError:
+        reason = "the operations before it are too many in a row to follow"
+        raise NearMissError(reason, hidden) from None
     if not walk.hidden.expansions:
         raise NotAnFFNError("no linear map feeds it", hidden)
     if not walk.hidden.steps or value != f"t{len(walk.hidden.steps) - 1}":
