@@ -373,3 +373,15 @@ def test_portable_files_have_standard_operations_alone(tmp_path: Path) -> None:
     known = {(f.domain, f.name) for f in model.functions}
     for node in [*model.graph.node, *(n for f in model.functions for n in f.node)]:
         assert not node.domain or (node.domain, node.op_type) in known
+
+
+@pytest.mark.parametrize(("version", "told"), [("1.27.1", True), ("1.28.0", False), (None, False)])
+def test_an_old_kernel_for_cuda_is_told_of(
+    version: str | None, told: bool, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    name = "upcycle.targets.onnx.forms.lower.installed_version"
+    monkeypatch.setattr(name, lambda package: version)
+    model = nn.Sequential(moe("swiglu", bias=False))
+    options = Onnx(profile="cuda", dtype="float32")
+    export_onnx(model, (torch.randn(2, 16),), path=tmp_path / "m.onnx", stored={}, options=options)
+    assert ("before 1.28 its kernel for CUDA" in caplog.text) is told

@@ -269,3 +269,19 @@ def test_llama_cpp_names_the_tokenizer_that_ernie_needs() -> None:
     support = judged("llama.cpp", "ernie4_5_moe", {}, plan())
     assert support.level == "limits"
     assert any("tokenizer.model" in why for why in support.why)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "told"),
+    [
+        ("llama", ("onnx.profile=cuda",), True),
+        ("llama", ("onnx.profile=cuda", "onnx.form=unrolled"), False),
+        ("llama", (), False),
+        ("gpt2", ("onnx.profile=cuda",), False),
+    ],
+)
+def test_swiglu_on_cuda_needs_a_new_onnx_runtime(
+    model: str, options: tuple[str, ...], told: bool
+) -> None:
+    found = judged("onnxruntime", "remote_code", {}, plan(model, *options)).text()
+    assert ("on CUDA from 1.28 on" in found) is told

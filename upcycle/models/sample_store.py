@@ -4,7 +4,6 @@ Only their files are needed, so nothing is put into the user's environment, whic
 dependencies would break.
 """
 
-import importlib.metadata
 import importlib.util
 import logging
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from upcycle.errors import ResourceError, UsageError
 from upcycle.util.cache_folder import cache_directory
+from upcycle.util.installed import installed_version
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +42,7 @@ def find(package: Package) -> Path | None:
     Its code is not run. In the environment only the exact version counts, because other versions
     of such packages came without the weights.
     """
-    try:
-        installed = importlib.metadata.version(package.name)
-    except importlib.metadata.PackageNotFoundError:
-        installed = None
-    if installed == package.version:
+    if installed_version(package.name) == package.version:
         spec = importlib.util.find_spec(package.module)
         if spec is not None and spec.submodule_search_locations:
             return Path(next(iter(spec.submodule_search_locations)))

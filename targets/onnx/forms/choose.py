@@ -22,6 +22,16 @@ class Kernel:
     gated: bool = False
 
 
+# The first release of ONNX Runtime whose kernel for CUDA computes SwiGLU as the node says.
+CUDA_SWIGLU = (1, 28)
+
+
+def needs_new_cuda(activation: Pointwise, options: Onnx) -> bool:
+    """Whether a file for CUDA has a node for this activation that `CUDA_SWIGLU` is about."""
+    has_node = options.profile == "cuda" and options.form not in ("unrolled", "dense")
+    return has_node and same_function(activation, NAMED_POINTWISE["swiglu"])
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a layer becomes: `form`, or in calls of `limit` tokens or more `longer`.

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G = ari
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -14,12 +14,14 @@ import onnx_ir as ir
 from upcycle.layers.moe import MoE
 from upcycle.onnx.node_names import SCOPES
 from upcycle.onnx.nodes import OPSET, Nodes
+from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Form, Onnx
 from upcycle.targets.onnx.forms import functions as bodies
-from upcycle.targets.onnx.forms.choose import Choice, choose
+from upcycle.targets.onnx.forms.choose import CUDA_SWIGLU, Choice, choose, needs_new_cuda
 from upcycle.targets.onnx.forms.fused import expansion, fused, rounded
 from upcycle.targets.onnx.opaque_experts import OPAQUE
 from upcycle.targets.onnx.share_weights import Store
+from upcycle.util.installed import installed_version
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ def lower(
             "(erf GELU: `onnx.gelu: tanh` accepts its form of it)",
             *(others, len(chosen), options.form),
         )
+    _check_installed([choice.pointwise for choice in chosen.values() if choice.kernel], options)
     by_kernel = {path: made.kernel for path, made in chosen.items() if "fused" in made.forms}
     used = sorted({kernel.activation for kernel in by_kernel.values() if kernel})
     biased = any(layers[path].experts.has_bias for path in by_kernel)
@@ -73,6 +76,19 @@ def lower(
         function.opset_imports[""] = model.opset_imports[""]
         model.functions[function.identifier()] = function
     return chosen
+
+
+def _check_installed(activations: Sequence[Pointwise], options: Onnx) -> None:
+    """Tell of an ONNX Runtime here that would compute another function on CUDA."""
+    found = next(filter(None, map(installed_version, ("onnxruntime-gpu", "onnxruntime"))), None)
+    if found is None or not any(needs_new_cuda(activation, options) for activation in activations):
+        return
+    if tuple(map(int, found.split(".")[:2])) < CUDA_SWIGLU:
+        log.warning(
+            "ONNX Runtime %s is installed, and before %d.%d its kernel for CUDA computes SwiGLU "
+            "with constants of its own: update it, or write `onnx.form: unrolled`",
+            *(found, *CUDA_SWIGLU),
+        )
 
 
 @dataclass(frozen=True)
