@@ -73,10 +73,8 @@ def _product(g: Reader, node: ir.Node) -> fx.Node:
     """A matrix product, with a bias where the operation has one."""
     x, w, c = _inputs(node, 3)
     rank = 2 if node.op_type == "Gemm" else 3
-    scaled = node.attributes.get_float("alpha", 1.0) != 1
-    scaled |= c is not None and node.attributes.get_float("beta", 1.0) != 1
-    if scaled or node.attributes.get_int("transA", 0) != 0:
-        raise NoTorchCallError("a scaled product")
+    if node.attributes.get_int("transA", 0) != 0:
+        raise NoTorchCallError("a transposed product")
     weight = _weight(g, w, node, transposed=node.attributes.get_int("transB", 0) == 1)
     if c is None:
         return _apply(g, x, weight, rank=rank)

@@ -15,6 +15,7 @@ from upcycle.passes.locate.linear import linear_map
 from upcycle.passes.locate.locate import locate
 from upcycle.passes.locate.region import output_of
 from upcycle.passes.locate.trace import trace
+from upcycle.passes.locate_onnx.fused import drop, put_in
 from upcycle.passes.locate_onnx.operations import OPERATIONS
 from upcycle.passes.locate_onnx.program import Parameter, Reader
 from upcycle.util.lazy_tensors import LazyTensors
@@ -64,9 +65,27 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
     misses = [replace(miss, reason=_reason(miss, reader.quantised)) for miss in found.misses]
     misses += [Miss(ffn.contraction.module, SHARED) for ffn in found.ffns if ffn.shared]
     regions = {ffn.path: tuple(_regions(reader.graph, ffn, model.graph)) for ffn in ffns}
+    regions = _put_in(reader, regions)
     parameters = reader.parameters
     weights = LazyTensors(parameters, lambda name: _read(name, parameters[name]))
     return OnnxLocated(Located(ffns, tuple(misses)), regions, parameters, weights)
+
+
+def _put_in(
+    reader: Reader, regions: Mapping[str, tuple[Region, ...]]
+) -> dict[str, tuple[Region, ...]]:
+    """Spell out in the graph the nodes that an FFN ends inside of; all others stay as they are."""
+    ends = {region.output.producer() for found in regions.values() for region in found}
+    renamed: dict[ir.Value, ir.Value] = {}
+    for node, parts in reader.spelled.items():
+        if ends.isdisjoint(parts):
+            drop(parts)
+        else:
+            renamed[node.outputs[0]] = put_in(node, parts)
+    return {
+        path: tuple(replace(region, x=renamed.get(region.x, region.x)) for region in found)
+        for path, found in regions.items()
+    }
 
 
 def _read(name: str, parameter: Parameter) -> torch.Tensor:

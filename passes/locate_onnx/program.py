@@ -19,6 +19,7 @@ from torch import fx
 from upcycle.capture.recorder import Call, Program, op_name, opaque_call
 from upcycle.onnx.shapes import Inferred
 from upcycle.onnx.tensors import TORCH_TYPES
+from upcycle.passes.locate_onnx.fused import spelled_out
 from upcycle.passes.locate_onnx.names import TORCH_NAMES, added_weights, path_of, subgraphs
 
 STANDARD = ("", "ai.onnx")
@@ -49,6 +50,7 @@ class Reader:
             name for each of them.
         quantised: path of a linear map whose weight is not stored in floats -> what it is.
         path: of the module that the node in translation is from.
+        spelled: a node of the graph -> those of `spelled_out`, which were read in its place.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Reader:
         self.parameters: dict[str, Parameter] = {}
         self.quantised: dict[str, str] = {}
         self.path = ""
+        self.spelled: dict[ir.Node, list[ir.Node]] = {}
         self._operations = operations
         self._shapes, self._types = inferred.shapes, inferred.types
         self._nodes: dict[ir.Value, fx.Node] = {}
@@ -91,6 +94,12 @@ class Reader:
     def _read(self, node: ir.Node) -> None:
         """Add `node`; every output of it has a node afterwards."""
         if node.op_type == "Constant" and node.domain in STANDARD:
+            return
+        if parts := spelled_out(node):
+            for part in parts:
+                self._read(part)
+            self.spelled[node] = parts
+            self._bind(node.outputs[0], self.node_of(parts[-1].outputs[0]))
             return
         self._note_origin(node)
         self.path = path_of(node)
