@@ -80,7 +80,7 @@ def locate(program: Program) -> Located:
         if reader is not None:
             kept.remove(ffn)
             node, why = reader
-            misses.append(miss_at(node, why, path=ffn.path))
+            misses.append(miss_at(node, why, path=ffn.path or ffn.contraction.module))
     used = {p.module for ffn in kept for p in (*ffn.expansions, ffn.contraction)}
     misses = [miss for miss in misses if miss.path not in used]
     ffns = _with_distinct_paths(with_replays(program, kept))

@@ -103,10 +103,8 @@ def read_elsewhere(
             continue
         for user in node.users:
             if user in live and user not in maps and parameter_of(user) is None:
-                where = user.meta.get("path") or "the model itself"
                 return user, (
-                    f"its weight `{found.name}` is also read by `{op_name(user.target)}` in "
-                    f"`{where}`: untie them first"
+                    f"its weight `{found.name}` is also {_described(user)}: untie them first"
                 )
     return None
 

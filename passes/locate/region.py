@@ -44,7 +44,7 @@ def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> No
         raise NearMissError(
             "its weight is computed in the forward (weight norm, dequantisation): write the result "
             "into a plain parameter first",
-            contraction.node,
+            nameless[0].node,
         )
     if contraction.weight in {e.weight for e in expansions}:
         raise NearMissError(

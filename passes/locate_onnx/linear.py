@@ -16,6 +16,14 @@ from upcycle.passes.locate.linear import parameter_of
 from upcycle.passes.locate_onnx.program import NoTorchCallError, Reader, Translation
 
 
+QUANTISED = "its weights are quantised ({}): start from the file with float weights"
+SWAPPED = (
+    "{} maps the first of two axes, as rows of features: export the model with its weight on the "
+    "right and its features last"
+)
+WIDER = "its product {} has axes that its input lacks: store its weight as a matrix"
+
+
 def _inputs(node: ir.Node, count: int) -> list[ir.Value | None]:
     return [*node.inputs, *[None] * count][:count]
 
@@ -24,7 +32,7 @@ def _weight(g: Reader, value: ir.Value | None, node: ir.Node, *, transposed: boo
     """The node of a constant [in, out] weight ([out, in] if `transposed`), as [in, out]."""
     if value is None or not g.is_constant(value):
         raise NoTorchCallError("no weight")
-    weight = g.node_of(value)
+    weight = g.matrix(value)
     if not weight.meta["known"]:
         producer = value.producer()
         source = producer.inputs[0] if producer is not None else None
@@ -34,7 +42,7 @@ def _weight(g: Reader, value: ir.Value | None, node: ir.Node, *, transposed: boo
         raise NoTorchCallError("no matrix")
     g.claim_path(value, node)
     if stored := _integers_behind(value):
-        g.quantised[g.path] = stored
+        g.refused[g.path] = QUANTISED.format(stored)
     return g.emit(torch.t, weight) if transposed else weight
 
 
@@ -64,6 +72,11 @@ def _apply(g: Reader, value: ir.Value | None, weight: fx.Node, *, rank: int = 3)
     if value is None or g.is_constant(value):
         raise NoTorchCallError("no data")
     x = g.data(value, weight, weight.meta["shape"][0], rank)
+    more = len(g.stored_shape(weight)) - len(x.meta["shape"])
+    if more > 0:
+        g.refused[g.path] = WIDER.format(g.path)
+        y = g.emit(F.linear, x, g.opaque("rearranged", weight, shape=weight.meta["shape"][::-1]))
+        return g.emit(torch.reshape, y, (*[1] * more, *y.meta["shape"]))
     if parameter_of(weight) is None:
         return g.emit(F.linear, x, g.emit(torch.t, weight))
     return g.emit(torch.matmul, x, weight)
@@ -74,7 +87,9 @@ def _product(g: Reader, node: ir.Node) -> fx.Node:
     x, w, c = _inputs(node, 3)
     rank = 2 if node.op_type == "Gemm" else 3
     if node.attributes.get_int("transA", 0) != 0:
-        raise NoTorchCallError("a transposed product")
+        return _swapped(g, node, x, w, node.attributes.get_int("transB", 0) == 0)
+    if x is not None and w is not None and g.is_constant(x) and not g.is_constant(w):
+        return _swapped(g, node, w, x, False)
     weight = _weight(g, w, node, transposed=node.attributes.get_int("transB", 0) == 1)
     if c is None:
         return _apply(g, x, weight, rank=rank)
@@ -84,6 +99,24 @@ def _product(g: Reader, node: ir.Node) -> fx.Node:
     if not is_bias or found is None or x is None or g.is_constant(x):
         return g.emit(torch.add, _apply(g, x, weight, rank=rank), bias)
     return g.emit(torch.addmm, bias, g.data(x, weight, weight.meta["shape"][0], rank), weight)
+
+
+def _swapped(
+    g: Reader, node: ir.Node, data: ir.Value | None, w: ir.Value | None, turned: bool
+) -> fx.Node:
+    """A product along the first of two axes: a linear map that is refused with a reason."""
+    if data is None or w is None or g.is_constant(data) or not g.is_constant(w):
+        raise NoTorchCallError("no weight")
+    weight = g.matrix(w)
+    shape = weight.meta["shape"]
+    if len(shape) != 2 or len(node.inputs) > 2:
+        raise NoTorchCallError("no matrix")
+    g.claim_path(w, node)
+    g.refused[g.path] = SWAPPED.format(f"its {node.op_type} node {g.label(node)}")
+    x = g.data(data, weight, shape[0 if turned else 1], 2)
+    opaque = g.opaque("rearranged", weight, shape=shape[::-1] if turned else shape)
+    y = g.emit(F.linear, g.emit(torch.transpose, x, -1, -2), opaque)
+    return y if node.op_type == "Gemm" else g.emit(torch.transpose, y, -1, -2)
 
 
 def _convolution(g: Reader, node: ir.Node) -> fx.Node:
@@ -136,7 +169,7 @@ def _quantised(data: int, weight: int, kind: str = "int8", *, rows: bool = False
         if len(shape) != 2:
             raise NoTorchCallError("no matrix")
         g.claim_path(w, node)
-        g.quantised[g.path] = kind
+        g.refused[g.path] = QUANTISED.format(kind)
         return _apply(g, x, g.opaque("dequantize", stored, shape=shape))
 
     return translate

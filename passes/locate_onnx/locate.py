@@ -1,7 +1,7 @@
 """Locate the FFNs of an ONNX graph, and where in the graph each of them is."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -62,7 +62,11 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
         for ffn in found.ffns
         if not ffn.shared
     )
-    misses = [replace(miss, reason=_reason(miss, reader.quantised)) for miss in found.misses]
+    paths = {node.name: str(node.meta.get("path")) for node in reader.graph.nodes}
+    misses = [
+        replace(miss, reason=_reason(miss, (miss.path, paths.get(miss.node, "")), reader.refused))
+        for miss in found.misses
+    ]
     misses += [Miss(ffn.contraction.module, SHARED) for ffn in found.ffns if ffn.shared]
     regions = {ffn.path: tuple(_regions(reader.graph, ffn, model.graph)) for ffn in ffns}
     regions = _put_in(reader, regions)
@@ -98,10 +102,10 @@ def _read(name: str, parameter: Parameter) -> torch.Tensor:
     return found.reshape(parameter.shape)
 
 
-def _reason(miss: Miss, quantised: Mapping[str, str]) -> str:
-    kind = quantised.get(miss.path)
-    if kind is not None:
-        return f"its weights are quantised ({kind}): start from the file with float weights"
+def _reason(miss: Miss, paths: Iterable[str], refused: Mapping[str, str]) -> str:
+    for path in paths:
+        if path in refused:
+            return refused[path]
     if "only a part is the FFN's" in miss.reason:  # a bias is always a node of its own here
         return SHARED
     return re.sub(r"in the forward \([^)]*\).*", "in the graph: fold its constants first",

@@ -48,7 +48,7 @@ class Reader:
         program: its nodes; ``meta["value"]`` is the ONNX tensor.
         parameters: what is behind each parameter name. A bias that several linear maps read has a
             name for each of them.
-        quantised: path of a linear map whose weight is not stored in floats -> what it is.
+        refused: path of a linear map that cannot be converted -> why.
         path: of the module that the node in translation is from.
         spelled: a node of the graph -> those of `spelled_out`, which were read in its place.
     """
@@ -66,7 +66,7 @@ class Reader:
         self.graph = fx.Graph()
         self.program = Program(self.graph)
         self.parameters: dict[str, Parameter] = {}
-        self.quantised: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         self.path = ""
         self.spelled: dict[ir.Node, list[ir.Node]] = {}
         self._operations = operations
@@ -213,6 +213,21 @@ class Reader:
             raise NoTorchCallError(str(value.name))
         return self._nodes[source]
 
+    def matrix(self, value: ir.Value) -> fx.Node:
+        """The node of a weight; a stored one loses axes of length one in front of a matrix."""
+        source = self.source_of(value)
+        tensor = ir.convenience.get_const_tensor(source)
+        shape = () if tensor is None else _shape_of(tensor)
+        if tensor is None or len(shape) < 3 or math.prod(shape[:-2]) != 1:
+            return self.node_of(value)
+        return self._parameter(str(source.name), source, tensor, shape[-2:])
+
+    def stored_shape(self, weight: fx.Node) -> tuple[int, ...]:
+        """The shape of what is behind the node of a weight, in the file."""
+        value = weight.meta.get("value")
+        tensor = None if value is None else ir.convenience.get_const_tensor(value)
+        return () if tensor is None else _shape_of(tensor)
+
     def first_input(self, node: ir.Node) -> fx.Node:
         """The node of the first input, which is there."""
         first = node.inputs[0]
@@ -282,13 +297,17 @@ class Reader:
         """Whether a tensor is made of weights and constants alone."""
         return value in self._constant or ir.convenience.get_const_tensor(value) is not None
 
+    def label(self, node: ir.Node) -> str:
+        """A name for `node`, with dots."""
+        return str(node.name or node.outputs[0].name).strip("/").replace("/", ".")
+
     def claim_path(self, value: ir.Value, node: ir.Node) -> None:
         """Make `path` the own path of the linear map `node`, whose weight is `value`."""
         weight = str(self.source_of(value).name)
         if not self.path:
             named = next((n for n in (weight, *added_weights(node)) if "." in n), "")
             self.path = named.rpartition(".")[0]
-        name = str(node.name or node.outputs[0].name).strip("/").replace("/", ".")
+        name = self.label(node)
         self.path = self.path or name
         if self._owner.setdefault(self.path, weight) != weight:
             self.path = f"{self.path}.{name.rpartition('.')[2]}"
