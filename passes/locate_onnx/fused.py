@@ -12,14 +12,20 @@ import onnx_ir as ir
 from upcycle.onnx.nodes import Nodes
 
 MS = "com.microsoft"
-_SLOPES = {"Elu": "alpha", "LeakyRelu": "alpha", "ThresholdedRelu": "alpha"}
-_PLAIN = {"Relu", "Sigmoid", "Softplus", "Softsign", "Tanh"}
+# What a fused activation reads, by its name: the attributes of the operation of that name.
+_NUMBERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("Relu", "Sigmoid", "Softplus", "Softsign", "Tanh"), ()),
+    **dict.fromkeys(("Elu", "LeakyRelu", "ThresholdedRelu"), ("alpha",)),
+    "HardSigmoid": ("alpha", "beta"),
+    "Clip": ("min", "max"),  # inputs
+}
 
 
 def spelled_out(node: ir.Node) -> list[ir.Node]:
     """The nodes that `node` stands for, of which the last makes its output; none if it is plain."""
     split = _SPLIT.get((node.domain, node.op_type))
-    if split is None or len(node.inputs) < 2 or node.inputs[1] is None:
+    known = node.attributes.get_string("activation", "") in {"", *_NUMBERS}
+    if split is None or not known or len(node.inputs) < 2 or node.inputs[1] is None:
         return []
     n = Nodes(f"{node.outputs[0].name}/")
     split(n, node)
@@ -80,14 +86,10 @@ def _convolution(n: Nodes, node: ir.Node) -> None:
 
 def _activate(n: Nodes, node: ir.Node, y: ir.Value, numbers: list[float]) -> None:
     kind = node.attributes.get_string("activation", "")
-    if kind == "Clip" and len(numbers) == 2:
-        n("Clip", y, *(_number(n, node.inputs[1], value) for value in numbers))
-    elif kind == "HardSigmoid":
-        n(kind, y, **dict(zip(("alpha", "beta"), numbers, strict=False)))
-    elif kind in _SLOPES or kind in _PLAIN:
-        n(kind, y, **({_SLOPES[kind]: numbers[0]} if kind in _SLOPES and numbers else {}))
-    elif kind:  # as it is, and so no call that the analysis knows
-        n(kind, y)
+    if kind == "Clip":
+        n(kind, y, *(_number(n, node.inputs[1], value) for value in numbers))
+    elif kind:
+        n(kind, y, **dict(zip(_NUMBERS[kind], numbers, strict=False)))
 
 
 def _number(n: Nodes, like: ir.Value | None, value: float) -> ir.Value:

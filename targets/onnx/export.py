@@ -21,7 +21,7 @@ from upcycle.targets.onnx.arguments import apart, arguments_of, identifiers
 from upcycle.targets.onnx.axes import Axes, default_axes, fixed_sizes, name_axes
 from upcycle.targets.onnx.dtypes import narrowed, widen
 from upcycle.targets.onnx.forms.lower import lower
-from upcycle.targets.onnx.opaque_experts import symbolic_layers, tensor_outputs
+from upcycle.targets.onnx.opaque_experts import named_tensors, symbolic_layers, tensor_outputs
 from upcycle.targets.onnx.parts import Compute
 from upcycle.targets.onnx.share_weights import Store, share_weights, write_weights
 from upcycle.targets.onnx.trace import quiet, trace
@@ -79,6 +79,9 @@ def export_onnx(
             {word: example_inputs[name] for name, word in words.items()},
             {word: axes[name] for name, word in words.items() if name in axes},
         )
+    if not outputs:  # torch.export read the code of the forward and did not run it
+        with torch.no_grad():
+            outputs = list(named_tensors(compute(model, dict(example_inputs))))
     graph: ir.Model = program.model
     _rename(graph, graph.graph.inputs, list(words))
     if kind is torch.float32:

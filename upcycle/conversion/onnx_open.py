@@ -6,9 +6,10 @@ from upcycle.conversion.onnx_file import NO_GRADIENTS, OnnxFile
 from upcycle.conversion.options import Options
 from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.onnx_calibration import onnx_calibration, verification_feeds
-from upcycle.errors import UsageError
+from upcycle.errors import UnsupportedError, UsageError
 from upcycle.models.checkpoint_fit import check_finite
 from upcycle.models.onnx_file import OnnxSource
+from upcycle.onnx.inputs import describe
 from upcycle.onnx.run import run
 from upcycle.passes.plan.costs import costs
 from upcycle.passes.plan.plan import needs
@@ -58,8 +59,16 @@ def open_onnx_file(
     names = [name for spec in plan.specs for name in spec.ffn.parameters]
     weights = source.found.weights
     check_finite(source.path, ((name, weights[name]) for name in names))
-    feeds = verification_feeds(source, given)
-    feeds = feeds_for(source, recipe.seed) if feeds is None else feeds
+    own = verification_feeds(source, given)
+    feeds = feeds_for(source, recipe.seed) if own is None else own
     shown = onnx_calibration(source, recipe, given) if needs(recipe) else None
-    outputs = run(source.path, feeds) if options.verify else None  # or why it cannot be run
+    try:
+        outputs = run(source.path, feeds) if options.verify else None  # or why it cannot be run
+    except UnsupportedError as error:
+        if own is not None or source.example is not None:
+            raise
+        raise UnsupportedError(
+            f"{error}; it was given {describe(feeds)}: if they do not fit, give others with "
+            "`example_inputs`"
+        ) from error
     return OnnxFile(source, plan, feeds, outputs, shown, options)

@@ -46,9 +46,7 @@ class OnnxSource:
         try:
             return locate_in_onnx(self.model)
         except ir.serde.SerdeError as error:  # of types and names that no file can have
-            raise UsageError(
-                f"{self.path}: the graph is not valid: {reason_of(error)}"
-            ) from error
+            raise UsageError(f"{self.path}: the graph is not valid: {reason_of(error)}") from error
 
     def plan(self, recipe: Recipe, recipe_name: str) -> Plan:
         """What the recipe does to the file.

@@ -52,7 +52,9 @@ def open_graph(path: Path) -> ir.Model:
             try:
                 common.InlinePass()(model)
             except Exception as error:  # onnx_ir's own types: a function that calls itself
-                raise UsageError(f"{path}: its functions are not valid: {reason_of(error)}") from error
+                raise UsageError(
+                    f"{path}: its functions are not valid: {reason_of(error)}"
+                ) from error
         if version < OPSET:
             _raise_opset(path, model, version)
         _name_apart(model)
@@ -210,4 +212,3 @@ def _unknown_operation(model: ir.Model) -> str:
         if node.domain not in STANDARD and node.domain not in model.opset_imports:
             return f" (the domain {node.domain!r} of the node {node.name!r} has no version)"
     return ""
-
