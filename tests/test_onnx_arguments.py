@@ -1,4 +1,4 @@
-"""What a forward is given, in its ONNX file: tensors of any form are inputs, all else is constant."""
+"""What a forward is given, in its ONNX file: tensors are inputs, all else is constant."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import upcycle
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.run import session
-from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.arguments import apart, arguments_of, identifiers
 from upcycle.targets.onnx.export import export_onnx
 
@@ -199,7 +198,7 @@ def test_what_a_graph_cannot_have_is_refused() -> None:
 
     with pytest.raises(UnsupportedError, match="its input x is a Box, and a graph has tensors"):
         arguments_of(Scaled(), (Box(),))
-    with pytest.raises(UnsupportedError, match="do not fit the forward: .*'x'"):
+    with pytest.raises(UnsupportedError, match=r"do not fit the forward: .*'x'"):
         arguments_of(Scaled(), {"xs": drawn(2, D)})
 
 

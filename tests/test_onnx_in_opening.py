@@ -57,11 +57,11 @@ def test_other_links_are_refused(tmp_path: Path) -> None:
     data = path.parent / "weights.bin"
     data.unlink()
     data.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="weights.bin, outside the folder of the file"):
+    with pytest.raises(UsageError, match=r"weights\.bin, outside the folder of the file"):
         located(path)
     data.unlink()
     data.symlink_to("nowhere")
-    with pytest.raises(UsageError, match="its external data weights.bin is missing"):
+    with pytest.raises(UsageError, match=r"its external data weights\.bin is missing"):
         located(path)
 
 

@@ -13,8 +13,8 @@ from torch import fx
 from torch.nn import functional as F
 
 from upcycle.passes.locate.linear import parameter_of
+from upcycle.passes.locate_onnx.names import label_of
 from upcycle.passes.locate_onnx.program import NoTorchCallError, Reader, Translation
-
 
 QUANTISED = "its weights are quantised ({}): start from the file with float weights"
 SWAPPED = (
@@ -30,7 +30,7 @@ def _inputs(node: ir.Node, count: int) -> list[ir.Value | None]:
 
 def _weight(g: Reader, value: ir.Value | None, node: ir.Node, *, transposed: bool) -> fx.Node:
     """The node of a constant [in, out] weight ([out, in] if `transposed`), as [in, out]."""
-    if value is None or not g.is_constant(value):
+    if value is None or not g.origins.is_constant(value):
         raise NoTorchCallError("no weight")
     weight = g.matrix(value)
     if not weight.meta["known"]:
@@ -69,10 +69,13 @@ def _constants(value: ir.Value) -> Iterator[ir.TensorProtocol]:
 
 def _apply(g: Reader, value: ir.Value | None, weight: fx.Node, *, rank: int = 3) -> fx.Node:
     """``x @ weight``, which is ``linear`` where the weight is computed."""
-    if value is None or g.is_constant(value):
+    if value is None or g.origins.is_constant(value):
         raise NoTorchCallError("no data")
     x = g.data(value, weight, weight.meta["shape"][0], rank)
-    more = len(g.stored_shape(weight)) - len(x.meta["shape"])
+    stored = (
+        ir.convenience.get_const_tensor(weight.meta["value"]) if "value" in weight.meta else None
+    )
+    more = 0 if stored is None else len(stored.shape) - len(x.meta["shape"])
     if more > 0:
         g.refused[g.path] = WIDER.format(g.path)
         y = g.emit(F.linear, x, g.opaque("rearranged", weight, shape=weight.meta["shape"][::-1]))
@@ -88,7 +91,12 @@ def _product(g: Reader, node: ir.Node) -> fx.Node:
     rank = 2 if node.op_type == "Gemm" else 3
     if node.attributes.get_int("transA", 0) != 0:
         return _swapped(g, node, x, w, node.attributes.get_int("transB", 0) == 0)
-    if x is not None and w is not None and g.is_constant(x) and not g.is_constant(w):
+    if (
+        x is not None
+        and w is not None
+        and g.origins.is_constant(x)
+        and not g.origins.is_constant(w)
+    ):
         return _swapped(g, node, w, x, False)
     weight = _weight(g, w, node, transposed=node.attributes.get_int("transB", 0) == 1)
     if c is None:
@@ -96,7 +104,7 @@ def _product(g: Reader, node: ir.Node) -> fx.Node:
     found = parameter_of(weight)
     bias = g.per_neuron(c, found.name if found else g.path)
     is_bias = bias.op == "get_attr" and bias.meta["shape"] == weight.meta["shape"][1:]
-    if not is_bias or found is None or x is None or g.is_constant(x):
+    if not is_bias or found is None or x is None or g.origins.is_constant(x):
         return g.emit(torch.add, _apply(g, x, weight, rank=rank), bias)
     return g.emit(torch.addmm, bias, g.data(x, weight, weight.meta["shape"][0], rank), weight)
 
@@ -105,14 +113,14 @@ def _swapped(
     g: Reader, node: ir.Node, data: ir.Value | None, w: ir.Value | None, turned: bool
 ) -> fx.Node:
     """A product along the first of two axes: a linear map that is refused with a reason."""
-    if data is None or w is None or g.is_constant(data) or not g.is_constant(w):
+    if data is None or w is None or g.origins.is_constant(data) or not g.origins.is_constant(w):
         raise NoTorchCallError("no weight")
     weight = g.matrix(w)
     shape = weight.meta["shape"]
     if len(shape) != 2 or len(node.inputs) > 2:
         raise NoTorchCallError("no matrix")
     g.claim_path(w, node)
-    g.refused[g.path] = SWAPPED.format(f"its {node.op_type} node {g.label(node)}")
+    g.refused[g.path] = SWAPPED.format(f"its {node.op_type} node {label_of(node)}")
     x = g.data(data, weight, shape[0 if turned else 1], 2)
     opaque = g.opaque("rearranged", weight, shape=shape[::-1] if turned else shape)
     y = g.emit(F.linear, g.emit(torch.transpose, x, -1, -2), opaque)
@@ -122,7 +130,7 @@ def _swapped(
 def _convolution(g: Reader, node: ir.Node) -> fx.Node:
     """Only what reads one position: other convolutions end a region like any opaque call."""
     x, w, b = _inputs(node, 3)
-    if x is None or w is None or g.is_constant(x) or not g.is_constant(w):
+    if x is None or w is None or g.origins.is_constant(x) or not g.origins.is_constant(w):
         raise NoTorchCallError("no weight")
     weight = g.node_of(w)
     spatial = weight.meta["shape"][2:]
@@ -132,7 +140,7 @@ def _convolution(g: Reader, node: ir.Node) -> fx.Node:
     if not single or node.attributes.get_int("group", 1) != 1 or not 1 <= len(spatial) <= 3:
         raise NoTorchCallError("a convolution of several positions")
     g.claim_path(w, node)
-    bias = None if b is None else g.per_neuron(b, str(g.source_of(w).name))
+    bias = None if b is None else g.per_neuron(b, str(g.origins.source_of(w).name))
     call = (F.conv1d, F.conv2d, F.conv3d)[len(spatial) - 1]
     return g.emit(call, g.node_of(x), weight, bias)
 
@@ -141,7 +149,13 @@ def _einsum(g: Reader, node: ir.Node) -> fx.Node:
     x, w = _inputs(node, 2)
     equation = node.attributes.get_string("equation", "").replace(" ", "")
     left, _, letters = equation.partition("->")[0].partition(",")
-    if x is None or w is None or len(letters) != 2 or g.is_constant(x) or not g.is_constant(w):
+    if (
+        x is None
+        or w is None
+        or len(letters) != 2
+        or g.origins.is_constant(x)
+        or not g.origins.is_constant(w)
+    ):
         raise NoTorchCallError("no weight")
     g.claim_path(w, node)
     weight = g.node_of(w)
@@ -160,7 +174,7 @@ def _quantised(data: int, weight: int, kind: str = "int8", *, rows: bool = False
 
     def translate(g: Reader, node: ir.Node) -> fx.Node:
         x, w = node.inputs[data], node.inputs[weight]
-        if w is None or not g.is_constant(w):
+        if w is None or not g.origins.is_constant(w):
             raise NoTorchCallError("no weight")
         stored = g.node_of(w)
         shape = stored.meta["shape"]

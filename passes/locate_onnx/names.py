@@ -39,6 +39,11 @@ def path_of(node: ir.Node) -> str:
     return name.strip("/").rpartition("/")[0].replace("/", ".") if "/" in name else ""
 
 
+def label_of(node: ir.Node) -> str:
+    """A name for the node, with dots."""
+    return str(node.name or node.outputs[0].name).strip("/").replace("/", ".")
+
+
 def subgraphs(node: ir.Node) -> list[ir.Graph]:
     """The branches of an If, the body of a Loop or Scan."""
     graphs: list[ir.Graph] = []

@@ -52,7 +52,7 @@ def integers(node: ir.Node, name: str, index: int) -> list[int] | None:
 def _operands(g: Reader, node: ir.Node) -> list[fx.Node | float]:
     """Tensors as nodes, constants of one element as numbers."""
     values = [value for value in node.inputs if value is not None]
-    data = [g.node_of(v) for v in values if not g.is_constant(v)]
+    data = [g.node_of(v) for v in values if not g.origins.is_constant(v)]
     maps = [linear_map(n) for n in data]
     owner = next((m.weight for m in maps if m is not None), str(node.outputs[0].name))
     found: list[fx.Node | float] = []

@@ -20,7 +20,14 @@ from upcycle.capture.recorder import Call, Program, op_name, opaque_call
 from upcycle.onnx.shapes import Inferred
 from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.passes.locate_onnx.fused import spelled_out
-from upcycle.passes.locate_onnx.names import TORCH_NAMES, added_weights, path_of, subgraphs
+from upcycle.passes.locate_onnx.names import (
+    TORCH_NAMES,
+    added_weights,
+    label_of,
+    path_of,
+    subgraphs,
+)
+from upcycle.passes.locate_onnx.origins import Origins
 
 STANDARD = ("", "ai.onnx")
 
@@ -50,6 +57,7 @@ class Reader:
             name for each of them.
         refused: path of a linear map that cannot be converted -> why.
         path: of the module that the node in translation is from.
+        origins: what the tensors come from.
         spelled: a node of the graph -> those of `spelled_out`, which were read in its place.
     """
 
@@ -68,14 +76,13 @@ class Reader:
         self.parameters: dict[str, Parameter] = {}
         self.refused: dict[str, str] = {}
         self.path = ""
+        self.origins = Origins()
         self.spelled: dict[ir.Node, list[ir.Node]] = {}
         self._operations = operations
         self._shapes, self._types = inferred.shapes, inferred.types
         self._nodes: dict[ir.Value, fx.Node] = {}
         self._names: dict[tuple[ir.Value, str], str] = {}
         self._owner: dict[str, str] = {}  # path of a linear map -> its weight
-        self._sources: dict[ir.Value, ir.Value] = {}  # a copy -> what it is a copy of
-        self._constant: set[ir.Value] = set()  # made by nodes, of weights and constants alone
         self._made: dict[Any, torch.Tensor] = {}  # a call on shapes -> what torch makes of them
         for value in model.graph.inputs:
             self._bind(value, self.graph.placeholder(str(value.name)))
@@ -101,7 +108,7 @@ class Reader:
             self.spelled[node] = parts
             self._bind(node.outputs[0], self.node_of(parts[-1].outputs[0]))
             return
-        self._note_origin(node)
+        self.origins.note(node)
         self.path = path_of(node)
         domain = "" if node.domain in STANDARD else node.domain
         translate = self._operations.get((domain, node.op_type))
@@ -119,14 +126,6 @@ class Reader:
                 results[value] = self.opaque(name, *self._all_inputs(node))
         for value, result in results.items():
             self._bind(value, result)
-
-    def _note_origin(self, node: ir.Node) -> None:
-        """Note what the outputs come from, once, so that no walk goes back to the inputs."""
-        values = [value for value in node.inputs if value is not None]
-        if values and not subgraphs(node) and all(map(self.is_constant, values)):
-            self._constant.update(node.outputs)
-        if node.op_type == "Identity" and values:
-            self._sources[node.outputs[0]] = self.source_of(values[0])
 
     def _fits(self, value: ir.Value, node: fx.Node) -> bool:
         known = self._shapes.get(str(value.name))
@@ -205,7 +204,7 @@ class Reader:
         Raises:
             NoTorchCallError: nothing that was read makes the tensor.
         """
-        source = self.source_of(value)
+        source = self.origins.source_of(value)
         tensor = ir.convenience.get_const_tensor(source)
         if tensor is not None:
             return self._parameter(str(source.name), source, tensor, _shape_of(tensor))
@@ -215,18 +214,12 @@ class Reader:
 
     def matrix(self, value: ir.Value) -> fx.Node:
         """The node of a weight; a stored one loses axes of length one in front of a matrix."""
-        source = self.source_of(value)
+        source = self.origins.source_of(value)
         tensor = ir.convenience.get_const_tensor(source)
         shape = () if tensor is None else _shape_of(tensor)
         if tensor is None or len(shape) < 3 or math.prod(shape[:-2]) != 1:
             return self.node_of(value)
         return self._parameter(str(source.name), source, tensor, shape[-2:])
-
-    def stored_shape(self, weight: fx.Node) -> tuple[int, ...]:
-        """The shape of what is behind the node of a weight, in the file."""
-        value = weight.meta.get("value")
-        tensor = None if value is None else ir.convenience.get_const_tensor(value)
-        return () if tensor is None else _shape_of(tensor)
 
     def first_input(self, node: ir.Node) -> fx.Node:
         """The node of the first input, which is there."""
@@ -241,7 +234,7 @@ class Reader:
         `owner` is the weight of the linear map that the other operand comes from. Exporters store
         equal biases once; each map gets its own name for it.
         """
-        source = self.source_of(value)
+        source = self.origins.source_of(value)
         tensor = ir.convenience.get_const_tensor(source)
         if tensor is None:
             return self.node_of(source)
@@ -289,25 +282,13 @@ class Reader:
             raise NoTorchCallError("a shape that is not known")
         return shape
 
-    def source_of(self, value: ir.Value) -> ir.Value:
-        """The tensor itself, past copies of it."""
-        return self._sources.get(value, value)
-
-    def is_constant(self, value: ir.Value) -> bool:
-        """Whether a tensor is made of weights and constants alone."""
-        return value in self._constant or ir.convenience.get_const_tensor(value) is not None
-
-    def label(self, node: ir.Node) -> str:
-        """A name for `node`, with dots."""
-        return str(node.name or node.outputs[0].name).strip("/").replace("/", ".")
-
     def claim_path(self, value: ir.Value, node: ir.Node) -> None:
         """Make `path` the own path of the linear map `node`, whose weight is `value`."""
-        weight = str(self.source_of(value).name)
+        weight = str(self.origins.source_of(value).name)
         if not self.path:
             named = next((n for n in (weight, *added_weights(node)) if "." in n), "")
             self.path = named.rpartition(".")[0]
-        name = self.label(node)
+        name = label_of(node)
         self.path = self.path or name
         if self._owner.setdefault(self.path, weight) != weight:
             self.path = f"{self.path}.{name.rpartition('.')[2]}"

@@ -18,7 +18,7 @@ from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError
 
 _PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, slice)
-_FORM = {"return_dict", "use_cache"}  # of a model of transformers: how it hands out the same numbers
+_FORM = {"return_dict", "use_cache"}  # how a model of transformers hands out the same numbers
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def arguments_of(model: nn.Module, example: ExampleInputs) -> Arguments:
         UnsupportedError: something among them is no tensor and no plain value, or they do not fit.
     """
     signature = inspect.signature(model.forward)
-    by_name = isinstance(example, Mapping)
+    args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
     try:
-        bound = signature.bind(**example) if by_name else signature.bind(*example)
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise UnsupportedError(f"the example inputs do not fit the forward: {error}") from error
     given = dict(bound.arguments)
@@ -92,7 +92,7 @@ def arguments_of(model: nn.Module, example: ExampleInputs) -> Arguments:
 
 
 def _name(path: Sequence[Any], kinds: Mapping[str, Any]) -> str:
-    """``obs.a`` for what is at a path of pytree; what is passed through ``**kwargs`` by its name."""
+    """``obs.a`` for a path of pytree; what is passed through ``**kwargs`` has its own name."""
     fields = ("key", "idx", "name")  # of MappingKey, SequenceKey and GetAttrKey
     keys = [next(getattr(key, field) for field in fields if hasattr(key, field)) for key in path]
     is_loose = kinds[keys[0]] is inspect.Parameter.VAR_KEYWORD
