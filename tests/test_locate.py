@@ -226,7 +226,7 @@ def test_raw_weights_of_the_model_itself_say_what_to_do() -> None:
     (miss,) = upcycle.locate(Raw(bias_then_chunk), (torch.zeros(2, D),)).misses
     assert "raw parameters of the model itself: put it into a parent" in miss.reason
     inline = Raw(lambda m, x: x + bias_then_chunk(m, x))
-    assert "raw parameters that `inner` applies among other things" in reason(inline)
+    assert "`inner` applies its weights `inner.w1` and `inner.w2` among" in reason(inline)
 
 
 class LikeHidden(FFNLike):

@@ -5,6 +5,7 @@ expansions. No name of a class or of a module is looked at.
 """
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -30,33 +31,32 @@ from upcycle.passes.locate.outside_readers import (
     read_elsewhere,
     without_tied,
 )
+from upcycle.passes.locate.place import Use, placed
 from upcycle.passes.locate.region import (
-    check_leaf_modules,
     check_one_input,
     check_own_weights,
     common_path,
-    dropout_of_own_module,
     is_nonlinear,
     kind_of,
     output_of,
     projection_of,
-    spread_of,
 )
 from upcycle.passes.locate.replayed_blocks import crosses_blocks, with_replayed_misses, with_replays
 from upcycle.passes.locate.trace import trace
+from upcycle.passes.locate.trial import fault_of, tried
 from upcycle.pointwise import Pointwise
 
 EXPERT_OPS = {"grouped_mm", "moe"}  # matrices chosen per token
 
 
-def locate(program: Program) -> Located:
+def locate(program: Program, tapped: Collection[str] = ()) -> Located:
     """All FFNs and near misses, in the order in which the model runs them.
 
-    An FFN whose weights are used at several places of the model is reported once.
+    An FFN whose weights are used at several places of the model is reported once. `tapped` are the
+    patterns of the paths of FFNs whose module is not to be replaced.
     """
-    found: dict[tuple[str, ...], FFN] = {}
+    uses: dict[tuple[str, ...], list[Use]] = {}
     misses: list[Miss] = []
-    uses: dict[tuple[str, ...], set[fx.Node]] = {}
     live = _live_nodes(program.graph)
     for node in program.graph.nodes:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
@@ -65,18 +65,23 @@ def locate(program: Program) -> Located:
         if contraction is None:
             continue
         try:
-            ffn, hidden = _ffn_at(program, contraction, live)
+            use = _use_at(contraction, live)
         except NotAnFFNError as reason:
             if isinstance(reason, NearMissError):
                 path = contraction.node.meta["path"]
                 misses.append(miss_at(reason.node, str(reason), path=path))
             continue
-        found.setdefault(ffn.parameters, ffn)
-        maps = {expansion.linear.node for expansion in hidden.expansions}
-        uses.setdefault(ffn.parameters, set()).update(maps, {contraction.node})
-    kept = _drop_overlapping(list(found.values()), misses)
+        uses.setdefault(use.ffn.parameters, []).append(use)
+    found: list[FFN] = []
+    for several in uses.values():
+        try:
+            found.append(placed(program, several, tapped))
+        except NearMissError as reason:
+            misses.append(miss_at(reason.node, str(reason), path=several[0].ffn.contraction.module))
+    kept = _drop_overlapping(found, misses)
     for ffn in list(kept):
-        reader = read_elsewhere(program.graph, ffn, uses[ffn.parameters], live)
+        maps = {node for use in uses[ffn.parameters] for node in use.nodes}
+        reader = read_elsewhere(program.graph, ffn, maps, live)
         if reader is not None:
             kept.remove(ffn)
             node, why = reader
@@ -90,20 +95,25 @@ def locate(program: Program) -> Located:
 def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located:
     """Capture `model` on `example` (or on guessed inputs) and locate its FFNs.
 
-    A model whose FFNs reach from one block into the next is captured again with every block.
+    A model whose FFNs reach from one block into the next is captured again with every block. An FFN
+    is placed so that the model runs with a layer there.
     """
 
-    def captured(repeat_blocks: bool) -> Program:
+    def captured(repeat_blocks: bool) -> tuple[ExampleInputs, Program]:
         if example is None:
-            return find_example(model, repeat_blocks=repeat_blocks)[1]
+            return find_example(model, repeat_blocks=repeat_blocks)
         with caches_cleared(model):
-            return capture(model, example, repeat_blocks=repeat_blocks)
+            return example, capture(model, example, repeat_blocks=repeat_blocks)
 
-    program = captured(repeat_blocks=True)
-    located = locate(program)
-    if any(crosses_blocks(program, ffn) for ffn in located.ffns):
-        located = locate(captured(repeat_blocks=False))
-    return without_tied(model, located)
+    given, program = captured(repeat_blocks=True)
+    repeat_blocks = not any(crosses_blocks(program, ffn) for ffn in locate(program).ffns)
+    if not repeat_blocks:
+        given, program = captured(repeat_blocks=False)
+    with caches_cleared(model):
+        return tried(
+            lambda tapped: without_tied(model, locate(program, tapped)),
+            lambda ffns: fault_of(model, given, program, ffns, repeat_blocks=repeat_blocks),
+        )
 
 
 def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -121,9 +131,7 @@ def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
     return live
 
 
-def _ffn_at(
-    program: Program, contraction: LinearMap, live: set[fx.Node]
-) -> tuple[FFN, HiddenTensor]:
+def _use_at(contraction: LinearMap, live: set[fx.Node]) -> Use:
     """The FFN that ends at `contraction`: all its columns, or those of one tensor of a `cat`.
 
     Of several such tensors the widest is taken; the contraction keeps the columns of the others.
@@ -136,7 +144,7 @@ def _ffn_at(
     for columns in (None, *parts):
         try:
             hidden = trace(contraction.x, contraction.axis, columns)
-            return _ffn(program, contraction, hidden, live, columns), hidden
+            return _use(contraction, hidden, live, columns)
         except NotAnFFNError as reason:
             if not isinstance(refusal, NearMissError):
                 refusal = reason
@@ -144,13 +152,12 @@ def _ffn_at(
     raise refusal
 
 
-def _ffn(
-    program: Program,
+def _use(
     contraction: LinearMap,
     hidden: HiddenTensor,
     live: set[fx.Node],
     columns: tuple[int, int] | None,
-) -> FFN:
+) -> Use:
     expansions = [e.linear for e in hidden.expansions]
     pointwise = Pointwise(len(expansions), tuple(hidden.steps))
     if not is_nonlinear(pointwise):
@@ -173,12 +180,16 @@ def _ffn(
     d_model = expansions[0].x.meta["shape"][expansions[0].axis]
     d_ff = len(hidden.expansions[0].rows)
     path = contraction.node.meta["path"]
-    owner = common_path([path, *(p.module for p in projections)])
-    dropout = dropout_of_own_module(program, owner, expansions[0].x, output)
+    if shared and hidden.biases:
+        raise NearMissError(
+            "a projection of which only a part is the FFN's has its bias elsewhere: put it into "
+            "the linear map",
+            contraction.node,
+        )
     ffn = FFN(
-        path=owner,
+        path=common_path([path, *(p.module for p in projections)]),
         kind=kind_of(d_model, d_ff, d_out),
-        placement="module",
+        placement="inline",
         expansions=tuple(projections),
         contraction=Projection(
             path, contraction.weight, bias, contraction.transposed, (0, d_out, 1), columns
@@ -189,25 +200,9 @@ def _ffn(
         d_out=d_out,
         axis=contraction.axis,
         hidden_dropout=hidden.dropout,
-        output_dropout=dropout or 0.0,
+        shared=shared,
     )
-    if dropout is not None and owner and not shared:
-        return ffn
-    check_leaf_modules(program, ffn, [*(e.node for e in expansions), output])
-    ffn = replace(ffn, placement=spread_of(ffn), output_dropout=0.0)
-    if hidden.reshaped or shared:
-        widths = {e.node.meta["path"]: e.node.meta["shape"][e.axis] for e in expansions}
-        modules = dict.fromkeys(p.module for p in ffn.expansions)
-        ffn = replace(ffn, tap_widths=tuple(widths[module] for module in modules))
-    if not shared:
-        return ffn
-    if hidden.biases:
-        raise NearMissError(
-            "a projection of which only a part is the FFN's has its bias elsewhere: put it into "
-            "the linear map",
-            contraction.node,
-        )
-    return replace(ffn, shared=True, hidden_width=contraction.x.meta["shape"][contraction.axis])
+    return Use(ffn, hidden, contraction, output)
 
 
 def _drop_overlapping(found: list[FFN], misses: list[Miss]) -> list[FFN]:

@@ -1,25 +1,25 @@
-"""The region around a contraction: what must hold for it to be an FFN, and how it is placed."""
+"""The region around a contraction: what must hold for it to be an FFN."""
 
 from itertools import takewhile
 
 import torch
 from torch import fx
 
-from upcycle.capture.recorder import Program, op_name
-from upcycle.ir.ffn import FFN, Placement, Projection
-from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError, data_of, dropout_of
+from upcycle.capture.recorder import op_name
+from upcycle.ir.ffn import Projection
+from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError, data_of
 from upcycle.passes.locate.linear import LinearMap
 from upcycle.passes.locate.operations import LINEAR
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.schema import FFNKind
 
-_VIEWS = {"dropout", "view", "reshape", "contiguous", "clone"}
+VIEWS = {"dropout", "view", "reshape", "contiguous", "clone"}
 
 
 def check_one_input(hidden: HiddenTensor, contraction: LinearMap) -> None:
     """Every expansion must read the same x, in the order of the contraction's positions."""
-    source = _through_views(hidden.expansions[0].linear.x)
-    if any(_through_views(e.linear.x) is not source for e in hidden.expansions):
+    source = through_views(hidden.expansions[0].linear.x)
+    if any(through_views(e.linear.x) is not source for e in hidden.expansions):
         raise NearMissError(
             "its linear maps read different inputs (a low-rank adapter on an expansion? merge it "
             "into the base weight first)",
@@ -93,58 +93,9 @@ def output_of(contraction: LinearMap) -> tuple[fx.Node, str | None]:
     return node, contraction.bias
 
 
-def dropout_of_own_module(program: Program, path: str, x: fx.Node, output: fx.Node) -> float | None:
-    """The output dropout of the FFN if the module at `path` computes exactly this FFN, or None."""
-    given = _through_views(x)
-    for call in program.calls.get(path, []):
-        if {_through_views(n) for n in call.inputs} == {given} and len(call.outputs) == 1:
-            dropout = _dropout_between(output, call.outputs[0])
-            if dropout is not None:
-                return dropout
-    return None
-
-
-def _dropout_between(output: fx.Node, end: fx.Node) -> float | None:
-    """The dropout on the way from `output` to `end`, or None if more than views lies between."""
-    total = 0.0
-    while end is not output:
-        if end.op != "call_function" or op_name(end.target) not in _VIEWS:
-            return None
-        if op_name(end.target) == "dropout":
-            more = dropout_of(end)
-            total += more - total * more
-        end = data_of(end)
-    return total
-
-
-def spread_of(ffn: FFN) -> Placement:
-    """How the linear maps of an FFN lie that no module computes alone."""
-    depth = ffn.path.count(".") + 1 if ffn.path else 0
-    paths = [p.module for p in (*ffn.expansions, ffn.contraction)]
-    return "inline" if all(path.count(".") <= depth for path in paths) else "siblings"
-
-
-def check_leaf_modules(program: Program, ffn: FFN, nodes: list[fx.Node]) -> None:
-    """Without a module of its own, each linear map must be one, to put another in its place."""
-    for node in nodes:
-        path = node.meta["path"]
-        calls = program.calls.get(path, [])
-        if not any(_through_views(node) in map(_through_views, call.outputs) for call in calls):
-            raise NearMissError(
-                f"its weights are raw parameters that `{path}` applies among other things: move "
-                "the FFN into a module of its own"
-                if path
-                else "its weights are raw parameters of the model itself: put it into a parent "
-                "module, as in nn.Sequential(model)",
-                node,
-            )
-    if len({p.module for p in ffn.expansions}) < len({p.weight for p in ffn.expansions}):
-        raise NearMissError("one module applies several of its linear maps", nodes[0])
-
-
-def _through_views(node: fx.Node) -> fx.Node:
+def through_views(node: fx.Node) -> fx.Node:
     """The tensor that `node` is a view of."""
-    while node.op == "call_function" and op_name(node.target) in _VIEWS:
+    while node.op == "call_function" and op_name(node.target) in VIEWS:
         source = data_of(node)
         if source.meta["shape"][-1:] != node.meta["shape"][-1:]:
             break

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from upcycle.capture.recorder import Call, Program, Recorder, leaves_of, replayed_block, source_of
 from upcycle.capture.repeated_blocks import repeated_blocks
 from upcycle.errors import CaptureError, ValueNeededError, first_line
+from upcycle.layers.tap import has_hooks
 from upcycle.util.modules import no_fast_path
 from upcycle.util.quiet import quiet_logs
 
@@ -57,13 +58,13 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
             and the line of the model.
     """
     try:
-        with _state_restored(model):
+        with state_restored(model):
             try:
                 return _record(model, example, repeat_blocks)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 if not model.training:
                     raise
-        with _state_restored(model):
+        with state_restored(model):
             for module in model.modules():
                 module.training = False
             return _record(model, example, repeat_blocks)
@@ -129,7 +130,7 @@ def _describe(example: ExampleInputs) -> str:
 
 
 @contextmanager
-def _state_restored(model: nn.Module) -> Iterator[None]:
+def state_restored(model: nn.Module) -> Iterator[None]:
     """Undo every attribute that the forward sets: fake tensors must not stay in the model.
 
     The tables, lists, dicts and sets of a module get their old contents back, too.
@@ -159,20 +160,27 @@ def _state_restored(model: nn.Module) -> Iterator[None]:
 def _watch_calls(model: nn.Module, recorder: Recorder, blocks: Mapping[str, Any]) -> None:
     """Note for each module what went in and out, and replay blocks that were recorded twice.
 
-    The forward of each instance is wrapped; `_state_restored` takes the wrappers away.
+    The forward of each instance is wrapped; `state_restored` takes the wrappers away.
     """
     recorded: Counter[Any] = Counter()
     templates: dict[Any, tuple[str, Any]] = {}
 
     def watch(path: str, module: nn.Module) -> None:
         forward = module.forward
+        hooked = any(has_hooks(inner) for inner in module.modules() if inner is not module)
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
             inputs = recorder.nodes_of((args, kwargs))
             is_block = path in blocks
             key = (blocks[path], _call_structure(args, kwargs, recorder)) if is_block else None
-            if is_block and recorded[key] >= 2:
+            replayed = is_block and recorded[key] >= 2
+            start, done, before = (
+                len(recorder.graph.nodes),
+                len(recorder.changes),
+                vars(module).copy(),
+            )
+            if replayed:
                 template, out = templates[key]
                 out = pytree.tree_map_only(torch.Tensor, lambda t: t.new_empty(t.shape), out)
                 recorder.record(replayed_block, (inputs,), {}, out)
@@ -185,7 +193,16 @@ def _watch_calls(model: nn.Module, recorder: Recorder, blocks: Mapping[str, Any]
                     recorder.path.pop()
                 recorded[key] += 1
                 templates[key] = (path, out)
-            call = Call(tuple(inputs), tuple(recorder.nodes_of(out)))
+            if any(vars(module).get(name, module) is not value for name, value in before.items()):
+                recorder.changes.append(0)
+            plain = (
+                len(args) == 1
+                and not kwargs
+                and all(isinstance(tree, torch.Tensor) for tree in (*args, out))
+                and not hooked
+                and all(number > start for number in recorder.changes[done:])
+            )
+            call = Call(tuple(inputs), tuple(recorder.nodes_of(out)), plain, replayed)
             recorder.program.calls.setdefault(path, []).append(call)
             return out
 

@@ -22,10 +22,18 @@ from upcycle.capture.concrete_values import ConcreteValues, UnknownValueError
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: the nodes of the tensors that went in and came out."""
+    """One call of a module: the nodes of the tensors that went in and came out.
+
+    Attributes:
+        plain: all that went in was one positional tensor, all that came out one tensor, nothing
+            else was changed, and no hook watches inside: a module of one tensor can take the place.
+        replayed: it repeats a recorded call of a block.
+    """
 
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    plain: bool = True
+    replayed: bool = False
 
 
 @dataclass
@@ -35,7 +43,8 @@ class Program:
     Attributes:
         graph: a node for each torch call; ``node.meta`` has `shape`, `dtype`, `path`, the
             innermost module in whose forward it ran, and `source`, the ``file.py:line`` of the
-            model that made it. Parameters and buffers are ``get_attr``.
+            model that made it; a call that writes in place has `writes`, the nodes of what was in
+            that memory. Parameters and buffers are ``get_attr``.
         calls: module path -> its calls.
         replays: path of a recorded block -> paths of the siblings that repeat it.
     """
@@ -114,11 +123,14 @@ class Recorder(TorchFunctionMode):
         for tensor in (t for t in inputs if isinstance(t, torch.Tensor)):
             self._bind(tensor, self.graph.placeholder(f"input_{len(self._node)}"))
         self.values = ConcreteValues()
+        self.changes: list[int] = []  # when what was made was changed: its place in the graph
         self._names = {id(t): name for name, t in tensors.items()}
         self._weights = list(tensors.values())
 
     def _bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        number = len(self.graph.nodes) if node.op == "call_function" else 0  # it was there
         node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, path=self.path[-1])
+        node.meta["number"] = number
         if id(tensor) not in self._node:
             self._views.setdefault(_storage(tensor), []).append(tensor)
         self._node[id(tensor)] = node
@@ -222,13 +234,17 @@ class Recorder(TorchFunctionMode):
         """Record a call that changed tensors in place, and every other view of their memory."""
         for tensor in written:
             self.node_of(tensor)
+        storages = {_storage(tensor) for tensor in written}
+        views = [view for storage in storages for view in self._views.get(storage, [])]
+        before = {id(view): self._node[id(view)] for view in views}
         node = self.record(func, args, kwargs, out)
+        node.meta["writes"] = tuple(before.values())
+        self.changes += [old.meta["number"] for old in before.values()]
         direct = {id(t) for t in pytree.tree_leaves(out)}
-        for storage in {_storage(tensor) for tensor in written}:
-            for view in self._views.get(storage, []):
-                if id(view) not in direct:
-                    old = self._node[id(view)]
-                    self._bind(view, self.graph.call_function(overwritten, (old, node)))
+        for view in views:
+            if id(view) not in direct:
+                old = before[id(view)]
+                self._bind(view, self.graph.call_function(overwritten, (old, node)))
 
 
 def _source() -> str:

@@ -110,27 +110,27 @@ class MoESpec:
 
     def site(self) -> dict[str, Any]:
         """Where the layer goes and what it is, as `upcycle.layers.tap.install` takes it."""
-        return {
-            "path": self.ffn.path,
-            "placement": self.ffn.placement,
-            "expansions": list(dict.fromkeys(p.module for p in self.ffn.expansions)),
-            "contraction": self.ffn.contraction.module,
-            "tap_widths": list(self.ffn.tap_widths),
-            "kept": self._kept(),
-            "layer": self.layer_config().to_json(),
-        }
+        return site_of(self.ffn, self.layer_config())
 
-    def _kept(self) -> dict[str, Any]:
-        """What the taps and the contraction go on computing beside the layer, if anything."""
-        if not self.ffn.shared:
-            return {}
-        modules = {p.module: p for p in self.ffn.expansions}
-        return {
-            "rows": [[list(run) for run in self.ffn.rows_of(module)] for module in modules],
-            "biases": [p.bias is not None for p in modules.values()],
-            "columns": list(self.ffn.contraction.columns or ()),
-            "hidden": self.ffn.hidden_width,
-        }
+
+def site_of(ffn: FFN, layer: LayerConfig) -> dict[str, Any]:
+    """Where the `layer` of an FFN goes and what it is, as `upcycle.layers.tap.install` takes it."""
+    modules = {p.module: p for p in ffn.expansions}
+    kept = {  # what the taps and the contraction go on computing beside the layer
+        "rows": [[list(run) for run in ffn.rows_of(module)] for module in modules],
+        "biases": [p.bias is not None for p in modules.values()],
+        "columns": list(ffn.contraction.columns or ()),
+        "hidden": ffn.hidden_width,
+    }
+    return {
+        "path": ffn.path,
+        "placement": ffn.placement,
+        "expansions": list(modules),
+        "contraction": ffn.contraction.module,
+        "tap_widths": list(ffn.tap_widths),
+        "kept": kept if ffn.shared else {},
+        "layer": layer.to_json(),
+    }
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,18 @@ from upcycle.layers.config import LayerConfig
 from upcycle.layers.moe import MoE
 from upcycle.layers.token_context import ForwardState, tell_routers
 
+# The attributes of a module that hold what watches or changes its inputs, outputs and gradients.
+HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_pre_hooks",
+    "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something watches or changes what goes into a module, or comes out."""
+    return any(vars(module).get(name) for name in HOOKS)
+
 
 class _Absent(torch.Tensor):
     """An empty tensor that stands for a weight that is no longer there.
@@ -177,7 +189,8 @@ def place_of(site: Mapping[str, Any]) -> str:
 def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
     """Put an MoE layer, with weights of zero, at each site of the dense `model`, in place.
 
-    A module that is registered at several places of `model` is replaced at all of them.
+    A module that is registered at several places of `model` is replaced at all of them. What takes
+    its place has its hooks.
 
     Args:
         sites: as ``MoESpec.site()`` describes them.
@@ -193,7 +206,9 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
         places.setdefault(id(module), []).append(path)
 
     def put(path: str, new: nn.Module) -> None:
-        for place in places[id(model.get_submodule(path))]:
+        old = model.get_submodule(path)
+        vars(new).update({name: vars(old)[name] for name in HOOKS})
+        for place in places[id(old)]:
             model.set_submodule(place, new)
 
     layers: dict[str, MoE] = {}
