@@ -1,6 +1,5 @@
 """Extend: one more expert for layers that are mixtures already, without changing what they do."""
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from upcycle.errors import UnsupportedError, UsageError
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.tap import place_of
 from upcycle.passes.calibrate.sites import run_batch
+from upcycle.util.copies import copy_of
 from upcycle.util.modules import eval_mode
 
 
@@ -51,7 +51,7 @@ def extend(
     """
     if not batches:
         raise UsageError("there are no data that show which expert is visited most")
-    extended = copy.deepcopy(model)
+    extended = copy_of(model)
     found = {path: layer for path, layer in _layers(extended) if layers is None or path in layers}
     absent = set(layers or ()) - set(found)
     if absent or not found:

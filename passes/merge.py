@@ -1,6 +1,5 @@
 """Merge: the dense model back from a converted one whose experts are a split of its neurons."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, Provenance, read_ffn, read_matrices
 from upcycle.layers.moe import MoE
 from upcycle.passes.transform.transform import merge_to_dense
+from upcycle.util.copies import copy_of, tensors_of
 
 
 def merge(
@@ -42,10 +42,10 @@ def merge(
     Source:
         Qiu et al., "EMoE", 2023, https://arxiv.org/abs/2310.10908
     """
-    merged = copy.deepcopy(dense)
-    trained = converted.state_dict()
+    merged = copy_of(dense)
+    trained = tensors_of(converted)
     with torch.no_grad():
-        for name, tensor in merged.state_dict().items():
+        for name, tensor in tensors_of(merged).items():
             if name in trained and trained[name].shape == tensor.shape:
                 tensor.copy_(trained[name])
         parameters = dict(merged.named_parameters(remove_duplicate=False))

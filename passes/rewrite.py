@@ -1,6 +1,5 @@
 """Rewrite: a copy of the dense module with an MoE layer in the place of each planned FFN."""
 
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -13,6 +12,7 @@ from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import MoEWeights
 from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install
+from upcycle.util.copies import copy_of
 
 
 def with_empty_layers(
@@ -55,4 +55,4 @@ def _copy_without(model: nn.Module, names: set[str]) -> nn.Module:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in names:
             memo[id(parameter)] = nn.Parameter(torch.empty(0), requires_grad=False)
-    return copy.deepcopy(model, memo)
+    return copy_of(model, memo)

@@ -27,6 +27,7 @@ from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
 from upcycle.targets.native.choose import build_config
 from upcycle.targets.native.tensors import OneLayer, entries
+from upcycle.util.copies import tensors_of
 from upcycle.util.lazy_tensors import LazyTensors
 from upcycle.version import __version__
 
@@ -71,7 +72,7 @@ class Content:
 
 def content_of(model: nn.Module, plan: Plan) -> Content:
     """The numbers that a converted module holds now, trained or not."""
-    state = model.state_dict()
+    state = tensors_of(model)
     layers = {spec.ffn.path: layer for spec, layer in planned_layers(model, plan)}
     return Content(
         tensor=lambda name: state[name].detach().cpu().contiguous(),
@@ -191,7 +192,7 @@ def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict, without the tensors that transformers ties to another one on loading."""
-    state = dict(model.state_dict())
+    state = tensors_of(model)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     return {
         name: tensor

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from upcycle.errors import UsageError, is_out_of_memory, one_line
 from upcycle.layers.tap import install
@@ -61,7 +62,8 @@ def _load_module(directory: Path, description: dict[str, Any], model: nn.Module)
         for name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors:
                 parameter.data = parameter.data.to(tensors[name].dtype)
-        model.load_state_dict(dict(tensors), strict=True)
+        own = {k: v for k, v in model.state_dict().items() if k.endswith(_EXTRA_STATE_KEY_SUFFIX)}
+        model.load_state_dict({**own, **tensors}, strict=True)
     except ValueError as error:
         raise UsageError(f"{directory / UPCYCLE_JSON}: {error}") from error
     except (AttributeError, RuntimeError) as error:

@@ -5,9 +5,9 @@ expansions. No name of a class or of a module is looked at.
 """
 
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 
 from torch import fx, nn
 
@@ -31,7 +31,7 @@ from upcycle.passes.locate.outside_readers import (
     read_elsewhere,
     without_tied,
 )
-from upcycle.passes.locate.place import Use, placed
+from upcycle.passes.locate.place import Use, Ways, placed
 from upcycle.passes.locate.region import (
     check_one_input,
     check_own_weights,
@@ -49,11 +49,11 @@ from upcycle.pointwise import Pointwise
 EXPERT_OPS = {"grouped_mm", "moe"}  # matrices chosen per token
 
 
-def locate(program: Program, tapped: Collection[str] = ()) -> Located:
+def locate(program: Program, ways: Ways = MappingProxyType({})) -> Located:
     """All FFNs and near misses, in the order in which the model runs them.
 
-    An FFN whose weights are used at several places of the model is reported once. `tapped` are the
-    patterns of the paths of FFNs whose module is not to be replaced.
+    An FFN whose weights are used at several places of the model is reported once. `ways`
+    says how to place some.
     """
     uses: dict[tuple[str, ...], list[Use]] = {}
     misses: list[Miss] = []
@@ -75,7 +75,7 @@ def locate(program: Program, tapped: Collection[str] = ()) -> Located:
     found: list[FFN] = []
     for several in uses.values():
         try:
-            found.append(placed(program, several, tapped))
+            found.append(placed(program, several, ways))
         except NearMissError as reason:
             misses.append(miss_at(reason.node, str(reason), path=several[0].ffn.contraction.module))
     kept = _drop_overlapping(found, misses)
@@ -111,7 +111,7 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
         given, program = captured(repeat_blocks=False)
     with caches_cleared(model):
         return tried(
-            lambda tapped: without_tied(model, locate(program, tapped)),
+            lambda ways: without_tied(model, locate(program, ways)),
             lambda ffns: fault_of(model, given, program, ffns, repeat_blocks=repeat_blocks),
         )
 

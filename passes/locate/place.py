@@ -6,9 +6,10 @@ computes (`upcycle.layers.tap`); these may apply what is pointwise, too.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 from torch import fx
 
@@ -51,13 +52,19 @@ def pattern_of(path: str) -> str:
     return re.sub(r"\d+", "*", path)
 
 
-def placed(program: Program, uses: Sequence[Use], tapped: Collection[str] = ()) -> FFN:
+# What is tried one after the other: the FFN's module is replaced, its linear maps are tapped, or
+# tapped with a hidden tensor as wide as it was.
+Way = Literal["module", "tap", "wide tap"]
+Ways = Mapping[str, Way]  # of the FFNs whose paths have a pattern; of others the first that fits
+
+
+def placed(program: Program, uses: Sequence[Use], ways: Ways) -> FFN:
     """The FFN that the model applies at `uses`, with the way to place its layer.
 
     Args:
         program: what was recorded.
         uses: of the same weights, in the order in which they run.
-        tapped: patterns of paths of FFNs whose module is not to be replaced.
+        ways: how to place it.
 
     Raises:
         NearMissError: the uses are not one function, or no module could be put into its place.
@@ -76,11 +83,12 @@ def placed(program: Program, uses: Sequence[Use], tapped: Collection[str] = ()) 
                 "own weights",
                 use.contraction.node,
             )
-    if ffn.path and not ffn.shared and pattern_of(ffn.path) not in tapped:
+    way = ways.get(pattern_of(ffn.path), "module")
+    if ffn.path and not ffn.shared and way == "module":
         dropout = _dropout_of_module(program, uses)
         if dropout is not None:
             return replace(ffn, placement="module", output_dropout=dropout)
-    return _tapped(program, uses)
+    return _tapped(program, uses, wide=way == "wide tap")
 
 
 def _slices(ffn: FFN) -> object:
@@ -126,7 +134,7 @@ def _dropout_between(output: fx.Node, end: fx.Node) -> float | None:
     return total
 
 
-def _tapped(program: Program, uses: Sequence[Use]) -> FFN:
+def _tapped(program: Program, uses: Sequence[Use], *, wide: bool) -> FFN:
     """The FFN with a tap for each expansion, and a module that computes it."""
     for use in uses:
         _check_unchanged(program, use)
@@ -148,7 +156,7 @@ def _tapped(program: Program, uses: Sequence[Use]) -> FFN:
         shared=shared,
         hidden_width=uses[0].contraction.x.meta["shape"][ffn.axis] if shared else 0,
     )
-    if not shared and not any(use.hidden.reshaped for use in uses):
+    if not shared and not wide and not any(use.hidden.reshaped for use in uses):
         return ffn
     widths = {
         node.meta["path"]: call.outputs[0].meta["shape"][ffn.axis]

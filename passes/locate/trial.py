@@ -5,7 +5,7 @@ inside, or what it does with a hidden tensor of width zero. So the model is capt
 layers that compute nothing.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MethodType
 
@@ -20,9 +20,11 @@ from upcycle.ir.spec import site_of
 from upcycle.layers.config import LayerConfig, RouterConfig, SelectConfig
 from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install
-from upcycle.passes.locate.place import pattern_of
+from upcycle.passes.locate.place import Way, Ways, pattern_of
 
-Find = Callable[[Collection[str]], Located]  # what there is if these modules are not replaced
+Find = Callable[[Ways], Located]
+_OTHER_WAYS: tuple[Way, ...] = ("tap", "wide tap")
+
 Fault = Callable[[Sequence[FFN]], str | None]  # why the model does not run with these converted
 
 
@@ -31,20 +33,23 @@ def tried(find: Find, fault: Fault) -> Located:
 
     FFNs of equal blocks are treated alike.
     """
-    located = find(())
+    located = find({})
     if not located.ffns or fault(located.ffns) is None:
         return located
-    tapped: set[str] = set()
+    ways: dict[str, Way] = {}
     refused: dict[str, str] = {}
     for pattern in dict.fromkeys(pattern_of(ffn.path) for ffn in located.ffns):
         reason = fault(_of(located, pattern))
-        if reason is not None:
-            others = _of(find({pattern}), pattern)
+        if reason is None:
+            continue
+        for way in _OTHER_WAYS:
+            others = _of(find({pattern: way}), pattern)
             if others and others != _of(located, pattern) and fault(others) is None:
-                tapped.add(pattern)
-            else:
-                refused[pattern] = reason
-    located = find(tapped)
+                ways[pattern] = way
+                break
+        else:
+            refused[pattern] = reason
+    located = find(ways)
     kept = tuple(ffn for ffn in located.ffns if pattern_of(ffn.path) not in refused)
     reason = fault(kept) if kept else None
     if reason is not None:

@@ -34,6 +34,7 @@ from upcycle.targets.files.staging import staged
 from upcycle.targets.files.tensor_file import check_disk
 from upcycle.targets.native.in_place import as_on_disk
 from upcycle.targets.onnx.write import in_float32, write_onnx
+from upcycle.util.copies import tensors_of
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.util.progress import Progress, step
 from upcycle.verification.files import verify_files
@@ -154,7 +155,7 @@ class InMemory:
     def write(self, directory: Path, scratch: Path, made: Made, progress: Progress) -> Checkpoint:
         """Write the checkpoint, what lies beside the dense weights, and ONNX files."""
         model, options = self.finish(made), self.options
-        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        size = sum(t.numel() * t.element_size() for t in tensors_of(model).values())
         check_disk(directory, size)
         if self.source and self.source.directory:  # what it has of its own is not written anew
             trust = self.source.trust_remote_code

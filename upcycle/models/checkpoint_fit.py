@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from upcycle.errors import UnsupportedError, UsageError
+from upcycle.util.copies import tensors_of
 from upcycle.util.lazy_tensors import LazyTensors
 
 WRAPPERS = {
@@ -51,7 +52,7 @@ def fit(directory: Path, stored: Mapping[str, torch.Tensor], skeleton: nn.Module
         UnsupportedError: it is in 8-bit floats.
     """
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    state = skeleton.state_dict()
+    state = tensors_of(skeleton)
     parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
 
     def add(name: str) -> str:

@@ -4,7 +4,6 @@ They have to be the dense model with other numbers: the same class, shapes, tied
 same configuration wherever it says what is computed.
 """
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from upcycle.models.checkpoint_fit import fit, lacking
 from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.models.dense import Source, open_model
 from upcycle.models.tokenizer import tokenizer_in
+from upcycle.util.copies import copy_of, tensors_of
 from upcycle.util.lazy_tensors import LazyTensors
 
 BASE = "base"
@@ -67,7 +67,7 @@ def open_sources(
         UsageError: one of them is no such model, or has another architecture, other shapes, other
             tied weights, or lacks a tensor.
     """
-    held = model.state_dict() if held is None else held
+    held = tensors_of(model) if held is None else held
     opened: dict[object, Mapping[str, torch.Tensor]] = {BASE: held}
     names, tensors = [], []
     for one in wanted:
@@ -97,8 +97,8 @@ def merged(model: nn.Module, sources: Sources, merge: str | int) -> nn.Module:
     `merge` is the ``mean`` of all (one that is listed twice counts twice), which is taken in
     float64, the ``first``, or a number. Integer buffers are those of `model`.
     """
-    made = copy.deepcopy(model)
-    state = made.state_dict()
+    made = copy_of(model)
+    state = tensors_of(made)
     with torch.no_grad():
         for name, tensor in merged_tensors(state, sources, merge).items():
             state[name].copy_(tensor)
@@ -143,7 +143,7 @@ def _find(name: str, like: Source | None) -> Source:
 def _open(name: str, one: Any, model: nn.Module, like: Source | None) -> Mapping[str, torch.Tensor]:
     if isinstance(one, nn.Module):
         _check_same(name, model, one)
-        return one.state_dict()
+        return tensors_of(one)
     source = _find(name, like)
     skeleton = source.skeleton()
     _check_same(name, model, skeleton)
@@ -151,7 +151,7 @@ def _open(name: str, one: Any, model: nn.Module, like: Source | None) -> Mapping
         found = fit(source.directory, read_tensors(source.directory), skeleton)
         if not isinstance(found, str):
             return found.tensors
-    tensors: Mapping[str, torch.Tensor] = source.load().state_dict()
+    tensors: Mapping[str, torch.Tensor] = tensors_of(source.load())
     if (missing := lacking(tensors, model)) is not None:
         raise UsageError(f"{name}: it has no tensor {missing}, which the dense model has")
     return tensors

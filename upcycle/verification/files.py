@@ -1,6 +1,5 @@
 """Tier T3 of verification: written files, loaded as a user would load them, against the model."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from upcycle.targets.load import load
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.fold_router import MOST_ELSEWHERE, MOST_WEIGHT_ERROR
 from upcycle.targets.native.tempered import every_expert, is_tempered, tempered
+from upcycle.util.copies import copy_of
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.verification.checks import ELSEWHERE, GREEDY, RELOADED, TEMPERED, TIES, check
 from upcycle.verification.metrics import ROUNDING
@@ -59,14 +59,14 @@ def _reloaded(
     Else the model follows their choices, as `upcycle.verification.near_ties` describes; in a half
     type it may then be twice as far from them as from itself in float32.
     """
-    skeleton = None if isinstance(model, PreTrainedModel) else copy.deepcopy(dense)
+    skeleton = None if isinstance(model, PreTrainedModel) else copy_of(dense)
     loaded = load(directory, model=skeleton, trust_remote_code=True)
     found = compare_models(model, loaded, evaluation, predictions=False).relative
     checks = [check(RELOADED, found, allowed)]
     if found > allowed and (followed := _followed(model, loaded, evaluation, plan)):
         (found, ties), most, near = followed, allowed, allowed
         if model_dtype(model).itemsize == 2:
-            noise = _followed(copy.deepcopy(model).float(), model, evaluation, plan)
+            noise = _followed(copy_of(model).float(), model, evaluation, plan)
             assert noise is not None
             off = (noise[0], noise[1].apart)
             most, near = (min(max(allowed, 2 * error), 1.0) for error in off)

@@ -1,0 +1,72 @@
+"""Copies of a model, and the tensors of one, whatever else hangs on it."""
+
+import copy
+import traceback
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from upcycle.errors import UnsupportedError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copy_of(model: Module, instead: Mapping[int, Any] | None = None) -> Module:
+    """A deep copy of `model`; a lock, a staticmethod or the like, which has no copy, is shared.
+
+    Args:
+        model: left alone.
+        instead: what stands in the copy for objects, by their ids.
+
+    Raises:
+        UnsupportedError: a module refuses to be copied.
+    """
+    memo = dict(instead or {})
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        failure: Exception | None = error
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    while failure is not None:  # look for the others without copying tensors each time
+        thing = _refusing(failure)
+        if thing is None or isinstance(thing, nn.Module) or id(thing) in memo:
+            names = [name for name, module in model.named_modules() if module is thing]
+            at = f"`{names[0]}`" if names and names[0] else "it"
+            raise UnsupportedError(
+                f"{type(model).__name__}: {at} cannot be copied ({failure}), and the dense model "
+                "is to be left alone; give it a `__deepcopy__` that works"
+            ) from failure
+        memo |= {id(other): _instead_of(other) for other in [thing, *_alike(model, thing)]}
+        try:
+            copy.deepcopy(model, tensors | memo)
+            failure = None
+        except Exception as error:
+            failure = error
+    return copy.deepcopy(model, memo)
+
+
+def _refusing(error: Exception) -> Any:
+    """The object that could not be copied."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [frame for frame in frames if frame.f_code is copy.deepcopy.__code__]
+    return own[-1].f_locals["x"] if own else None
+
+
+def _alike(model: nn.Module, thing: Any) -> list[Any]:
+    """The attributes of modules of the same type: they refuse, too."""
+    if isinstance(thing, torch.Tensor):
+        return []
+    return [v for m in model.modules() for v in vars(m).values() if type(v) is type(thing)]
+
+
+def _instead_of(thing: Any) -> Any:
+    """A tensor that is the result of a computation has a copy without its history."""
+    return thing.detach().clone() if isinstance(thing, torch.Tensor) else thing
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of ``model.state_dict()``, which may hold other things, too."""
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
