@@ -44,6 +44,7 @@ from upcycle.passes.locate.region import (
 from upcycle.passes.locate.replayed_blocks import crosses_blocks, with_replayed_misses, with_replays
 from upcycle.passes.locate.trace import trace
 from upcycle.passes.locate.trial import fault_of, tried
+from upcycle.passes.locate.unseen import check_followed, with_unseen
 from upcycle.pointwise import Pointwise
 
 EXPERT_OPS = {"grouped_mm", "moe"}  # matrices chosen per token
@@ -61,7 +62,8 @@ def locate(program: Program, ways: Ways = MappingProxyType({})) -> Located:
     for node in program.graph.nodes:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
             misses.append(miss_at(node, "it is already a mixture of experts"))
-        contraction = (linear_map(node) or computed_linear(node)) if node in live else None
+        seen = node in live or "transform" in node.meta
+        contraction = (linear_map(node) or computed_linear(node)) if seen else None
         if contraction is None:
             continue
         try:
@@ -110,10 +112,11 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
     if not repeat_blocks:
         given, program = captured(repeat_blocks=False)
     with caches_cleared(model):
-        return tried(
+        located = tried(
             lambda ways: without_tied(model, locate(program, ways)),
             lambda ffns: fault_of(model, given, program, ffns, repeat_blocks=repeat_blocks),
         )
+    return with_unseen(model, program, located)
 
 
 def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -162,6 +165,7 @@ def _use(
     pointwise = Pointwise(len(expansions), tuple(hidden.steps))
     if not is_nonlinear(pointwise):
         raise NotAnFFNError("there is no nonlinearity between the linear maps", contraction.node)
+    check_followed(contraction.node)
     if hidden.mixing is not None:
         raise hidden.mixing
     check_one_input(hidden, contraction)

@@ -11,11 +11,9 @@ so the time does not grow with the depth of the model.
 """
 
 import functools
-import logging
-import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,14 +24,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from upcycle.capture.recorder import Call, Program, Recorder, leaves_of, replayed_block, source_of
+from upcycle.capture.recording import recording
 from upcycle.capture.repeated_blocks import repeated_blocks
 from upcycle.errors import CaptureError, ValueNeededError, first_line
 from upcycle.layers.tap import has_hooks
-from upcycle.util.modules import no_fast_path
-from upcycle.util.quiet import quiet_logs
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -57,6 +55,7 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
         CaptureError: the forward failed on fake tensors; the message has the operator's own words
             and the line of the model.
     """
+    _check_runs(model)
     try:
         with state_restored(model):
             try:
@@ -72,14 +71,30 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
         raise _refusal(model, example, error) from error
 
 
+def _check_runs(model: nn.Module) -> None:
+    """Refuse a model that no inputs could run here."""
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    reason = None
+    if isinstance(model, torch.jit.ScriptModule):
+        reason = "it is a ScriptModule, whose operations are not seen; give the module that it was"
+        reason += " made from"
+    elif type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        reason = "it has no forward; give a module whose forward calls the method that is meant"
+    elif lazy is not None:
+        reason = f"its parameter `{lazy}` has no shape yet; run the model once first"
+    if reason is not None:
+        raise CaptureError(f"{type(model).__name__}: {reason}")
+
+
 def _refusal(model: nn.Module, example: ExampleInputs, error: Exception) -> CaptureError:
     name, where = type(model).__name__, source_of(error)
-    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
-        call = next(iter(getattr(error, "__notes__", ())), f"`{error}`")
+    asked = "numpy() is not supported" in str(error)
+    if asked or isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        call = next(iter(getattr(error, "__notes__", ())), "`numpy`" if asked else f"`{error}`")
         return ValueNeededError(
-            f"{name}: {call} at {where} reads a value that depends on weights or float inputs, and "
-            "what runs next depends on it; replace it there, as with torch.where, or convert a "
-            "submodule that does without"
+            f"{name}: {call} at {where} reads a value that depends on weights or float inputs; if it "
+            "is only checked or logged, leave that out for the conversion, and if it decides what "
+            "runs, replace it, as with torch.where, or convert a submodule that does without"
         )
     at = f" at {where}" if where else ""
     return CaptureError(
@@ -108,16 +123,8 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
     for fake, real in integers:
         if not (real.is_floating_point() or real.is_complex() or real.is_meta):
             recorder.values.learn(fake, real.detach().cpu().clone())
-    with torch.inference_mode(False), ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # in a compiled module no linear map is seen
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(no_fast_path())
-        # torch writes about a guess that fails
-        stack.enter_context(quiet_logs("torch._subclasses.fake_tensor", level=logging.CRITICAL))
-        _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
-        stack.enter_context(torch.no_grad())  # inference tensors would not count writes to them
-        stack.enter_context(fake_mode)
-        stack.enter_context(recorder)
+    _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
+    with recording(), fake_mode, recorder:
         out = functional_call(model, tensors, args, kwargs, strict=False)
     recorder.graph.output(tuple(recorder.nodes_of(out)))
     return recorder.program

@@ -43,7 +43,8 @@ class Program:
     Attributes:
         graph: a node for each torch call; ``node.meta`` has `shape`, `dtype`, `path`, the
             innermost module in whose forward it ran, and `source`, the ``file.py:line`` of the
-            model that made it; a call that writes in place has `writes`, the nodes of what was in
+            model that made it; one under torch.func has its
+            `transform`; a call that writes in place has `writes`, the nodes of what was in
             that memory. Parameters and buffers are ``get_attr``.
         calls: module path -> its calls.
         replays: path of a recorded block -> paths of the siblings that repeat it.
@@ -156,6 +157,8 @@ class Recorder(TorchFunctionMode):
         inputs = to_node(tuple(args)), to_node(dict(kwargs))
         node = self.graph.create_node("call_function", target, *inputs, name=op_name(target))
         node.meta["source"] = _source()
+        if (transform := torch._C._functorch.peek_interpreter_stack()) is not None:
+            node.meta["transform"] = transform.key().name.lower()
         if isinstance(out, torch.Tensor):
             self._bind(out, node)
             return node
@@ -176,8 +179,8 @@ class Recorder(TorchFunctionMode):
             try:
                 out = self._from_values(func, args, kwargs, known)
             except (UnknownValueError, DataDependentOutputException):
-                if sys._getframe(1).f_code.co_name == "_check_tensor_all_with":
-                    return True  # an assertion of the model, which is taken to hold
+                if (truth := _asserted(sys._getframe(1))) is not None and op_name(func) == "bool":
+                    return truth
                 error.add_note(f"`{op_name(func)}`")
                 raise error from None
         if op_name(func) == "dropout" and any(out is tensor for tensor in given):
@@ -245,6 +248,15 @@ class Recorder(TorchFunctionMode):
             if id(view) not in direct:
                 old = before[id(view)]
                 self._bind(view, self.graph.call_function(overwritten, (old, node)))
+
+
+def _asserted(caller: types.FrameType) -> bool | None:
+    """What the value must be that is read, if that is an assertion of the model; it is to hold."""
+    if caller.f_code.co_name == "_check_tensor_all_with":
+        return True
+    line = linecache.getline(caller.f_code.co_filename, caller.f_lineno)
+    found = re.match(r"\s*assert\s+(not\s+)?(?!.*\b(and|or)\b)", line)
+    return None if found is None else found[1] is None
 
 
 def _source() -> str:
