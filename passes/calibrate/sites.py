@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UsageError
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.layers.moe import MoE
+from upcycle.util.copies import buffers_restored
 from upcycle.util.modules import eval_mode
 
 # Arguments with a token at each place, and the mask that says which of them are padding.
@@ -51,8 +53,17 @@ class Site:
 
 @contextmanager
 def sites_of(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """The sites note shapes; `model` is in eval mode and draws the same in every forward."""
-    with ExitStack() as stack, eval_mode(model), torch.random.fork_rng(devices=[]):
+    """The sites note shapes; `model` is in eval mode and draws the same in every forward.
+
+    What its forward writes into buffers does not stay.
+    """
+    layers = [site.layer for site in sites]
+    with (
+        buffers_restored(model, but=layers),
+        ExitStack() as stack,
+        eval_mode(model),
+        torch.random.fork_rng(devices=[]),
+    ):
         for site in sites:
             stack.enter_context(site.layer.register_forward_pre_hook(site.note_shape))
             stack.callback(vars(site.layer).pop, "tokens", None)
@@ -61,7 +72,8 @@ def sites_of(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
 
 
 def run_batch(model: nn.Module, batch: ExampleInputs) -> Any:
-    """The outputs of `model`."""
+    """The outputs of `model`, which may write into its inputs."""
+    batch = pytree.tree_map_only(torch.Tensor, torch.clone, batch)
     return model(*batch) if isinstance(batch, tuple) else model(**batch)
 
 

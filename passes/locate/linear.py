@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -28,6 +28,7 @@ class LinearMap:
         transposed: the weight is stored ``[in, out]``.
         axis: the axis of x and y that the map works along (1 for convolutions, else the last).
         packing: how the weight is stored where it is quantised, else empty.
+        grouped: it is several maps, each of some of the features.
     """
 
     node: fx.Node
@@ -37,6 +38,7 @@ class LinearMap:
     transposed: bool
     axis: int
     packing: str = ""
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ def linear_map(node: fx.Node) -> LinearMap | None:
 def computed_linear(node: fx.Node) -> LinearMap | None:
     """A linear map whose weight no parameter holds as it is; the map's weight has no name.
 
-    Either the forward computes the weight from parameters, or an operation of another library
-    reads it in a form of its own.
+    Either the forward computes the weight or the bias from parameters, or an operation of another
+    library reads it in a form of its own.
     """
     if node.op != "call_function":
         return None
@@ -122,12 +124,13 @@ def computed_linear(node: fx.Node) -> LinearMap | None:
     name = op_name(node.target)
     if name not in {"linear", "matmul", "mm"}:
         return None
-    x, weight = (*node.args, *node.kwargs.values())[:2]
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or parameter_of(weight):
+    x, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     if x.op == "get_attr" or len(weight.meta["shape"]) != 2:
         return None
-    stored = _stored_behind(weight)
+    computed = bias if parameter_of(weight) else weight
+    stored = _stored_behind(computed) if isinstance(computed, fx.Node) else []
     if not stored:
         return None
     return LinearMap(node, x, "", None, False, -1, _packing(stored, weight.meta["shape"]))
@@ -253,13 +256,21 @@ def _einsum(node: fx.Node) -> LinearMap | None:
     return _make(node, operands[0], operands[1], None, transposed=weight[0] == old, axis=axis)
 
 
-def _reads_one_position(node: fx.Node) -> bool:
+def grouped_linear(node: fx.Node) -> LinearMap | None:
+    """A convolution of each position by itself, in several groups, or None."""
+    found = convolution_of(node) if node.op == "call_function" else None
+    if found is None or not _reads_one_position(node, any_groups=True):
+        return None
+    return replace(found, grouped=True)
+
+
+def _reads_one_position(node: fx.Node, *, any_groups: bool = False) -> bool:
     """Kernel one, stride one, no padding ("same" is no padding for kernel one), one group."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     _, weight, _, stride, padding, _, groups = _arguments(node, *names)
     if not isinstance(weight, fx.Node) or any(size != 1 for size in weight.meta["shape"][2:]):
         return False
-    ones = all(v in (None, 1) for v in (*_all(stride), *_all(groups)))
+    ones = all(v in (None, 1) for v in (*_all(stride), *_all(1 if any_groups else groups)))
     return ones and (isinstance(padding, str) or all(v in (None, 0) for v in _all(padding)))
 
 

@@ -24,7 +24,7 @@ from upcycle.passes.locate.hidden_tensor import (
     miss_at,
 )
 from upcycle.passes.locate.layout import joined_widths
-from upcycle.passes.locate.linear import LinearMap, computed_linear, linear_map
+from upcycle.passes.locate.linear import LinearMap, computed_linear, grouped_linear, linear_map
 from upcycle.passes.locate.name_activation import recognise, swapped
 from upcycle.passes.locate.outside_readers import (
     check_outside_readers,
@@ -63,7 +63,9 @@ def locate(program: Program, ways: Ways = MappingProxyType({})) -> Located:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
             misses.append(miss_at(node, "it is already a mixture of experts"))
         seen = node in live or "transform" in node.meta
-        contraction = (linear_map(node) or computed_linear(node)) if seen else None
+        contraction = (
+            (linear_map(node) or computed_linear(node) or grouped_linear(node)) if seen else None
+        )
         if contraction is None:
             continue
         try:

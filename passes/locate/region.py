@@ -10,6 +10,7 @@ from upcycle.ir.ffn import Projection
 from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError, data_of
 from upcycle.passes.locate.linear import LinearMap
 from upcycle.passes.locate.operations import LINEAR
+from upcycle.passes.locate.refused_operations import why_not_linear
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.schema import FFNKind
 
@@ -33,6 +34,10 @@ def check_one_input(hidden: HiddenTensor, contraction: LinearMap) -> None:
 
 def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> None:
     """Each linear map must have a stored weight, and the contraction one of its own."""
+    if contraction.node.meta["dtype"].is_complex:
+        raise NearMissError("its weights are complex numbers", contraction.node)
+    if contraction.grouped:
+        raise NearMissError(why_not_linear(contraction.node), contraction.node)
     nameless = [linear for linear in (*expansions, contraction) if not linear.weight]
     packing = next((linear.packing for linear in nameless if linear.packing), "")
     if packing:
@@ -42,8 +47,8 @@ def check_own_weights(expansions: list[LinearMap], contraction: LinearMap) -> No
         )
     if nameless:
         raise NearMissError(
-            "its weight is computed in the forward (weight norm, dequantisation): write the result "
-            "into a plain parameter first",
+            "its weight or bias is computed in the forward (weight norm, dequantisation, a "
+            "parametrisation, pruning): write the result into a plain parameter first",
             nameless[0].node,
         )
     if contraction.weight in {e.weight for e in expansions}:

@@ -12,8 +12,9 @@ from types import MethodType
 import torch
 from torch import nn
 
-from upcycle.capture.capture import ExampleInputs, capture, state_restored
-from upcycle.capture.recorder import Program, source_of
+from upcycle.capture.capture import ExampleInputs, capture
+from upcycle.capture.recorder import Program
+from upcycle.capture.source_lines import source_of
 from upcycle.errors import CaptureError, first_line
 from upcycle.ir.ffn import FFN, Located, Miss
 from upcycle.ir.spec import site_of
@@ -21,6 +22,7 @@ from upcycle.layers.config import LayerConfig, RouterConfig, SelectConfig
 from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install
 from upcycle.passes.locate.place import Way, Ways, pattern_of
+from upcycle.util.copies import state_restored
 
 Find = Callable[[Ways], Located]
 _OTHER_WAYS: tuple[Way, ...] = ("tap", "wide tap")

@@ -11,9 +11,8 @@ so the time does not grow with the depth of the model.
 """
 
 import functools
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,15 +26,16 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from upcycle.capture.recorder import Call, Program, Recorder, leaves_of, replayed_block, source_of
+from upcycle.capture.recorder import Call, Program, Recorder, replayed_block
 from upcycle.capture.recording import recording
 from upcycle.capture.repeated_blocks import repeated_blocks
+from upcycle.capture.source_lines import source_of
 from upcycle.errors import CaptureError, ValueNeededError, first_line
 from upcycle.layers.tap import has_hooks
+from upcycle.util.copies import state_restored
+from upcycle.util.trees import leaves_of, results_in
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
-
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = True) -> Program:
@@ -55,7 +55,7 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
         CaptureError: the forward failed on fake tensors; the message has the operator's own words
             and the line of the model.
     """
-    _check_runs(model)
+    check_runs(model)
     try:
         with state_restored(model):
             try:
@@ -71,7 +71,7 @@ def capture(model: nn.Module, example: ExampleInputs, *, repeat_blocks: bool = T
         raise _refusal(model, example, error) from error
 
 
-def _check_runs(model: nn.Module) -> None:
+def check_runs(model: nn.Module) -> None:
     """Refuse a model that no inputs could run here."""
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     reason = None
@@ -92,9 +92,9 @@ def _refusal(model: nn.Module, example: ExampleInputs, error: Exception) -> Capt
     if asked or isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
         call = next(iter(getattr(error, "__notes__", ())), "`numpy`" if asked else f"`{error}`")
         return ValueNeededError(
-            f"{name}: {call} at {where} reads a value that depends on weights or float inputs; if it "
-            "is only checked or logged, leave that out for the conversion, and if it decides what "
-            "runs, replace it, as with torch.where, or convert a submodule that does without"
+            f"{name}: {call} at {where} reads a value that depends on weights or float inputs; if "
+            "it is only checked or logged, leave that out for the conversion, and if it decides "
+            "what runs, replace it, as with torch.where, or convert a submodule that does without"
         )
     at = f" at {where}" if where else ""
     return CaptureError(
@@ -126,7 +126,7 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
     _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
     with recording(), fake_mode, recorder:
         out = functional_call(model, tensors, args, kwargs, strict=False)
-    recorder.graph.output(tuple(recorder.nodes_of(out)))
+    recorder.graph.output(tuple(recorder.node_of(tensor) for tensor in results_in(out)))
     return recorder.program
 
 
@@ -134,34 +134,6 @@ def _describe(example: ExampleInputs) -> str:
     items = example.items() if isinstance(example, Mapping) else enumerate(example)
     shapes = (f"{k}: {list(v.shape) if isinstance(v, torch.Tensor) else v!r}" for k, v in items)
     return "{" + ", ".join(shapes) + "}"
-
-
-@contextmanager
-def state_restored(model: nn.Module) -> Iterator[None]:
-    """Undo every attribute that the forward sets: fake tensors must not stay in the model.
-
-    The tables, lists, dicts and sets of a module get their old contents back, too.
-    """
-    saved = [
-        (
-            module,
-            dict(vars(module)),
-            [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS],
-        )
-        for module in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, containers in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, contents in containers:
-                container.clear()
-                if isinstance(container, list):
-                    container.extend(contents)
-                else:
-                    container.update(contents)
 
 
 def _watch_calls(model: nn.Module, recorder: Recorder, blocks: Mapping[str, Any]) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.capture.capture import ExampleInputs, capture
+from upcycle.capture.capture import ExampleInputs, capture, check_runs
 from upcycle.capture.function_caches import caches_cleared
-from upcycle.capture.recorder import Program, words_of
+from upcycle.capture.recorder import Program
+from upcycle.capture.source_lines import words_of
 from upcycle.capture.transformers_input_shapes import (
     BATCH,
     LENGTH,
@@ -43,6 +44,7 @@ def find_example(model: nn.Module, *, repeat_blocks: bool = True) -> tuple[Examp
         CaptureError: no guess fits. The message names the arguments whose form is not known, or
             else the first failure; the model's own control flow comes before wrong inputs.
     """
+    check_runs(model)
     failure: CaptureError | None = None
     seen: set[str] = set()
     for guess in _guesses(model):

@@ -1,14 +1,9 @@
 """Record torch calls as a graph: the data that `capture` returns, and what makes it."""
 
 import functools
-import linecache
-import re
 import sys
-import traceback
-import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from upcycle.capture.concrete_values import ConcreteValues, UnknownValueError
+from upcycle.capture.source_lines import asserted, source_here
+from upcycle.util.trees import leaves_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -95,22 +92,6 @@ _SPELLINGS = {
 }
 
 
-def leaves_of(tree: Any) -> list[torch.Tensor]:
-    """The tensors of nested tuples, lists and dicts."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """All tensors of a nested structure, those in dataclasses included."""
-    found: list[torch.Tensor] = []
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_in([getattr(leaf, f.name, None) for f in fields(leaf)])
-    return found
-
-
 class Recorder(TorchFunctionMode):
     """Adds a node for each torch call that returns a tensor or writes to one."""
 
@@ -156,7 +137,7 @@ class Recorder(TorchFunctionMode):
         to_node = functools.partial(pytree.tree_map_only, torch.Tensor, self.node_of)
         inputs = to_node(tuple(args)), to_node(dict(kwargs))
         node = self.graph.create_node("call_function", target, *inputs, name=op_name(target))
-        node.meta["source"] = _source()
+        node.meta["source"] = source_here()
         if (transform := torch._C._functorch.peek_interpreter_stack()) is not None:
             node.meta["transform"] = transform.key().name.lower()
         if isinstance(out, torch.Tensor):
@@ -179,7 +160,7 @@ class Recorder(TorchFunctionMode):
             try:
                 out = self._from_values(func, args, kwargs, known)
             except (UnknownValueError, DataDependentOutputException):
-                if (truth := _asserted(sys._getframe(1))) is not None and op_name(func) == "bool":
+                if (truth := asserted(sys._getframe(1))) is not None and op_name(func) == "bool":
                     return truth
                 error.add_note(f"`{op_name(func)}`")
                 raise error from None
@@ -248,51 +229,6 @@ class Recorder(TorchFunctionMode):
             if id(view) not in direct:
                 old = before[id(view)]
                 self._bind(view, self.graph.call_function(overwritten, (old, node)))
-
-
-def _asserted(caller: types.FrameType) -> bool | None:
-    """What the value must be that is read, if that is an assertion of the model; it is to hold."""
-    if caller.f_code.co_name == "_check_tensor_all_with":
-        return True
-    line = linecache.getline(caller.f_code.co_filename, caller.f_lineno)
-    found = re.match(r"\s*assert\s+(not\s+)?(?!.*\b(and|or)\b)", line)
-    return None if found is None else found[1] is None
-
-
-def _source() -> str:
-    """The innermost line of the model's own code that is running: not torch's, not ours."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_name != "functional_call":
-        if _is_of_model(frame):
-            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
-def source_of(error: BaseException) -> str:
-    """The innermost line of the model's own code where `error` was raised; empty if in none."""
-    lines = [f"{Path(file).name}:{line}" for file, line in _passed(error)]
-    return lines[0] if lines else ""
-
-
-def words_of(error: BaseException) -> list[set[str]]:
-    """The words of the lines of the model's own code that `error` passed, the innermost first."""
-    return [set(re.findall(r"\w+", linecache.getline(*place))) for place in _passed(error)]
-
-
-def _passed(error: BaseException) -> list[tuple[str, int]]:
-    """File and line of the model's own code that `error` passed, the innermost first."""
-    places = [
-        (frame.f_code.co_filename, line)
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if _is_of_model(frame)
-    ]
-    return places[::-1]
-
-
-def _is_of_model(frame: types.FrameType) -> bool:
-    package: str = frame.f_globals.get("__name__", "").partition(".")[0]
-    return package not in {"torch", "upcycle"}
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -16,6 +16,7 @@ from upcycle.conversion.pipeline import SCRATCH, finish
 from upcycle.conversion.workers import HERE, Workers
 from upcycle.data.calibration import Data, given_data
 from upcycle.data.verification_inputs import Evaluation
+from upcycle.errors import UsageError
 from upcycle.ir.ffn import Located
 from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan
@@ -190,6 +191,7 @@ def convert(
 
     Raises:
         RecipeError: the recipe is not valid.
+        UsageError: the weights have no numbers, or some that are not finite.
         CaptureError: the model cannot be run on example inputs.
         PlanError: an FFN cannot become what the recipe asks for.
         VerificationError: the result is further from the dense model than promised.
@@ -201,6 +203,13 @@ def convert(
     if sources:
         named = resolved.experts.model_copy(update={"sources": several.names})
         resolved = resolved.model_copy(update={"experts": named})
+    if (
+        meta := next((name for name, p in model.named_parameters() if p.is_meta), None)
+    ) is not None:
+        raise UsageError(
+            f"{type(model).__name__}: its parameter `{meta}` is on the meta device and has no "
+            "numbers to convert; load the weights first (`upcycle.locate` needs none)"
+        )
     if located is None:
         located = locate_in(model, example_inputs)
     plan = make_plan(located, resolved, recipe_name=name)

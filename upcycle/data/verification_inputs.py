@@ -22,7 +22,9 @@ from upcycle.data.text import (
 )
 from upcycle.errors import UsageError
 from upcycle.models.tokenizer import tokenizer_in
+from upcycle.util.copies import buffers_restored, state_restored
 from upcycle.util.modules import device_of, model_dtype
+from upcycle.util.trees import attributes_of, results_in
 
 MIN_CHARACTERS = 200
 SENTENCES, SENTENCE_TOKENS = 16, 64
@@ -136,21 +138,35 @@ def outputs_of(model: nn.Module, inputs: ExampleInputs) -> dict[str, torch.Tenso
     """Every float tensor that `model` returns, by name, as `comparable` gives them.
 
     A forward that draws random numbers, as ViLT's choice of patches, draws the same ones each time.
+    What it writes into its inputs, its buffers and its attributes does not stay.
     """
     here = device_of(model)
-    given = pytree.tree_map_only(torch.Tensor, lambda t: t.to(here), inputs)
-    with torch.no_grad(), torch.random.fork_rng([] if here.type == "cpu" else [here]):
+    given = pytree.tree_map_only(torch.Tensor, lambda t: t.to(here, copy=True), inputs)
+    with (
+        buffers_restored(model),
+        state_restored(model),
+        torch.no_grad(),
+        torch.random.fork_rng([] if here.type == "cpu" else [here]),
+    ):
         torch.manual_seed(0)
         out = model(**given) if isinstance(given, Mapping) else model(*given)
     tensors: dict[str, torch.Tensor] = {}
-    for name, value in (out if isinstance(out, Mapping) else {"output": out}).items():
+    for name, value in _named(out).items():
         if isinstance(value, Cache) or name == "past_key_values":  # a model's own may be tuples
             continue
-        leaves = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
-        leaves = [t for t in leaves if t.is_floating_point() and t.numel()]
+        leaves = [t for t in results_in(value) if t.is_floating_point() and t.numel()]
         for i, tensor in enumerate(leaves):
             tensors[name if len(leaves) == 1 else f"{name}.{i}"] = tensor
     return comparable(tensors, inputs)
+
+
+def _named(out: Any) -> Mapping[str, Any]:
+    """What a model returned, by name: of an object of any class by its attributes."""
+    if isinstance(out, Mapping):
+        return out
+    leaves = pytree.tree_leaves(out)
+    unknown = len(leaves) == 1 and leaves[0] is out and not isinstance(out, torch.Tensor)
+    return (unknown and attributes_of(out)) or {"output": out}
 
 
 def comparable(

@@ -1,8 +1,10 @@
-"""Copies of a model, and the tensors of one, whatever else hangs on it."""
+"""Copies of a model, its tensors, and what a forward leaves behind in it."""
 
 import copy
 import traceback
-from collections.abc import Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 from upcycle.errors import UnsupportedError
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 def copy_of(model: Module, instead: Mapping[int, Any] | None = None) -> Module:
@@ -70,3 +74,44 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of ``model.state_dict()``, which may hold other things, too."""
     state = model.state_dict()
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+@contextmanager
+def buffers_restored(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Undo what the forward writes into buffers, except for those of the modules `but`."""
+    left = {id(buffer) for module in but for buffer in module.buffers()}
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in left]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, content in before:
+                buffer.copy_(content)
+
+
+@contextmanager
+def state_restored(model: nn.Module) -> Iterator[None]:
+    """Undo every attribute that the forward sets: fake tensors, say, must not stay in the model.
+
+    The tables, lists, dicts and sets of a module get their old contents back, too.
+    """
+    saved = [
+        (
+            module,
+            dict(vars(module)),
+            [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS],
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, containers in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, contents in containers:
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(contents)
+                else:
+                    container.update(contents)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from upcycle.data.verification_inputs import Evaluation, outputs_of
 from upcycle.ir.measured import Distance
@@ -17,7 +18,9 @@ from upcycle.layers.moe import MoE
 from upcycle.models.expert_sources import NO_SOURCES, Sources, merged
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.util.modules import eval_mode, model_dtype
+from upcycle.util.trees import leaves_of
 from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
+from upcycle.verification.metrics import ROUNDING
 from upcycle.verification.whole_model import compare_models, end_to_end
 
 
@@ -40,7 +43,7 @@ def verify_module(
     parameters = dict(dense.named_parameters(remove_duplicate=False))
     dtype = model_dtype(dense)
     with eval_mode(dense, converted), torch.no_grad():
-        with _router_inputs(list(layers.values())) as seen:
+        with _router_inputs(list(layers.values())) as seen, _dtypes(dtype) as dtypes:
             outputs_of(converted, evaluation.batches[0])
 
         def case(spec: MoESpec) -> LayerCase:
@@ -50,7 +53,8 @@ def verify_module(
         rows = verify_layers(plan.specs, case, Origins(parameters, provenance, sources.tensors))
         found = compare_models(dense, converted, evaluation)
         apart = _source_distances(dense, converted, sources, evaluation)
-    checks = (*layer_checks(rows, dtype), end_to_end(found, plan.recipe, dtype))
+    coarsest = max(dtypes, key=ROUNDING.__getitem__)
+    checks = (*layer_checks(rows, dtype), end_to_end(found, plan.recipe, coarsest))
     every = (*report.checks, *checks)
     return replace(report, layers=rows, end_to_end=found, sources=apart or None, checks=every)
 
@@ -69,12 +73,25 @@ def _source_distances(
 
 
 @contextmanager
+def _dtypes(dtype: torch.dtype) -> Iterator[set[torch.dtype]]:
+    """`dtype`, and the float types that modules give within it: autocast computes in others."""
+    seen = {dtype}
+
+    def note(_: nn.Module, __: object, out: object) -> None:
+        seen.update(tensor.dtype for tensor in leaves_of(out) if tensor.dtype in ROUNDING)
+
+    with register_module_forward_hook(note):
+        yield seen
+
+
+@contextmanager
 def _router_inputs(layers: list[MoE]) -> Iterator[dict[MoE, torch.Tensor]]:
-    """The tokens [T, D] that each layer was last given."""
+    """The tokens [T, D] that each layer was last given, in the dtype of its weights."""
     seen: dict[MoE, torch.Tensor] = {}
 
     def remember(layer: MoE) -> Callable[..., None]:
-        return lambda _, args: seen.__setitem__(layer, args[0].detach())
+        dtype = layer.experts.down_proj.dtype  # autocast may have given others
+        return lambda _, args: seen.__setitem__(layer, args[0].detach().to(dtype))
 
     with ExitStack() as hooks:
         for layer in layers:
