@@ -102,13 +102,14 @@ def test_the_kinds_that_the_recipe_names_are_converted() -> None:
         recipe(layers={"kinds": ()})
 
 
-def test_a_plain_mlp_is_converted_if_the_recipe_says_so() -> None:
+def test_a_plain_mlp_is_converted_unless_the_recipe_names_kinds() -> None:
     torch.manual_seed(0)
     mlp = torch.nn.Sequential(torch.nn.Linear(784, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     x = torch.randn(5, 784)
     with pytest.raises(UnsupportedError, match=r"set `layers.kinds: \[ffn, head\]`"):
-        upcycle.convert(mlp, "split-all", (x,))
-    done = upcycle.convert(mlp, "split-all", (x,), overrides=["layers.kinds=[head]"])
+        upcycle.convert(mlp, "split-all", (x,), overrides=["layers.kinds=[ffn]"])
+    done = upcycle.convert(mlp, "split-all", (x,))
+    assert done.plan.recipe.layers.kinds == ("head",)
     (spec,) = done.plan.specs
     assert (spec.ffn.kind, spec.ffn.d_ff) == ("head", 256)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.layers.moe import MoE
-from upcycle.util.copies import buffers_restored
+from upcycle.util.copies import buffers_restored, state_restored
 from upcycle.util.modules import eval_mode
 
 # Arguments with a token at each place, and the mask that says which of them are padding.
@@ -55,11 +55,12 @@ class Site:
 def sites_of(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """The sites note shapes; `model` is in eval mode and draws the same in every forward.
 
-    What its forward writes into buffers does not stay.
+    What its forward writes into buffers and attributes does not stay.
     """
     layers = [site.layer for site in sites]
     with (
         buffers_restored(model, but=layers),
+        state_restored(model, but=layers),
         ExitStack() as stack,
         eval_mode(model),
         torch.random.fork_rng(devices=[]),

@@ -15,7 +15,7 @@ from upcycle.capture.capture import ExampleInputs, capture
 from upcycle.capture.function_caches import caches_cleared
 from upcycle.capture.guess_inputs import find_example
 from upcycle.capture.recorder import Program, op_name
-from upcycle.ir.ffn import FFN, Located, Miss, Projection
+from upcycle.ir.ffn import FFN, SHARES, Located, Miss, Projection
 from upcycle.passes.locate.hidden_tensor import (
     HiddenTensor,
     NearMissError,
@@ -220,7 +220,7 @@ def _drop_overlapping(found: list[FFN], misses: list[Miss]) -> list[FFN]:
             kept.append(ffn)
         else:
             where = rival.path or rival.contraction.module
-            reason = f"it shares a weight with the FFN `{where}`"
+            reason = f"{SHARES} `{where}`"
             misses.append(Miss(ffn.contraction.module, reason))
     return [ffn for ffn in found if ffn in kept]
 

@@ -1,6 +1,7 @@
 """Decide which FFNs become which MoE layers; refuse what cannot work before reading weights.
 
-The FFNs are filtered in this order: the wanted kinds; a path that fits `include` and not `exclude`;
+The FFNs are filtered in this order: the wanted kinds (heads, where a recipe names no kind and the
+model has nothing else); a path that fits `include` and not `exclude`;
 not among the first and last that are to be skipped; every n-th of the rest (the n-th, the 2n-th,
 ..., as transformers counts ``decoder_sparse_step``; from `start` on).
 """
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from upcycle.errors import PlanError, UnsupportedError
-from upcycle.ir.ffn import FFN, Located
+from upcycle.ir.ffn import FFN, SHARES, Located
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.kinds import (
@@ -42,7 +43,9 @@ def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") 
         PlanError: the recipe does not fit; the message has a line for each problem, with the FFNs
             that have it.
     """
-    chosen = select_sites(located, recipe.layers)
+    layers = with_kinds(located, recipe.layers)
+    recipe = recipe.model_copy(update={"layers": layers})
+    chosen = select_sites(located, layers)
     problems: dict[str, list[str]] = {}
     for ffn in chosen:
         for problem in _problems(ffn, recipe):
@@ -53,6 +56,18 @@ def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") 
         raise PlanError("\n".join(lines), site=_few(paths))
     specs = tuple(_spec(ffn, recipe, layer=located.ffns.index(ffn)) for ffn in chosen)
     return Plan(located=located, specs=specs, recipe=recipe, recipe_name=recipe_name)
+
+
+def with_kinds(located: Located, layers: recipe.Layers) -> recipe.Layers:
+    """`layers` with the kind ``head`` if it names none and a plain MLP is all that there is.
+
+    A model whose real FFNs were refused is none: its pooler is not what was meant.
+    """
+    kinds = {ffn.kind for ffn in located.ffns}
+    refused = any(not miss.reason.startswith(SHARES) for miss in located.misses)
+    if "kinds" in layers.model_fields_set or "ffn" in kinds or "head" not in kinds or refused:
+        return layers
+    return layers.model_copy(update={"kinds": ("head",)})
 
 
 def select_sites(located: Located, layers: recipe.Layers) -> list[FFN]:

@@ -53,15 +53,16 @@ class ConcreteValues:
         """
         real = self._stand_in if shape_only else self._known
         args, kwargs = pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
-        chance = torch.default_generator.get_state()
         with unset_fake_temporarily():
+            chance = torch.default_generator.get_state()
             try:
                 out = func(*args, **kwargs)
+                if getattr(func, "__name__", "") in _UNSET:
+                    out.zero_()  # a model writes to it before it reads
+                draws = not torch.equal(torch.default_generator.get_state(), chance)
             except Exception as error:  # as a real tensor it has another fault: not a value
                 raise UnknownValueError from error
-            if getattr(func, "__name__", "") in _UNSET:
-                out.zero_()  # a model writes to them before it reads
-            if not torch.equal(torch.default_generator.get_state(), chance):
+            if draws:
                 torch.default_generator.set_state(chance)
                 raise UnknownValueError
         return out

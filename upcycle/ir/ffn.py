@@ -12,6 +12,9 @@ from typing import Any, Literal
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.schema import FFNKind
 
+# How the reason of a miss begins where two FFNs overlap, of which one is found.
+SHARES = "it shares a weight with the FFN"
+
 Placement = Literal["module", "siblings", "inline"]
 
 

@@ -90,11 +90,12 @@ def buffers_restored(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iter
 
 
 @contextmanager
-def state_restored(model: nn.Module) -> Iterator[None]:
+def state_restored(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Undo every attribute that the forward sets: fake tensors, say, must not stay in the model.
 
-    The tables, lists, dicts and sets of a module get their old contents back, too.
+    Those of the modules `but`, and of what is inside, stay. The tables, lists, dicts and sets of a module get their old contents back, too.
     """
+    left = {inner for module in but for inner in module.modules()}
     saved = [
         (
             module,
@@ -102,6 +103,7 @@ def state_restored(model: nn.Module) -> Iterator[None]:
             [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS],
         )
         for module in model.modules()
+        if module not in left
     ]
     try:
         yield
