@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.nn import functional as F
 
@@ -326,3 +327,20 @@ def test_a_state_dict_may_hold_more_than_tensors(tmp_path: Any) -> None:
     other.norm = nn.Identity()
     with pytest.raises(upcycle.UsageError, match="its weights are not those"):
         upcycle.load(tmp_path / "out", model=other)
+
+
+def test_no_file_holds_hooks(tmp_path: Any) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    config = hf.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    model = hf.LlamaForCausalLM(config).eval()
+    mlp = model.model.layers[0].mlp
+    for factor, words in ((1.0, ""), (2.0, r"no file holds the hooks on `model.layers.0.mlp`")):
+        handle = mlp.register_forward_hook(lambda _, __, out, factor=factor: factor * out)
+        done = upcycle.convert(model, "split-all", overrides=["experts.count=4"])
+        if words:
+            with pytest.raises(upcycle.VerificationError, match=words):
+                done.save(tmp_path / "doubled")
+        else:
+            done.save(tmp_path / "same")
+        handle.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["same"]

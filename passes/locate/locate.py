@@ -110,12 +110,14 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
             return example, capture(model, example, repeat_blocks=repeat_blocks)
 
     given, program = captured(repeat_blocks=True)
-    repeat_blocks = not any(crosses_blocks(program, ffn) for ffn in locate(program).ffns)
+    first = locate(program)
+    repeat_blocks = not any(crosses_blocks(program, ffn) for ffn in first.ffns)
     if not repeat_blocks:
         given, program = captured(repeat_blocks=False)
+        first = locate(program)
     with caches_cleared(model):
         located = tried(
-            lambda ways: without_tied(model, locate(program, ways)),
+            lambda ways: without_tied(model, locate(program, ways) if ways else first),
             lambda ffns: fault_of(model, given, program, ffns, repeat_blocks=repeat_blocks),
         )
     return with_unseen(model, program, located)

@@ -116,19 +116,21 @@ class MoESpec:
 def site_of(ffn: FFN, layer: LayerConfig) -> dict[str, Any]:
     """Where the `layer` of an FFN goes and what it is, as `upcycle.layers.tap.install` takes it."""
     modules = {p.module: p for p in ffn.expansions}
-    kept = {  # what the taps and the contraction go on computing beside the layer
-        "rows": [[list(run) for run in ffn.rows_of(module)] for module in modules],
-        "biases": [p.bias is not None for p in modules.values()],
-        "columns": list(ffn.contraction.columns or ()),
-        "hidden": ffn.hidden_width,
-    }
+    kept: dict[str, Any] = {}
+    if ffn.shared:  # what the taps and the contraction go on computing beside the layer
+        kept = {
+            "rows": [[list(run) for run in ffn.rows_of(module)] for module in modules],
+            "biases": [p.bias is not None for p in modules.values()],
+            "columns": list(ffn.contraction.columns or ()),
+            "hidden": ffn.hidden_width,
+        }
     return {
         "path": ffn.path,
         "placement": ffn.placement,
         "expansions": list(modules),
         "contraction": ffn.contraction.module,
         "tap_widths": list(ffn.tap_widths),
-        "kept": kept if ffn.shared else {},
+        "kept": kept,
         "layer": layer.to_json(),
     }
 

@@ -93,7 +93,8 @@ def buffers_restored(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iter
 def state_restored(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Undo every attribute that the forward sets: fake tensors, say, must not stay in the model.
 
-    Those of the modules `but`, and of what is inside, stay. The tables, lists, dicts and sets of a module get their old contents back, too.
+    The tables, lists, dicts and sets of a module get their old contents back, too. What the modules
+    `but`, and those inside, have set stays.
     """
     left = {inner for module in but for inner in module.modules()}
     saved = [

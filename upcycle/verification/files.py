@@ -8,9 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.data.verification_inputs import Evaluation, outputs_of
+from upcycle.errors import VerificationError
 from upcycle.ir.measured import Check, Tempered
 from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan
+from upcycle.layers.tap import has_hooks
 from upcycle.targets.checkpoint import Checkpoint, planned_layers
 from upcycle.targets.load import load
 from upcycle.targets.native.architecture import NativeTarget
@@ -62,6 +64,12 @@ def _reloaded(
     skeleton = None if isinstance(model, PreTrainedModel) else copy_of(dense)
     loaded = load(directory, model=skeleton, trust_remote_code=True)
     found = compare_models(model, loaded, evaluation, predictions=False).relative
+    hooked = next((path for path, module in model.named_modules() if has_hooks(module)), None)
+    if found > allowed and skeleton is None and hooked is not None:
+        raise VerificationError(
+            f"loaded again, the files are {found:.3g} off (allowed {allowed:.3g}): no file holds "
+            f"the hooks on `{hooked}`; remove them before saving"
+        )
     checks = [check(RELOADED, found, allowed)]
     if found > allowed and (followed := _followed(model, loaded, evaluation, plan)):
         (found, ties), most, near = followed, allowed, allowed
