@@ -229,8 +229,9 @@ def _check_unchanged(program: Program, use: Use) -> None:
 
 def _check_turns(program: Program, use: Use) -> None:
     """Expansion and contraction must run in turns: one input is kept between them."""
-    ends = (use.ffn.expansions[0].weight, use.contraction.weight)
-    maps = map(linear_map, program.graph.nodes)
+    first, last = use.ffn.expansions[0], use.ffn.contraction
+    ends, modules = (first.weight, last.weight), {first.module, last.module}
+    maps = [linear_map(node) for node in program.graph.nodes if node.meta.get("path") in modules]
     order = [ends.index(found.weight) for found in maps if found and found.weight in ends]
     if any(a == b for a, b in pairwise(order)) or order[0] != 0 or order[-1] != 1:
         raise NearMissError(

@@ -160,7 +160,7 @@ class Recorder(TorchFunctionMode):
             try:
                 out = self._from_values(func, args, kwargs, known)
             except (UnknownValueError, DataDependentOutputException):
-                if (truth := asserted(sys._getframe(1))) is not None and op_name(func) == "bool":
+                if (truth := asserted(sys._getframe(1), op_name(func))) is not None:
                     return truth
                 error.add_note(f"`{op_name(func)}`")
                 raise error from None

@@ -8,10 +8,12 @@ import types
 from pathlib import Path
 
 
-def asserted(caller: types.FrameType) -> bool | None:
-    """What the value must be that is read, if that is an assertion of the model; it is to hold."""
+def asserted(caller: types.FrameType, call: str) -> bool | None:
+    """What the value must be that an assertion of the model reads by `call`; it is to hold."""
     if caller.f_code.co_name == "_check_tensor_all_with":
         return True
+    if call != "bool":
+        return None
     line = linecache.getline(caller.f_code.co_filename, caller.f_lineno)
     found = re.match(r"\s*assert\s+(not\s+)?(?!.*\b(and|or)\b)", line)
     return None if found is None else found[1] is None

@@ -1,6 +1,7 @@
 """The library's own functions: locate, convert, and what a conversion is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -203,24 +204,35 @@ def convert(
     if sources:
         named = resolved.experts.model_copy(update={"sources": several.names})
         resolved = resolved.model_copy(update={"experts": named})
-    if (
-        meta := next((name for name, p in model.named_parameters() if p.is_meta), None)
-    ) is not None:
-        raise UsageError(
-            f"{type(model).__name__}: its parameter `{meta}` is on the meta device and has no "
-            "numbers to convert; load the weights first (`upcycle.locate` needs none)"
-        )
     if located is None:
         located = locate_in(model, example_inputs)
     plan = make_plan(located, resolved, recipe_name=name)
     check_model(model, plan)
-    given = given_data(calibration)
-    opened = in_memory(model, plan, given, source=source, example=example_inputs, sources=several)
-    with making(opened, Path(SCRATCH), workers, progress) as made:
-        converted = opened.finish(made)
-    report = replace(header(made.plan, opened.facts), calibration=made.calibration)
-    if verify:
-        with step(progress, "verifying"):
-            report = opened.verify_module(report, made)
-        raise_if_failed(report)
+    with _meta_told(model):
+        given = given_data(calibration)
+        opened = in_memory(
+            model, plan, given, source=source, example=example_inputs, sources=several
+        )
+        with making(opened, Path(SCRATCH), workers, progress) as made:
+            converted = opened.finish(made)
+        report = replace(header(made.plan, opened.facts), calibration=made.calibration)
+        if verify:
+            with step(progress, "verifying"):
+                report = opened.verify_module(report, made)
+            raise_if_failed(report)
     return Conversion(converted, made, opened, report)
+
+
+@contextmanager
+def _meta_told(model: nn.Module) -> Iterator[None]:
+    """Only recipes that look at no numbers, without verification, convert weights without any."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+        if meta is None:
+            raise
+        raise UsageError(
+            f"{type(model).__name__}: its parameter `{meta}` is on the meta device and has no "
+            "numbers, which the recipe or the verification looks at; load the weights first"
+        ) from error
