@@ -24,6 +24,7 @@ class Call:
     Attributes:
         plain: all that went in was one positional tensor, all that came out one tensor, nothing
             else was changed, and no hook watches inside: a module of one tensor can take the place.
+            A node of an ONNX file, which is a call of its own, has no `inputs` here.
         replayed: it repeats a recorded call of a block.
     """
 
