@@ -143,21 +143,24 @@ def read_origins(directory: Path) -> list[LayerOrigin] | None:
 def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
     """The plan with the widths that the layers in `directory` have, and their provenance.
 
-    A recipe may choose widths from its data. Without ``provenance.json``, which older versions did
-    not write, the layers are taken to be as planned.
+    A recipe may choose widths from its data, and in older versions all experts had one output bias
+    in common. Without ``provenance.json``, which those did not write, the layers are taken to be as
+    planned then.
 
     Raises:
         UsageError: the file is damaged, or the layers are those of another model.
     """
     layers = read_origins(directory)
     if layers is None:
-        return plan, {}
+        specs = tuple(replace(spec, expert_bias=False) for spec in plan.specs)
+        return replace(plan, specs=specs), {}
     there, sizes, provenance = [], [], {}
     try:
         for layer in layers:
             made = layer["layer"]
             there.append((layer["path"], layer["dense_neurons"], made["d_model"]))
-            sizes.append({"width": made["width"], "shared": made["shared"]})
+            found = {"width": made["width"], "shared": made["shared"]}
+            sizes.append({**found, "expert_bias": made.get("expert_bias", False)})
             experts, shared = rows_of(layer)
             provenance[layer["path"]] = Provenance(
                 torch.tensor(experts, dtype=torch.int64), torch.tensor(shared, dtype=torch.int64)

@@ -16,8 +16,7 @@ def from_checkpoints(dense: DenseLayer) -> Parts:
     """Take the experts from the same FFN of several models, in their order, equally many of each.
 
     Approximate; exact if all sources are equal and the weights of a token sum to one. A layer that
-    is forced to the expert of one source is the FFN of that source, but for the output bias: the
-    layer has one, which is that of `ffn`, and so follows ``experts.merge``.
+    is forced to the expert of one source is the FFN of that source, its output bias included.
 
     Returns:
         E experts of width F, E being a multiple of the number of sources; the origins are the

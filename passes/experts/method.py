@@ -91,6 +91,11 @@ class ExpertMethod:
     refuse: Callable[[FFN, Recipe], Iterable[str]] = lambda ffn, recipe: ()
 
     @property
+    def makes_whole_ffns(self) -> bool:
+        """Whether each routed expert is an FFN for itself, with an output bias of its own."""
+        return self.kind in ("copies", "altered", "residual")
+
+    @property
     def deals_neurons(self) -> bool:
         """Whether its experts, shared ones too, are sets of neurons of one FFN."""
         return self.kind in ("split", "subsets")

@@ -138,6 +138,7 @@ def _spec(ffn: FFN, recipe: Recipe, *, layer: int) -> MoESpec:
         seed=_seed(recipe.seed, layer),
         router_kind=router_method.makes,
         router_facts=dict(router_method.facts(router, ffn, num_experts)),
+        expert_bias=method.makes_whole_ffns and ffn.contraction.bias is not None,
     )
 
 

@@ -14,11 +14,12 @@ def promise_of(
     """Whether the layer is equal to the dense FFN for every input, up to rounding.
 
     Write ``FFN(x) = b + sum_j n_j(x)``, one term for each neuron j. The layer computes
-    ``b + scale * sum_k w_k E_k(x)`` over the K chosen of N experts; b is added once and is right
-    whatever is chosen. `total` is the sum of the weights where it does not depend on the token: 1
+    ``b + scale * sum_k w_k E_k(x)`` over the K chosen of N experts, where parts of one FFN have b
+    in common, and ``scale * sum_k w_k E_k(x)`` where each is a whole FFN with a b of its own.
+    `total` is the sum of the weights where it does not depend on the token: 1
     for ``renormalised`` and ``renorm_detach``, K for ``one``, and for ``softmax`` 1 if K = N.
 
-    - Copies: every ``E_k`` is ``FFN - b``, so the layer is exact iff ``scale * total = 1``.
+    - Copies: every ``E_k`` is the FFN, so the layer is exact iff ``scale * total = 1``.
     - Slices of copies: if the chosen ones are whole copies with equal weights within a copy, a
       copy of weight q (q / G for each of its G slices) adds ``q / G * S (FFN - b)``. The factor
       S of `experts.granular.total_scale` makes the sum ``FFN - b`` if `total` exists. Whole copies

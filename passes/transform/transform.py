@@ -13,7 +13,7 @@ from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
 from upcycle.passes.experts import EXPERTS
-from upcycle.passes.experts.method import DenseLayer
+from upcycle.passes.experts.method import DenseLayer, Parts
 from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.passes.transform.compensate import compensate
 
@@ -25,8 +25,9 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> 
     `passes.plan.plan.needs` asks for it.
 
     Returns:
-        Experts in the dtype of `ffn`, a float32 router, and the output bias of the FFN, which the
-        layer adds once. Memory: the experts, and what their method says.
+        Experts in the dtype of `ffn`, a float32 router, and the output bias: of each expert that is
+        a whole FFN, else of the layer, which adds it once. Memory: the experts, and what their
+        method says.
     """
     dense = DenseLayer(ffn, spec, spec.generator("experts"), data)
     parts = EXPERTS[spec.experts.method].build(dense)
@@ -37,8 +38,23 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> 
         router["selection_bias"] = torch.zeros(spec.num_experts + config.nulls)
     if config.weights == "gain":
         router["gain"] = torch.zeros(spec.num_experts)
-    made = MoEWeights(parts.experts, router, ffn.down_bias_O, parts.shared)
+    bias_EO, bias_O = _output_biases(dense, parts)
+    experts = replace(parts.experts, down_bias_EO=bias_EO)
+    made = MoEWeights(experts, router, bias_O, parts.shared)
     return compensate(made, ffn, spec, data) if data is not None else made
+
+
+def _output_biases(
+    dense: DenseLayer, parts: Parts
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of the experts [E, O], and what the layer adds once [O]; scaled as their contractions."""
+    ffn, spec, bias_O = dense.ffn, dense.spec, dense.ffn.down_bias_O
+    if bias_O is None or not spec.expert_bias:
+        return None, bias_O
+    sources = [ffn.sources[source] for source in spec.source_E] or [ffn] * spec.num_experts
+    biases = [bias_O if one.down_bias_O is None else one.down_bias_O for one in sources]
+    bias_EO = torch.stack(biases) * parts.experts.down_scale
+    return bias_EO, None if parts.shared is None else bias_O * parts.shared.down_scale
 
 
 def merge_to_dense(

@@ -90,7 +90,7 @@ def _forward(
 ) -> torch.Tensor:
     """`Experts.forward` as one node, which gets a weight for each expert: zero if not chosen.
 
-    So no runtime breaks a tie.
+    So no runtime breaks a tie. Output biases are a product with the weights beside it.
     """
     weights_TE = weights_TK.new_zeros(index_TK.shape[0], experts.num_experts)
     weights_TE = weights_TE.scatter(-1, index_TK, weights_TK)
@@ -105,6 +105,8 @@ def _forward(
         shape=(x_TD.shape[0], experts.down_proj.shape[1]),
         version=1,
     )
+    if experts.down_bias_EO is not None:
+        y_TO = y_TO + weights_TE.to(x_TD.dtype) @ experts.down_bias_EO
     return y_TO
 
 

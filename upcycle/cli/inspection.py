@@ -72,6 +72,7 @@ def _layer(directory: Path, stored: LayerOrigin) -> dict[str, Any]:
             "compensation": stored["compensate"],
             "low_rank": config.low_rank,
             "output_bias": config.output_bias,
+            "expert_bias": config.expert_bias,
             "dense_neurons": stored["dense_neurons"],
             "sources": stored["sources"],
             "expert_rows": stored["experts"],

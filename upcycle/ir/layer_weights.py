@@ -70,6 +70,7 @@ def weights_of(layer: MoE, provenance: Provenance | None = None) -> MoEWeights:
         up_bias_EG=held.get(f"experts.{up}_bias"),
         down_EOI=down_EOI,
         neuron_EI=provenance.expert_EI,
+        down_bias_EO=held.get("experts.down_proj_bias"),
     )
     has_low_rank = layer.low_rank is not None
     return MoEWeights(

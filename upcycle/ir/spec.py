@@ -29,6 +29,7 @@ class MoESpec:
         num_experts: routed experts (copies times granularity for granular upcycling).
         width: neurons of one routed expert, zero padding included.
         shared: neurons of the shared expert, which every token visits.
+        expert_bias: each expert is a whole FFN and has the output bias of one.
         top_k: routed experts that a token visits, at most; `select` may leave some out.
         scale: factor on the expert weights at run time.
         promise: what the algebra of the method says about equality with the dense FFN.
@@ -50,6 +51,7 @@ class MoESpec:
     seed: int
     router_kind: RouterKind = "linear"
     router_facts: dict[str, Any] = field(default_factory=dict)
+    expert_bias: bool = False
 
     def generator(self, purpose: str) -> torch.Generator:
         """A fresh generator for one purpose, so that adding a draw does not shift another."""
@@ -92,6 +94,7 @@ class MoESpec:
         """The configuration of the runtime layer."""
         ffn = self.ffn
         has_offset = self.compensate.mean or self.compensate.affine
+        is_shared = ffn.contraction.bias is not None and not (self.expert_bias and not self.shared)
         return LayerConfig(
             num_experts=self.num_experts,
             width=self.width,
@@ -102,7 +105,8 @@ class MoESpec:
             axis=ffn.axis,
             pointwise=ffn.pointwise,
             up_bias=ffn.has_up_bias,
-            output_bias=ffn.contraction.bias is not None or has_offset,
+            output_bias=is_shared or has_offset,
+            expert_bias=self.expert_bias,
             router=self.router_config(),
             hidden_dropout=ffn.hidden_dropout,
             output_dropout=ffn.output_dropout,

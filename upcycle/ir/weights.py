@@ -68,8 +68,10 @@ class ExpertWeights:
     Attributes:
         up_EGD: [E, M * I, D]; rows ``i * I .. (i + 1) * I`` of an expert are its expansion i.
         up_bias_EG: [E, M * I] or None.
-        down_EOI: [E, O, I]. The output bias of the FFN is kept out of the experts: the layer adds
-            it once, which is right under every routing rule.
+        down_EOI: [E, O, I].
+        down_bias_EO: [E, O] where each expert is a whole FFN; else None: the output bias of parts
+            of one FFN is kept out of them, and the layer adds it once, which is right under every
+            routing rule.
         neuron_EI: [E, I] int64, the dense neuron behind each neuron; -1 is a neuron of zeros.
         up_scale, down_scale: factors on the expansions and on the contraction, relative to the
             dense FFN.
@@ -81,6 +83,7 @@ class ExpertWeights:
     neuron_EI: torch.Tensor
     up_scale: float = 1.0
     down_scale: float = 1.0
+    down_bias_EO: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class MoEWeights:
     Attributes:
         router: the tensors of the router by their names in it, float32 or int64; for a linear one
             ``weight`` [E, D] and perhaps ``bias`` [E].
-        output_bias_O: added once, or None.
+        output_bias_O: added once, or None: that of the FFN, or of the shared expert where each
+            expert has its own.
         shared: the shared expert as a single expert, or None.
         low_rank: ``(V_RD, U_OR)`` of the term ``U V x`` that every token gets, or None.
         figures: what fitting measured, for the report.
@@ -132,6 +136,7 @@ class MoEWeights:
             f"experts.{up}": experts.up_EGD,
             f"experts.{up}_bias": experts.up_bias_EG,
             "experts.down_proj": experts.down_EOI,
+            "experts.down_proj_bias": experts.down_bias_EO,
             "output_bias": self.output_bias_O,
         }
         if shared is not None:

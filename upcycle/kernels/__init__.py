@@ -79,10 +79,10 @@ def route_and_visit(experts: Any, x_TD: torch.Tensor, router: Any) -> torch.Tens
         return None
     own = experts._parameters  # less to fetch than attributes, when all caches hold other weights
     up_EGD, down_EOI = own.get(experts.up_name), own.get("down_proj")
-    bias_EG = own.get(f"{experts.up_name}_bias")
+    bias_EG, down_bias_EO = own.get(f"{experts.up_name}_bias"), own.get("down_proj_bias")
     if up_EGD is None or down_EOI is None or (bias_EG is None) is experts.has_bias:
         return None
-    return run_routed(up_EGD, bias_EG, down_EOI, of_module(experts), x_TD, router)
+    return run_routed(up_EGD, bias_EG, down_EOI, of_module(experts), x_TD, router, down_bias_EO)
 
 
 def weights_of(experts: Any) -> KernelWeights:
@@ -92,8 +92,10 @@ def weights_of(experts: Any) -> KernelWeights:
     if experts.is_transposed:
         up_EGD, down_EOI = up_EGD.mT, down_EOI.mT
     up_bias_EG = getattr(experts, f"{up}_bias") if experts.has_bias else None
-    has_down_bias = experts.has_bias and not hasattr(experts, "program")
-    down_bias_EO = experts.down_proj_bias if has_down_bias else None
+    if hasattr(experts, "program"):
+        down_bias_EO = experts.down_bias_EO
+    else:
+        down_bias_EO = experts.down_proj_bias if experts.has_bias else None
     activate = experts._apply_gate if experts.has_gate else experts.act_fn
     norm = experts.post_expert_norm if experts.has_post_expert_norm else None
     name = of_module(experts)

@@ -78,6 +78,7 @@ def run_routed(
     activation: str | None,
     x_TD: torch.Tensor,
     router: tuple[torch.Tensor, torch.Tensor | None, int, str, float],
+    down_bias_EO: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """As `run_compiled`, with the visits that a linear router chooses in the same call.
 
@@ -87,7 +88,7 @@ def run_routed(
     `RULES` for the weights; their scale.
     """
     weight_ED, bias_E, top_k, rule, scale = router
-    experts = (up_EGD, up_bias_EG, down_EOI, None)
+    experts = (up_EGD, up_bias_EG, down_EOI, down_bias_EO)
     if activation not in ACTIVATIONS or not _can_run(experts, (x_TD, weight_ED, bias_E)):
         return None
     # Torch says what is wrong with other shapes, and rounds no tokens before it has their scores.

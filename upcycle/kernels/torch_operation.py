@@ -20,10 +20,15 @@ from upcycle.pointwise import Pointwise
 def run_as_one_node(
     experts: Any, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """``upcycle::moe`` of an `upcycle.layers.experts.Experts`."""
+    """``upcycle::moe`` of an `upcycle.layers.experts.Experts`, and its output biases."""
     parameters = (experts.up_EGD, experts.up_bias_EG, experts.down_proj, experts.program)
     y_TO: torch.Tensor = torch.ops.upcycle.moe(x_TD, index_TK, weights_TK, *parameters)
-    return y_TO
+    bias_EO = experts.down_bias_EO
+    if bias_EO is None:
+        return y_TO
+    # Where the weight is zero the index may be that of an expert of another process.
+    bias_TKO = bias_EO[index_TK.clamp(0, len(bias_EO) - 1)].to(weights_TK.dtype)
+    return y_TO + (weights_TK[..., None] * bias_TKO).sum(1).to(y_TO.dtype)
 
 
 @lru_cache(maxsize=256)

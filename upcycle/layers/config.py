@@ -31,6 +31,7 @@ class Settings:
     """Fields that are also JSON."""
 
     _special: ClassVar[Special] = {}
+    _if_true: ClassVar[tuple[str, ...]] = ()  # later fields: JSON without them says what it did
 
     @classmethod
     def from_json(cls, data: Any, where: str = "layer") -> Self:
@@ -60,6 +61,7 @@ class Settings:
         """Plain data that `from_json` reads back."""
         first = getattr(self, fields(self)[0].name)
         values = {name: getattr(self, name) for name in self._fields(first)}
+        values = {n: v for n, v in values.items() if v or n not in self._if_true}
         return {n: v.to_json() if hasattr(v, "to_json") else v for n, v in values.items()}
 
     @classmethod
@@ -141,6 +143,7 @@ class RouterConfig(Settings):
         "table": ("entries", "by"),
         "neurons": ("pointwise", "up_bias"),
     }
+    _if_true: ClassVar[tuple[str, ...]] = ("extended",)
 
     kind: RouterKind
     num_experts: int
@@ -166,13 +169,6 @@ class RouterConfig(Settings):
         is_linear = self.kind == "linear" and self.select.rule == "top_k"
         return is_linear and self.weights != "gain" and not self.balance and not self.nulls
 
-    def to_json(self) -> dict[str, Any]:
-        """As `Settings.to_json`; `extended` is written where it is true."""
-        data = super().to_json()
-        if not self.extended:
-            del data["extended"]
-        return data
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig(Settings):
@@ -187,9 +183,12 @@ class LayerConfig(Settings):
         axis: of the input that is D: -1, or 1 for convolutions.
         pointwise: what stands between the expansions and the contraction.
         up_bias, output_bias: whether the expansions and the output have biases.
+        expert_bias: whether each expert has an output bias of its own, which its weight multiplies.
         router: how tokens find their experts.
         hidden_dropout, output_dropout: probabilities in training.
     """
+
+    _if_true: ClassVar[tuple[str, ...]] = ("expert_bias",)
 
     num_experts: int
     width: int
@@ -204,3 +203,4 @@ class LayerConfig(Settings):
     router: RouterConfig
     hidden_dropout: float
     output_dropout: float
+    expert_bias: bool = False

@@ -42,7 +42,8 @@ class Experts(nn.Module):
     """E experts of I neurons each, as 3-D tensors.
 
     Gated: `gate_up_proj` [E, 2I, D] (gate rows first); plain: `up_proj` [E, I, D]; then
-    `down_proj` [E, O, I]; optional `*_bias`. `program` is the activation as a line of JSON.
+    `down_proj` [E, O, I]; optional `*_bias`, of the contraction where each expert is a whole FFN
+    (`down_bias`). `program` is the activation as a line of JSON.
     Which kernel runs is ``config._experts_implementation``: ``upcycle``, which is `run_experts` on
     the CPU and ``grouped_mm`` elsewhere, another name that transformers knows, or ``eager``.
     """
@@ -60,6 +61,7 @@ class Experts(nn.Module):
         *,
         pointwise: Pointwise,
         bias: bool,
+        down_bias: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -79,6 +81,8 @@ class Experts(nn.Module):
             up_bias = nn.Parameter(torch.zeros(num_experts, rows))
             self.register_parameter(f"{self.up_name}_bias", up_bias)
         self.down_proj = nn.Parameter(torch.zeros(num_experts, d_out, width))
+        if down_bias:  # under the property of that name
+            self._parameters["down_proj_bias"] = nn.Parameter(torch.zeros(num_experts, d_out))
 
     @property
     def up_EGD(self) -> torch.Tensor:
@@ -93,9 +97,16 @@ class Experts(nn.Module):
         return bias
 
     @property
+    def down_bias_EO(self) -> torch.Tensor | None:
+        """The biases of the contractions, [E, O], or None."""
+        return self._parameters.get("down_proj_bias")
+
+    @property
     def down_proj_bias(self) -> torch.Tensor:
-        """Zeros [E, O]: the interface wants it beside an up bias; the layer adds the real one."""
-        return self.down_proj.new_zeros(self.down_proj.shape[:2])
+        """As `down_bias_EO`, or zeros: the interface wants it beside an up bias, also where the
+        layer adds the output bias."""
+        own = self.down_bias_EO
+        return self.down_proj.new_zeros(self.down_proj.shape[:2]) if own is None else own
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.act_fn(*gate_up.chunk(self.act_fn.pointwise.arity, dim=-1))
@@ -113,10 +124,11 @@ class Experts(nn.Module):
                 return self.masked_forward(hidden_states, top_k_index, top_k_weights)
             else:
                 return run_experts(self, hidden_states, top_k_index, top_k_weights)
-        # The functions of transformers take the width of the output from the input.
+        # The functions of transformers take the width of the output from the input, and have both
+        # biases or none.
         is_square = self.down_proj.shape[1] == self.hidden_dim
         fits = name != "grouped_mm" or fits_grouped_mm(self.up_EGD, self.down_proj)
-        if not (is_square and fits):
+        if not (is_square and fits and (self.has_bias or self.down_bias_EO is None)):
             name = "eager"
         if name != "eager":
             kernel = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(self).eager_forward)
@@ -136,7 +148,8 @@ class Experts(nn.Module):
         """What one expert adds for tokens [T, D], not weighted; [T, O]."""
         bias = None if self.up_bias_EG is None else self.up_bias_EG[expert]
         hidden = self._apply_gate(F.linear(x_TD, self.up_EGD[expert], bias))
-        return F.linear(hidden, self.down_proj[expert])
+        own = self.down_bias_EO
+        return F.linear(hidden, self.down_proj[expert], None if own is None else own[expert])
 
     def eager_forward(
         self, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -30,7 +30,8 @@ class MoE(nn.Module):
     """Router and experts; a shared expert, a thin linear map and an output bias for every token.
 
     ``y = sum_k w_k E_k(x) + Shared(x) + U V x + b``, of which all but the sum may be missing. `b`
-    is the output bias of the dense FFN, which is right under every routing rule if added once.
+    is the output bias of the dense FFN: experts that are parts of one FFN have it in common, and
+    added once it is right under every routing rule. Experts that are whole FFNs have one each.
     """
 
     def __init__(self, config: LayerConfig) -> None:
@@ -43,7 +44,8 @@ class MoE(nn.Module):
             "dropout": config.hidden_dropout,
         }
         self.router = ROUTER_KINDS[config.router.kind](config.router)
-        self.experts = Experts(config.num_experts, d_model, config.width, d_out, **ffn)
+        sizes = (config.num_experts, d_model, config.width, d_out)
+        self.experts = Experts(*sizes, down_bias=config.expert_bias, **ffn)
         self.router_size = sum(tensor.numel() for tensor in self.router.state_dict().values())
         self.router.attach(self.experts)
         self.shared_expert = (

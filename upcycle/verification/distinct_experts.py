@@ -73,6 +73,9 @@ def _made_distinct(layer: MoE, x_TD: torch.Tensor) -> MoE:
     instead[id(down_EOI)] = scaled(held_EOI, num_experts, 1, experts.intermediate_dim)
     if up_bias_EG is not None:
         instead[id(up_bias_EG)] = scaled(up_bias_EG, num_experts, rows)
+    if (bias_EO := experts.down_bias_EO) is not None:
+        held_EO = bias_EO if bias_EO.any() else torch.ones_like(bias_EO)
+        instead[id(bias_EO)] = scaled(held_EO, *bias_EO.shape)
     changed = copy.deepcopy(layer, instead)
     if layer.config.router.is_plain:
         length = x_TD.double().norm(dim=-1).mean().item() or 1.0
@@ -123,6 +126,8 @@ def _reference(
     for expert in range(config.num_experts):
         for start in range(0, config.width, NEURONS):
             total_TO += weight_TE[:, expert, None] * _neurons(layer, expert, start, x_TD)
+    if layer.experts.down_bias_EO is not None:
+        total_TO += weight_TE @ layer.experts.down_bias_EO.to(x_TD.dtype)
     return total_TO + _for_every_token(layer, x_TD)
 
 

@@ -24,7 +24,8 @@ def untraced_rows(
     parameters: Mapping[str, torch.Tensor],
     sources: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> int:
-    """How many neurons of a layer are not their dense neuron, times one factor for each matrix.
+    """How many neurons of a layer are not their dense neuron, times one factor for each matrix;
+    and how many experts have an output bias that is not that of their FFN, times another.
 
     Bit for bit where the factor is one, else up to the rounding of the product. Padding must be
     zero. Neurons that were drawn anew are not looked at, nor are contractions that were fitted.
@@ -45,6 +46,11 @@ def untraced_rows(
     else:
         groups.append((routed, origin.expert_EI, parameters))
     wrong = 0
+    if (made_EO := weights.experts.down_bias_EO) is not None:
+        bias = str(spec.ffn.contraction.bias)
+        held_E = [sources[source] for source in spec.source_E] or [parameters] * len(made_EO)
+        dense_EO = torch.stack([held[bias].detach() for held in held_E])
+        wrong += int(_is_other(made_EO, dense_EO, _factor(made_EO, dense_EO)).sum())
     for made, neuron_EI, held in groups:
         if not neuron_EI.numel():
             continue
@@ -86,14 +92,20 @@ def _wrong(made_EID: torch.Tensor, dense_FD: torch.Tensor, neuron_EI: torch.Tens
     if all(is_whole_E):
         return wrong_EI
     factor = _factor(made_EID[0], _expected(dense_FD, neuron_EI[0]))
-    eps = torch.finfo(made_EID.dtype).eps
-    allowed = 0.0 if factor == 1 else 2 * eps  # a factor rounds once on either side
     for expert, start in product(range(len(made_EID)), range(0, made_EID.shape[1], ROWS)):
         some = slice(start, start + ROWS)
-        made = made_EID[expert, some].double()
-        gap = (made - _expected(dense_FD, neuron_EI[expert, some]).double() * factor).abs()
-        wrong_EI[expert, some] = (~(gap <= allowed * made.abs())).any(-1)
+        expected = _expected(dense_FD, neuron_EI[expert, some])
+        wrong_EI[expert, some] = _is_other(made_EID[expert, some], expected, factor)
     return wrong_EI
+
+
+def _is_other(made_ID: torch.Tensor, expected_ID: torch.Tensor, factor: float) -> torch.Tensor:
+    """Which rows are not the expected ones times the factor, [I] bool."""
+    # A factor rounds once on either side.
+    allowed = 0.0 if factor == 1 else 2 * torch.finfo(made_ID.dtype).eps
+    made = made_ID.double()
+    gap = (made - expected_ID.double() * factor).abs()
+    return (~(gap <= allowed * made.abs())).any(-1)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
