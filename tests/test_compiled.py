@@ -14,7 +14,7 @@ import pytest
 import torch
 from kernel_case import COUNT, D_MODEL, Routed, expected, made, routed
 
-from upcycle.kernels import activations, compiled, run_experts, visit_by_all, weights_of
+from upcycle.kernels import activations, compiled, library_file, run_experts, visit_by_all, weights_of
 from upcycle.kernels import torch_cpu as expert_kernels
 from upcycle.kernels.compiled import library, run_compiled
 from upcycle.layers.experts import Experts, SharedExpert
@@ -35,8 +35,8 @@ def machine(request: Any) -> Iterator[str]:
     if request.param == "x86-64-v3" and CAPABILITY not in ("AVX2", "AVX512"):
         pytest.skip("no AVX2")
     with pytest.MonkeyPatch.context() as patch:
-        flags = [flag.replace("native", request.param) for flag in compiled.FLAGS]
-        patch.setattr(compiled, "FLAGS", tuple(flags))
+        flags = [flag.replace("native", request.param) for flag in library_file.FLAGS]
+        patch.setattr(library_file, "FLAGS", tuple(flags))
         library.cache_clear()
         yield request.param
     library.cache_clear()
@@ -271,7 +271,7 @@ def test_without_a_compiler_torch_does_it(
     given = routed(9, torch.float32, gaps=False)
     monkeypatch.setenv("UPCYCLE_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(compiled, "COMPILERS", ())
+    monkeypatch.setattr(library_file, "COMPILERS", ())
     library.cache_clear()
     with caplog.at_level(logging.WARNING):
         y_TO = run_experts(experts, *given)
@@ -283,13 +283,3 @@ def test_without_a_compiler_torch_does_it(
     assert torch.equal(run_experts(experts, *given), y_TO)
     assert not caplog.text
     library.cache_clear()
-
-
-@needs_compiler
-def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("UPCYCLE_CACHE", str(tmp_path))
-    path = compiled.build()
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    written = path.stat().st_mtime_ns
-    assert compiled.build() == path
-    assert path.stat().st_mtime_ns == written

@@ -1,36 +1,31 @@
 """The experts on the CPU as C++ that is compiled on the machine that runs them, at the first call.
 
-`CXX`, or the first of ``c++``, ``g++`` and ``clang++``, compiles ``cpp/experts.cpp`` for this
-machine in about two seconds; the library is kept in the user's cache directory.
-Without a compiler, or with ``UPCYCLE_COMPILE=0``, experts run on torch's products.
+`upcycle.kernels.library_file` compiles ``cpp/experts.cpp`` and keeps the library. Without a
+compiler, or with ``UPCYCLE_COMPILE=0``, experts run on torch's products.
 
 Shape suffixes: those of `upcycle.kernels`.
 """
 
 import ctypes
-import hashlib
 import logging
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from upcycle.errors import UsageError, one_line
 from upcycle.kernels.activations import NAMED_ACTIVATIONS
-from upcycle.util.cache_folder import cache_directory
+from upcycle.kernels.library_file import library_file
 
-SOURCE = Path(__file__).parent / "cpp"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
-COMPILERS = ("c++", "g++", "clang++")
 ACTIVATIONS = {row.name: row.kernel for row in NAMED_ACTIVATIONS if row.kernel is not None}
 RULES = ("one", "renormalised", "softmax")  # as in cpp/routing.h
+NO_EXPERT, EQUAL_SCORES, WRONG_SHAPE, NO_MEMORY = 1, 2, 3, 4  # as in cpp/experts.cpp
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_LENGTHS = ctypes.c_int64 * 8
 _Experts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
 _log = logging.getLogger(__name__)
 
@@ -57,6 +52,8 @@ def run_compiled(
 
     Raises:
         IndexError: an index of a pair with a weight is no expert.
+        ValueError: the shapes do not fit together.
+        MemoryError: there is none left.
     """
     experts = (up_EGD, up_bias_EG, down_EOI, down_bias_EO)
     if activation not in ACTIVATIONS or not _can_run(experts, (x_TD, weights_TK)):
@@ -66,8 +63,12 @@ def run_compiled(
     if found is None:
         return None
     status, y_TO = found
-    if status:
+    if status == NO_EXPERT:
         raise IndexError(f"an index of the chosen experts is not in [0, {len(up_EGD)})")
+    if status == WRONG_SHAPE:
+        given = (x_TD, index_TK, weights_TK, *experts)
+        shapes = ", ".join(str(list(t.shape)) for t in given if t is not None)
+        raise ValueError(f"tokens, index, weights and experts do not fit together: {shapes}")
     return y_TO
 
 
@@ -82,7 +83,8 @@ def run_routed(
 ) -> torch.Tensor | None:
     """As `run_compiled`, with the visits that a linear router chooses in the same call.
 
-    Scores are float32. None also where two scores are equal and torch has to choose between them.
+    Scores are float32. None also where two scores are equal and torch has to choose between them,
+    or where the shapes are wrong and torch says how.
 
     `router` is the weight [E, D] and the bias [E] or None, float32; how many are chosen; one of
     `RULES` for the weights; their scale.
@@ -91,15 +93,12 @@ def run_routed(
     experts = (up_EGD, up_bias_EG, down_EOI, down_bias_EO)
     if activation not in ACTIVATIONS or not _can_run(experts, (x_TD, weight_ED, bias_E)):
         return None
-    # Torch says what is wrong with other shapes, and rounds no tokens before it has their scores.
-    count, _, d_model = up_EGD.shape
-    if weight_ED.shape != (count, d_model) or x_TD.shape[1] != d_model:
-        return None
+    # Torch rounds no tokens before it has their scores.
     if weight_ED.dtype != torch.float32 or x_TD.dtype != up_EGD.dtype:
         return None
     bias_E = None if bias_E is None else _as(bias_E, torch.float32)
     given = (weight_ED.contiguous(), bias_E, top_k, RULES.index(rule), scale)
-    status, y_TO = _call("routed", experts, activation, x_TD, *given) or (1, None)
+    status, y_TO = _call("routed", experts, activation, x_TD, *given) or (EQUAL_SCORES, None)
     return None if status else y_TO
 
 
@@ -113,7 +112,11 @@ def _call(
     top_k: int,
     *rest: float,
 ) -> tuple[int, torch.Tensor] | None:
-    """What the function returns, and [T, O]; None without a compiler."""
+    """What the function returns, and [T, O]; None without a compiler.
+
+    Raises:
+        MemoryError: there is none left.
+    """
     functions = library()
     if functions is None:
         return None
@@ -126,7 +129,10 @@ def _call(
     sizes = (tokens, top_k, count, d_model, d_out, width)
     how = (up_EGD.shape[1] == 2 * width, ACTIVATIONS[activation or ""], torch.get_num_threads())
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    status = functions[name, up_EGD.dtype](*pointers, *sizes, *how, *rest)
+    lengths = _LENGTHS(*[0 if tensor is None else tensor.numel() for tensor in tensors])
+    status = functions[name, up_EGD.dtype](*pointers, lengths, *sizes, *how, *rest)
+    if status == NO_MEMORY:
+        raise MemoryError(f"no memory is left to run {tokens} tokens through experts")
     return status, y_TO if x_TD.dtype == torch.float32 else y_TO.to(x_TD.dtype)
 
 
@@ -163,50 +169,25 @@ def _can_run(experts: _Experts, inputs: tuple[torch.Tensor | None, ...]) -> bool
 @lru_cache(maxsize=1)
 def library() -> dict[tuple[str, torch.dtype], Callable[..., int]] | None:
     """The compiled functions, ``experts`` and ``routed`` for each dtype; None, and a warning in the
-    log, without a compiler."""
+    log, where there are none."""
     if os.environ.get("UPCYCLE_COMPILE") == "0":
         return None
     try:
-        path = build()
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        _log.warning("experts run on torch's products, which is slower: %s", reason)
+        with library_file() as path:
+            return _functions(ctypes.CDLL(str(path)))
+    # Whatever keeps the library from being there, torch can compute the same.
+    except (OSError, AttributeError, subprocess.TimeoutExpired, UsageError) as error:
+        why = one_line(error)
+        _log.warning("experts run on torch's products, which is slower: %s", why)
         return None
+
+
+def _functions(loaded: ctypes.CDLL) -> dict[tuple[str, torch.dtype], Callable[..., int]]:
     functions = {}
-    types: list[Any] = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 6 + [ctypes.c_int] * 3
+    types: list[Any] = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 6 + [ctypes.c_int] * 3
     for dtype, suffix in _NAMES.items():
         for name, more in (("experts", []), ("routed", [ctypes.c_int, ctypes.c_float])):
             function = getattr(loaded, f"upcycle_{name}_{suffix}")
             function.argtypes, function.restype = types + more, ctypes.c_int
             functions[name, dtype] = function
     return functions
-
-
-def build() -> Path:
-    """Compile the library, unless this compiler has done so for such a machine; its path.
-
-    Raises:
-        OSError: no compiler, or the folder cannot be written.
-        subprocess.CalledProcessError: the compiler refuses the source.
-    """
-    names = filter(None, (os.environ.get("CXX"), *COMPILERS))
-    compiler = next(filter(None, map(shutil.which, names)), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler was found; install g++ 12 or clang++, or set CXX")
-    # What `native` means here: a home directory may be shared by machines.
-    macros = _run(compiler, *FLAGS[:3], "-dM", "-E", "-x", "c++", os.devnull)
-    sources = [file.read_text() for file in sorted(SOURCE.iterdir())]
-    key = hashlib.sha256("\0".join([macros, *FLAGS, *sources]).encode()).hexdigest()[:16]
-    path = cache_directory() / f"experts-{key}.so"
-    if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may compile it, too
-            made = Path(folder) / path.name
-            _run(compiler, *FLAGS, str(SOURCE / "experts.cpp"), "-o", str(made))
-            made.replace(path)
-    return path
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

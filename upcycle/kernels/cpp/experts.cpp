@@ -11,6 +11,7 @@
 // Shape suffixes: T tokens, K chosen experts, S visits, E experts, D d_model, O d_out,
 // I expert width, G = arity * I.
 
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -23,6 +24,30 @@ namespace upcycle {
 
 constexpr int64_t NEURONS = 2 * COLUMNS;  // of a task "up"
 constexpr int64_t ONE_THREAD = 1 << 18;   // multiplications that are not worth waking a thread
+
+enum Status { DONE, NO_EXPERT, EQUAL_SCORES, WRONG_SHAPE, NO_MEMORY };  // as in ../compiled.py
+
+// Whether a tensor of `length` numbers has these sizes; one that may be missing (null) has none.
+inline bool has(int64_t length, std::initializer_list<int64_t> sizes) {
+    int64_t product = 1;
+    for (int64_t size : sizes)
+        if (size < 0 || __builtin_mul_overflow(product, size, &product)) return false;
+    return length == product;
+}
+
+inline bool has(const void* tensor, int64_t length, std::initializer_list<int64_t> sizes) {
+    return !tensor || has(length, sizes);
+}
+
+// What `compute` returns; nothing that it throws gets into the program that called it.
+template <class Compute>
+inline int guarded(Compute compute) noexcept {
+    try {
+        return compute();
+    } catch (...) {  // only memory can be missing
+        return NO_MEMORY;
+    }
+}
 
 // The visits, sorted by expert: those of expert e are first[e] <= s < first[e + 1].
 struct Visits {
@@ -62,6 +87,16 @@ struct Layer {
     int64_t experts, d_model, d_out, width;
     bool gated;
     int activation;
+
+    // Whether x, all that is here, and y have as many numbers as there should be.
+    bool fits(int64_t tokens, const int64_t* lengths) const {
+        int64_t rows = 1 + gated;
+        return has(lengths[0], {tokens, d_model}) &&
+               has(lengths[3], {experts, rows, width, d_model}) &&
+               has(up_bias_EG, lengths[4], {experts, rows, width}) &&
+               has(lengths[5], {experts, d_out, width}) &&
+               has(down_bias_EO, lengths[6], {experts, d_out}) && has(lengths[7], {tokens, d_out});
+    }
 
     // hidden[s][i] for i0 <= i < i1 of the visits of expert e.
     void up(int64_t e, int64_t i0, int64_t i1, const T* x_TD, const Visits& visits,
@@ -139,13 +174,13 @@ struct Layer {
         }
     }
 
-    int run(const T* x_TD, const int64_t* index_TK, const float* weight_TK, int64_t tokens,
-            int64_t top_k, float* y_TO, int threads) const {
+    Status run(const T* x_TD, const int64_t* index_TK, const float* weight_TK, int64_t tokens,
+               int64_t top_k, float* y_TO, int threads) const {
         Visits visits;
-        if (!visits.sort(index_TK, weight_TK, tokens, top_k, experts)) return 1;
+        if (!visits.sort(index_TK, weight_TK, tokens, top_k, experts)) return NO_EXPERT;
         memset(y_TO, 0, tokens * d_out * sizeof(float));
         int64_t rows = visits.token.size();
-        if (!rows) return 0;
+        if (!rows) return DONE;
         std::unique_ptr<T[]> hidden_SI(new T[rows * width]);
         int64_t parts = (width + NEURONS - 1) / NEURONS, ups = visits.visited.size() * parts;
         int64_t downs = (d_out + OUTPUTS - 1) / OUTPUTS;
@@ -169,37 +204,54 @@ struct Layer {
             }
         };
         int64_t size = width * ((1 + gated) * d_model + d_out);
-        Pool::get().run(work, rows * size > ONE_THREAD ? threads : 1);
-        return 0;
+        if (Pool* pool = Pool::get()) pool->run(work, rows * size > ONE_THREAD ? threads : 1);
+        else work();
+        return DONE;
     }
 };
 
 }  // namespace upcycle
 
-// Both return 0, or what upcycle/compiled.py says: the experts of given visits, and router and
-// experts at once, for few tokens.
+// Both return a `Status`: the experts of given visits, and router and experts at once, for few
+// tokens. `lengths` are the counts of numbers in each of the eight tensors before it.
 #define UPCYCLE_EXPERTS(T, given, routed)                                                         \
     extern "C" int given(const T* x_TD, const int64_t* index_TK, const float* weight_TK,          \
                          const T* up_EGD, const T* up_bias_EG, const T* down_EOI,                 \
-                         const T* down_bias_EO, float* y_TO, int64_t tokens, int64_t top_k,       \
-                         int64_t experts, int64_t d_model, int64_t d_out, int64_t width,          \
-                         int gated, int activation, int threads) {                                \
-        upcycle::Layer<T> layer{up_EGD, up_bias_EG, down_EOI, down_bias_EO, experts,              \
-                                d_model, d_out, width, gated != 0, activation};                   \
-        return layer.run(x_TD, index_TK, weight_TK, tokens, top_k, y_TO, threads);                \
+                         const T* down_bias_EO, float* y_TO, const int64_t* lengths,              \
+                         int64_t tokens, int64_t top_k, int64_t experts, int64_t d_model,         \
+                         int64_t d_out, int64_t width, int gated, int activation,                 \
+                         int threads) {                                                           \
+        using namespace upcycle;                                                                  \
+        Layer<T> layer{up_EGD, up_bias_EG, down_EOI, down_bias_EO, experts,                       \
+                       d_model, d_out, width, gated != 0, activation};                            \
+        if (!layer.fits(tokens, lengths) || !has(lengths[1], {tokens, top_k}) ||                  \
+            !has(lengths[2], {tokens, top_k}))                                                    \
+            return WRONG_SHAPE;                                                                   \
+        return guarded([&] {                                                                      \
+            return layer.run(x_TD, index_TK, weight_TK, tokens, top_k, y_TO, threads);            \
+        });                                                                                       \
     }                                                                                             \
     extern "C" int routed(const T* x_TD, const float* router_ED, const float* router_bias_E,      \
                           const T* up_EGD, const T* up_bias_EG, const T* down_EOI,                \
-                          const T* down_bias_EO, float* y_TO, int64_t tokens, int64_t top_k,      \
-                          int64_t experts, int64_t d_model, int64_t d_out, int64_t width,         \
-                          int gated, int activation, int threads, int rule, float scale) {        \
-        upcycle::Router<T> router{router_ED, router_bias_E, experts, d_model, top_k, rule, scale}; \
-        std::vector<int64_t> index_TK(tokens * top_k);                                            \
-        std::vector<float> weight_TK(tokens * top_k);                                             \
-        if (!router.route(x_TD, tokens, index_TK.data(), weight_TK.data())) return 2;             \
-        return given(x_TD, index_TK.data(), weight_TK.data(), up_EGD, up_bias_EG, down_EOI,       \
-                     down_bias_EO, y_TO, tokens, top_k, experts, d_model, d_out, width, gated,    \
-                     activation, threads);                                                        \
+                          const T* down_bias_EO, float* y_TO, const int64_t* lengths,             \
+                          int64_t tokens, int64_t top_k, int64_t experts, int64_t d_model,        \
+                          int64_t d_out, int64_t width, int gated, int activation,                \
+                          int threads, int rule, float scale) {                                   \
+        using namespace upcycle;                                                                  \
+        Layer<T> layer{up_EGD, up_bias_EG, down_EOI, down_bias_EO, experts,                       \
+                       d_model, d_out, width, gated != 0, activation};                            \
+        Router<T> router{router_ED, router_bias_E, experts, d_model, top_k, rule, scale};         \
+        if (!layer.fits(tokens, lengths) || !has(lengths[1], {experts, d_model}) ||               \
+            !has(router_bias_E, lengths[2], {experts}) || top_k < 1 || top_k > experts)           \
+            return WRONG_SHAPE;                                                                   \
+        return guarded([&]() -> Status {                                                          \
+            std::vector<int64_t> index_TK(tokens * top_k);                                        \
+            std::vector<float> weight_TK(tokens * top_k);                                         \
+            if (!router.route(x_TD, tokens, index_TK.data(), weight_TK.data()))                   \
+                return EQUAL_SCORES;                                                              \
+            const int64_t* index = index_TK.data();                                               \
+            return layer.run(x_TD, index, weight_TK.data(), tokens, top_k, y_TO, threads);        \
+        });                                                                                       \
     }
 
 UPCYCLE_EXPERTS(float, upcycle_experts_float32, upcycle_routed_float32)

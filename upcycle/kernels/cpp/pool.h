@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <new>
 #include <thread>
 
 #include <pthread.h>
@@ -30,7 +31,10 @@ class Pool {
         if (!only || threads < 2) return work();
         {
             std::lock_guard<std::mutex> held(mutex);
-            for (; helpers < threads - 1; helpers++) std::thread([this] { help(); }).detach();
+            try {
+                for (; helpers < threads - 1; helpers++) std::thread([this] { help(); }).detach();
+            } catch (...) {  // no more threads here: those that there are do it
+            }
             job = &work;
             seats = threads - 1;
         }
@@ -43,12 +47,13 @@ class Pool {
         wait_until([&] { return inside.load(std::memory_order_acquire) == 0; });
     }
 
-    // Never destroyed, as its threads are not; a forked process has none of them, and a new one.
-    static Pool& get() {
+    // Never destroyed, as its threads are not; a forked process has none of them, and a new one,
+    // or null where there is no memory for it.
+    static Pool* get() {
         static Pool*& pool = *new Pool*(new Pool);
-        static int hook = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+        static int hook = pthread_atfork(nullptr, nullptr, [] { pool = new (std::nothrow) Pool; });
         (void)hook;
-        return *pool;
+        return pool;
     }
 
   private:
