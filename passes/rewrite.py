@@ -5,12 +5,14 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from upcycle.ir.layer_weights import load_weights
 from upcycle.ir.partial_projection import read_kept
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import MoEWeights
 from upcycle.layers.moe import MoE
+from upcycle.layers.pretrained import RouterLogits
 from upcycle.layers.tap import install
 from upcycle.util.copies import copy_of
 
@@ -21,7 +23,8 @@ def with_empty_layers(
     """A copy of `model` with layers of zeros, and those, in the order of `specs`.
 
     The copy stays a normal module, which trains, generates and saves; the weights of its FFNs are
-    not copied. Matrices that also do something else keep those rows and columns. `in_place` changes
+    not copied. One of transformers takes ``output_router_logits``, as it does when it is loaded.
+    Matrices that also do something else keep those rows and columns. `in_place` changes
     `model` itself, where the layers are on the meta device.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -29,6 +32,8 @@ def with_empty_layers(
     converted = model if in_place else _copy_without(model, names)
     with torch.device("meta") if in_place else nullcontext():
         layers = install(converted, [spec.site() for spec in specs])
+    if isinstance(converted, PreTrainedModel) and not in_place:
+        RouterLogits(converted)
     for kept in (kept for spec in specs for kept in spec.ffn.kept):
         trained = parameters[kept.parameter].requires_grad
         path, _, last = kept.name.rpartition(".")

@@ -1,13 +1,15 @@
 """Decide which FFNs become which MoE layers; refuse what cannot work before reading weights.
 
 The FFNs are filtered in this order: the wanted kinds (heads, where a recipe names no kind and the
-model has nothing else); a path that fits `include` and not `exclude`;
-not among the first and last that are to be skipped; every n-th of the rest (the n-th, the 2n-th,
-..., as transformers counts ``decoder_sparse_step``; from `start` on).
+model has nothing else); a path that fits `include` and not `exclude`; not among the first and last
+of its stack that are to be skipped; every n-th of the rest of the stack (the n-th, the 2n-th, ...,
+as transformers counts ``decoder_sparse_step``; from `start` on). FFNs whose paths differ in numbers
+alone are a stack: the layers of an encoder, those of a decoder.
 """
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -86,18 +88,25 @@ def select_sites(located: Located, layers: recipe.Layers) -> list[FFN]:
     named = [
         ffn for ffn in ffns if _fits(ffn.path, include) and not _fits(ffn.path, layers.exclude)
     ]
-    first, last = (_how_many(n, len(named)) for n in (layers.skip_first, layers.skip_last))
-    chosen = named[first : len(named) - last if last < len(named) else 0][
-        (layers.start or layers.every) - 1 :: layers.every
-    ]
-    if not chosen:
+    stacks: dict[str, list[FFN]] = {}
+    for ffn in named:
+        stacks.setdefault(re.sub(r"\d+", "*", ffn.path), []).append(ffn)
+    places = {ffn.path for stack in stacks.values() for ffn in _of_stack(stack, layers)}
+    if not places:
         raise UnsupportedError(
             f"the recipe's `layers` leave none of the {len(ffns)} FFNs to convert: {len(named)} "
-            f"fit `include` and `exclude`, {first} are skipped at the start and {last} at the end, "
+            f"fit `include` and `exclude`, of each of {len(stacks)} stacks `skip_first` leaves out "
+            f"{layers.skip_first} at the start and `skip_last` {layers.skip_last} at the end, "
             f"`every` is {layers.every} and `start` {layers.start or layers.every}; "
             f"the paths are {_few([ffn.path for ffn in ffns])}"
         )
-    return chosen
+    return [ffn for ffn in named if ffn.path in places]
+
+
+def _of_stack(stack: Sequence[FFN], layers: recipe.Layers) -> Sequence[FFN]:
+    first, last = (_how_many(n, len(stack)) for n in (layers.skip_first, layers.skip_last))
+    rest = stack[first : max(len(stack) - last, 0)]
+    return rest[(layers.start or layers.every) - 1 :: layers.every]
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:

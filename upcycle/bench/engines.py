@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Engine:
 
     Attributes:
         models: ``dense`` and ``converted``, as `reader` and `writer` take them.
+        makers: what makes each of them in another process.
         reader: a model and its inputs -> a call that runs it.
         writer: a model and ids [B, L] of a prompt -> a call that writes the next token; None if
             they write no text.
@@ -40,6 +42,7 @@ class Engine:
 
     pairs: list[Pair]
     models: Mapping[str, Any]
+    makers: Mapping[str, Callable[[], Any]]
     reader: Callable[[Any, ExampleInputs], Call]
     writer: Callable[[Any, torch.Tensor], Call] | None
     last_logits_only: bool
@@ -55,12 +58,18 @@ class Engine:
         return {name: self.writer(model, ids_BL) for name, model in self.models.items()}
 
 
-def torch_engine(dense: nn.Module, converted: nn.Module, specs: Sequence[MoESpec]) -> Engine:
+def torch_engine(
+    dense: nn.Module,
+    converted: nn.Module,
+    specs: Sequence[MoESpec],
+    makers: Mapping[str, Callable[[], Any]],
+) -> Engine:
     """Both models in torch; `specs` are the layers to run by themselves."""
     is_writer = is_language_model(dense)
     return Engine(
         pairs=[pair(dense, converted, spec) for spec in specs],
         models={"dense": dense, "converted": converted},
+        makers=makers,
         reader=whole.reader,
         writer=whole.writer if is_writer and cache_argument(dense) else None,
         last_logits_only=is_writer and whole.only_last(dense),
@@ -87,6 +96,8 @@ def onnx_engine(
     options = Onnx(cache=onnx_models.has_cache(ours))
     dense_file = onnx_models.write_dense(folder, dense, evaluation, options)
     runners = {"dense": onnx_models.opened(dense_file, threads), "converted": ours}
+    files = {"dense": dense_file, "converted": file}
+    makers = {name: partial(onnx_models.opened, path, threads) for name, path in files.items()}
     pairs = []
     for spec in specs:
         ffn = spec.ffn
@@ -102,7 +113,7 @@ def onnx_engine(
     def reader(runner: Any, inputs: ExampleInputs) -> Call:
         return onnx_models.reader(runner, arguments_of(dense, inputs).tensors)
 
-    return Engine(pairs, runners, reader, writer, last_logits_only=False)
+    return Engine(pairs, runners, makers, reader, writer, last_logits_only=False)
 
 
 def check_file(directory: Path) -> None:

@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from upcycle.bench.alone import Job, measured_alone
 from upcycle.bench.engines import Calls, Engine
 from upcycle.bench.floor import Floor
 from upcycle.bench.layers import inputs_of
-from upcycle.bench.meters import readings, six_metrics
+from upcycle.bench.meters import SIX, six_metrics
 from upcycle.bench.timing import MOST, compared, interleaved
 from upcycle.bench.whole import PROMPT, text_of
 from upcycle.data.text import longest
@@ -78,7 +80,8 @@ def _reading(subject: Subject, count: int) -> tuple[Calls, int | None, int]:
 
 def writing_row(subject: Subject, tick: Tick) -> dict[str, Any] | None:
     """One token after the other with a cache; None for a model that writes no text."""
-    calls, most = _writing(subject)
+    ids_1L, most = _prompt(subject)
+    calls = None if ids_1L is None else subject.engine.write(ids_1L)
     if calls is None:
         return None
     found = interleaved(calls, seconds=subject.seconds, least=min(STEPS, most), most=most)
@@ -86,33 +89,40 @@ def writing_row(subject: Subject, tick: Tick) -> dict[str, Any] | None:
     return {"tokens": 1} | compared(found, subject.floor.of_model(1, 1))
 
 
-def _writing(subject: Subject) -> tuple[Calls | None, int]:
-    """Calls that write the next token, and how often they may be called after the first time."""
+def _prompt(subject: Subject) -> tuple[torch.Tensor | None, int]:
+    """What is read before the first token is written, and how many may be written after it."""
     half = longest(subject.dense) // 2
     ids_1L = text_of(subject.dense, subject.evaluation, min(PROMPT, half))
     most = min(MOST, half - 1)
     if ids_1L is None or most < 1:
         return None, 0
-    return subject.engine.write(ids_1L), most
+    return ids_1L, most
 
 
 def six(
     subject: Subject, last: Mapping[str, Any], size: Costs, report: Report, tick: Tick
 ) -> dict[str, dict[str, float | None]]:
-    """EfficientLLM's metrics of each model by itself, writing text, or reading if it writes none.
+    """EfficientLLM's metrics of each model in a process of its own, writing text, or reading if it
+    writes none.
 
     `last` is the row of the longest text that was read; the perplexities are those in `report`.
     """
-    calls, most = _writing(subject)
+    engine, (ids_1L, most) = subject.engine, _prompt(subject)
+    use: Any = engine.writer
+    inputs: Any = ids_1L
     tokens: int | None = 1
-    if calls is None:
-        (calls, tokens, _), most = _reading(subject, last["tokens"] or 1), MOST
+    if use is None or ids_1L is None:
+        ids_BL = text_of(subject.dense, subject.evaluation, last["tokens"] or 1)
+        tokens, use, most = None if ids_BL is None else ids_BL.numel(), engine.reader, MOST
+        inputs = subject.evaluation.batches[0] if ids_BL is None else {"input_ids": ids_BL}
     sizes = {"dense": size.bytes_before, "converted": size.bytes_on_disk}
-    found = {}
-    for name, call in calls.items():
-        with readings() as meters:
-            alone = {name: call}
-            times = interleaved(alone, seconds=subject.seconds, least=1, most=most)[name]
+    found: dict[str, dict[str, float | None]] = {}
+    for name, make in engine.makers.items():
+        alone = measured_alone(Job(make, use, inputs, subject.seconds, most))
+        if alone is None:
+            found[name] = dict.fromkeys(SIX)
+            continue
+        meters, times = alone
         quality = None
         if report.end_to_end and (text := report.end_to_end.language_model):
             perplexities = {"dense": text.dense_perplexity, "converted": text.converted_perplexity}

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 EVERY = 0.1  # seconds between two samples
+SIX = ("AMU", "PCU", "AL", "TT", "AEC", "MCR", "energy")  # what `six_metrics` returns
 Sampler = Callable[[], float | None]
 _COUNTERS = Path("/sys/class/powercap")
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.bench.engines import check_file, onnx_engine, torch_engine
@@ -69,8 +71,11 @@ def bench(
         reference = dense.load()
         located = locate_in(reference, dense.example)
         plan, _ = as_made(make_plan(located, recipe, recipe_name=report.recipe), converted)
-        own = None if isinstance(reference, PreTrainedModel) else dense.load()
-        made = load(converted, model=own, trust_remote_code=dense.trust_remote_code)
+        makers = {
+            "dense": dense.load,
+            "converted": partial(_load, converted, dense, isinstance(reference, PreTrainedModel)),
+        }
+        made = makers["converted"]()
         evaluation = evaluation_for(
             reference,
             directory=dense.directory,
@@ -83,7 +88,7 @@ def bench(
         machine = measure(kind)
         floor = floor_of(machine, reference, plan.specs, itemsize=kind.itemsize, options=onnx)
         if onnx is None:
-            engine = torch_engine(reference, made, specs)
+            engine = torch_engine(reference, made, specs, makers)
         else:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             threads = torch.get_num_threads()
@@ -109,6 +114,11 @@ def bench(
         }
         progress("measuring", total, total)
         return found
+
+
+def _load(converted: Path, dense: Source, is_of_transformers: bool) -> nn.Module:
+    own = None if is_of_transformers else dense.load()
+    return load(converted, model=own, trust_remote_code=dense.trust_remote_code)
 
 
 def _middle(count: int, wanted: int) -> list[int]:

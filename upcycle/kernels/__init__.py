@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from upcycle.kernels.activations import of_module
-from upcycle.kernels.torch_cpu import KernelWeights, run_compiled, run_routed, visit
+from upcycle.kernels.torch_cpu import KernelWeights, is_left_to_torch, run_compiled, run_routed
+from upcycle.kernels.torch_cpu import visit
 from upcycle.kernels.torch_operation import run_as_one_node
 
 
@@ -60,6 +61,8 @@ def visit_by_all(shared: Any, x_TD: torch.Tensor) -> torch.Tensor | None:
     if run_compiled is None or torch.compiler.is_compiling() or x_TD.device.type != "cpu":
         return None
     up, down = shared.up, shared.down_proj
+    if is_left_to_torch(up.weight, len(x_TD)):
+        return None
     bias_1G = None if up.bias is None else up.bias[None]
     weights = (up.weight[None], bias_1G, down.weight[None], None, of_module(shared))
     index_T1 = torch.zeros(len(x_TD), 1, dtype=torch.int64)
@@ -81,6 +84,8 @@ def route_and_visit(experts: Any, x_TD: torch.Tensor, router: Any) -> torch.Tens
     up_EGD, down_EOI = own.get(experts.up_name), own.get("down_proj")
     bias_EG, down_bias_EO = own.get(f"{experts.up_name}_bias"), own.get("down_proj_bias")
     if up_EGD is None or down_EOI is None or (bias_EG is None) is experts.has_bias:
+        return None
+    if is_left_to_torch(up_EGD, len(x_TD)):
         return None
     return run_routed(up_EGD, bias_EG, down_EOI, of_module(experts), x_TD, router, down_bias_EO)
 

@@ -5,6 +5,7 @@ padding, N experts of a chunk, C rows of each of them.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy
@@ -26,6 +27,21 @@ BESIDE = (0.13, 0.086, 0.046, 0.028, 0.019, 0.015, 0.013, 0.012, 0.011)
 ONE = 0.21
 CALL, ONE_CALL = 50_000.0, 8_000.0  # nanoseconds of the calls for a chunk, and for a vector
 MOVE = 1.0  # nanoseconds for each number of a row that is gathered or summed
+
+
+TILES = 16  # tokens from which tiles of bfloat16 are faster than vectors
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX), as torch's products do then."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and bool(asked())
+
+
+def is_left_to_torch(up: torch.Tensor, tokens: int) -> bool:
+    """Whether torch's products are faster than the compiled experts, which have no tiles."""
+    return tokens >= TILES and up.dtype == torch.bfloat16 and has_tiles()
 
 
 class KernelWeights(NamedTuple):
@@ -55,7 +71,8 @@ def visit(
 
     Arguments and promise are those of `upcycle.kernels.run_experts`.
     """
-    if run_compiled is not None and w.norm is None:
+    is_compiled = run_compiled is not None and not is_left_to_torch(w.up_EGD, len(x_TD))
+    if is_compiled and w.norm is None:
         y_TO = run_compiled(*w[:4], w.activation, x_TD, index_TK, weights_TK)
         if y_TO is not None:
             return y_TO

@@ -8,6 +8,7 @@ G = arity * I.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class MoE(nn.Module):
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
-        self.config = config
+        self._config = config
+        self._tied_to: tuple[int, int] | None = None  # the keys that the router was made of
         d_model, d_out, rank = config.d_model, config.d_out, config.low_rank
         ffn: dict[str, Any] = {
             "pointwise": config.pointwise,
@@ -59,11 +61,27 @@ class MoE(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(d_out)) if config.output_bias else None
         self.output_dropout = config.output_dropout
         self.axis = config.axis
+        self.is_tied = config.router.tied
+        if self.is_tied:
+            self.register_state_dict_pre_hook(_refreshed)
+
+    @property
+    def config(self) -> LayerConfig:
+        """What the layer is, with what its router is now."""
+        router = getattr(self.router, "config", self._config.router)  # another may be in its place
+        return replace(self._config, router=router)
+
+    @config.setter
+    def config(self, config: LayerConfig) -> None:
+        self._config, self.router.config = config, config.router
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [..., D] -> [..., O]; with ``axis: 1`` (convolutions) [B, D, ...] likewise."""
-        if self.training and self.router.tied:
-            self.tie_router()
+        if self.is_tied:
+            if self.training:
+                self.tie_router()
+            else:
+                self.refresh_router()
         if self.axis != -1:
             x = x.movedim(self.axis, -1)
         y = self.tokens(x.reshape(-1, x.shape[-1]))
@@ -121,6 +139,29 @@ class MoE(nn.Module):
         count_E1 = (key_EID != 0).any(-1).sum(-1, keepdim=True).clamp(min=1)
         # Not seen by autograd: the same layer may run twice before the backward pass.
         self.router.weight.data.copy_(key_EID.sum(1) / count_E1)
+        self._tied_to = (0, 0) if torch.compiler.is_compiling() else self._keys()
+
+    def refresh_router(self) -> None:
+        """`tie_router` again where the experts have been moved since."""
+        if torch.compiler.is_compiling() or self._tied_to is None:
+            return
+        if self._tied_to != self._keys():
+            self.tie_router()
+
+    def train(self, mode: bool = True) -> "MoE":
+        """As that of modules; in evaluation the rows of a tied router are those of the experts."""
+        if self.training and not mode:
+            self.refresh_router()
+        return super().train(mode)
+
+    def _keys(self) -> tuple[int, int]:
+        """Differs for other keys, and after each change of them."""
+        up_EGD = self.experts.up_EGD
+        return id(up_EGD), 0 if up_EGD.is_inference() else up_EGD._version
+
+
+def _refreshed(layer: MoE, *_: object) -> None:
+    layer.refresh_router()
 
 
 @contextmanager

@@ -12,10 +12,13 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from upcycle.layers.config import RouterConfig
 from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install, place_of
+from upcycle.layers.token_context import ForwardState
 
 FORMAT = 1  # of the description in config.json
+_AUX_LOSS = 0.001  # factor on the balance loss
 
 # Functions of transformers that read the activation from elsewhere, or that were not compared.
 FOREIGN_KERNELS = ("deepgemm", "sonicmoe")
@@ -25,7 +28,7 @@ class UpcycledConfig:
     """To be named before the dense configuration; its `upcycle` describes the layers."""
 
     output_router_logits = False
-    router_aux_loss_coef = 0.001
+    router_aux_loss_coef = _AUX_LOSS
 
 
 class UpcycledModel(nn.Module):
@@ -37,8 +40,9 @@ class UpcycledModel(nn.Module):
       ``grouped_mm``), ``grouped_mm`` (layers that torch's kernel does not fit run one expert after
       the other), ``eager``, ``batched_mm``, or a function that was registered with transformers.
     - ``output_router_logits=True``, as an argument or in the configuration, adds ``router_logits``
-      to the output, one [T, E] for each layer, and ``aux_loss``; and that, times
-      ``config.router_aux_loss_coef``, to the loss.
+      to the output, one [T, E] for each layer with null experts last; ``router_scores``, by which
+      the experts were chosen; and ``aux_loss``, and that, times ``config.router_aux_loss_coef``, to
+      the loss.
     - the experts can be spread over processes: ``DistributedConfig(ep_size=...)``.
     - the routers stay in float32.
     """
@@ -130,38 +134,91 @@ def with_router_logits(forward: Callable[..., Any]) -> Callable[..., Any]:
             output_router_logits = self.config.output_router_logits
         if not output_router_logits:
             return forward(self, *args, **kwargs)
-        routed: list[tuple[torch.Tensor, ...]] = []
-        hooks = [
-            layer.router.register_forward_hook(lambda module, given, out: routed.append(out))
-            for layer in self.modules()
-            if isinstance(layer, MoE)
-        ]
+        watch = RouterWatch(self)
         try:
             kwargs.pop("return_dict", None)  # a tuple has no names
             out = forward(self, *args, **kwargs)
         finally:
-            for hook in hooks:
-                hook.remove()
-        out["router_logits"] = tuple(logits_TE for logits_TE, _, _ in routed)
-        if routed:
-            out["aux_loss"] = torch.stack([load_balance(*found) for found in routed]).mean()
-            if out.get("loss") is not None:
-                factor = self.config.router_aux_loss_coef
-                out["loss"] = out["loss"] + factor * out["aux_loss"].to(out["loss"].device)
-        return out
+            watch.end()
+        return watch.added_to(out)
 
     return wrapper
 
 
+class RouterWatch:
+    """What the routers of `model` return from now on, until the `end`."""
+
+    def __init__(self, model: Any) -> None:
+        self._config = model.config
+        self._seen: list[tuple[Any, tuple[torch.Tensor, ...]]] = []
+        self._hooks = [
+            layer.router.register_forward_hook(lambda *seen: self._seen.append(seen[::2]))
+            for layer in model.modules()
+            if isinstance(layer, MoE)
+        ]
+
+    def end(self) -> None:
+        """Do not look any more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def added_to(self, out: Any) -> Any:
+        """The output of the model with what `UpcycledModel` says of it."""
+        out["router_logits"] = tuple(logits_TE for _, (logits_TE, _, _) in self._seen)
+        scores = (router.selection_scores(found[0]) for router, found in self._seen)
+        out["router_scores"] = tuple(scores)
+        if self._seen:
+            losses = [load_balance(router.config, *found) for router, found in self._seen]
+            out["aux_loss"] = torch.stack(losses).mean()
+            if out.get("loss") is not None:
+                factor = getattr(self._config, "router_aux_loss_coef", _AUX_LOSS)
+                out["loss"] = out["loss"] + factor * out["aux_loss"].to(out["loss"].device)
+        return out
+
+
+class RouterLogits:
+    """Hooks that give a model of a dense class the ``output_router_logits`` of `UpcycledModel`."""
+
+    def __init__(self, model: Any) -> None:
+        self._watch = ForwardState()
+        model.register_forward_pre_hook(self.before, with_kwargs=True)
+        model.register_forward_hook(self.after, always_call=True)
+
+    def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Take the argument, which the dense class does not know."""
+        kwargs = dict(kwargs)
+        wanted = kwargs.pop("output_router_logits", None)
+        if wanted is None:
+            wanted = getattr(model.config, "output_router_logits", False)
+        if wanted:
+            kwargs.pop("return_dict", None)
+        self._watch.put(RouterWatch(model) if wanted else None)
+        return args, kwargs
+
+    def after(self, model: Any, args: Any, out: Any) -> Any:
+        """Add what was seen; also called where the forward failed, without an output."""
+        watch = self._watch.take()
+        if watch is None:
+            return None
+        watch.end()
+        return None if out is None else watch.added_to(out)
+
+
 def load_balance(
-    logits_TE: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
+    config: RouterConfig, logits_TE: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
 ) -> torch.Tensor:
     """E times the sum over experts of visits per token and mean probability: K at best.
+
+    Null experts are experts, each of which gets the same part of the visits that they have
+    together (Zeng et al., "AdaMoE", 2024, https://arxiv.org/abs/2406.13233).
 
     Fedus et al., "Switch Transformers", 2021, https://arxiv.org/abs/2101.03961
     """
     visits_TE = torch.zeros_like(logits_TE).scatter_add(
         1, index_TK, (weights_TK != 0).to(logits_TE.dtype)
     )
+    if config.nulls:
+        left_T1 = config.select.k - visits_TE.sum(1, keepdim=True)
+        visits_TE[:, config.num_experts :] = left_T1 / config.nulls
     share_E = visits_TE.detach().mean(0) * logits_TE.softmax(-1).mean(0)
     return logits_TE.shape[1] * share_E.sum()

@@ -7,6 +7,8 @@ and a *rule* for the weights of the selected ones.
 Shape suffixes: T tokens, D d_model, E experts, K chosen experts at most.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -31,6 +33,9 @@ class Router(nn.Module):
     - ``gain``: 1 + g p with one trained g per expert, which starts at zero
       (Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416).
 
+    While all weights are one, whatever the scores, their gradient is that of p: it goes straight
+    through. (Zhao et al., "FactorLLM", 2024, https://arxiv.org/abs/2408.11855)
+
     ``scale`` multiplies the weights. With ``balance`` a bias, which is no parameter, is added to p
     for the selection and not for the weights, and may be moved to spread the load
     (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, https://arxiv.org/abs/2408.15664).
@@ -46,16 +51,12 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.num_experts = config.num_experts
-        self.top_k = config.select.k
         self.weights = config.weights
         self.scale = config.scale
         self.tied = config.tied
         self.all_experts = False
         self.load_E: torch.Tensor | None = None
         rows = self.num_experts + config.nulls
-        # What the kernels compute: `renorm_detach` has another gradient.
-        fits = self.weights != "renorm_detach" and 0 < self.top_k <= rows
-        self.has_kernel = config.is_plain and fits and type(self) is Router
         self.make(rows, config.d_model, config)
         if config.balance:
             self.register_buffer("selection_bias", torch.zeros(rows))
@@ -65,6 +66,15 @@ class Router(nn.Module):
     weight: torch.Tensor
     bias: torch.Tensor | None
     selection_bias: torch.Tensor
+
+    @property
+    def top_k(self) -> int:
+        """K, as the configuration has it; to set it changes that."""
+        return self.config.select.k
+
+    @top_k.setter
+    def top_k(self, k: int) -> None:
+        self.config = replace(self.config, select=replace(self.config.select, k=k))
 
     def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
         """Make the parameters that `scores` reads, for `rows` experts."""
@@ -94,23 +104,24 @@ class Router(nn.Module):
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns logits [T, E], weights [T, K] and index [T, K] of the chosen experts.
 
-        A token that visits fewer than K experts has zeros among its weights.
+        The logits are those that the selection used, null experts last. A token that visits fewer
+        than K experts has zeros among its weights.
         """
         logits_TE = self.scores(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
-        true_TE = logits_TE[..., : self.num_experts]
         if self.all_experts:
+            true_TE = logits_TE[..., : self.num_experts]
             index_TK, _ = everything(true_TE, k=self.num_experts)
-            return true_TE, torch.ones_like(true_TE), index_TK
+            return logits_TE, torch.ones_like(true_TE), index_TK
         index_TK, mask_TK = self.choose(logits_TE)
         weights_TK = self._weigh(logits_TE, index_TK, mask_TK)
         if self.training and self.config.balance:
             self._count(index_TK, mask_TK)
-        return true_TE, weights_TK * self.scale, index_TK
+        return logits_TE, weights_TK * self.scale, index_TK
 
     def as_linear(self) -> tuple[torch.Tensor, torch.Tensor | None, int, WeightRule, float] | None:
         """Weight, bias, K, rule and scale where these are all that `forward` computes with, in
         evaluation, without a hook and without a replaced method; else None."""
-        if not self.has_kernel or self.training or self.all_experts:
+        if self.training or self.all_experts or not self._has_kernel():
             return None
         if self._forward_hooks or self._forward_pre_hooks or not _OWN.isdisjoint(self.__dict__):
             return None
@@ -118,11 +129,20 @@ class Router(nn.Module):
             return None
         return self.weight, self.bias, self.top_k, self.weights, self.scale
 
+    def _has_kernel(self) -> bool:
+        """Whether it is what kernels compute: `renorm_detach` has another gradient."""
+        fits = self.weights != "renorm_detach" and 0 < self.top_k <= self.num_experts
+        return fits and type(self) is Router and self.config.is_plain
+
+    def selection_scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """What the experts of a token are the best by: the logits, or p with the bias, [T, E]."""
+        if not self.config.balance:
+            return logits_TE
+        return logits_TE.softmax(-1) + self.selection_bias.to(logits_TE.dtype)
+
     def choose(self, logits_TE: torch.Tensor) -> Selected:
         """The experts of each token, as `upcycle.layers.selection` describes them."""
-        if self.config.balance:
-            logits_TE = logits_TE.softmax(-1) + self.selection_bias.to(logits_TE.dtype)
-        return select(logits_TE, self.config.select)
+        return select(self.selection_scores(logits_TE), self.config.select)
 
     @torch.no_grad()
     def _count(self, index_TK: torch.Tensor, mask_TK: torch.Tensor | None) -> None:
@@ -149,6 +169,9 @@ class Router(nn.Module):
     ) -> torch.Tensor:
         if self.weights == "one":
             weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
+            if self.training and logits_TE.requires_grad:
+                p_TK = logits_TE.softmax(-1).gather(-1, index_TK)
+                weights_TK = weights_TK + (p_TK - p_TK.detach())  # a zero with a gradient
         elif self.weights == "renormalised" and mask_TK is None:
             return logits_TE.gather(-1, index_TK).softmax(-1)
         else:

@@ -17,32 +17,32 @@ ARGUMENTS = {"token": "input_ids", "type": "token_type_ids", "domain": "domain_i
 
 
 class ForwardState:
-    """A tensor that one module leaves for a later one of the same forward, in each thread.
+    """What one module leaves for a later one of the same forward, in each thread: a tensor, mostly.
 
     A copy or a pickle of a model is not in the middle of a forward, so it holds nothing.
     """
 
     def __init__(self) -> None:
         self._thread = threading.local()
-        self._compiled: torch.Tensor | None = None  # what a compiler can follow
+        self._compiled: Any = None  # what a compiler can follow
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return ForwardState, ()
 
-    def put(self, tensor: torch.Tensor | None) -> None:
+    def put(self, tensor: Any) -> None:
         """What `get` and `take` return from now on."""
         if torch.compiler.is_compiling():
             self._compiled = tensor
         else:
             self._thread.tensor = tensor
 
-    def get(self) -> torch.Tensor | None:
+    def get(self) -> Any:
         """What was put last; None if nothing was."""
         if torch.compiler.is_compiling():
             return self._compiled
         return getattr(self._thread, "tensor", None)
 
-    def take(self) -> torch.Tensor | None:
+    def take(self) -> Any:
         """As `get`, once; also eagerly what was put in a compiled part of the forward."""
         tensor, self._compiled = self._compiled, None
         if tensor is None and not torch.compiler.is_compiling():

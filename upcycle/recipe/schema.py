@@ -57,7 +57,8 @@ RouterMethodName = Literal[
 
 
 class Layers(Section):
-    """Which of the located FFNs are converted, counted in the order in which they run."""
+    """Which of the located FFNs are converted, counted in the order in which they run, each stack
+    (paths that differ in numbers alone) for itself."""
 
     include: str | tuple[str, ...] = Field("*", description="glob patterns of FFN paths")
     exclude: tuple[str, ...] = Field((), description="glob patterns of FFN paths to leave dense")

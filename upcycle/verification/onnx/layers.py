@@ -127,7 +127,7 @@ def _tokens(array: Array, spec: MoESpec) -> torch.Tensor:
 def _nodes_error(layer: MoE, x_TD: torch.Tensor, y_TO: torch.Tensor) -> float:
     """How far the nodes are from the layer, on the tokens whose nearest neighbours choose alike."""
     chosen_TE = _chosen(layer, x_TD)
-    logits_TE = layer.router(x_TD)[0].float()
+    logits_TE = layer.router(x_TD)[0][:, : layer.experts.num_experts].float()
     # Equal scores, such as the zeros of a ReLU, are equal for the neighbours, too.
     least_T = logits_TE.masked_fill(~chosen_TE, torch.inf).amin(-1)
     refused_T = logits_TE.masked_fill(chosen_TE, -torch.inf).amax(-1)
