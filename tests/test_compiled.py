@@ -14,7 +14,14 @@ import pytest
 import torch
 from kernel_case import COUNT, D_MODEL, Routed, expected, made, routed
 
-from upcycle.kernels import activations, compiled, library_file, run_experts, visit_by_all, weights_of
+from upcycle.kernels import (
+    activations,
+    compiled,
+    library_file,
+    run_experts,
+    visit_by_all,
+    weights_of,
+)
 from upcycle.kernels import torch_cpu as expert_kernels
 from upcycle.kernels.compiled import library, run_compiled
 from upcycle.layers.experts import Experts, SharedExpert

@@ -121,7 +121,9 @@ def test_every_way_to_run_experts_adds_their_biases(name: str, up_bias: bool) ->
     index_TK, weights_TK = torch.tensor([[0, 1], [2, 0], [1, 2]] * 3), torch.rand(9, 2)
     weights_TK[0, 1] = 0
     stacked = torch.stack(expected, 1)
-    want = (stacked.gather(1, index_TK[..., None].expand(-1, -1, 16)) * weights_TK[..., None]).sum(1)
+    want = (stacked.gather(1, index_TK[..., None].expand(-1, -1, 16)) * weights_TK[..., None]).sum(
+        1
+    )
     bound = 64 * torch.finfo(torch.float32).eps * stacked.abs().max()
     ways = ["upcycle", "eager", "grouped_mm", "batched_mm"]
     for way in ways:

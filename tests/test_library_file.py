@@ -233,7 +233,10 @@ except MemoryError as error:
 )
 def test_no_thread_and_no_memory_do_not_end_the_process(tokens: int, said: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SHORT, str(tokens)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", SHORT, str(tokens)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(said)

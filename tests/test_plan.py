@@ -11,6 +11,7 @@ from upcycle.errors import PlanError, UnsupportedError
 from upcycle.ir.ffn import FFN, Located, Miss
 from upcycle.ir.spec import MoESpec, Promise
 from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.reader import load_recipe
 from upcycle.recipe.schema import Recipe
 
 COPIES: dict[str, object] = {"method": "copy", "count": 4}
@@ -65,6 +66,60 @@ def chosen(**layers: object) -> list[int]:
 )
 def test_layers_select(layers: dict[str, object], expected: list[int]) -> None:
     assert chosen(**layers) == expected
+
+
+def two_stacks(first: int = 4, second: int = 6) -> Located:
+    paths = [f"vision.blocks.{i}.mlp" for i in range(first)]
+    paths += [f"text.layers.{i}.0.mlp" for i in range(second)]
+    return Located(ffns=tuple(map(ffn, paths)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "vision", "text"),
+    [
+        ({"every": 2}, [1, 3], [1, 3, 5]),
+        ({"every": 2, "start": 1}, [0, 2], [0, 2, 4]),
+        ({"skip_first": 0.5}, [2, 3], [3, 4, 5]),
+        ({"skip_first": 1, "skip_last": 2}, [1], [1, 2, 3]),
+        ({"skip_last": 4}, [], [0, 1]),
+        ({"every": 2, "include": "text.*"}, [], [1, 3, 5]),
+    ],
+    ids=str,
+)
+def test_layers_are_counted_stack_by_stack(
+    layers: dict[str, object], vision: list[int], text: list[int]
+) -> None:
+    plan = make_plan(two_stacks(), recipe(layers=layers))
+    found = [spec.ffn.path.split(".")[::2][:2] for spec in plan.specs]
+    assert found == [["vision", str(i)] for i in vision] + [["text", str(i)] for i in text]
+
+
+def test_an_odd_first_stack_does_not_shift_the_second() -> None:
+    plan = make_plan(two_stacks(3), recipe(layers={"every": 2}))
+    paths = [spec.ffn.path for spec in plan.specs]
+    assert paths[1:] == [f"text.layers.{i}.0.mlp" for i in (1, 3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (
+            [*(f"model.vision_tower.layers.{i}.mlp" for i in range(3)), "model.multi_modal_projector",
+             *(f"model.language_model.layers.{i}.mlp" for i in range(4))],
+            [f"model.language_model.layers.{i}.mlp" for i in (0, 2)],
+        ),
+        ([f"model.layers.{i}.mlp" for i in range(4)], [f"model.layers.{i}.mlp" for i in (0, 2)]),
+    ],
+)  # fmt: skip
+def test_moe_llava_takes_the_language_model(paths: list[str], expected: list[str]) -> None:
+    found = Located(ffns=tuple(map(ffn, paths)))
+    plan = make_plan(found, load_recipe("moe-llava"))
+    assert [spec.ffn.path for spec in plan.specs] == expected
+
+
+def test_harder_tasks_begins_with_the_first_layer() -> None:
+    plan = make_plan(model(), load_recipe("harder-tasks"))
+    assert [spec.ffn.path for spec in plan.specs] == [f"layers.{i}.mlp" for i in (0, 2, 4)]
 
 
 def test_a_fraction_of_a_hundred_layers_is_counted_without_rounding_error() -> None:

@@ -150,7 +150,7 @@ class MoE(nn.Module):
 
     def train(self, mode: bool = True) -> "MoE":
         """As that of modules; in evaluation the rows of a tied router are those of the experts."""
-        if self.training and not mode:
+        if not mode:
             self.refresh_router()
         return super().train(mode)
 
