@@ -104,8 +104,11 @@ def test_an_odd_first_stack_does_not_shift_the_second() -> None:
     ("paths", "expected"),
     [
         (
-            [*(f"model.vision_tower.layers.{i}.mlp" for i in range(3)), "model.multi_modal_projector",
-             *(f"model.language_model.layers.{i}.mlp" for i in range(4))],
+            [
+                *(f"model.vision_tower.layers.{i}.mlp" for i in range(3)),
+                "model.multi_modal_projector",
+                *(f"model.language_model.layers.{i}.mlp" for i in range(4)),
+            ],
             [f"model.language_model.layers.{i}.mlp" for i in (0, 2)],
         ),
         ([f"model.layers.{i}.mlp" for i in range(4)], [f"model.layers.{i}.mlp" for i in (0, 2)]),

@@ -1,4 +1,4 @@
-"""docs/recipes.md says of each recipe whether it is exact at the start, and what trains its router."""
+"""docs/recipes.md says of each recipe whether it starts exact, and what trains its router."""
 
 import re
 from dataclasses import replace
@@ -8,8 +8,8 @@ import numerics
 import pytest
 import torch
 
-from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.ffn import Located
+from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.layers.moe import MoE
 from upcycle.passes.plan.plan import make_plan, needs
 from upcycle.passes.transform.transform import transform

@@ -178,7 +178,7 @@ def test_the_balance_loss_is_there_in_memory_as_from_disk(recipe: str, tmp_path:
 
 def test_in_memory_it_survives_errors_copies_and_pickles() -> None:
     done = upcycle.convert(small_models.build("bert"), "sparse-upcycling")
-    with pytest.raises(ValueError, match="exactly one|have to specify"):
+    with pytest.raises(ValueError, match=r"exactly one|have to specify"):
         done.model(output_router_logits=True)
     assert not any(m.router._forward_hooks for m in layers_of(done.model))
     file = io.BytesIO()

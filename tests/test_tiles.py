@@ -54,7 +54,9 @@ def test_who_multiplies(
     found = {}
     for answer in (has_tiles, False):
         with monkeypatch.context() as patch:
-            patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: answer, raising=False)
+            patch.setattr(
+                torch.cpu, "_is_amx_tile_supported", lambda answer=answer: answer, raising=False
+            )
             torch_cpu.has_tiles.cache_clear()
             asked.clear()
             found[answer] = layer(x_TD)

@@ -13,8 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from upcycle.kernels.activations import of_module
-from upcycle.kernels.torch_cpu import KernelWeights, is_left_to_torch, run_compiled, run_routed
-from upcycle.kernels.torch_cpu import visit
+from upcycle.kernels.torch_cpu import KernelWeights, run_compiled, run_routed, suits_tiles, visit
 from upcycle.kernels.torch_operation import run_as_one_node
 
 
@@ -61,7 +60,7 @@ def visit_by_all(shared: Any, x_TD: torch.Tensor) -> torch.Tensor | None:
     if run_compiled is None or torch.compiler.is_compiling() or x_TD.device.type != "cpu":
         return None
     up, down = shared.up, shared.down_proj
-    if is_left_to_torch(up.weight, len(x_TD)):
+    if suits_tiles(up.weight, len(x_TD)):
         return None
     bias_1G = None if up.bias is None else up.bias[None]
     weights = (up.weight[None], bias_1G, down.weight[None], None, of_module(shared))
@@ -85,7 +84,7 @@ def route_and_visit(experts: Any, x_TD: torch.Tensor, router: Any) -> torch.Tens
     bias_EG, down_bias_EO = own.get(f"{experts.up_name}_bias"), own.get("down_proj_bias")
     if up_EGD is None or down_EOI is None or (bias_EG is None) is experts.has_bias:
         return None
-    if is_left_to_torch(up_EGD, len(x_TD)):
+    if suits_tiles(up_EGD, len(x_TD)):
         return None
     return run_routed(up_EGD, bias_EG, down_EOI, of_module(experts), x_TD, router, down_bias_EO)
 

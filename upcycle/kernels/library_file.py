@@ -1,4 +1,4 @@
-"""The file of the compiled kernels: made once for each kind of machine, and checked before it is used.
+"""The file of the compiled kernels: made once for each kind of machine, checked before it is used.
 
 `CXX`, or the first of ``c++``, ``g++`` and ``clang++``, compiles ``cpp/experts.cpp`` for this
 machine in about two seconds; the library is kept in the user's cache directory. What is loaded runs

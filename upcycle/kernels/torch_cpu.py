@@ -39,7 +39,7 @@ def has_tiles() -> bool:
     return asked is not None and bool(asked())
 
 
-def is_left_to_torch(up: torch.Tensor, tokens: int) -> bool:
+def suits_tiles(up: torch.Tensor, tokens: int) -> bool:
     """Whether torch's products are faster than the compiled experts, which have no tiles."""
     return tokens >= TILES and up.dtype == torch.bfloat16 and has_tiles()
 
@@ -71,7 +71,7 @@ def visit(
 
     Arguments and promise are those of `upcycle.kernels.run_experts`.
     """
-    is_compiled = run_compiled is not None and not is_left_to_torch(w.up_EGD, len(x_TD))
+    is_compiled = run_compiled is not None and not suits_tiles(w.up_EGD, len(x_TD))
     if is_compiled and w.norm is None:
         y_TO = run_compiled(*w[:4], w.activation, x_TD, index_TK, weights_TK)
         if y_TO is not None:
