@@ -1,6 +1,6 @@
 """A whole benchmark of a converted directory, as plain data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -71,7 +71,7 @@ def bench(
         reference = dense.load()
         located = locate_in(reference, dense.example)
         plan, _ = as_made(make_plan(located, recipe, recipe_name=report.recipe), converted)
-        makers = {
+        makers: dict[str, Callable[[], nn.Module]] = {
             "dense": dense.load,
             "converted": partial(_load, converted, dense, isinstance(reference, PreTrainedModel)),
         }

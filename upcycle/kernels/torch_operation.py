@@ -28,7 +28,8 @@ def run_as_one_node(
         return y_TO
     # Where the weight is zero the index may be that of an expert of another process.
     bias_TKO = bias_EO[index_TK.clamp(0, len(bias_EO) - 1)].to(weights_TK.dtype)
-    return y_TO + (weights_TK[..., None] * bias_TKO).sum(1).to(y_TO.dtype)
+    added_TO: torch.Tensor = (weights_TK[..., None] * bias_TKO).sum(1)
+    return y_TO + added_TO.to(y_TO.dtype)
 
 
 @lru_cache(maxsize=256)

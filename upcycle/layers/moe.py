@@ -63,7 +63,7 @@ class MoE(nn.Module):
         self.axis = config.axis
         self.is_tied = config.router.tied
         if self.is_tied:
-            self.register_state_dict_pre_hook(_refreshed)
+            self.register_state_dict_pre_hook(_refreshed)  # type: ignore[no-untyped-call]
 
     @property
     def config(self) -> LayerConfig:

@@ -89,7 +89,8 @@ class TokenContext:
         Raises:
             RuntimeError: token ids are missing, or there are not as many as tokens.
         """
-        ids, count = self._state.get(), x_TD.shape[0]
+        ids: torch.Tensor | None = self._state.get()
+        count = x_TD.shape[0]
         if ids is None:
             if self.by == "token":
                 raise RuntimeError(
