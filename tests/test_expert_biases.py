@@ -12,10 +12,13 @@ import transformers
 from torch import nn
 
 import upcycle
+from upcycle.conversion.verify_directory import verify_directory
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
+from upcycle.models.dense import open_model
 from upcycle.onnx.run import run
+from upcycle.passes.experts.method import ExpertMethod
 from upcycle.recipe.schema import Recipe
 from upcycle.verification.metrics import distance
 
@@ -189,3 +192,24 @@ def test_a_bias_that_is_not_its_sources_is_traced() -> None:
         layers_of(done.model)[1].experts.down_proj_bias[1, 3] += 0.25
     again = done.opened.verify_module(done.measured, done.made)
     assert [row.untraced_rows for row in again.layers or ()] == [0, 1]
+
+
+def test_a_directory_from_before_is_loaded_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There all experts had one output bias in common."""
+    dense = small_models.saved("bert", tmp_path / "dense")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(ExpertMethod, "makes_whole_ffns", False)
+        done = upcycle.convert(upcycle.load(dense), "sparse-upcycling")
+        done.save(tmp_path / "old", targets=["safetensors"])
+    text = (tmp_path / "old" / "config.json").read_text("utf-8")
+    assert '"output_bias": true' in text
+    assert "expert_bias" not in text
+    loaded = upcycle.load(tmp_path / "old")
+    assert all(layer.experts.down_bias_EO is None for layer in layers_of(loaded))
+    batch = MODELS["bert"]
+    assert distance(output(loaded, batch), output(upcycle.load(dense), batch)).relative < BOUND
+    found = verify_directory(open_model(str(dense)), tmp_path / "old")
+    assert all(check.passed for check in found.checks)
+    assert all(row.untraced_rows == 0 for row in found.layers or ())
