@@ -104,8 +104,8 @@ def _load_transformers(directory: Path, trust_remote_code: bool, **options: Any)
         except Exception as error:  # what a damaged config.json raises is of many types
             if is_out_of_memory(error):
                 raise
-            problem = UsageError(f"{directory}: transformers cannot load it: {one_line(error)}")
-            raise untrusted_code(directory, "the model", error) or problem from error
+            failed = UsageError(f"{directory}: transformers cannot load it: {one_line(error)}")
+            raise untrusted_code(directory, "the model", error) or failed from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise UsageError(

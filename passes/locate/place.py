@@ -113,7 +113,11 @@ def _dropout_of_module(program: Program, uses: Sequence[Use]) -> float | None:
 
 def dropout_of_call(call: Call, use: Use) -> float | None:
     """The output dropout if a call of a module is exactly `use` of an FFN, or None."""
-    if not call.plain or not call.inputs or through_views(call.inputs[0]) is not through_views(use.x):
+    if (
+        not call.plain
+        or not call.inputs
+        or through_views(call.inputs[0]) is not through_views(use.x)
+    ):
         return None
     shape = list(call.inputs[0].meta["shape"])
     shape[use.ffn.axis] = use.ffn.d_out
