@@ -39,6 +39,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.run import session
+from upcycle.targets.onnx.arguments import arguments_of
 from upcycle.targets.onnx.cache import cache_argument, cache_in, shape_of
 from upcycle.targets.onnx.decode import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx
@@ -120,7 +121,7 @@ def written(
         if parameter.dim() == 2:
             nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
     stored = save(model, folder)
-    for part in parts(model, example):
+    for part in parts(model, arguments_of(model, example)):
         path = folder / part.file
         export_onnx(
             model, part.example, path=path, stored=stored, dynamic=part.axes, compute=part.compute
@@ -340,9 +341,10 @@ def test_a_causal_model_that_reads_more_is_refused_unless_no_cache_is_wanted() -
     model = gpt2().eval()
     example = {"input_ids": tokens(1, 4), "token_type_ids": tokens(1, 4)}
     with pytest.raises(UnsupportedError, match=REFUSED.format("it also reads token_type_ids")):
-        parts(model, example)
-    (part,) = parts(model, example, cache=False)
-    assert part.compute is None
+        parts(model, arguments_of(model, example))
+    (part,) = parts(model, arguments_of(model, example), cache=False)
+    assert list(part.example) == ["input_ids", "token_type_ids"]
+    assert part.axes is None  # and none of them is of a cache
 
 
 class OldNames(LlamaForCausalLM):
@@ -398,7 +400,7 @@ def small_llama(kind: type[nn.Module]) -> nn.Module:
 @pytest.mark.parametrize("kind", [OldNames, NewNames])
 def test_a_cache_is_found_under_both_of_its_names(kind: type[nn.Module], tmp_path: Path) -> None:
     model = small_llama(kind)
-    (part,) = parts(model, {"input_ids": tokens(1, 4)})
+    (part,) = parts(model, arguments_of(model, {"input_ids": tokens(1, 4)}))
     export_onnx(
         model,
         part.example,
@@ -417,7 +419,8 @@ def test_a_cache_is_found_under_both_of_its_names(kind: type[nn.Module], tmp_pat
 
 
 def test_a_cache_under_another_name_is_refused() -> None:
+    model = small_llama(OtherNames)
     with pytest.raises(
         UnsupportedError, match=REFUSED.format("its forward has no argument for a cache")
     ):
-        parts(small_llama(OtherNames), {"input_ids": tokens(1, 4)})
+        parts(model, arguments_of(model, {"input_ids": tokens(1, 4)}))
