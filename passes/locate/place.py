@@ -188,7 +188,7 @@ def _modules(program: Program, use: Use, *, exact: bool) -> list[Call]:
             given = hidden
         calls = [
             call
-            for call in program.calls.get(node.meta["path"], [])
+            for call in _calls_at(program, node, use.output if last else node)
             if call.plain
             and (not call.inputs or through_views(call.inputs[0]) in taken)
             and through_views(call.outputs[0]) in given
@@ -197,6 +197,12 @@ def _modules(program: Program, use: Use, *, exact: bool) -> list[Call]:
             raise NearMissError(_raw(program, use, node.meta["path"]), node)
         found.append(calls[0])
     return found
+
+
+def _calls_at(program: Program, node: fx.Node, output: fx.Node) -> list[Call]:
+    """The calls of the module of `node`; of an ONNX file, what gives the output with its bias."""
+    calls = program.calls.get(node.meta["path"], [])
+    return calls + [c for c in program.calls.get(output.meta["path"], []) if not c.inputs]
 
 
 def _raw(program: Program, use: Use, path: str) -> str:
