@@ -101,12 +101,14 @@ def test_t1_sees_swapped_experts() -> None:
     assert not found[ALL]
 
 
-def test_t1_sees_an_output_bias_added_for_each_expert() -> None:
-    done = converted("bert", "sparse-upcycling")
+@pytest.mark.parametrize("recipe", ["sparse-upcycling", "split-all"])
+def test_t1_sees_an_output_bias_added_for_each_expert(recipe: str) -> None:
+    done = converted("bert", recipe)
     with torch.no_grad():
         layer = layers_of(done)[0]
-        assert layer.output_bias is not None
-        layer.output_bias.copy_(torch.full_like(layer.output_bias, 0.5))
+        bias = layer.experts.down_bias_EO if recipe == "sparse-upcycling" else layer.output_bias
+        assert bias is not None
+        bias.fill_(0.5)
     assert not layer_checks(done)[LAYER]
 
 
