@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from upcycle.cli.main import main
-from upcycle.targets.files.finished_shards import FILE
+from upcycle.targets.files.finished_shards import MANIFEST
 
 TINY = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 300, "intermediate_size": 192}
 SHARDS = ["--max-shard-size", "200kB"]
@@ -97,8 +97,8 @@ def killed(llama: Path, out: Path, after: int) -> None:
     code = (
         "import os, signal, sys, upcycle.targets.files.finished_shards as m\n"
         "finished, count = m.Manifest.finished, [0]\n"
-        "def stop(self, path):\n"
-        "    finished(self, path)\n"
+        "def stop(self, *args):\n"
+        "    finished(self, *args)\n"
         "    count[0] += 1\n"
         f"    if count[0] == {after}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "m.Manifest.finished = stop\n"
@@ -122,9 +122,8 @@ def test_kill_and_resume_give_the_same_bytes(llama: Path, tmp_path: Path, after:
     killed(llama, out, after)
     assert not out.exists()
     partial = tmp_path / "out.partial"
-    assert (partial / FILE).is_file()
-    first = partial / "model-00001-of-00008.safetensors"
-    first = first if first.exists() else sorted(partial.glob("*.safetensors"))[0]
+    assert (partial / MANIFEST).is_file()
+    first = sorted((partial / "new").glob("*.safetensors"))[0]
     written = first.stat().st_mtime_ns
     result = convert(llama, out, "--recipe", "granular", "--resume", *SHARDS)
     assert result.exit_code == 0, result.output
@@ -136,7 +135,7 @@ def test_kill_and_resume_give_the_same_bytes(llama: Path, tmp_path: Path, after:
 def test_a_damaged_file_is_written_again(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed(llama, out, 3)
-    first = sorted((tmp_path / "out.partial").glob("*.safetensors"))[0]
+    first = sorted((tmp_path / "out.partial/new").glob("*.safetensors"))[0]
     data = bytearray(first.read_bytes())
     data[-1] ^= 1
     first.write_bytes(data)
@@ -154,6 +153,8 @@ def test_the_rest_of_another_run_is_refused(llama: Path, tmp_path: Path) -> None
     assert result.exit_code == 2
     assert "left from another conversion" in result.output
     assert not out.exists()
+    kept = convert(llama, out, "--recipe", "granular", "--resume", *SHARDS)
+    assert kept.exit_code == 0, kept.output
 
 
 def test_the_result_loads(llama: Path, tmp_path: Path) -> None:

@@ -197,9 +197,9 @@ def test_t3_sees_a_file_that_is_not_the_model(
 
     load = upcycle.load
 
-    def load_damaged(directory: Path, model: Any = None) -> Any:
+    def load_damaged(directory: Path, model: Any = None, **options: Any) -> Any:
         damage(directory)
-        return load(directory, model)
+        return load(directory, model, **options)
 
     monkeypatch.setattr("upcycle.verification.files.load", load_damaged)
     with pytest.raises(VerificationError, match="files loaded again"):
