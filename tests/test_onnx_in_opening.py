@@ -195,7 +195,7 @@ def chain(kind: str, length: int) -> Graph:
     [
         ("copies of the input", 5000, None),
         ("doublings of the input", 1000, None),
-        ("doublings of the weight", 1000, "its weight is computed in the graph"),
+        ("doublings of the weight", 1000, "is computed in the graph"),
         ("activations", 5000, "too many in a row to follow"),
     ],
 )
