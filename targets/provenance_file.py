@@ -91,6 +91,8 @@ def rows_of(layer: LayerOrigin) -> tuple[list[list[int]], list[int]]:
         KeyError, TypeError, ValueError: the layer is damaged.
     """
     width, shared = layer["layer"]["width"], layer["layer"]["shared"]
+    if layer["sources"] and len(layer["sources"]) != len(layer["experts"]):
+        raise ValueError("its sources are not those of its experts")
     if len(layer["experts"]) * int(width) + int(shared) > MOST:
         raise ValueError(f"{len(layer['experts'])} experts of {width} neurons are too many")
     experts = [neurons_of(row, width) for row in layer["experts"]]

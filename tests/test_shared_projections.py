@@ -308,7 +308,7 @@ def test_a_directory_is_converted_whole_or_piece_by_piece(
     dense = load_file(palm / "model.safetensors")
     q, _, k, _, v = dense["blocks.1.into.weight"].split([32, 64, 32, 64, 32])
     assert torch.equal(stored["blocks.1.into.weight"], torch.cat([q, k, v]))
-    loaded: Any = upcycle.load(tmp_path / "pieces")
+    loaded: Any = upcycle.load(tmp_path / "pieces", trust_remote_code=True)
     assert type(loaded).__name__ == "UpcyclePalmModel"
     original: Any = PalmModel.from_pretrained(palm)
     prompt = torch.arange(20).view(2, 10)

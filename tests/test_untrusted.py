@@ -124,7 +124,15 @@ def test_code_that_the_command_line_names_is_called(tmp_path: Path) -> None:
     assert verified.exit_code == 0, verified.stderr
 
 
-TOKENIZER = RUNS + "from transformers import PreTrainedTokenizerFast as Mine\n"
+TOKENIZER = (
+    RUNS
+    + """
+from transformers import PreTrainedTokenizerFast
+
+class Mine(PreTrainedTokenizerFast):
+    pass
+"""
+)
 
 
 def test_a_tokenizer_asks_nothing_and_runs_with_the_flag_alone(

@@ -36,7 +36,8 @@ class OutputFile:
         self._hashing = ThreadPoolExecutor(1) if hashed else None
         self._hashed: Future[None] | None = None
         self._path = path
-        path.unlink(missing_ok=True)  # not what a link of this name leads to
+        if path.is_symlink():  # not what it leads to
+            path.unlink()
         self._buffer = mmap.mmap(-1, BUFFER)  # begins at a page, as a disk wants it
         self._filled = self._written = 0
         self._seconds = 0.0

@@ -19,7 +19,6 @@ from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UsageError
 from upcycle.ir.spec import MoESpec
 from upcycle.recipe.onnx import Onnx
-from upcycle.targets.onnx.arguments import arguments_of
 from upcycle.targets.onnx.cache import cache_argument
 from upcycle.targets.onnx.parts import ENCODER, MODEL
 
@@ -109,11 +108,7 @@ def onnx_engine(
         else:
             pairs.append(replace(pair(dense, converted, spec), dense=before, converted=after))
     writer = onnx_models.writer if all(map(onnx_models.has_cache, runners.values())) else None
-
-    def reader(runner: Any, inputs: ExampleInputs) -> Call:
-        return onnx_models.reader(runner, arguments_of(dense, inputs).tensors)
-
-    return Engine(pairs, runners, makers, reader, writer, last_logits_only=False)
+    return Engine(pairs, runners, makers, onnx_models.reader, writer, last_logits_only=False)
 
 
 def check_file(directory: Path) -> None:

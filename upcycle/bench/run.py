@@ -23,6 +23,7 @@ from upcycle.passes.plan.costs import costs, model_size
 from upcycle.passes.plan.plan import make_plan
 from upcycle.targets.description import read_report, recipe_of
 from upcycle.targets.load import load
+from upcycle.targets.onnx.arguments import arguments_of
 from upcycle.targets.provenance_file import as_made
 from upcycle.util.progress import Progress, silent
 
@@ -95,6 +96,8 @@ def bench(
             engine = onnx_engine(
                 reference, made, converted, specs, evaluation, folder=folder, threads=threads
             )
+            batches = [arguments_of(reference, batch).tensors for batch in evaluation.batches]
+            evaluation = replace(evaluation, batches=batches)  # by the names of the file's inputs
         size = costs(plan, *model_size(reference))
         subject = Subject(reference, evaluation, engine, floor, wanted.seconds)
         total = (len(engine.pairs) + 1) * len(wanted.tokens) + 3

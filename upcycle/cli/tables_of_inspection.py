@@ -69,7 +69,7 @@ def _rows(layer: dict[str, Any]) -> str:
 
 def _experts(layer: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """One row for each run of experts with the same neurons, and one for the shared one."""
-    sources = layer["sources"] or [""] * layer["experts"]
+    sources = layer["sources"] or [""] * len(layer["expert_rows"])
     both = list(zip(layer["expert_rows"], sources, strict=True))
     for (text, source), group in groupby(range(len(both)), key=lambda e: both[e]):
         experts = list(group)

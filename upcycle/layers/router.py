@@ -169,7 +169,7 @@ class Router(nn.Module):
     ) -> torch.Tensor:
         if self.weights == "one":
             weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
-            if self.training and logits_TE.requires_grad:
+            if logits_TE.requires_grad:
                 p_TK = logits_TE.softmax(-1).gather(-1, index_TK)
                 weights_TK = weights_TK + (p_TK - p_TK.detach())  # a zero with a gradient
         elif self.weights == "renormalised" and mask_TK is None:

@@ -268,4 +268,4 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     onnx: Onnx = Onnx()
     verify: Verify = Verify()
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random draw")
+    seed: int = Field(0, ge=0, description="seed of every random draw")

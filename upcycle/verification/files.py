@@ -64,7 +64,7 @@ def _reloaded(
     skeleton = None if isinstance(model, PreTrainedModel) else copy_of(dense)
     loaded = load(directory, model=skeleton, trust_remote_code=True)
     found = compare_models(model, loaded, evaluation, predictions=False).relative
-    hooked = next((path for path, module in model.named_modules() if has_hooks(module)), None)
+    hooked = next((path for path, module in dense.named_modules() if has_hooks(module)), None)
     if found > allowed and skeleton is None and hooked is not None:
         raise VerificationError(
             f"loaded again, the files are {found:.3g} off (allowed {allowed:.3g}): no file holds "
