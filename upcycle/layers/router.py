@@ -34,7 +34,8 @@ class Router(nn.Module):
       (Pei et al., "CMoE", 2025, https://arxiv.org/abs/2502.04416).
 
     While all weights are one, whatever the scores, their gradient is that of p: it goes straight
-    through. (Zhao et al., "FactorLLM", 2024, https://arxiv.org/abs/2408.11855)
+    through, unless a token visits all experts, where there is nothing to learn.
+    (Zhao et al., "FactorLLM", 2024, https://arxiv.org/abs/2408.11855)
 
     ``scale`` multiplies the weights. With ``balance`` a bias, which is no parameter, is added to p
     for the selection and not for the weights, and may be moved to spread the load
@@ -169,7 +170,7 @@ class Router(nn.Module):
     ) -> torch.Tensor:
         if self.weights == "one":
             weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
-            if logits_TE.requires_grad:
+            if logits_TE.requires_grad and index_TK.shape[-1] < logits_TE.shape[-1]:
                 p_TK = logits_TE.softmax(-1).gather(-1, index_TK)
                 weights_TK = weights_TK + (p_TK - p_TK.detach())  # a zero with a gradient
         elif self.weights == "renormalised" and mask_TK is None:
