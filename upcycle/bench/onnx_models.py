@@ -15,6 +15,7 @@ from torch import nn
 
 from upcycle.bench.layers import Layer
 from upcycle.bench.whole import Call
+from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import Evaluation
 from upcycle.onnx.run import described, session
 from upcycle.recipe.onnx import Onnx
@@ -42,8 +43,9 @@ def opened(file: Path | onnx.ModelProto, threads: int, weights: Path | None = No
         return session(model, weights=weights, threads=threads, prepack=True)
 
 
-def reader(runner: Any, inputs: Mapping[str, torch.Tensor]) -> Call:
-    """A function that runs the file on `inputs`, with an empty past if it reads one."""
+def reader(runner: Any, inputs: ExampleInputs) -> Call:
+    """A function that runs the file on its `inputs` by name, with an empty past if it reads one."""
+    assert isinstance(inputs, Mapping)
     wanted = runner.get_inputs()
     given = {name: _array(tensor) for name, tensor in inputs.items()}
     feeds: dict[str, Any] = {}

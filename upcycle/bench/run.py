@@ -16,6 +16,7 @@ from upcycle.bench.engines import check_file, onnx_engine, torch_engine
 from upcycle.bench.floor import floor_of
 from upcycle.bench.machine import measure
 from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six, writing_row
+from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import evaluation_for
 from upcycle.models.dense import DTYPES, Source
 from upcycle.passes.locate.locate import locate_in
@@ -96,8 +97,10 @@ def bench(
             engine = onnx_engine(
                 reference, made, converted, specs, evaluation, folder=folder, threads=threads
             )
-            batches = [arguments_of(reference, batch).tensors for batch in evaluation.batches]
-            evaluation = replace(evaluation, batches=batches)  # by the names of the file's inputs
+            batches: list[ExampleInputs] = [  # by the names of the file's inputs
+                arguments_of(reference, batch).tensors for batch in evaluation.batches
+            ]
+            evaluation = replace(evaluation, batches=batches)
         size = costs(plan, *model_size(reference))
         subject = Subject(reference, evaluation, engine, floor, wanted.seconds)
         total = (len(engine.pairs) + 1) * len(wanted.tokens) + 3
