@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from click.testing import CliRunner
 from rich.console import Console
 from rich.table import Table
+from tiny import llama
 
 from upcycle.cli.main import main as upcycle
 from upcycle.targets.files import staging
@@ -51,17 +51,7 @@ class Outcome:
 
 def dense_model(directory: Path) -> None:
     """A Llama with a tokenizer, which is copied beside the weights."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=200,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    llama(200).save_pretrained(directory)
     (directory / "vocab.txt").write_text("\n".join(f"word{i}" for i in range(200)))
 
 

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_models
 
+import upcycle
 from upcycle.errors import UsageError
 from upcycle.ir.measured import Check
 from upcycle.targets.card import LOADING, PROMISES, model_card
@@ -356,3 +358,15 @@ def test_the_card_knows_every_target_and_hides_local_paths_from_the_hub() -> Non
 
 def test_a_fence_in_the_recipe_does_not_end_the_block() -> None:
     assert "````yaml\n# ```\n````" in card(recipe_text="# ```")
+
+
+def test_save_says_what_it_takes_itself(tmp_path: Path) -> None:
+    """A streamed run was interrupted where a module is to be saved."""
+    out = tmp_path / "out"
+    left_by_a_killed_run(out, {"a": "1"})
+    done = upcycle.convert(small_models.build("llama"), "sparse-upcycling", verify=False)
+    with pytest.raises(UsageError, match="`fresh=True`"):
+        done.save(out, verify=False)
+    done.save(out, verify=False, fresh=True)
+    assert not (out / "a").exists()
+    assert (out / "config.json").is_file()

@@ -58,8 +58,8 @@ def staged(
         _finish_publishing(partial, out)
         if not (resume or fresh) and has_finished(partial):
             raise UsageError(
-                f"{partial}: an interrupted run left finished files; go on with `resume=True`, or "
-                "start anew with `fresh=True`"
+                f"{partial}: an interrupted run left finished files; go on with it "
+                "(`resume=True`), or start anew with `fresh=True`"
             )
         if not resume:
             _empty(partial)

@@ -94,6 +94,7 @@ class Conversion:
         runtimes: Sequence[str] = (),
         architecture: str | None = None,
         overwrite: bool = False,
+        fresh: bool = False,
         max_shard_size: int = MAX_SHARD_SIZE,
         verify: bool = True,
         progress: Progress = silent,
@@ -106,6 +107,7 @@ class Conversion:
             runtimes: what has to run the checkpoint: transformers, vllm, sglang, llama.cpp, ...
             architecture: the MoE architecture of transformers to write; by default what fits.
             overwrite: replace an existing directory.
+            fresh: remove what an interrupted ``upcycle convert`` left beside `out`.
             max_shard_size: bytes of one safetensors file.
             verify: load the files again and compare (tiers T3 and T4).
             progress: called as each stage begins and ends.
@@ -119,7 +121,7 @@ class Conversion:
         check_targets(targets, verify=verify)
         opened = self.opened
         opened.options = Options(
-            targets=targets, overwrite=overwrite, max_shard_size=max_shard_size
+            targets=targets, overwrite=overwrite, fresh=fresh, max_shard_size=max_shard_size
         )
         made = replace(self.made, plan=self.plan.requiring(runtimes, architecture))
         with opened.output(Path(out)) as directory:
