@@ -139,7 +139,10 @@ def test_assertions_hold_and_values_that_are_read_are_named() -> None:
             located(run)
 
 
-def test_the_checks_of_distributions_decide_nothing() -> None:
+def test_the_checks_of_distributions_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.compile turns these checks off for the process, and another test may have compiled
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+
     def run(m: Any, x: torch.Tensor) -> Any:
         return torch.distributions.Normal(m.ffn(x), torch.ones(()))
 

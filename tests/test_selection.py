@@ -230,15 +230,22 @@ def test_weights_are_on_the_simplex(rule: str, weights: str) -> None:
         assert torch.equal(total_T, count_T)
 
 
-def test_the_gradient_of_renorm_detach_reaches_the_router_and_that_of_one_does_not() -> None:
-    reached = {}
-    for weights in ("renorm_detach", "one"):
-        layer = router("top_p", weights)
-        _, weights_TK, _ = layer(scores("top_p"))
-        if weights_TK.requires_grad:
-            weights_TK.sum().backward()
-        reached[weights] = layer.weight.grad is not None and bool(layer.weight.grad.any())
-    assert reached == {"renorm_detach": True, "one": False}
+@pytest.mark.parametrize(
+    ("rule", "weights", "reaches"),
+    [
+        ("top_p", "renorm_detach", True),
+        ("top_p", "one", True),  # straight through: the weights are one, their gradient is p's
+        ("all", "one", False),  # no choice, nothing to learn
+    ],
+)
+def test_the_gradient_of_the_sum_of_weights_reaches_the_router(
+    rule: str, weights: str, reaches: bool
+) -> None:
+    layer = router(rule, weights)
+    _, weights_TK, _ = layer(scores(rule))
+    if weights_TK.requires_grad:
+        weights_TK.sum().backward()
+    assert (layer.weight.grad is not None and bool(layer.weight.grad.any())) is reaches
 
 
 def test_the_balance_bias_chooses_and_does_not_weigh() -> None:
