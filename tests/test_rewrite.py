@@ -48,7 +48,7 @@ EXACT = {"copy": COPIES, "granular": GRANULAR, "split-all": SPLIT_ALL}
 TAPPED = ["bert", "opt", "encoder", "convnext", "fused_inline"]
 MIXED = ["llama", "gpt2", *TAPPED]
 
-# The float32 budget of `upcycle.verification.metrics.ROUNDING`, whose derivation is there.
+# The float32 budget of `upcycle.ir.rounding.ROUNDING`, whose derivation is there.
 RELATIVE = 1e-5
 
 

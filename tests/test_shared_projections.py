@@ -29,9 +29,7 @@ from upcycle.recipe.schema import Recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D, H = zoo.D, zoo.H
-RELATIVE = (
-    1e-5  # the float32 budget of `upcycle.verification.metrics.ROUNDING`, whose derivation is there
-)
+RELATIVE = 1e-5  # the float32 budget of `upcycle.ir.rounding.ROUNDING`, whose derivation is there
 SPLIT_ALL = Recipe.model_validate(
     {
         "experts": {"method": "contiguous", "count": 5},

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = 32
 OTHERS = re.compile(r"attn|attention|to_q|to_kv|head|modulation|(token|position|patch)_embed")
-# Sums of at most 128 products in a few layers on one path: `upcycle.verification.metrics.ROUNDING`.
+# Sums of at most 128 products in a few layers on one path: `upcycle.ir.rounding.ROUNDING`.
 RELATIVE = 1e-5
 
 

@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import upcycle
 import upcycle.compiled
 import upcycle.kernels.compiled
+from upcycle.ir.rounding import ROUNDING
 from upcycle.targets.description import read_report
-from upcycle.verification.metrics import ROUNDING
 
 WRITTEN = Path(__file__).parent / "written_before"
 FORMS = ("self_contained", "native")

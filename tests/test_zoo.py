@@ -16,7 +16,7 @@ from upcycle.capture.guess_inputs import find_example, randomised
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-# The float32 budget of `upcycle.verification.metrics.ROUNDING`, whose derivation is there.
+# The float32 budget of `upcycle.ir.rounding.ROUNDING`, whose derivation is there.
 RELATIVE = 1e-5
 
 

@@ -11,6 +11,7 @@ from upcycle.ir.ffn import FFN, Located
 from upcycle.ir.measured import Costs, Distance, LayerDistance
 from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import MoESpec, Plan
+from upcycle.ir.verdict import Verdict, verdict
 from upcycle.targets.destination import Destination, grouped
 
 MAX_LAYERS = 12  # in the table of a verification: the worst ones
@@ -43,6 +44,7 @@ def plan_json(plan: Plan, costs: Costs, written: Destination) -> dict[str, Any]:
         "dense": [ffn.path for ffn in plan.located.ffns if ffn.path not in converted],
         "misses": located_json(plan.located)["misses"],
         "costs": costs.to_json(),
+        "verdict": plain(_expected(plan, costs)) if plan.specs else None,
         "checkpoint": written.to_json(),
     }
 
@@ -61,7 +63,12 @@ def plan_report(plan: Plan, costs: Costs, written: Destination) -> list[Renderab
     parts: list[RenderableType] = [layers, f"{plan.recipe_name} converts {of}"]
     if plan.specs:
         parts += ["", costs_table(costs), "", *runtimes_report(written)]
-    return [*parts, *_misses(plan.located)]
+    parts += _misses(plan.located)
+    return [*parts, "", *verdict_lines(_expected(plan, costs))] if plan.specs else parts
+
+
+def _expected(plan: Plan, costs: Costs) -> Verdict:
+    return verdict(plan.promise, costs, None, dtype="float32", recipe=plan.recipe_name)
 
 
 def runtimes_report(written: Destination) -> list[RenderableType]:
@@ -97,8 +104,8 @@ def verification_report(report: Report) -> list[RenderableType]:
     """The checks of a verification, each with its error and what was allowed."""
     table = new_table("check", "error", "allowed", "")
     for check in report.checks:
-        verdict = "ok" if check.passed else "FAILED"
-        table.add_row(check.what, f"{check.error:.2e}", f"{check.allowed:.2e}", verdict)
+        passed = "ok" if check.passed else "FAILED"
+        table.add_row(check.what, f"{check.error:.2e}", f"{check.allowed:.2e}", passed)
     parts: list[RenderableType] = [table]
     parts += [
         f"{check.what}: {check.elsewhere} of {check.tokens} choices of experts fell otherwise; "
@@ -119,8 +126,14 @@ def verification_report(report: Report) -> list[RenderableType]:
             metrics.add_row(name.replace("_", " "), f"{value:.6g}")
         parts += ["", metrics]
     failed = sum(not check.passed for check in report.checks)
-    verdict = f"{failed} failed" if failed else "all passed"
-    return [*parts, f"{count(report.checks, 'check')}: {verdict}"]
+    found = f"{failed} failed" if failed else "all within what the recipe allows"
+    parts.append(f"{count(report.checks, 'check')}: {found}")
+    return parts if failed else [*parts, "", *verdict_lines(report.verdict)]
+
+
+def verdict_lines(found: Verdict) -> list[RenderableType]:
+    """What the result is good for."""
+    return [f"verdict: {found.headline}", *(f"  {line}" for line in found.lines)]
 
 
 def _distances(report: Report) -> Iterator[tuple[str, ...]]:
@@ -139,8 +152,10 @@ def conversion_report(report: Report, out: str, sizes: dict[str, int]) -> list[R
     files = new_table("file", "size")
     for name, number in sizes.items():
         files.add_row(name, size(number))
-    verified = verification_report(report) if report.checks else ["not verified"]
-    return [*_calibrated(report), *verified, *_unread(report), "", files, f"written to {out}"]
+    verified = ["not verified", *verdict_lines(report.verdict)]
+    if report.checks:
+        verified = verification_report(report)
+    return [*_calibrated(report), *_unread(report), files, f"written to {out}", "", *verified]
 
 
 def _unread(report: Report) -> list[RenderableType]:

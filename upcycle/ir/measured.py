@@ -38,6 +38,7 @@ class Distance:
         relative: `max_abs` over the largest absolute reference value.
         rms: norm of the difference over the norm of the reference.
         min_cosine, mean_cosine: of the two tensors as vectors along the last axis.
+        top1_agreement: of scores, the part of the rows that have the same largest entry.
     """
 
     max_abs: Number
@@ -45,6 +46,7 @@ class Distance:
     rms: Number
     min_cosine: Number
     mean_cosine: Number
+    top1_agreement: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from upcycle.ir.measured import (
     OnnxFacts,
     Tempered,
 )
+from upcycle.ir.verdict import Verdict, verdict
 
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -76,9 +77,23 @@ class Report:
         """The layer that is furthest from its dense FFN."""
         return max(self.layers, key=lambda row: row.relative) if self.layers else None
 
+    @property
+    def verdict(self) -> Verdict:
+        """What the figures mean for the user."""
+        passed = all(check.passed for check in self.checks)
+        return verdict(
+            self.promise,
+            self.costs,
+            self.end_to_end,
+            dtype=self.dtype,
+            recipe=self.recipe,
+            equal_layers=self.promise == "exact" and bool(self.layers) and passed,
+            unmeasured="Convert it in memory (`stream=False`) and with verification to know.",
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``report.json``."""
-        data: dict[str, Any] = plain(self)
+        """Plain data for ``report.json``; what follows from its fields is there, too."""
+        data: dict[str, Any] = plain(self) | {"verdict": plain(self.verdict)}
         if worst := self.worst_layer:
             data["largest_error_at"] = {"layer": worst.path, "relative": worst.relative}
         return data

@@ -11,6 +11,7 @@ from upcycle.data.verification_inputs import Evaluation, outputs_of
 from upcycle.errors import VerificationError
 from upcycle.ir.measured import Check, Tempered
 from upcycle.ir.report import Report
+from upcycle.ir.rounding import ROUNDING
 from upcycle.ir.spec import Plan
 from upcycle.layers.tap import has_hooks
 from upcycle.targets.checkpoint import Checkpoint, planned_layers
@@ -21,7 +22,6 @@ from upcycle.targets.native.tempered import every_expert, is_tempered, tempered
 from upcycle.util.copies import copy_of
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.verification.checks import ELSEWHERE, GREEDY, RELOADED, TEMPERED, TIES, check
-from upcycle.verification.metrics import ROUNDING
 from upcycle.verification.near_ties import NearTies, choices_of, following
 from upcycle.verification.whole_model import compare_models, same_greedy_text
 

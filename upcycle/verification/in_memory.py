@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from upcycle.data.verification_inputs import Evaluation, outputs_of
 from upcycle.ir.measured import Distance
 from upcycle.ir.report import Report
+from upcycle.ir.rounding import ROUNDING
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import Provenance
 from upcycle.layers.moe import MoE
@@ -20,7 +21,6 @@ from upcycle.targets.checkpoint import planned_layers
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.util.trees import leaves_of
 from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
-from upcycle.verification.metrics import ROUNDING
 from upcycle.verification.whole_model import compare_models, end_to_end
 
 

@@ -12,6 +12,7 @@ import torch
 from upcycle.ir.layer_weights import layer_around
 from upcycle.ir.measured import Check, LayerDistance
 from upcycle.ir.report import plain
+from upcycle.ir.rounding import ROUNDING
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import MoEWeights, Provenance, read_ffn
 from upcycle.layers.moe import MoE, all_experts
@@ -27,7 +28,7 @@ from upcycle.verification.checks import (
     worst_at,
 )
 from upcycle.verification.distinct_experts import distinct_experts_error
-from upcycle.verification.metrics import ROUNDING, distance
+from upcycle.verification.metrics import distance
 from upcycle.verification.traced_rows import lost_neurons, redrawn_rows, untraced_rows
 
 # Applies a function to each spec and gives the results in order; the `map` of a pool, for example.

@@ -10,17 +10,6 @@ from torch.nn import functional as F
 from upcycle.errors import VerificationError
 from upcycle.ir.measured import Distance, LanguageModel
 
-# The largest relative error that counts as rounding, for the dtype of the computation. A residual
-# stack of L layers with sums of n products errs by about sqrt(L * n) eps; 84 eps in float32 and
-# float64 and 2.5 eps in the half types (whose products are summed in float32) cover L * n up to
-# 7000 at the typical error of 1 eps and leave a wrong expert, at 1e-2 and more, far outside.
-ROUNDING = {
-    torch.float64: 2e-14,
-    torch.float32: 1e-5,
-    torch.bfloat16: 2e-2,
-    torch.float16: 5e-3,
-}
-
 
 def distance(actual: torch.Tensor, reference: torch.Tensor) -> Distance:
     """Compare two tensors of one shape, [..., d]; vectors are along the last axis.

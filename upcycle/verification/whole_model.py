@@ -1,5 +1,6 @@
 """Tier T2 of verification: a whole model against another one."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from upcycle.data.text import is_language_model
 from upcycle.data.verification_inputs import NEW_TOKENS, Evaluation, evaluation_for, outputs_of
 from upcycle.errors import VerificationError
 from upcycle.ir.measured import Check, Distance, ModelDistance
+from upcycle.ir.rounding import ROUNDING
 from upcycle.recipe.schema import Recipe
 from upcycle.util.modules import device_of, eval_mode
 from upcycle.verification.checks import END_TO_END, check
-from upcycle.verification.metrics import ROUNDING, check_outputs, compare_predictions, distance
+from upcycle.verification.metrics import check_outputs, compare_predictions, distance
 
 
 def verify(
@@ -44,6 +46,9 @@ def compare_models(
         check_outputs(ours, theirs, "the converted model")
         for name, tensor in theirs.items():
             found = distance(ours[name], tensor)
+            if name.endswith("logits") and tensor.dim() > 1:
+                same_B = ours[name].argmax(-1) == tensor.argmax(-1)
+                found = replace(found, top1_agreement=same_B.double().mean().item())
             if name not in outputs or found.relative > outputs[name].relative:
                 outputs[name] = found
     if not outputs:

@@ -14,6 +14,7 @@ from torch import nn
 from upcycle.data.verification_inputs import Evaluation, comparable
 from upcycle.errors import UnsupportedError, VerificationError
 from upcycle.ir.measured import Check
+from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
 from upcycle.targets.onnx.arguments import Arguments, apart
@@ -23,7 +24,7 @@ from upcycle.targets.onnx.parts import FILES
 from upcycle.targets.onnx.write import in_graph, without_cache
 from upcycle.util.modules import eval_mode
 from upcycle.verification.checks import ONNX, ONNX_TIES, check
-from upcycle.verification.metrics import ROUNDING, check_outputs, distance
+from upcycle.verification.metrics import check_outputs, distance
 from upcycle.verification.near_ties import Choices, following
 
 _T = TypeVar("_T")

@@ -13,6 +13,7 @@ import torch
 
 from upcycle.errors import UsageError, VerificationError
 from upcycle.ir.measured import Check, LayerDistance, ModelDistance
+from upcycle.ir.rounding import ROUNDING
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import Provenance
 from upcycle.layers.moe import MoE
@@ -24,7 +25,7 @@ from upcycle.targets.onnx.insert import unique_keys
 from upcycle.util.progress import Progress
 from upcycle.verification.checks import CHECKER, NODES, check, worst_at
 from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
-from upcycle.verification.metrics import ROUNDING, check_outputs, distance
+from upcycle.verification.metrics import check_outputs, distance
 from upcycle.verification.onnx.rounding import rounded_paths
 
 # Two correct computations may choose other experts for a token where moving it by this part of its

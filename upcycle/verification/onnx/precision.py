@@ -11,6 +11,7 @@ from torch import nn
 
 from upcycle.data.verification_inputs import Evaluation, cast_floats
 from upcycle.ir.measured import Check, OnnxFacts, Rounded
+from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import draw_inputs
 from upcycle.pointwise import Pointwise
@@ -20,7 +21,6 @@ from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.parts import FILES
 from upcycle.util.modules import set_within
 from upcycle.verification.checks import ONNX, check
-from upcycle.verification.metrics import ROUNDING
 from upcycle.verification.onnx.files import onnx_distance, verify_onnx
 from upcycle.verification.onnx.rounding import rounded_layers, verify_rounding
 from upcycle.verification.whole_model import compare_models

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 
 from upcycle.ir.measured import Check, Rounded
+from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
@@ -31,7 +32,6 @@ from upcycle.targets.onnx.forms.quantise import (
     steps_of,
 )
 from upcycle.verification.checks import ROUNDED_KERNEL, ROUNDED_LAYER, ROUNDED_WEIGHTS, worst_at
-from upcycle.verification.metrics import ROUNDING
 
 _HALF_STEP = 1 + 2 * 127 * 2**-11  # a scale in float16 is off by 2^-11, and is taken 127 times
 _INDEPENDENT = 2.0  # an error this many times that of independent errors is a mistake
