@@ -31,6 +31,11 @@ def describe(
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
+def is_described(directory: Path) -> bool:
+    """Whether the report of the conversion is there: after training, only what was saved is."""
+    return (directory / REPORT).is_file()
+
+
 def read_report(directory: Path) -> Report:
     """The report of a converted model.
 

@@ -81,8 +81,17 @@ def check_opens(directory: Path) -> None:
         UsageError: transformers cannot, or config.json does not describe the tensors of the files.
     """
     if (directory / "config.json").is_file():
-        options = {"device_map": "meta", "ignore_mismatched_sizes": True}
-        _load_transformers(directory, trust_remote_code=True, **options)
+        skeleton_of(directory, trust_remote_code=True)
+
+
+def skeleton_of(directory: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a directory with a ``config.json``, on the meta device.
+
+    Raises:
+        UsageError: transformers cannot build it, or its files hold other tensors.
+    """
+    options = {"device_map": "meta", "ignore_mismatched_sizes": True}
+    return _load_transformers(directory, trust_remote_code, **options)
 
 
 def _load_transformers(directory: Path, trust_remote_code: bool, **options: Any) -> nn.Module:

@@ -22,6 +22,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.forms.choose import Choice, choose, fused_form
 from upcycle.targets.onnx.forms.cost_model import NANOSECONDS, Work, seconds
+from upcycle.targets.onnx.forms.routed import routed
 from upcycle.verification.onnx.rounding import rounded_layers, verify_rounding, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,7 +161,7 @@ def test_a_gain_that_may_be_negative_has_no_kernel() -> None:
     for gain, fused in ((0.5, True), (-0.9, True), (-1.0, False), (-3.0, False)):
         layer.router.gain.data.fill_(0.5)
         layer.router.gain.data[2] = gain
-        assert (fused_form(layer) is not None) == fused
+        assert (fused_form(routed(layer)) is not None) == fused
 
 
 def test_checker_and_reference_evaluator(written) -> None:
@@ -270,7 +271,7 @@ def test_a_wrong_scale_is_noticed(tmp_path: Path) -> None:
     scale.CopyFrom(onnx.numpy_helper.from_array(wrong, scale.name))
     onnx.save(model, path)
     feeds = {"x": sample(50).numpy()}
-    _, checks = verify_rounding(path, {"layers.0": layers[0]}, feeds)
+    _, checks = verify_rounding(path, {"layers.0": layers[0].experts}, feeds)
     assert [found.passed for found in checks] == [False, True, True]
 
 
@@ -292,10 +293,10 @@ def test_experts_by_hand() -> None:
 
 def test_odd_widths_stay_unrolled_in_four_bits() -> None:
     odd = moe("relu", width=11)
-    assert choose(odd, Onnx(form="quantised", quantise=4)) == Choice(
+    assert choose(routed(odd), Onnx(form="quantised", quantise=4)) == Choice(
         "unrolled", odd.experts.act_fn.pointwise
     )
-    assert choose(odd, Onnx(form="quantised", quantise=8)).form == "quantised"
+    assert choose(routed(odd), Onnx(form="quantised", quantise=8)).form == "quantised"
 
 
 # Narrow types
@@ -335,12 +336,12 @@ def test_bfloat16_passes_the_checker(tmp_path: Path, form: Any) -> None:
 
 def test_profiles() -> None:
     layer, erf = moe("silu"), moe("gelu")
-    assert choose(layer, Onnx(profile="portable")).form == "unrolled"
-    assert choose(layer, Onnx(profile="cuda")).form == "fused"
-    assert choose(layer, Onnx(profile="cuda", quantise=8)).form == "quantised"
-    assert choose(layer, Onnx(profile="portable", form="fused")).form == "fused"
-    assert choose(erf, Onnx(profile="cuda")).form == "unrolled"
-    assert choose(erf, Onnx(profile="cuda", gelu="tanh")).form == "fused"
+    assert choose(routed(layer), Onnx(profile="portable")).form == "unrolled"
+    assert choose(routed(layer), Onnx(profile="cuda")).form == "fused"
+    assert choose(routed(layer), Onnx(profile="cuda", quantise=8)).form == "quantised"
+    assert choose(routed(layer), Onnx(profile="portable", form="fused")).form == "fused"
+    assert choose(routed(erf), Onnx(profile="cuda")).form == "unrolled"
+    assert choose(routed(erf), Onnx(profile="cuda", gelu="tanh")).form == "fused"
     assert Onnx(profile="cuda").half == "float16"
     assert Onnx(profile="cuda", dtype="float32").half is None
 
@@ -356,7 +357,7 @@ def test_profiles() -> None:
 )
 def test_the_cost_model_names_the_form_that_was_faster(experts, width, k, tokens, form) -> None:
     layer = moe("silu", num_experts=experts, width=width, top_k=k, d_model=384)
-    assert choose(layer, Onnx(tokens=tokens)).form == form
+    assert choose(routed(layer), Onnx(tokens=tokens)).form == form
 
 
 def test_costs_grow_with_the_work() -> None:

@@ -15,6 +15,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.forms.choose import Choice, choose
 from upcycle.targets.onnx.forms.cost_model import Work, seconds
+from upcycle.targets.onnx.forms.routed import routed
 from upcycle.verification.onnx.precision import kernels_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +39,7 @@ def two_forms(tmp_path_factory) -> tuple[list[MoE], Path, list[Choice]]:
     path = export_onnx(
         model, (sample(7),), path=folder / "model.onnx", stored=stored, options=options
     )
-    return layers, path, [choose(layer, options) for layer in layers]
+    return layers, path, [choose(routed(layer), options) for layer in layers]
 
 
 def test_short_and_long_calls_get_the_form_that_is_faster_for_them(two_forms) -> None:

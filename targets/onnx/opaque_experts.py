@@ -16,6 +16,8 @@ from upcycle.errors import UnsupportedError
 from upcycle.layers.config import RouterConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
+from upcycle.models.moe_layers import moe_layers
+from upcycle.targets.onnx.forms.routed import Routed, given, routed
 from upcycle.targets.onnx.parts import Compute
 from upcycle.util.modules import eval_mode
 
@@ -25,26 +27,34 @@ OPAQUE = ("upcycle", "MoE")
 @contextmanager
 def symbolic_layers(
     model: nn.Module, dtype: torch.dtype = torch.float32
-) -> Iterator[dict[str, MoE]]:
+) -> Iterator[dict[str, Routed]]:
     """Within it `model` is in eval mode and the experts of its MoE layers export as opaque nodes.
 
-    The value is the layers by path.
+    The layers are those of upcycle, and others whose experts are `Experts`; the value has what the
+    forms are told of them, by path.
+
+    Raises:
+        UnsupportedError: experts of another type, or a router that has no place in a graph.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
-    for path, layer in layers.items():
-        found = layer.experts.down_proj.dtype
-        if found != dtype:
+    layers: dict[str, Routed] = {}
+    for layer in moe_layers(model):
+        block, experts = layer.block, layer.experts
+        assert isinstance(experts, Experts)
+        if experts.down_proj.dtype != dtype:
             raise UnsupportedError(
-                f"{path}: the graph is to be in {dtype} and the experts are {found}; export "
-                "model.float() for float32, the stored weights may stay as they are"
+                f"{layer.path}: the graph is to be in {dtype} and the experts are "
+                f"{experts.down_proj.dtype}; export model.float() for float32, the stored weights "
+                "may stay as they are"
             )
-        given = getattr(layer.router, "given", None)
-        has_ids = given is not None and given.position is not None
-        check_router(path, layer.config.router, has_ids=has_ids)
+        if isinstance(block, MoE):
+            ids = getattr(block.router, "given", None)
+            has_ids = ids is not None and ids.position is not None
+            check_router(layer.path, block.config.router, has_ids=has_ids)
+        layers[layer.path] = routed(block) if isinstance(block, MoE) else given(layer)
     with eval_mode(model), ExitStack() as undo:
-        for path, layer in layers.items():
-            opaque = functools.partial(_forward, layer.experts, path)
-            undo.enter_context(_other_forward(layer.experts, opaque))
+        for path, found in layers.items():
+            opaque = functools.partial(_forward, found.experts, path)
+            undo.enter_context(_other_forward(found.experts, opaque))
         yield layers
 
 

@@ -63,6 +63,11 @@ class Store:
                     match = Match(name, entry, transposed, cast)
                     self._index[self._fingerprint(match)].append(match)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no checkpoint beside the file."""
+        return not self._index
+
     def value(self, match: Match) -> torch.Tensor:
         """What the graph gets from `match`, without the cast."""
         tensor = read_stored(self.directory, match.stored)
@@ -130,10 +135,9 @@ def share_weights(model: ir.Model, store: Store, path: Path) -> int:
         graph.insert_before(graph[0], head.nodes)
     size = _write(missing, path)
     if missing:
-        log.warning(
-            "%s.data: %d tensors (%d bytes) are not in the checkpoint",
-            *(path.name, len(missing), size),
-        )
+        level = logging.INFO if store.is_empty else logging.WARNING
+        text = "%s.data: %d tensors (%d bytes) are not in the checkpoint"
+        log.log(level, text, path.name, len(missing), size)
     return len(missing)
 
 

@@ -10,22 +10,19 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from upcycle.bench.engines import check_file, onnx_engine, torch_engine
 from upcycle.bench.floor import floor_of
 from upcycle.bench.machine import measure
 from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six, writing_row
 from upcycle.capture.capture import ExampleInputs
+from upcycle.conversion.trained import planned
 from upcycle.data.verification_inputs import evaluation_for
 from upcycle.models.dense import DTYPES, Source
-from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.costs import costs, model_size
-from upcycle.passes.plan.plan import make_plan
-from upcycle.targets.description import read_report, recipe_of
 from upcycle.targets.load import load
 from upcycle.targets.onnx.arguments import arguments_of
-from upcycle.targets.provenance_file import as_made
+from upcycle.util.modules import model_dtype
 from upcycle.util.progress import Progress, silent
 
 
@@ -51,7 +48,7 @@ class Wanted:
 def bench(
     converted: Path, dense: Source, wanted: Wanted, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Measure a directory that `upcycle convert` wrote beside the dense model, on the CPU.
+    """Measure a converted model, trained since or not, beside the dense one, on the CPU.
 
     Returns:
         ``machine``, ``costs``, ``memory`` (bytes of the weights in the computation); the times of
@@ -60,24 +57,21 @@ def bench(
         measured is None.
 
     Raises:
-        UsageError: the directory is no output of upcycle, was made from another model, or has no
-            file for the engine.
+        UsageError: the directory cannot be loaded, or has no file for the engine.
+        UnsupportedError: its layers are not where the dense model has FFNs.
     """
-    report = read_report(converted)
     if wanted.engine == "onnx":
         check_file(converted)
-    recipe = recipe_of(report, converted)
-    dense = replace(dense, dtype=DTYPES[report.dtype])  # as it was loaded for the conversion
     with ExitStack() as stack:
         stack.enter_context(_threads(wanted.threads))
-        reference = dense.load()
-        located = locate_in(reference, dense.example)
-        plan, _ = as_made(make_plan(located, recipe, recipe_name=report.recipe), converted)
         makers: dict[str, Callable[[], nn.Module]] = {
-            "dense": dense.load,
-            "converted": partial(_load, converted, dense, isinstance(reference, PreTrainedModel)),
+            "converted": partial(_load, converted, dense),
         }
         made = makers["converted"]()
+        dense = replace(dense, dtype=model_dtype(made))
+        makers = {"dense": dense.load, **makers}
+        reference = makers["dense"]()
+        plan, report = planned(converted, made, reference, dense)
         evaluation = evaluation_for(
             reference,
             directory=dense.directory,
@@ -85,7 +79,7 @@ def bench(
             example=dense.example,
         )
         specs = [plan.specs[i] for i in _middle(len(plan.specs), wanted.layers)]
-        onnx = recipe.onnx if wanted.engine == "onnx" else None
+        onnx = plan.recipe.onnx if wanted.engine == "onnx" else None
         kind = DTYPES[report.dtype] if onnx is None else torch.float32
         machine = measure(kind)
         floor = floor_of(machine, reference, plan.specs, itemsize=kind.itemsize, options=onnx)
@@ -122,8 +116,8 @@ def bench(
         return found
 
 
-def _load(converted: Path, dense: Source, is_of_transformers: bool) -> nn.Module:
-    own = None if is_of_transformers else dense.load()
+def _load(converted: Path, dense: Source) -> nn.Module:
+    own = None if (converted / "config.json").is_file() else dense.load()
     return load(converted, model=own, trust_remote_code=dense.trust_remote_code)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from upcycle.errors import UsageError
 from upcycle.layers.config import LayerConfig
+from upcycle.models.configuration import count_of_experts
 from upcycle.targets.description import REPORT, read_report
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, LayerOrigin, read_origins, rows_of
 from upcycle.util.json_text import read_json
@@ -22,6 +23,36 @@ def is_converted(directory: Path) -> bool:
         return path.is_file() and "resolved_recipe" in read_json(path)
     except UsageError:  # a file of another program
         return False
+
+
+def is_moe(directory: Path) -> bool:
+    """Whether the configuration of the directory describes a mixture of experts."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return False
+    config = read_json(path)
+    return "upcycle" in config or bool(count_of_experts(config.get))
+
+
+def inspect_moe(directory: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The MoE layers of a directory that no report describes, as after training; as plain data.
+
+    Raises:
+        UsageError: its files are damaged.
+    """
+    from upcycle.models.moe_layers import moe_layers
+    from upcycle.targets.load import skeleton_of
+
+    model: Any = skeleton_of(directory, trust_remote_code=trust_remote_code)
+    names = ("path", "num_experts", "width", "top_k", "shared", "router", "d_model")
+    return {
+        "directory": str(directory),
+        "architecture": model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "is_own": "upcycle" in vars(model.config),
+        "onnx": sorted(path.name for path in directory.glob("*.onnx")),
+        "layers": [{name: getattr(row, name) for name in names} for row in moe_layers(model)],
+    }
 
 
 def inspect_converted(directory: Path) -> dict[str, Any]:

@@ -43,6 +43,24 @@ def converted_report(found: dict[str, Any]) -> list[RenderableType]:
     return parts
 
 
+def moe_report(found: dict[str, Any]) -> list[RenderableType]:
+    """What `upcycle.cli.inspection.inspect_moe` found, as tables."""
+    kind = "layers of upcycle" if found["is_own"] else "an architecture of transformers"
+    onnx = "".join(f", {name}" for name in found["onnx"])
+    layers = new_table("layer", "experts", "top_k", "shared", "router", "d_model")
+    for row in found["layers"]:
+        experts = f"{row['num_experts']} of {row['width']}"
+        cells = (row["path"], experts, row["top_k"], row["shared"] or "none", row["router"])
+        layers.add_row(*map(str, cells), str(row["d_model"]))
+    return [
+        f"{found['directory']}: {found['architecture']} ({kind}), {found['dtype']}{onnx}",
+        "no report.json: trained since its conversion, or not converted by upcycle",
+        "",
+        layers,
+        f"{count(found['layers'], 'MoE layer')} found",
+    ]
+
+
 def _layer(layer: dict[str, Any]) -> tuple[str, ...]:
     router = layer["router"]
     select = router["select"]

@@ -1,18 +1,21 @@
 """What was found, planned and verified, as tables for people and as plain data for programs."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from upcycle.cli.tables import add_rows, count, new_table, short, size
 from upcycle.ir.ffn import FFN, Located
-from upcycle.ir.measured import Costs, Distance, LayerDistance
+from upcycle.ir.measured import Check, Costs, Distance, LayerDistance
 from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.verdict import Verdict, verdict
 from upcycle.targets.destination import Destination, grouped
+
+if TYPE_CHECKING:
+    from upcycle.conversion.export import Exported
 
 MAX_LAYERS = 12  # in the table of a verification: the worst ones
 MAX_UNREAD = 4  # names of tensors
@@ -102,17 +105,7 @@ def costs_table(costs: Costs) -> Table:
 
 def verification_report(report: Report) -> list[RenderableType]:
     """The checks of a verification, each with its error and what was allowed."""
-    table = new_table("check", "error", "allowed", "")
-    for check in report.checks:
-        passed = "ok" if check.passed else "FAILED"
-        table.add_row(check.what, f"{check.error:.2e}", f"{check.allowed:.2e}", passed)
-    parts: list[RenderableType] = [table]
-    parts += [
-        f"{check.what}: {check.elsewhere} of {check.tokens} choices of experts fell otherwise; "
-        "outputs were compared with the same choices"
-        for check in report.checks
-        if check.elsewhere is not None
-    ]
+    parts = checks_report(report.checks) if report.checks else []
     if rows := [*_distances(report)]:
         what = "compared with the dense model"
         distances = new_table(what, "relative error", "cosine min", "mean")
@@ -127,8 +120,39 @@ def verification_report(report: Report) -> list[RenderableType]:
         parts += ["", metrics]
     failed = sum(not check.passed for check in report.checks)
     found = f"{failed} failed" if failed else "all within what the recipe allows"
-    parts.append(f"{count(report.checks, 'check')}: {found}")
+    if report.checks:
+        parts.append(f"{count(report.checks, 'check')}: {found}")
     return parts if failed else [*parts, "", *verdict_lines(report.verdict)]
+
+
+def checks_report(checks: Sequence[Check]) -> list[RenderableType]:
+    """A table of checks, and what to know of those that followed choices of experts."""
+    table = new_table("check", "error", "allowed", "")
+    for check in checks:
+        passed = "ok" if check.passed else "FAILED"
+        table.add_row(check.what, f"{check.error:.2e}", f"{check.allowed:.2e}", passed)
+    followed = [
+        f"{check.what}: {check.elsewhere} of {check.tokens} choices of experts fell otherwise; "
+        "outputs were compared with the same choices"
+        for check in checks
+        if check.elsewhere is not None
+    ]
+    return [table, *followed]
+
+
+def export_report(done: "Exported", out: str, sizes: dict[str, int]) -> list[RenderableType]:
+    """What ``upcycle export`` wrote to `out` (bytes by file name), and how it was verified."""
+    parts: list[RenderableType] = checks_report(done.checks) if done.checks else ["not verified"]
+    if done.onnx is not None and done.onnx.relative is not None:
+        parts.append(f"the rounded file is {done.onnx.relative:.2e} from the model")
+    return [*parts, "", _files(sizes), f"written to {out} ({done.form})"]
+
+
+def _files(sizes: dict[str, int]) -> Table:
+    files = new_table("file", "size")
+    for name, number in sizes.items():
+        files.add_row(name, size(number))
+    return files
 
 
 def verdict_lines(found: Verdict) -> list[RenderableType]:
@@ -149,13 +173,17 @@ def _distances(report: Report) -> Iterator[tuple[str, ...]]:
 
 def conversion_report(report: Report, out: str, sizes: dict[str, int]) -> list[RenderableType]:
     """What a conversion wrote to `out` (bytes by file name), and how it was verified."""
-    files = new_table("file", "size")
-    for name, number in sizes.items():
-        files.add_row(name, size(number))
     verified = ["not verified", *verdict_lines(report.verdict)]
     if report.checks:
         verified = verification_report(report)
-    return [*_calibrated(report), *_unread(report), files, f"written to {out}", "", *verified]
+    return [
+        *_calibrated(report),
+        *_unread(report),
+        _files(sizes),
+        f"written to {out}",
+        "",
+        *verified,
+    ]
 
 
 def _unread(report: Report) -> list[RenderableType]:

@@ -11,17 +11,20 @@ from upcycle.conversion.make import Made
 from upcycle.conversion.onnx_file import OnnxFile
 from upcycle.conversion.onnx_rewrite import EXPERTS, FILE
 from upcycle.conversion.options import DEFAULTS
+from upcycle.conversion.trained import planned
 from upcycle.data.verification_inputs import evaluation_for
 from upcycle.errors import UsageError, one_line
+from upcycle.ir.measured import Check, ModelDistance
 from upcycle.ir.report import Report
 from upcycle.models.dense import DTYPES, Source
 from upcycle.models.expert_sources import open_sources
+from upcycle.models.moe_layers import with_own_experts
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.run import run
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.plan import make_plan
 from upcycle.recipe.schema import Recipe
-from upcycle.targets.description import read_report, recipe_of
+from upcycle.targets.description import is_described, read_report, recipe_of
 from upcycle.targets.destination import destination
 from upcycle.targets.files.read_back import read_at, read_by_name, read_layer
 from upcycle.targets.load import load
@@ -44,7 +47,9 @@ def verify_directory(
     """The checks of a conversion again: tiers T0 to T2, and T4 where there are ONNX files.
 
     Layers are compared on random tokens. T3 compares files with the model that was written, which
-    is gone. Returns the report of the conversion with what was measured now.
+    is gone. Returns the report of the conversion with what was measured now. Where that report is
+    gone, as after training, the whole model and the ONNX files alone are compared, and no distance
+    from the dense model fails.
 
     Args:
         source: the dense model.
@@ -55,6 +60,8 @@ def verify_directory(
         UsageError: the directory is no output of upcycle, or was made from another model.
         VerificationError: both models have other outputs.
     """
+    if not is_described(directory) and isinstance(source, Source):
+        return _verify_trained(source, directory)
     report = replace(
         read_report(directory),
         checks=(),
@@ -84,6 +91,23 @@ def verify_directory(
     converted = load(directory, model=own, trust_remote_code=source.trust_remote_code)
     converted = converted.to(device_of(dense))
     report = _verify_layers(report, directory, recipe, source, dense)
+    found, checks = _compared(source, dense, converted, directory)
+    every = (*report.checks, end_to_end(found, recipe, model_dtype(dense)), *checks)
+    return replace(report, end_to_end=found, checks=every)
+
+
+def _verify_trained(source: Source, directory: Path) -> Report:
+    converted = load(directory, trust_remote_code=source.trust_remote_code)
+    dense = replace(source, dtype=model_dtype(converted)).load()
+    _, report = planned(directory, converted, dense, source)
+    found, checks = _compared(source, dense, converted, directory)
+    return replace(report, end_to_end=found, checks=tuple(checks))
+
+
+def _compared(
+    source: Source, dense: nn.Module, converted: nn.Module, directory: Path
+) -> tuple[ModelDistance, list[Check]]:
+    """The distance of the whole models, and the checks of the ONNX files in `directory`."""
     evaluation = evaluation_for(
         dense,
         directory=source.directory,
@@ -97,10 +121,11 @@ def verify_directory(
             f"{directory}: the model in it cannot be run ({one_line(error)}); its files do not fit "
             "together, convert the model again"
         ) from error
-    checks = [*report.checks, end_to_end(found, recipe, model_dtype(dense))]
-    if any((directory / name).is_file() for name in ONNX_FILES):
-        checks += verify_onnx(directory, in_float32(converted), evaluation)
-    return replace(report, end_to_end=found, checks=tuple(checks))
+    if not any((directory / name).is_file() for name in ONNX_FILES):
+        return found, []
+    single = in_float32(converted)
+    with with_own_experts(single):
+        return found, verify_onnx(directory, single, evaluation)
 
 
 def _verify_layers(

@@ -6,6 +6,7 @@ from typing import Literal
 from upcycle.ir.measured import Costs, Distance, ModelDistance
 from upcycle.ir.rounding import is_rounding
 
+TRAINED = "trained"  # in the place of a recipe, where the model was trained after its conversion
 Level = Literal["equal", "near", "changed", "far", "unknown"]
 
 # Up to which a result is near to the dense model, or changed: the factor on its perplexity; without
@@ -66,7 +67,7 @@ def verdict(
     work = None if costs is None else costs.flops_after / max(costs.flops_before, 1)
     return Verdict(
         level=level,
-        headline=_headline(level, promise, work),
+        headline=_headline(level, promise, work, recipe),
         quality=_quality(level, promise, found, equal_layers=equal_layers),
         work=_work(costs, work),
         advice=_advice(level, promise, costs, work, recipe, unmeasured),
@@ -94,7 +95,9 @@ def _figure(output: Distance) -> tuple[str, float]:
     return "cosine", output.mean_cosine
 
 
-def _headline(level: Level, promise: str, work: float | None) -> str:
+def _headline(level: Level, promise: str, work: float | None, recipe: str) -> str:
+    if recipe == TRAINED and level != "equal":
+        return "trained further, and no longer the dense model"
     said = {
         "equal": "exact" if promise == "exact" else "equal to the dense model as it is now",
         "near": "approximate, and near to the dense model",
@@ -165,6 +168,8 @@ def _advice(
         return "It saves nothing by itself: it is a start for training, or a check of a split."
     if level == "unknown" and promise != "exact":
         return unmeasured
+    if recipe == TRAINED:
+        return "It was trained after its conversion: judge it by your task, not by the dense model."
     if level in ("changed", "far") and recipe == "upcycle":
         return (
             "More calibration text (`calibration`), or wider experts (experts.width), bring it "

@@ -1,5 +1,7 @@
 """The configuration of a Hugging Face directory, which is data and nothing else."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,8 @@ def check_files(directory: Path) -> None:
     check_links(directory)
     if (directory / "modeling_upcycle.py").is_file() or (directory / "upcycle.json").is_file():
         raise UnsupportedError(
-            f"{directory}: it was made by upcycle and is a mixture of experts; start from the "
-            "dense model"
+            f"{directory}: it was made by upcycle and is a mixture of experts already; convert the "
+            "dense model, or write other formats of it with `upcycle export`"
         )
     adapter = directory / "adapter_config.json"
     if adapter.is_file():
@@ -94,13 +96,22 @@ def check_dense(directory: Path, config: Any) -> None:
             f"{directory}: its weights are quantised ({method}); dequantise them and save the "
             "model first"
         )
-    for field in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        count = getattr(config, field, None) or 0
-        if count > 1:
-            raise UnsupportedError(
-                f"{directory}: it is already a mixture of experts ({field} = {count}); upcycle "
-                "starts from a dense model"
-            )
+    for field, count in count_of_experts(partial(_field, config)).items():
+        raise UnsupportedError(
+            f"{directory}: it is already a mixture of experts ({field} = {count}), and a "
+            "conversion starts from a dense model; `upcycle export` writes other formats of it"
+        )
+
+
+def _field(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
+
+
+def count_of_experts(field: Callable[[str], Any]) -> dict[str, int]:
+    """The fields of a configuration, asked for by name, that say that there are several experts."""
+    named = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    counts = {name: field(name) for name in named}
+    return {name: count for name, count in counts.items() if isinstance(count, int) and count > 1}
 
 
 def with_text(config: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from upcycle.models.configuration import (
     read_config,
     with_text,
 )
-from upcycle.util.named_callable import call_named
+from upcycle.util.named_callable import call_named, inputs_named
 from upcycle.util.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -220,11 +220,10 @@ def open_model(
             raise UsageError(f"{model}: not a model directory, it has no config.json; {_MODEL}")
     elif ":" not in model:
         raise UsageError(f"{model}: there is no such directory; {_MODEL}")
-    example = call_named(inputs, (dict, tuple), "a dict or a tuple of tensors") if inputs else None
     source = Source(
         name=model,
         directory=directory,
-        example=example,
+        example=inputs_named(inputs),
         dtype=DTYPES[dtype] if dtype else None,
         device=_device(device),
         trust_remote_code=trust_remote_code,

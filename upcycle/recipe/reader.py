@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from upcycle.errors import RecipeError
 from upcycle.recipe import shipped
+from upcycle.recipe.onnx import Onnx
 from upcycle.recipe.schema import Recipe
 from upcycle.recipe.yaml_places import (
     COMMAND_LINE,
@@ -75,6 +76,18 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if document.problems:
         raise _error(document.problems)
     return loaded
+
+
+def onnx_options(overrides: Sequence[str]) -> Onnx:
+    """The section `onnx` of a recipe with overrides such as ``"onnx.form=quantised"``.
+
+    Raises:
+        RecipeError: one is wrong, or of another section.
+    """
+    for override in overrides:
+        if not override.startswith("onnx."):
+            raise RecipeError(f"`overrides={override}`: only keys of the section `onnx` are used")
+    return load_recipe("split-all", overrides).onnx
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -29,3 +29,8 @@ def call_named(name: str, kind: Any, wanted: str) -> Any:
     if not isinstance(value, kind):
         raise UsageError(f"{name}: it returned {type(value).__name__}, not {wanted}")
     return value
+
+
+def inputs_named(name: str | None) -> Any:
+    """The example inputs that ``package.module:callable`` returns; None without a name."""
+    return call_named(name, (dict, tuple), "a dict or a tuple of tensors") if name else None

@@ -8,7 +8,7 @@
 - T4 ONNX files in ONNX Runtime against PyTorch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from upcycle.errors import VerificationError
 from upcycle.ir.measured import Check
@@ -26,6 +26,7 @@ NODES = "nodes of a layer against the layer"
 END_TO_END = "end to end"
 # T3
 RELOADED = "files loaded again"
+EXPERTS = "experts found in the model against its own"
 TIES = "near ties of experts, files loaded again"
 GREEDY = "greedy text differs from the dense model's"
 TEMPERED = "weights of a tempered router"
@@ -52,13 +53,19 @@ def worst_at(what: str, errors: Mapping[str, float], allowed: float) -> Check:
 
 def raise_if_failed(report: Report) -> None:
     """Raise VerificationError, naming the worst failure, if a check of the report did not pass."""
-    failed = [found for found in report.checks if not found.passed]
+    layer, where = report.worst_layer, ""
+    if layer is not None:
+        where = f" (of the layers {layer.path} is furthest off, by {layer.relative:.3g})"
+    raise_if_any_failed(report.checks, where)
+
+
+def raise_if_any_failed(checks: Sequence[Check], where: str = "") -> None:
+    """The same for checks by themselves; `where` says more of the place."""
+    failed = [found for found in checks if not found.passed]
     if not failed:
         return
     worst = max(failed, key=lambda found: found.error - found.allowed)
-    layer, where, advice = report.worst_layer, "", "the converted model is wrong, please report it"
-    if layer is not None:
-        where = f" (of the layers {layer.path} is furthest off, by {layer.relative:.3g})"
+    advice = "the converted model is wrong, please report it"
     if worst.what == END_TO_END:
         advice = "the recipe's verify.max_relative_error sets what is allowed"
     raise VerificationError(

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from upcycle.ir.same_function import same_function
 from upcycle.kernels.activations import NAMED_ACTIVATIONS, NAMED_POINTWISE
-from upcycle.layers.moe import MoE
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Form, Onnx
 from upcycle.targets.onnx.forms.cost_model import Work, seconds
+from upcycle.targets.onnx.forms.routed import Routed
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def kernel_named(activation: str) -> tuple[Kernel, Pointwise]:
     return next(pair for pair in KERNELS if pair[0].activation == activation)
 
 
-def choose(layer: MoE, options: Onnx) -> Choice:
+def choose(layer: Routed, options: Onnx) -> Choice:
     """The forms of `layer` under `options`.
 
     What the kernels do not compute becomes standard operations under every option.
@@ -90,7 +90,7 @@ def choose(layer: MoE, options: Onnx) -> Choice:
     return replace(made, kernel=kernel, pointwise=own if same_function(own, program) else program)
 
 
-def _fastest(layer: MoE, kernel: Kernel | None, options: Onnx, *, may_round: bool) -> Choice:
+def _fastest(layer: Routed, kernel: Kernel | None, options: Onnx, *, may_round: bool) -> Choice:
     """The fastest exact form, or one for short and one for long calls.
 
     Where the layer may be rounded it is one form, so that a token gets the same output whatever
@@ -106,7 +106,7 @@ def _fastest(layer: MoE, kernel: Kernel | None, options: Onnx, *, may_round: boo
     one_token = Work(
         tokens=1,
         num_experts=experts.num_experts,
-        top_k=max_experts_per_token(layer),
+        top_k=layer.top_k,
         d_model=experts.hidden_dim,
         width=experts.intermediate_dim,
         arity=own.arity,
@@ -128,12 +128,11 @@ def _fastest(layer: MoE, kernel: Kernel | None, options: Onnx, *, may_round: boo
     return Choice(form, own, longer=longer, limit=limit)
 
 
-def fused_form(layer: MoE, *, gelu: str = "exact") -> Kernel | None:
+def fused_form(layer: Routed, *, gelu: str = "exact") -> Kernel | None:
     """The fused node that computes `layer`, or None; with ``tanh`` its GELU may stand for erf."""
     pointwise = layer.experts.act_fn.pointwise
-    router = layer.router
-    if router.weights == "gain" and (router.gain.is_meta or not bool((router.gain > -1).all())):
-        return None  # 1 + g p may be negative, and the kernel takes logarithms
+    if layer.has_signs:
+        return None  # the kernel takes logarithms of the weights
     if pointwise.arity > 2 or layer.experts.hidden_dim != layer.experts.down_proj.shape[1]:
         return None
     for form, program in KERNELS:
@@ -142,21 +141,3 @@ def fused_form(layer: MoE, *, gelu: str = "exact") -> Kernel | None:
     if gelu == "tanh" and same_function(pointwise, NAMED_POINTWISE["gelu"]):
         return Kernel("gelu")
     return None
-
-
-def total_weight(layer: MoE) -> float | None:
-    """The sum of the expert weights of a token, or None if it differs from token to token."""
-    router = layer.router
-    rule = router.config.select.rule
-    if router.weights in ("renormalised", "renorm_detach"):
-        return None if rule in ("null", "expert_choice") else float(router.scale)
-    if router.weights == "one" and rule in ("top_k", "all"):
-        return float(router.scale * max_experts_per_token(layer))
-    return None
-
-
-def max_experts_per_token(layer: MoE) -> int:
-    """The most experts that a token visits."""
-    select = layer.router.config.select
-    by_score = select.rule in ("top_k", "top_p", "null")
-    return min(select.k, layer.router.num_experts) if by_score else layer.router.num_experts

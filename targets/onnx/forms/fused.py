@@ -7,21 +7,21 @@ import onnx_ir as ir
 import onnx_ir.tensor_adapters
 import torch
 
-from upcycle.layers.moe import MoE
 from upcycle.onnx.nodes import Nodes
 from upcycle.onnx.tensors import numbers_of, tensor_of
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms import functions as bodies
-from upcycle.targets.onnx.forms.choose import Kernel, max_experts_per_token, total_weight
+from upcycle.targets.onnx.forms.choose import Kernel
 from upcycle.targets.onnx.forms.quantise import quantise
+from upcycle.targets.onnx.forms.routed import Routed
 from upcycle.targets.onnx.share_weights import Store
 
 _FLOOR = 1e-30  # for Log: a weight of zero becomes a score that no choice prefers
 
 
 def fused(
-    n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, store: Store, *, biased: bool
+    n: Nodes, node: ir.Node, layer: Routed, kernel: Kernel, store: Store, *, biased: bool
 ) -> ir.Value:
     """``MoE(x, Log(weights)) * sum of weights``, which is exact for any weights >= 0."""
     x_TD, weights_TE, _, down_EDI, *bias = node.inputs
@@ -44,7 +44,7 @@ def fused(
         normalize_routing_weights=1,
         **_attributes(layer, kernel),
     )
-    total = total_weight(layer)
+    total = layer.total
     if total == 1.0:
         return y_TD
     if total is not None:
@@ -55,7 +55,7 @@ def fused(
     return n("Mul", y_TD, sum_T1, name="scale")
 
 
-def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) -> ir.Value:
+def rounded(n: Nodes, node: ir.Node, layer: Routed, kernel: Kernel, options: Onnx) -> ir.Value:
     """``QMoE``: the weights of the router choose the experts, and are used as they are.
 
     The rounded matrices and their scales become initializers, named after their originals.
@@ -90,10 +90,10 @@ def rounded(n: Nodes, node: ir.Node, layer: MoE, kernel: Kernel, options: Onnx) 
     )
 
 
-def _attributes(layer: MoE, kernel: Kernel) -> dict[str, int | float | str]:
+def _attributes(layer: Routed, kernel: Kernel) -> dict[str, int | float | str]:
     """All attributes of the function, also those with their defaults: evaluators want them."""
     return {
-        "k": max_experts_per_token(layer),
+        "k": layer.top_k,
         "activation_type": kernel.activation,
         "swiglu_fusion": int(kernel.gated),
         "activation_alpha": 1.0,
@@ -101,7 +101,9 @@ def _attributes(layer: MoE, kernel: Kernel) -> dict[str, int | float | str]:
     }
 
 
-def _alternating(n: Nodes, bias_EG: ir.Value | None, layer: MoE, kernel: Kernel) -> ir.Value | None:
+def _alternating(
+    n: Nodes, bias_EG: ir.Value | None, layer: Routed, kernel: Kernel
+) -> ir.Value | None:
     """The bias of the expansion in the order of its rows: gate 0, up 0, gate 1, up 1, ..."""
     if bias_EG is None or not kernel.gated:
         return bias_EG
@@ -110,7 +112,9 @@ def _alternating(n: Nodes, bias_EG: ir.Value | None, layer: MoE, kernel: Kernel)
     return n("Reshape", n("Transpose", pairs, perm=[0, 2, 1]), n.const([count, -1]))
 
 
-def expansion(n: Nodes, node: ir.Node, layer: MoE, store: Store, *, interleave: bool) -> ir.Value:
+def expansion(
+    n: Nodes, node: ir.Node, layer: Routed, store: Store, *, interleave: bool
+) -> ir.Value:
     """The fused expansion [E, G, D], made from what is on disk; ONNX Runtime folds it at load."""
     up_EGD, graph = node.inputs[2], node.graph
     assert up_EGD is not None

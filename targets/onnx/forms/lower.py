@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from upcycle.layers.moe import MoE
 from upcycle.onnx.node_names import SCOPES
 from upcycle.onnx.nodes import OPSET, Nodes
 from upcycle.pointwise import Pointwise
@@ -19,6 +18,7 @@ from upcycle.recipe.onnx import Form, Onnx
 from upcycle.targets.onnx.forms import functions as bodies
 from upcycle.targets.onnx.forms.choose import CUDA_SWIGLU, Choice, choose, needs_new_cuda
 from upcycle.targets.onnx.forms.fused import expansion, fused, rounded
+from upcycle.targets.onnx.forms.routed import Routed
 from upcycle.targets.onnx.opaque_experts import OPAQUE
 from upcycle.targets.onnx.share_weights import Store
 from upcycle.util.installed import installed_version
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def lower(
     model: ir.Model,
-    layers: Mapping[str, MoE],
+    layers: Mapping[str, Routed],
     store: Store,
     options: Onnx,
     *,
@@ -111,7 +111,7 @@ def _put(old: ir.Node, n: Nodes, out: ir.Value) -> None:
     out.name = name
 
 
-def _layer(n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made) -> ir.Value:
+def _layer(n: Nodes, node: ir.Node, layer: Routed, choice: Choice, made: _Made) -> ir.Value:
     """The nodes of a layer: one form, or two of which the number of tokens takes one."""
     if choice.longer is None:
         return _form(choice.form, n, node, layer, choice, made)
@@ -125,7 +125,9 @@ def _layer(n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made) -> 
     return n("If", n("Less", tokens, n.const(choice.limit)), name="by_length", **branches)
 
 
-def _form(form: Form, n: Nodes, node: ir.Node, layer: MoE, choice: Choice, made: _Made) -> ir.Value:
+def _form(
+    form: Form, n: Nodes, node: ir.Node, layer: Routed, choice: Choice, made: _Made
+) -> ir.Value:
     if form == "fused" and choice.kernel is not None:
         return fused(n, node, layer, choice.kernel, made.store, biased=made.biased)
     if form == "quantised" and choice.kernel is not None:

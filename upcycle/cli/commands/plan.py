@@ -18,17 +18,21 @@ from upcycle.cli.group import collector_paused
 def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bool) -> None:
     """List the dense FFNs of MODEL, and what only looks like one.
 
-    Of a directory that upcycle wrote: its layers, and the dense neurons that they are made of.
+    Of a mixture of experts: its layers, and if upcycle wrote it, the dense neurons behind them.
     """
     with collector_paused():
         from upcycle.cli import inspection, preview
         from upcycle.cli import tables_of_reports as report
-        from upcycle.cli.tables_of_inspection import converted_report
+        from upcycle.cli.tables_of_inspection import converted_report, moe_report
         from upcycle.models.dense import open_model
 
         if inspection.is_converted(Path(model)):
             found = inspection.inspect_converted(Path(model))
             console.show(as_json, found, lambda: converted_report(found))
+            return
+        if inspection.is_moe(Path(model)):
+            found = inspection.inspect_moe(Path(model), trust_remote_code=trust_remote_code)
+            console.show(as_json, found, lambda: moe_report(found))
             return
         source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
         located = preview.inspect_model(source)

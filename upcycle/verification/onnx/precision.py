@@ -12,7 +12,7 @@ from torch import nn
 from upcycle.data.verification_inputs import Evaluation, cast_floats
 from upcycle.ir.measured import Check, OnnxFacts, Rounded
 from upcycle.ir.rounding import ROUNDING
-from upcycle.layers.moe import MoE
+from upcycle.models.moe_layers import moe_layers
 from upcycle.onnx.inputs import draw_inputs
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Onnx
@@ -47,7 +47,7 @@ def verify_precision(
     paths = [directory / name for name in FILES if (directory / name).is_file()]
     rows: list[Rounded] = []
     checks: list[Check] = []
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    layers = {layer.path: layer.experts for layer in moe_layers(model)}
     for path in paths if options.may_round else ():
         of_path, more = verify_rounding(path, layers, draw_inputs(ir.load(path)))
         rows += of_path
@@ -90,14 +90,14 @@ def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:
 
 
 @contextmanager
-def _as_written(layers: Mapping[str, MoE], paths: Sequence[Path]) -> Iterator[None]:
+def _as_written(layers: Mapping[str, Any], paths: Sequence[Path]) -> Iterator[None]:
     """Within it the layers have the experts of the files, and the kernel's form of GELU."""
     with ExitStack() as undo:
         for path in paths:
             for name, pointwise in kernels_of(path, layers).items():
-                set_within(undo, layers[name].experts.act_fn, "pointwise", pointwise)
+                set_within(undo, layers[name].act_fn, "pointwise", pointwise)
             for rounded in rounded_layers(path):
-                experts = layers[rounded.layer].experts
+                experts = layers[rounded.layer]
                 up, down = experts.up_EGD, experts.down_proj
                 set_within(undo, up, "data", rounded.up_EGD.to(up))
                 set_within(undo, down, "data", rounded.down_EDI.to(down))

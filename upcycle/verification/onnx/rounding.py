@@ -17,7 +17,6 @@ import torch
 from upcycle.ir.measured import Check, Rounded
 from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.experts import Experts
-from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import run
 from upcycle.onnx.tensors import numbers_of
@@ -107,7 +106,7 @@ def _layer_of(node: ir.Node) -> str:
 
 
 def verify_rounding(
-    path: Path, layers: Mapping[str, MoE], feeds: Mapping[str, Array]
+    path: Path, layers: Mapping[str, Experts], feeds: Mapping[str, Array]
 ) -> tuple[list[Rounded], list[Check]]:
     """What rounding did to each layer of a file, and three checks of it.
 
@@ -117,7 +116,8 @@ def verify_rounding(
     - The error of a layer is at most twice what independent errors of that size, in each weight,
       give to first order.
 
-    `layers` are the layers with the float weights, by path; `feeds` the inputs of the file.
+    `layers` are the experts with the float weights, by the paths of their layers; `feeds` the
+    inputs of the file.
     """
     rounded = list(rounded_layers(path))
     if not rounded:
@@ -144,9 +144,13 @@ def verify_rounding(
 
 @torch.no_grad()
 def _row(
-    rounded: RoundedLayer, layer: MoE, x_TD: torch.Tensor, weights_TE: torch.Tensor, y: torch.Tensor
+    rounded: RoundedLayer,
+    experts: Experts,
+    x_TD: torch.Tensor,
+    weights_TE: torch.Tensor,
+    y: torch.Tensor,
 ) -> Rounded:
-    experts, bias = layer.experts, layer.experts.up_bias_EG
+    bias = experts.up_bias_EG
     up, down = experts.up_EGD.float(), experts.down_proj.float()
     bias = None if bias is None else bias.float()
     pointwise = experts.act_fn.pointwise

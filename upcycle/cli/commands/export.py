@@ -1,0 +1,83 @@
+"""``upcycle export``."""
+
+from pathlib import Path
+
+import click
+
+from upcycle.cli import console
+from upcycle.cli.commands import options
+from upcycle.cli.group import collector_paused
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory for the result."
+)
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "native"]),
+    default="onnx",
+    help="An ONNX file; or a checkpoint in an MoE architecture of transformers.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A key of the section `onnx` of a recipe, as onnx.form=quantised.",
+)
+@click.option(
+    "--dense", metavar="MODEL", help="The dense model, if DIRECTORY holds no transformers model."
+)
+@options.runtimes
+@options.inputs
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=False, help="Compare with the model."
+)
+@options.as_json
+@options.trust
+@options.log
+def export(
+    directory: Path,
+    out: Path,
+    target: str,
+    overrides: tuple[str, ...],
+    runtimes: tuple[str, ...],
+    architecture: str | None,
+    dense: str | None,
+    inputs: str | None,
+    overwrite: bool,
+    verify: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Write the mixture of experts in DIRECTORY, trained or not, in another format."""
+    with collector_paused():
+        from upcycle.cli.tables_of_reports import export_report
+        from upcycle.conversion.export import export as write
+        from upcycle.ir.report import plain
+        from upcycle.models.dense import open_model
+        from upcycle.recipe.reader import onnx_options
+        from upcycle.util.named_callable import inputs_named
+
+    with console.progress() as progress:
+        done = write(
+            directory,
+            out,
+            target=target,
+            model=None if dense is None else open_model(dense).load(),
+            example_inputs=inputs_named(inputs),
+            onnx=onnx_options(overrides),
+            architecture=architecture,
+            runtimes=runtimes,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+            progress=progress,
+        )
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(out)): path.stat().st_size for path in files}
+    data = {"out": str(out), "files": sizes, **plain(done)}
+    console.show(as_json, data, lambda: export_report(done, str(out), sizes))
