@@ -18,7 +18,8 @@ from upcycle.bench.machine import measure
 from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six, writing_row
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import evaluation_for
-from upcycle.models.dense import DTYPES, Source
+from upcycle.models.dense import Source
+from upcycle.models.load_options import DTYPES
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.passes.plan.plan import make_plan
@@ -67,7 +68,9 @@ def bench(
     if wanted.engine == "onnx":
         check_file(converted)
     recipe = recipe_of(report, converted)
-    dense = replace(dense, dtype=DTYPES[report.dtype])  # as it was loaded for the conversion
+    dense = replace(
+        dense.fetched(progress), dtype=DTYPES[report.dtype]
+    )  # as it was loaded for the conversion
     with ExitStack() as stack:
         stack.enter_context(_threads(wanted.threads))
         reference = dense.load()

@@ -29,7 +29,7 @@ from upcycle.passes.calibrate.gradients import importance
 from upcycle.passes.plan.costs import model_size
 from upcycle.passes.rewrite import fill, with_empty_layers
 from upcycle.targets.checkpoint import Checkpoint, planned_layers, write_checkpoint
-from upcycle.targets.companions import copy_companions
+from upcycle.models.companions import copy_companions
 from upcycle.targets.files.staging import staged
 from upcycle.targets.files.tensor_file import check_disk
 from upcycle.targets.native.in_place import as_on_disk
@@ -83,7 +83,13 @@ class InMemory:
     def facts(self) -> Facts:
         """For reports."""
         label = self.source.label if self.source else type(self.dense).__qualname__
-        return Facts(label, model_dtype(self.dense), model_size(self.dense), unread=self.unread)
+        return Facts(
+            label,
+            model_dtype(self.dense),
+            model_size(self.dense),
+            unread=self.unread,
+            hub=self.source.hub if self.source else None,
+        )
 
     @cached_property
     def _base(self) -> nn.Module:
