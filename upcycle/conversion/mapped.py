@@ -32,6 +32,7 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, MoEWeights, read_ffn
 from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install
+from upcycle.models.companions import copy_companions
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import NO_SOURCES, Sources
 from upcycle.passes.calibrate.calibrate import calibrate
@@ -40,7 +41,6 @@ from upcycle.passes.plan.costs import model_size
 from upcycle.passes.rewrite import with_empty_layers
 from upcycle.passes.transform.transform import transform
 from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
-from upcycle.models.companions import copy_companions
 from upcycle.targets.files.finished_shards import Manifest, sha256
 from upcycle.targets.files.read_back import read_layer
 from upcycle.targets.files.staging import staged
