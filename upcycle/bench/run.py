@@ -68,9 +68,8 @@ def bench(
     if wanted.engine == "onnx":
         check_file(converted)
     recipe = recipe_of(report, converted)
-    dense = replace(
-        dense.fetched(progress), dtype=DTYPES[report.dtype]
-    )  # as it was loaded for the conversion
+    dense = dense.fetched(progress)
+    dense = replace(dense, dtype=DTYPES[report.dtype])  # as it was loaded for the conversion
     with ExitStack() as stack:
         stack.enter_context(_threads(wanted.threads))
         reference = dense.load()

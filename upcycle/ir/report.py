@@ -37,7 +37,7 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A model of a hub: the repository, the hash of the commit, and the GGUF file that was taken."""
+    """A model of a hub: the repository, the hash of its commit, and the GGUF file if it is one."""
 
     hub: str
     revision: str

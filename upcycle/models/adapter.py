@@ -1,4 +1,4 @@
-"""PEFT adapters: the directory of an adapter stands for its base with the adapter merged into it."""
+"""PEFT adapters: the directory of one stands for its base with the adapter merged into it."""
 
 import importlib
 import warnings
@@ -12,13 +12,14 @@ from upcycle.errors import UnsupportedError, UpcycleError, UsageError, is_out_of
 from upcycle.models.companions import copy_companions
 from upcycle.models.unpacked import kept
 from upcycle.util.json_text import read_json
+from upcycle.util.quiet import quiet_transformers
 from upcycle.util.untrusted import names_code
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 # The kinds that are a change of the base's own weights, and read nothing else.
-MERGED = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "HRA")
+MERGED = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "HRA")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def merged(adapter: Adapter, folder: Path, base: Base) -> Path:
     files += [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")]
 
     def make(made: Path) -> None:
-        _apply(adapter, base.load()).save_pretrained(made)
+        model = _apply(adapter, base.load())
+        with quiet_transformers():
+            model.save_pretrained(made)
         for source in (folder, adapter.directory):
             copy_companions(source, made, trust_remote_code=base.trust_remote_code)
 

@@ -6,7 +6,8 @@ A header says the configuration and has the tokenizer; weights become float32.
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,18 +20,18 @@ SUFFIX = ".gguf"
 _ALONE = f"model{SUFFIX}"
 
 
-def chosen(name: str, files: Sequence[str]) -> str:
+def chosen(place: str, files: Sequence[str]) -> str:
     """The GGUF file among the files of a directory or repository; there has to be one.
+
+    `place` and the name of a file are what a person writes: ``directory/``, or ``org/name:``.
 
     Raises:
         UsageError: there are several.
     """
     found = sorted(file for file in files if file.lower().endswith(SUFFIX))
     if len(found) != 1:
-        raise UsageError(
-            f"{name}: it has several GGUF files; name one of {', '.join(found[:20])} after it "
-            f"(a path, or {name}:FILE for a model of a hub)"
-        )
+        listed = ", ".join(place + file for file in found[:20])
+        raise UsageError(f"{place[:-1]}: it has several GGUF files; name one of them: {listed}")
     return found[0]
 
 
@@ -88,7 +89,7 @@ def _write_weights(file: Path, directory: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-    model.save_pretrained(directory)
+        model.save_pretrained(directory)
 
 
 def _class_for(config: Any) -> Any:
@@ -116,7 +117,7 @@ def _opened(file: Path) -> Iterator[Path]:
         alone = Path(folder)
         (alone / _ALONE).symlink_to(file.resolve())
         try:
-            with quiet_transformers():
+            with quiet_transformers(), redirect_stderr(StringIO()):  # it has bars of its own
                 yield alone
         except UpcycleError:
             raise

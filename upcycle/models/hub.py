@@ -101,7 +101,7 @@ class Snapshot:
         with _sentences(
             self.repo,
             self.commit,
-            "the hub cache lacks some of its files, and no hub can be reached: run again with a network",
+            "the hub cache lacks its weights: run again with a network",
         ):
             _download(self.repo, self.commit, patterns, offline=self.sizes is None, told=told)
         if told is not None:
@@ -180,14 +180,14 @@ def _download(
 
 @contextmanager
 def _sentences(repo: str, revision: str | None, absent: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub raises into what to do; `absent` is for what is not in the cache."""
+    """Turn what huggingface_hub raises into what to do; `absent` is said of an empty cache."""
     page = f"{constants.ENDPOINT}/{repo}"
     try:
         yield
     except GatedRepoError as error:
         raise UsageError(
-            f"{repo}: a gated model: accept its terms on {page}, log in with `hf auth login`, and run "
-            "again"
+            f"{repo}: a gated model: accept its terms on {page}, log in with `hf auth login`, and "
+            "run again"
         ) from error
     except RepositoryNotFoundError as error:
         raise NotFoundError(

@@ -23,8 +23,8 @@ from upcycle.util.progress import Progress
 
 Fetch = Callable[[Progress], Path]
 MODEL = (
-    "MODEL is a Hugging Face directory, a hub id (org/name), a .gguf or .onnx file, a PEFT adapter, "
-    "sample:NAME or package.module:callable"
+    "MODEL is a Hugging Face directory, a hub id (org/name), a .gguf or .onnx file, a PEFT "
+    "adapter, sample:NAME or package.module:callable"
 )
 
 
@@ -78,7 +78,7 @@ def _in_directory(directory: Path) -> Place:
     names = [path.name for path in directory.iterdir()]
     weights = [name for name in names if name.endswith((".safetensors", *PICKLE_SUFFIXES))]
     if not weights and any(name.lower().endswith(gguf_file.SUFFIX) for name in names):
-        return _of_gguf(directory / gguf_file.chosen(str(directory), names))
+        return _of_gguf(directory / gguf_file.chosen(f"{directory}/", names))
     if (directory / "config.json").is_file():
         return Place(directory)
     if (directory / CONFIG).is_file():
@@ -121,7 +121,7 @@ def _in_repository(
     safe = [name for name in found.files if name.endswith(".safetensors")]
     ggufs = [name for name in found.files if name.lower().endswith(gguf_file.SUFFIX)]
     if named.file is not None or (ggufs and not safe):
-        file = named.file or gguf_file.chosen(found.repo, ggufs)
+        file = named.file or gguf_file.chosen(f"{found.repo}:", ggufs)
         if file not in ggufs:
             listed = f"it has {', '.join(ggufs)}" if ggufs else "it has no GGUF file"
             raise UsageError(f"{found.repo}: there is no {file}; {listed}")
