@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 
 @dataclass
 class Hub:
     """Repositories by name; each has revisions, which are folders, and `main` is one of them.
 
     Attributes:
-        gated: repositories whose files nobody gets.
+        gated: repositories whose files nobody gets; `broken`: those that the server fails at.
         asked: method and path of each request, without the query.
     """
 
     repositories: dict[str, dict[str, Path]]
     gated: set[str] = field(default_factory=set)
+    broken: set[str] = field(default_factory=set)
     asked: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
 
@@ -59,6 +63,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _answer(self, has_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.asked.append((self.command, path))
+            if any(path.startswith(f"/api/models/{name}") for name in hub.broken):
+                return self._send(500, b"", has_body)
             for name, revisions in hub.repositories.items():
                 if path == f"/api/models/{name}" or path.startswith(f"/api/models/{name}/"):
                     return self._describe(name, revisions, path, has_body)
@@ -121,3 +127,12 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def use(url: str, monkeypatch: pytest.MonkeyPatch, cache: Path, *, offline: bool = False) -> None:
+    """What HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE say, which are read at an import."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

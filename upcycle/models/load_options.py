@@ -41,9 +41,7 @@ def device_named(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     device = re.sub("^gpu", "cuda", name or "")
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
-        raise UsageError(
-            f"`device={name}`: unknown; choose cpu, cuda (or gpu), cuda:1, mps or auto"
-        )
+        raise UsageError(f"`device={name}`: unknown; choose cpu, cuda or gpu, cuda:1, mps or auto")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
