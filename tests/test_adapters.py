@@ -104,6 +104,14 @@ def test_a_conversion_from_an_adapter() -> None:
     assert run("inspect", "adapter").exit_code == 0
 
 
+def test_an_adapter_is_not_written_over() -> None:
+    write("lora")
+    done = run("convert", "adapter", *RECIPE, "--out", "adapter", "--overwrite")
+    assert done.exit_code == 2
+    assert "which is in use; choose another --out" in done.stderr
+    assert Path("adapter/adapter_config.json").is_file()
+
+
 def test_experts_from_adapters() -> None:
     write("lora")
     write("dora", "other")

@@ -154,7 +154,7 @@ class InMemory:
 
     def output(self, out: Path) -> AbstractContextManager[Path]:
         """A directory beside `out`."""
-        protect = [self.source.directory] if self.source and self.source.directory else []
+        protect = self.source.paths if self.source else []
         options = self.options
         return staged(out, overwrite=options.overwrite, protect=protect, fresh=options.fresh)
 

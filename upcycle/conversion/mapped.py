@@ -163,7 +163,7 @@ class Mapped:
         with staged(
             out,
             overwrite=options.overwrite,
-            protect=[self.directory],
+            protect=self.source.paths,
             resumable=True,
             resume=options.resume,
             fresh=options.fresh,

@@ -63,6 +63,12 @@ class Source:
         return replace(self, directory=self.weights(progress), weights=None)
 
     @property
+    def paths(self) -> list[Path]:
+        """What the model is read from on this machine, and must not be written over."""
+        named = [Path(self.name)] if Path(self.name).exists() else []
+        return [self.directory, *named] if self.directory else []
+
+    @property
     def label(self) -> str:
         """How reports and cards name it: without the path to it on this machine."""
         if self.hub is not None:
@@ -234,13 +240,14 @@ def open_model(
         "dtype": chosen,
         "device": device_named(device),
     }
-    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     place = find(model, progress, **trust)
     if place is None:
         return Source(model, None, **options, **trust)
     if place.adapter is None:
         return _of(model, place, **options, **trust)
     base = _base(place.adapter, progress, trust)
+    assert base.directory is not None
     held = replace(place, directory=base.directory, weights=partial(_merged, place, base))
     return _of(model, held, **options, **trust)
 

@@ -45,7 +45,7 @@ def configuration(file: Path) -> Path:
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name):
         raise UnsupportedError(
             f"{file}: one part of a model that was split; join the parts with "
-            "`llama-gguf-split --merge` of llama.cpp"
+            "llama-gguf-split of llama.cpp"
         )
     return kept(f"{file.stem}-configuration", [file], lambda folder: _describe(file, folder))
 
