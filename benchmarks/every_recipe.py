@@ -27,13 +27,13 @@ import torch
 from transformers.utils import logging
 
 import upcycle
+from upcycle.models.companions import copy_companions
 from upcycle.models.dense import open_model
 from upcycle.models.sample_store import find
 from upcycle.models.samples import SAMPLES
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.plan.plan import needs
 from upcycle.recipe.shipped import recipe_names
-from upcycle.targets.companions import copy_companions
 from upcycle.verification.checks import GREEDY, RELOADED
 
 NOISE = 0.01  # standard deviation, over that of the tensor

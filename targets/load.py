@@ -13,7 +13,7 @@ from upcycle.errors import UsageError, is_out_of_memory, one_line
 from upcycle.layers.tap import install
 from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.models.configuration import check_fields, class_named
-from upcycle.models.dense import DTYPES
+from upcycle.models.load_options import DTYPES
 from upcycle.targets.checkpoint import UPCYCLE_JSON
 from upcycle.util.json_text import read_json
 from upcycle.util.quiet import quiet_transformers

@@ -261,7 +261,7 @@ def test_a_failed_run_leaves_the_old_output(copied: Path, tmp_path: Path) -> Non
 def test_the_disk_is_too_small(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000, total=2000))
     loaded: list[int] = []
     monkeypatch.setattr("upcycle.models.dense.Source.load", lambda self: loaded.append(1))
     out = tmp_path / "out"
@@ -282,7 +282,7 @@ def test_the_output_cannot_be_written(llama: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--target", "gguf"], "'gguf' is not one of"),
-        (["--dtype", "int8"], "'int8' is not one of"),
+        (["--dtype", "int8"], "--dtype int8: unknown; choose one of float64, float32"),
         (["--device", "abacus"], "--device abacus"),
         (["--device", "cuda:77"], "--device cuda:77"),
         (["--calibration", "no-such-file"], "there is no such text file"),

@@ -129,7 +129,10 @@ def test_samples_are_listed() -> None:
         ("plan m --recipee x", "No such option '--recipee'. Did you mean"),
         ("convert m --recipe granular --out o --target tf", "Invalid value for '--target': 'tf'"),
         ("convert m --recipe granular --out o --seed -1", "Invalid value for '--seed': -1 is not"),
-        ("convert m --recipe granular --out o --dtype int8", "Invalid value for '--dtype': 'int8'"),
+        (
+            "convert m --recipe granular --out o --dtype int8",
+            "--dtype int8: unknown; choose one of",
+        ),
         ("convert m --recipe granular --out o --max-shard-size 0", "Invalid value for '--max-sh"),
         ("verify dense nowhere", "Invalid value for 'CONVERTED': Directory 'nowhere' does not"),
         ("recipes granulr", "granulr: unknown recipe, did you mean granular? the shipped ones are"),

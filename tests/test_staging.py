@@ -10,8 +10,8 @@ import small_models
 import upcycle
 from upcycle.errors import UsageError
 from upcycle.ir.measured import Check
+from upcycle.models.companions import copy_companions
 from upcycle.targets.card import LOADING, PROMISES, model_card
-from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.finished_shards import Manifest, sha256
 from upcycle.targets.files.staging import staged
 

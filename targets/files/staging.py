@@ -86,6 +86,9 @@ def check_output(out: Path, *, overwrite: bool, protect: Sequence[Path] = ()) ->
     if not str(out).isprintable():
         raise UsageError(f"{out}: the name has characters that no file should have; choose another")
     if not os.path.lexists(out):
+        above = next(path for path in out.parents if path.exists())
+        if shutil.disk_usage(above).total == 0:  # of /proc and the like, which hold no files
+            raise UsageError(f"{out}: {above} is no place for files; choose another `out`")
         return
     if not out.is_dir() or out.is_symlink():
         raise UsageError(f"{out}: it is not a directory; choose another `out`")

@@ -18,7 +18,8 @@ from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six,
 from upcycle.capture.capture import ExampleInputs
 from upcycle.conversion.trained import planned
 from upcycle.data.verification_inputs import evaluation_for
-from upcycle.models.dense import DTYPES, Source
+from upcycle.models.dense import Source
+from upcycle.models.load_options import DTYPES
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.targets.load import load
 from upcycle.targets.onnx.arguments import arguments_of
@@ -62,6 +63,7 @@ def bench(
     """
     if wanted.engine == "onnx":
         check_file(converted)
+    dense = dense.fetched(progress)
     with ExitStack() as stack:
         stack.enter_context(_threads(wanted.threads))
         makers: dict[str, Callable[[], nn.Module]] = {

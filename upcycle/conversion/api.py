@@ -22,7 +22,7 @@ from upcycle.ir.ffn import Located
 from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan
 from upcycle.ir.weights import Provenance
-from upcycle.models.dense import Source
+from upcycle.models.dense import Source, open_model
 from upcycle.models.expert_sources import open_sources
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.merge import merge
@@ -160,7 +160,7 @@ def locate(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Loc
 
 
 def convert(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     recipe: str | Path | Recipe,
     example_inputs: ExampleInputs | None = None,
     calibration: Data | None = None,
@@ -177,7 +177,8 @@ def convert(
     """Turn the dense FFNs of `model` into MoE layers.
 
     Args:
-        model: any module, as for `locate`; it is left alone.
+        model: any module, as for `locate`; it is left alone. Or the name of one, as the command
+            line takes it: a directory, a hub id, a GGUF file, ...
         recipe: a shipped name, the path of a YAML file, or a `Recipe`.
         example_inputs: inputs that the model accepts; guessed if None.
         calibration: a text, several texts, batches of inputs, or what
@@ -199,6 +200,9 @@ def convert(
         PlanError: an FFN cannot become what the recipe asks for.
         VerificationError: the result is further from the dense model than promised.
     """
+    if not isinstance(model, nn.Module):
+        source = _opened(str(model))
+        model = source.load()
     model = unwrapped(model)
     name = recipe_name or ("custom" if isinstance(recipe, Recipe) else Path(recipe).name)
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -223,6 +227,14 @@ def convert(
                 report = opened.verify_module(report, made)
             raise_if_failed(report)
     return Conversion(converted, made, opened, report)
+
+
+def _opened(name: str) -> Source:
+    """The model of this name, with its weights on this machine."""
+    source = open_model(name)
+    if not isinstance(source, Source):
+        raise UsageError(f"{name}: an ONNX file is converted by the command line alone")
+    return source.fetched()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from upcycle.conversion.make import Layers, Made
 from upcycle.conversion.options import Options
-from upcycle.ir.report import DType, Report
+from upcycle.ir.report import DType, HubSource, Report
 from upcycle.ir.spec import Plan
 from upcycle.passes.plan.costs import costs
 from upcycle.util.progress import Progress
@@ -23,7 +23,8 @@ class Facts:
     """What reports say of a dense model.
 
     `size` is how many parameters it has, and the bytes of one; `streamed` how it is converted, if
-    it is never whole in memory; `unread` the tensors of its files that nothing in it reads.
+    it is never whole in memory; `unread` the tensors of its files that nothing in it reads; `hub`
+    the repository that it comes from.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Facts:
     size: tuple[int, int]
     streamed: str | None = None
     unread: tuple[str, ...] = ()
+    hub: HubSource | None = None
 
 
 class DenseModel(Layers, Protocol[Written]):
@@ -71,6 +73,7 @@ def header(plan: Plan, facts: Facts) -> Report:
         promise=plan.promise,
         dtype=cast(DType, str(facts.dtype).removeprefix("torch.")),
         torch=torch.__version__,
+        source=facts.hub,
         costs=costs(plan, *facts.size),
         streamed=facts.streamed,
         unread=facts.unread or None,

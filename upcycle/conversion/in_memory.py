@@ -22,6 +22,7 @@ from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, read_ffn
 from upcycle.layers.moe import MoE
+from upcycle.models.companions import copy_companions
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import NO_SOURCES, Sources, merged
 from upcycle.passes.calibrate.calibrate import calibrate
@@ -29,7 +30,6 @@ from upcycle.passes.calibrate.gradients import importance
 from upcycle.passes.plan.costs import model_size
 from upcycle.passes.rewrite import fill, with_empty_layers
 from upcycle.targets.checkpoint import Checkpoint, planned_layers, write_checkpoint
-from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.staging import staged
 from upcycle.targets.files.tensor_file import check_disk
 from upcycle.targets.native.in_place import as_on_disk
@@ -83,7 +83,13 @@ class InMemory:
     def facts(self) -> Facts:
         """For reports."""
         label = self.source.label if self.source else type(self.dense).__qualname__
-        return Facts(label, model_dtype(self.dense), model_size(self.dense), unread=self.unread)
+        return Facts(
+            label,
+            model_dtype(self.dense),
+            model_size(self.dense),
+            unread=self.unread,
+            hub=self.source.hub if self.source else None,
+        )
 
     @cached_property
     def _base(self) -> nn.Module:
@@ -148,7 +154,7 @@ class InMemory:
 
     def output(self, out: Path) -> AbstractContextManager[Path]:
         """A directory beside `out`."""
-        protect = [self.source.directory] if self.source and self.source.directory else []
+        protect = self.source.paths if self.source else []
         options = self.options
         return staged(out, overwrite=options.overwrite, protect=protect, fresh=options.fresh)
 

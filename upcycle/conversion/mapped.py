@@ -32,15 +32,15 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, MoEWeights, read_ffn
 from upcycle.layers.moe import MoE
 from upcycle.layers.tap import install
+from upcycle.models.companions import copy_companions
 from upcycle.models.dense import Source
-from upcycle.models.expert_sources import BASE, NO_SOURCES, Sources
+from upcycle.models.expert_sources import NO_SOURCES, Sources
 from upcycle.passes.calibrate.calibrate import calibrate
 from upcycle.passes.calibrate.gradients import importance
 from upcycle.passes.plan.costs import model_size
 from upcycle.passes.rewrite import with_empty_layers
 from upcycle.passes.transform.transform import transform
 from upcycle.targets.checkpoint import Checkpoint, Content, write_checkpoint
-from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.finished_shards import Manifest, sha256
 from upcycle.targets.files.read_back import read_layer
 from upcycle.targets.files.staging import staged
@@ -98,7 +98,8 @@ class Mapped:
         """For reports."""
         total, _ = model_size(self.skeleton)
         how = "layer by layer; the whole model was not run"
-        return Facts(self.source.label, self.dtype, (total, self.dtype.itemsize), how, self.unread)
+        size = total, self.dtype.itemsize
+        return Facts(self.source.label, self.dtype, size, how, self.unread, self.source.hub)
 
     def read(self, spec: MoESpec) -> FFNWeights:
         """The dense weights of one FFN."""
@@ -162,7 +163,7 @@ class Mapped:
         with staged(
             out,
             overwrite=options.overwrite,
-            protect=[self.directory],
+            protect=self.source.paths,
             resumable=True,
             resume=options.resume,
             fresh=options.fresh,
@@ -173,10 +174,9 @@ class Mapped:
 
     def _key(self) -> str:
         """What finished files are a part of: version, model files, decisions, sizes, data."""
-        others = [Path(name) for name in self.plan.recipe.experts.sources if name != BASE]
         files = [
             file
-            for folder in (self.directory, *others)
+            for folder in (self.directory, *self.sources.directories)
             for file in (*sorted(folder.glob("*.safetensors")), folder / "config.json")
             if file.exists()
         ]

@@ -60,13 +60,11 @@ def open_dense(
 
         with step(progress, "capturing"):
             return open_onnx_file(source, recipe, recipe_name, out, given, options)
+    if source.weights is not None:  # nothing is downloaded for what is refused
+        _planned(source, recipe, recipe_name, options)
+        source = source.fetched(progress)
     with step(progress, "capturing"):
-        skeleton = source.skeleton()
-        located = locate_in(skeleton, source.example)
-        plan = make_plan(located, recipe, recipe_name=recipe_name)
-        plan = plan.requiring(options.runtimes, options.architecture)
-    check_model(skeleton, plan)
-    destination(skeleton, plan)
+        skeleton, plan = _planned(source, recipe, recipe_name, options)
     unread = source.unread(skeleton)
     if given is not None:  # the model may read something else, or there is no tokenizer for it
         _check_data(skeleton, plan, source, given)
@@ -81,6 +79,18 @@ def open_dense(
     with step(progress, "loading"):
         model = source.load()
     return in_memory(model, plan, given, source=source, options=options, unread=unread)
+
+
+def _planned(
+    source: Source, recipe: Recipe, recipe_name: str, options: Options
+) -> tuple[nn.Module, Plan]:
+    """The model on the meta device, and what becomes of it."""
+    skeleton = source.skeleton()
+    plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
+    plan = plan.requiring(options.runtimes, options.architecture)
+    check_model(skeleton, plan)
+    destination(skeleton, plan)
+    return skeleton, plan
 
 
 def in_memory(

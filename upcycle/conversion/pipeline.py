@@ -45,8 +45,7 @@ def convert_model(
         UpcycleError: `upcycle.errors` says which.
     """
     check_options(options)
-    dense_files = [source.directory] if source.directory else []
-    check_output(out, overwrite=options.overwrite, protect=dense_files)
+    check_output(out, overwrite=options.overwrite, protect=source.paths)
     dense = open_dense(source, recipe, recipe_name, out, options, progress)
     with dense.output(out) as directory:
         scratch = directory / SCRATCH

@@ -16,8 +16,9 @@ from upcycle.data.verification_inputs import evaluation_for
 from upcycle.errors import UsageError, one_line
 from upcycle.ir.measured import Check, ModelDistance
 from upcycle.ir.report import Report
-from upcycle.models.dense import DTYPES, Source
+from upcycle.models.dense import Source
 from upcycle.models.expert_sources import open_sources
+from upcycle.models.load_options import DTYPES
 from upcycle.models.moe_layers import with_own_experts
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.run import run
@@ -32,7 +33,7 @@ from upcycle.targets.onnx.parts import FILES as ONNX_FILES
 from upcycle.targets.onnx.write import in_float32
 from upcycle.targets.provenance_file import as_made
 from upcycle.util.modules import device_of, model_dtype
-from upcycle.util.progress import silent
+from upcycle.util.progress import Progress, silent
 from upcycle.util.untrusted import names_code
 from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers
 from upcycle.verification.onnx.files import verify_onnx
@@ -42,7 +43,11 @@ from upcycle.verification.whole_model import compare_models, end_to_end
 
 
 def verify_directory(
-    source: Source | OnnxSource, directory: Path, *, sources: Sequence[str] = ()
+    source: Source | OnnxSource,
+    directory: Path,
+    *,
+    sources: Sequence[str] = (),
+    progress: Progress = silent,
 ) -> Report:
     """The checks of a conversion again: tiers T0 to T2, and T4 where there are ONNX files.
 
@@ -55,13 +60,14 @@ def verify_directory(
         source: the dense model.
         directory: of the converted one.
         sources: the models that its experts come from, if its report may not name them.
+        progress: called while the dense model is downloaded, if it has to be.
 
     Raises:
         UsageError: the directory is no output of upcycle, or was made from another model.
         VerificationError: both models have other outputs.
     """
     if not is_described(directory) and isinstance(source, Source):
-        return _verify_trained(source, directory)
+        return _verify_trained(source.fetched(progress), directory)
     report = replace(
         read_report(directory),
         checks=(),
@@ -84,6 +90,7 @@ def verify_directory(
         )
     if not isinstance(source, Source):
         return _verify_onnx(source, directory, report, recipe)
+    source = source.fetched(progress)
     if source.dtype is None:  # as it was loaded for the conversion
         source = replace(source, dtype=DTYPES[report.dtype])
     dense = source.load()

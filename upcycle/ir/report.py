@@ -36,12 +36,26 @@ class CheckpointFacts:
 
 
 @dataclass(frozen=True)
+class HubSource:
+    """A model of a hub: the repository, the hash of its commit, and the GGUF file if it is one."""
+
+    hub: str
+    revision: str
+    file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As a person writes it."""
+        return f"{self.hub}@{self.revision}" + (f":{self.file}" if self.file else "")
+
+
+@dataclass(frozen=True)
 class Report:
     """A conversion: what was done, and what was measured.
 
     Attributes:
         upcycle, torch: versions.
-        model: the dense model, as the user named it.
+        model: the dense model, as the user named it; `source` is where a hub has it.
         recipe: its name; `resolved_recipe` has every key.
         dtype: of the dense weights.
         checks: the verification; empty if it was not run.
@@ -59,6 +73,7 @@ class Report:
     promise: str
     dtype: DType
     torch: str
+    source: HubSource | None = None
     costs: Costs | None = None
     checks: tuple[Check, ...] = ()
     streamed: str | None = None

@@ -70,7 +70,7 @@ def check_files(directory: Path) -> None:
 
     Raises:
         UsageError: a file is a link that leads out of it.
-        UnsupportedError: upcycle made it, or it holds an adapter.
+        UnsupportedError: upcycle made it, or it holds an adapter beside a model.
     """
     check_links(directory)
     if (directory / "modeling_upcycle.py").is_file() or (directory / "upcycle.json").is_file():
@@ -79,7 +79,7 @@ def check_files(directory: Path) -> None:
             "dense model, or write other formats of it with `upcycle export`"
         )
     adapter = directory / "adapter_config.json"
-    if adapter.is_file():
+    if adapter.is_file() and (directory / "config.json").is_file():
         base = read_json(adapter).get("base_model_name_or_path")
         raise UnsupportedError(
             f"{directory}: it holds a PEFT adapter of {base} (adapter_config.json), which is not "

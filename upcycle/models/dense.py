@@ -1,8 +1,9 @@
-"""The dense model that the user names: a Hugging Face directory, a sample, or a Python callable."""
+"""The dense model that the user names: the checkpoint of a directory, or a Python callable."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +13,24 @@ from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError, is_out_of_memory, one_line
-from upcycle.models import samples
+from upcycle.ir.report import HubSource
+from upcycle.models import adapter, samples
 from upcycle.models.checkpoint_fit import fit, stored_apart
 from upcycle.models.checkpoint_tensors import has_metadata, has_weights, read_tensors
 from upcycle.models.configuration import (
     check_dense,
-    check_files,
     class_named,
     read_config,
     with_text,
 )
+from upcycle.models.load_options import device_named, dtype_named
+from upcycle.models.places import Fetch, Place, find
 from upcycle.util.named_callable import call_named, inputs_named
+from upcycle.util.progress import Progress, silent, step
 from upcycle.util.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from upcycle.models.onnx_file import OnnxSource
-
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
-          "float16": torch.float16}  # fmt: skip
-_MODEL = "MODEL is a Hugging Face directory, an .onnx file, sample:NAME or package.module:callable"
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Source:
         directory: of the Hugging Face checkpoint, or None for a Python callable.
         example: inputs that the user gave, or None to guess them.
         dtype: to load the weights in, or None for the checkpoint's own.
+        hub: the repository that it comes from.
+        weights: brings them, where `directory` has only the configuration and the tokenizer.
     """
 
     name: str
@@ -51,12 +53,31 @@ class Source:
     device: str = "cpu"
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    hub: HubSource | None = None
+    weights: Fetch | None = None
+
+    def fetched(self, progress: Progress = silent) -> "Source":
+        """With all of it on this machine: downloaded, unpacked or merged if that is to be done."""
+        if self.weights is None:
+            return self
+        return replace(self, directory=self.weights(progress), weights=None)
+
+    @property
+    def paths(self) -> list[Path]:
+        """What the model is read from on this machine, and must not be written over."""
+        named = [Path(self.name)] if Path(self.name).exists() else []
+        return [self.directory, *named] if self.directory else []
 
     @property
     def label(self) -> str:
         """How reports and cards name it: without the path to it on this machine."""
-        is_path = self.directory is not None and not self.name.startswith(samples.PREFIX)
-        return Path(self.name).absolute().name if is_path else self.name
+        if self.hub is not None:
+            return self.hub.hub
+        if self.directory is None or self.name.startswith(samples.PREFIX):
+            return self.name
+        path = Path(self.name).absolute()
+        is_part = path.is_file() and path.suffix != ".gguf"
+        return path.parent.name if is_part else path.name
 
     def skeleton(self) -> nn.Module:
         """The model without weights: on the meta device where it comes from a configuration."""
@@ -129,6 +150,8 @@ class Source:
         Raises:
             UsageError: the files are broken, or do not fit the configuration.
         """
+        if self.weights is not None:
+            return self.fetched().load(mapped=mapped)
         if self.directory is None:
             module = self._called()
             if _is_meta(module):
@@ -195,59 +218,70 @@ def open_model(
     allow_pickle: bool = False,
     dtype: str | None = None,
     device: str | None = None,
+    progress: Progress = silent,
 ) -> "Source | OnnxSource":
-    """Find the model that MODEL names; no weight is read.
+    """Find the model that MODEL names; its weights are neither read nor downloaded.
 
     Raises:
         UsageError: there is no such model, or `inputs`, `dtype` or `device` is no good.
         UnsupportedError: its weights are quantised, or it is a mixture of experts already.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"`dtype={dtype}`: unknown; choose one of {', '.join(DTYPES)}")
-    directory: Path | None = None
+    chosen = dtype_named(dtype)
     if model.endswith(".onnx") and not Path(model).is_dir():
         from upcycle.models.onnx_file import open_onnx  # onnx is not imported for other models
 
         example = call_named(inputs, dict, "a dict of tensors or arrays") if inputs else None
         elsewhere = device not in (None, "cpu")
         return open_onnx(model, example, {"dtype": dtype, "device": elsewhere})
-    if model.startswith(samples.PREFIX):
-        directory = samples.path(model)
-    elif Path(model).exists():
-        directory = Path(model)
-        check_files(directory)
-        if not (directory / "config.json").is_file():
-            raise UsageError(f"{model}: not a model directory, it has no config.json; {_MODEL}")
-    elif ":" not in model:
-        raise UsageError(f"{model}: there is no such directory; {_MODEL}")
-    source = Source(
-        name=model,
-        directory=directory,
-        example=inputs_named(inputs),
-        dtype=DTYPES[dtype] if dtype else None,
-        device=_device(device),
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
-    if directory is not None:
-        check_dense(directory, read_config(directory, trust_remote_code=trust_remote_code))
+    options: dict[str, Any] = {
+        "example": inputs_named(inputs),
+        "dtype": chosen,
+        "device": device_named(device),
+    }
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    place = find(model, progress, **trust)
+    if place is None:
+        return Source(model, None, **options, **trust)
+    if place.adapter is None:
+        return _of(model, place, **options, **trust)
+    base = _base(place.adapter, progress, trust)
+    assert base.directory is not None
+    held = replace(place, directory=base.directory, weights=partial(_merged, place, base))
+    return _of(model, held, **options, **trust)
+
+
+def _of(name: str, place: Place, **options: Any) -> Source:
+    source = Source(name, place.directory, hub=place.hub, weights=place.weights, **options)
+    config = read_config(place.directory, trust_remote_code=source.trust_remote_code)
+    check_dense(place.directory, config)
     return source
+
+
+def _base(held: adapter.Adapter, progress: Progress, trust: dict[str, bool]) -> Source:
+    """The model that an adapter belongs to."""
+    try:
+        place = find(held.base, progress, **trust)
+        if place is None or place.adapter is not None:
+            raise UsageError(f"{held.base}: it is no whole model; merge the two elsewhere")
+        return _of(held.base, place, **trust)
+    except UpcycleError as error:
+        raise type(error)(f"{held.directory}: the base of this adapter: {error}") from error
+
+
+def _merged(place: Place, base: Source, progress: Progress) -> Path:
+    """The directory with the base and the adapter in one."""
+    assert place.adapter is not None
+    adapter.check_peft()
+    if place.weights is not None:
+        place.weights(progress)
+    whole = base.fetched(progress)
+    assert whole.directory is not None
+    with step(progress, "merging the adapter"):
+        return adapter.merged(place.adapter, whole.directory, whole)
 
 
 def _is_meta(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
-
-
-def _device(device: str | None) -> str:
-    if device in (None, "cpu"):
-        return "cpu"
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"`device={device}`: {one_line(error)}") from error
-    return str(device)
 
 
 def _unless_ours(error: Exception, problem: str) -> Exception:

@@ -40,10 +40,12 @@ class Sources:
         names: as the recipe has them; a model that was given as a module is called by its class.
         tensors: of each, by the names of the dense model, in its dtypes and on its device; read
             when they are asked for, where the model is a directory of safetensors files.
+        directories: of those that are read from files, each once.
     """
 
     names: tuple[str, ...]
     tensors: tuple[Mapping[str, torch.Tensor], ...]
+    directories: tuple[Path, ...] = ()
 
 
 NO_SOURCES = Sources((), ())
@@ -69,17 +71,19 @@ def open_sources(
     """
     held = tensors_of(model) if held is None else held
     opened: dict[object, Mapping[str, torch.Tensor]] = {BASE: held}
-    names, tensors = [], []
+    names, tensors, directories = [], [], []
     for one in wanted:
         name = type(one).__qualname__ if isinstance(one, nn.Module) else str(one)
         key: object = one if isinstance(one, nn.Module) else name
         if one is model:
             name = key = BASE
         if key not in opened:
-            opened[key] = _like(_open(name, one, model, like), held)
+            found, directory = _open(name, one, model, like)
+            opened[key] = _like(found, held)
+            directories += [directory] if directory else []
         names.append(name)
         tensors.append(opened[key])
-    return Sources(tuple(names), tuple(tensors))
+    return Sources(tuple(names), tuple(tensors), tuple(directories))
 
 
 def check_sources(wanted: Sequence[str], skeleton: nn.Module, like: Source) -> None:
@@ -140,21 +144,24 @@ def _find(name: str, like: Source | None) -> Source:
     return source
 
 
-def _open(name: str, one: Any, model: nn.Module, like: Source | None) -> Mapping[str, torch.Tensor]:
+def _open(
+    name: str, one: Any, model: nn.Module, like: Source | None
+) -> tuple[Mapping[str, torch.Tensor], Path | None]:
+    """The tensors of a model, and its directory."""
     if isinstance(one, nn.Module):
         _check_same(name, model, one)
-        return tensors_of(one)
-    source = _find(name, like)
+        return tensors_of(one), None
+    source = _find(name, like).fetched()
     skeleton = source.skeleton()
     _check_same(name, model, skeleton)
     if source.directory is not None and any(source.directory.glob("*.safetensors")):
         found = fit(source.directory, read_tensors(source.directory), skeleton)
         if not isinstance(found, str):
-            return found.tensors
+            return found.tensors, source.directory
     tensors: Mapping[str, torch.Tensor] = tensors_of(source.load())
     if (missing := lacking(tensors, model)) is not None:
         raise UsageError(f"{name}: it has no tensor {missing}, which the dense model has")
-    return tensors
+    return tensors, source.directory
 
 
 def _check_same(name: str, model: nn.Module, other: nn.Module) -> None:

@@ -35,6 +35,11 @@ class OnnxSource:
         """The folder that the file, and its external data, lie in."""
         return self.path.parent
 
+    @property
+    def paths(self) -> list[Path]:
+        """What must not be written over."""
+        return [self.directory]
+
     @cached_property
     def model(self) -> ir.Model:
         """The graph, at a recent opset; changed in place by a conversion."""

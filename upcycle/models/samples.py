@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from upcycle.errors import UsageError
+from upcycle.models.gguf_file import unpack_gguf
 from upcycle.models.sample_store import Package, find, install, made
 from upcycle.util.cache_folder import cache_directory
 
@@ -113,18 +114,3 @@ def path(name: str, *, in_cache: bool = False) -> Path:
         with made(final) as directory:
             unpack_gguf(folder, sample.gguf, directory)
     return final
-
-
-def unpack_gguf(folder: Path, file: str, directory: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as a Hugging Face directory in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=file,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(directory)

@@ -8,8 +8,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def started(function: Callable[[], T]) -> Callable[[], T]:
-    """Call `function` in a thread; the result waits for it, and raises what it raised."""
+def started(function: Callable[[], T]) -> Callable[..., T]:
+    """Call `function` in a thread; the result waits for it, and raises what it raised.
+
+    The result takes the seconds to wait, after which it raises TimeoutError.
+    """
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,7 +1,8 @@
 """What a file says is data: the rules for the files of others, which docs/security.md explains.
 
 - A path in a file does not lead out of the directory of the file.
-- A link is followed within its directory, and from a hub cache into the ``blobs`` of that model.
+- A link is followed within its directory, and from a hub cache into the ``blobs`` of that model,
+  or into those that the models of the cache share.
 - A text of a file is shown without control characters; it is never a format, a name to import or
   to call.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from upcycle.errors import UsageError
 
 _READ = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".py")
+_SHARED_BLOBS = ".huggingface-shared-blobs"
 _SHOWN = "\n\t"
 _REORDERS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -40,13 +42,17 @@ def inside(directory: Path, name: str, named_in: str) -> Path:
 def without_escape(path: Path, directory: Path) -> Path:
     """`path`, which is in `directory`, unless a link leads out of it.
 
-    In a hub cache, ``snapshots/REVISION`` has links into the ``blobs`` beside ``snapshots``.
+    In a hub cache, ``snapshots/REVISION`` has links into the ``blobs`` beside ``snapshots``, and
+    those may lead into the ``blobs`` of the whole cache, which a file marks as such.
 
     Raises:
         UsageError: it does.
     """
     real, home = path.resolve(), directory.resolve()
-    allowed = [home, *(up.parent / "blobs" for up in home.parents if up.name == "snapshots")][:2]
+    models = [up.parent for up in home.parents if up.name == "snapshots"][:1]
+    allowed = [home, *(model / "blobs" for model in models)]
+    shared = [model.parent / "blobs" for model in models]
+    allowed += [blobs for blobs in shared if (blobs / _SHARED_BLOBS).is_file()]
     if not any(real.is_relative_to(place) for place in allowed):
         raise UsageError(
             f"{path}: a link that leads out of its directory, to {real}; copy the file there, or "
@@ -64,7 +70,8 @@ def check_links(directory: Path) -> None:
 
 def names_code(name: str) -> bool:
     """Whether a model is named as ``package.module:callable``, which only a person may do."""
-    return ":" in name and not name.startswith("sample:") and not Path(name).exists()
+    is_data = name.startswith("sample:") or name.endswith(".gguf") or Path(name).exists()
+    return ":" in name and not is_data
 
 
 def untrusted_code(directory: Path, what: str, error: Exception) -> UsageError | None:

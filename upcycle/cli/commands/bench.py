@@ -74,18 +74,24 @@ def bench(
         from upcycle.errors import UsageError
         from upcycle.models.dense import Source, open_model
         from upcycle.targets.description import read_report
+        from upcycle.util.untrusted import names_code
 
-    name = against or read_report(converted).model
-    if against is None and not name.startswith("sample:"):  # what a file names is not run
+    report = read_report(converted)
+    found_at = report.source.name if report.source else report.model
+    is_safe = report.source is not None or found_at.startswith("sample:")
+    if against is None and (not is_safe or names_code(found_at)):  # what a file names is not run
         raise UsageError(
-            f"{converted}: it was made from {name}, and does not say where that is; name the dense "
-            "model with --against"
+            f"{converted}: it was made from {found_at}, and does not say where that is; name the "
+            "dense model with --against"
         )
-    source = open_model(name, inputs=inputs, trust_remote_code=trust_remote_code)
-    if not isinstance(source, Source):
-        raise UsageError(f"{name}: only models of torch are measured, and this is an ONNX file")
     if plot is not None:
         tables.check_plot(plot)
+    name = against or found_at
+    trusted = trust_remote_code and against is not None  # nor is the code of what a file names
+    with console.progress() as progress:
+        source = open_model(name, inputs=inputs, trust_remote_code=trusted, progress=progress)
+    if not isinstance(source, Source):
+        raise UsageError(f"{name}: only models of torch are measured, and this is an ONNX file")
     with console.progress() as progress:
         found = run.bench(converted, source, run.Wanted(**wanted), progress)
     if plot is not None:

@@ -41,8 +41,9 @@ from upcycle.cli.group import collector_paused, size_in_bytes
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: cpu]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
-    help="Load the weights in this dtype.  [default: the checkpoint's]",
+    metavar="DTYPE",
+    help="Load the weights as float32, bfloat16, float16, float64 (or fp32, bf16, fp16, half)."
+    "  [default: the checkpoint's]",
 )
 @click.option(
     "--onnx-profile",
@@ -113,15 +114,16 @@ def convert(
     if seed is not None:
         overrides = (*overrides, f"seed={seed}")
     loaded = recipe_file.load_recipe(recipe, overrides)
-    source = open_model(
-        model,
-        inputs=inputs,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        dtype=dtype,
-        device=device,
-    )
     with console.progress() as progress:
+        source = open_model(
+            model,
+            inputs=inputs,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
         done = convert_model(
             source,
             loaded,

@@ -34,7 +34,10 @@ def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bo
             found = inspection.inspect_moe(Path(model), trust_remote_code=trust_remote_code)
             console.show(as_json, found, lambda: moe_report(found))
             return
-        source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
+        with console.progress() as progress:  # a GGUF file of a hub is downloaded
+            source = open_model(
+                model, inputs=inputs, trust_remote_code=trust_remote_code, progress=progress
+            )
         located = preview.inspect_model(source)
     data = report.located_json(located)
     console.show(as_json, data, lambda: report.located_report(located))
@@ -66,7 +69,10 @@ def plan(
         from upcycle.recipe import reader as recipe_file
 
         loaded = recipe_file.load_recipe(recipe, overrides)
-        source = open_model(model, inputs=inputs, trust_remote_code=trust_remote_code)
+        with console.progress() as progress:
+            source = open_model(
+                model, inputs=inputs, trust_remote_code=trust_remote_code, progress=progress
+            )
         planned, estimate, written = preview.plan_model(
             source, loaded, Path(recipe).name, runtimes=runtimes, architecture=architecture
         )

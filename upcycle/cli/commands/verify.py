@@ -36,10 +36,17 @@ def verify(
         from upcycle.cli import tables_of_reports as report
         from upcycle.conversion.verify_directory import verify_directory
         from upcycle.models.dense import open_model
+        from upcycle.targets.description import read_report
         from upcycle.verification.checks import raise_if_failed
 
-    source = open_model(dense, inputs=inputs, trust_remote_code=trust_remote_code)
-    checked = verify_directory(source, converted, sources=sources)
+    made_from = read_report(converted).source
+    if made_from is not None and dense == made_from.hub:  # the commit that it was converted from
+        dense = made_from.name
+    with console.progress() as progress:
+        source = open_model(
+            dense, inputs=inputs, trust_remote_code=trust_remote_code, progress=progress
+        )
+        checked = verify_directory(source, converted, sources=sources, progress=progress)
     console.show(as_json, checked.to_json(), lambda: report.verification_report(checked))
     raise_if_failed(checked)
 
