@@ -167,6 +167,10 @@ def test_an_older_directory_and_a_damaged_one(converted: dict[str, Path], tmp_pa
     assert f"{older / FILE}: not JSON" in run("inspect", older).stderr
     (older / FILE).write_text('{"layers": 3}')
     assert "not what this version of upcycle writes (layers: " in run("inspect", older).stderr
+    data = json.loads((converted["copies"] / FILE).read_text("utf-8"))
+    data["layers"][0]["sources"] = ["base"]  # and there are several experts
+    (older / FILE).write_text(json.dumps(data))
+    assert "not what this version of upcycle writes" in run("inspect", older).stderr
 
 
 def test_a_dense_model_is_inspected_as_before(llama: Path, tmp_path: Path) -> None:
