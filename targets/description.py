@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from upcycle.errors import UsageError
-from upcycle.ir.report import Report
+from upcycle.ir.report import HubSource, Report
 from upcycle.ir.spec import Plan
 from upcycle.ir.weights import Provenance
 from upcycle.recipe.reader import dump_recipe
@@ -46,6 +46,15 @@ def read_report(directory: Path) -> Report:
     if not path.is_file():
         raise UsageError(f"{directory}: no report.json, so this is not an output of upcycle")
     return Report.from_json(read_json(path, "convert the model again"), str(path))
+
+
+def made_from(directory: Path) -> tuple[str | None, HubSource | None]:
+    """The dense model of a converted directory, as its report names it and where it was found; both
+    None if the report is gone."""
+    if not is_described(directory):
+        return None, None
+    report = read_report(directory)
+    return report.model, report.source
 
 
 def recipe_of(report: Report, directory: Path) -> Recipe:

@@ -13,6 +13,7 @@ from upcycle.version import __version__
 
 if _TYPE_CHECKING:
     from upcycle.conversion.api import Conversion, convert, locate
+    from upcycle.conversion.export import export
     from upcycle.errors import (
         CaptureError,
         PlanError,
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "all_experts",
     "convert",
+    "export",
     "extend",
     "load",
     "load_recipe",
@@ -62,6 +64,7 @@ __all__ = [
 
 _HOMES = {
     "conversion.api": ("Conversion", "convert", "locate"),
+    "conversion.export": ("export",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "ir.ffn": ("FFN", "Located", "Miss"),
     "targets.load": ("load",),

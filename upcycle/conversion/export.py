@@ -10,24 +10,26 @@ import torch
 from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
+from upcycle.conversion.dense_model import Facts, header
 from upcycle.conversion.trained import as_converted
 from upcycle.data.verification_inputs import Evaluation, evaluation_for, outputs_of
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.measured import Check, OnnxFacts
 from upcycle.ir.rounding import ROUNDING
+from upcycle.models.companions import copy_companions
 from upcycle.models.moe_layers import moe_layers, with_own_experts
+from upcycle.passes.plan.costs import model_size
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.checkpoint import write_checkpoint
-from upcycle.targets.companions import copy_companions
 from upcycle.targets.files.staging import check_output, staged
 from upcycle.targets.load import load
 from upcycle.targets.onnx.write import in_float32, write_onnx
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.util.progress import Progress, silent, step
-from upcycle.verification.checks import EXPERTS, RELOADED, check, raise_if_any_failed
+from upcycle.verification.checks import EXPERTS, check, raise_if_any_failed
+from upcycle.verification.files import verify_files
 from upcycle.verification.metrics import distance
 from upcycle.verification.onnx.precision import verify_precision
-from upcycle.verification.whole_model import compare_models
 
 ExportTarget = Literal["onnx", "native"]
 
@@ -163,8 +165,6 @@ def _to_native(
     if not verify:
         return Exported(written.architecture, ())
     with step(progress, "loading again"):
-        again = load(folder)
-        with eval_mode(model, again):
-            found = compare_models(model, again, evaluation, predictions=False)
-    allowed = ROUNDING[model_dtype(model)]
-    return Exported(written.architecture, (check(RELOADED, found.relative, allowed),))
+        report = header(plan, Facts(folder.name, model_dtype(view), model_size(view)))
+        report = verify_files(report, folder, plan, written, view, view, evaluation)
+    return Exported(written.architecture, report.checks)

@@ -73,17 +73,17 @@ def bench(
         from upcycle.cli import tables_of_bench as tables
         from upcycle.errors import UsageError
         from upcycle.models.dense import Source, open_model
-        from upcycle.targets.description import read_report
+        from upcycle.targets.description import made_from
         from upcycle.util.untrusted import names_code
 
-    report = read_report(converted)
-    found_at = report.source.name if report.source else report.model
-    is_safe = report.source is not None or found_at.startswith("sample:")
+    model, source_of = made_from(converted)
+    found_at = source_of.name if source_of else model or ""
+    is_safe = source_of is not None or found_at.startswith("sample:")
     if against is None and (not is_safe or names_code(found_at)):  # what a file names is not run
-        raise UsageError(
-            f"{converted}: it was made from {found_at}, and does not say where that is; name the "
-            "dense model with --against"
-        )
+        why = "it has no report.json"
+        if found_at:
+            why = f"it was made from {found_at}, and does not say where that is"
+        raise UsageError(f"{converted}: {why}; name the dense model with --against")
     if plot is not None:
         tables.check_plot(plot)
     name = against or found_at

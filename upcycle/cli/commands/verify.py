@@ -36,12 +36,12 @@ def verify(
         from upcycle.cli import tables_of_reports as report
         from upcycle.conversion.verify_directory import verify_directory
         from upcycle.models.dense import open_model
-        from upcycle.targets.description import read_report
+        from upcycle.targets.description import made_from
         from upcycle.verification.checks import raise_if_failed
 
-    made_from = read_report(converted).source
-    if made_from is not None and dense == made_from.hub:  # the commit that it was converted from
-        dense = made_from.name
+    _, found = made_from(converted)
+    if found is not None and dense == found.hub:  # the commit that it was converted from
+        dense = found.name
     with console.progress() as progress:
         source = open_model(
             dense, inputs=inputs, trust_remote_code=trust_remote_code, progress=progress
