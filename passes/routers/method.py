@@ -8,7 +8,6 @@ import torch
 
 from upcycle.ir.ffn import FFN
 from upcycle.ir.spec import MoESpec
-from upcycle.layers.config import RouterKind
 from upcycle.passes.experts.method import DenseLayer, MethodKind, Need, Parts
 from upcycle.recipe.methods import Options
 from upcycle.recipe.schema import Router
@@ -62,7 +61,7 @@ class RouterMethod:
     otherwise: str = ""
     needs: Need | None = None
     bias: bool = False
-    makes: RouterKind = "linear"
+    makes: str = "linear"
     facts: Callable[[Router, FFN, int], Mapping[str, Any]] = lambda router, ffn, num_experts: {}
     reads: frozenset[str] = frozenset()
     limits: tuple[Limit, ...] = ()

@@ -76,7 +76,8 @@ def _named(registry: Registry[Any]) -> WrapValidator:
             return registry.hold(value)
         name = handler(value)
         # JSON is the text of a file, and that names no function, even if this process knows it.
-        if not registry.knows(name) or (info.mode == "json" and ":" in name):
+        is_named = info.mode == "json" and ":" in name and name not in (info.context or ())
+        if is_named or not registry.knows(name):
             raise ValueError(registry.unknown(name))
         return name
 
@@ -115,6 +116,22 @@ ExpertName = Annotated[str, _named(EXPERT_METHODS), _listed(EXPERT_METHODS)]
 RouterName = Annotated[str, _named(ROUTER_METHODS), _listed(ROUTER_METHODS)]
 ExpertOptions = Annotated[Any, _options(EXPERT_METHODS)]
 RouterOptions = Annotated[Any, _options(ROUTER_METHODS)]
+
+
+def schema_with_options(schema: dict[str, Any], data: Any) -> dict[str, Any]:
+    """The JSON Schema of a recipe with the options of the methods that `data` names, as keys."""
+    defs = schema["$defs"]
+    for section, definition, registry in (
+        ("experts", "Experts", EXPERT_METHODS),
+        ("router", "Router", ROUTER_METHODS),
+    ):
+        name = data[section].get("method") if isinstance(data.get(section), dict) else None
+        kind = options_type(registry, name) if isinstance(name, str) else None
+        if kind is not None:
+            options = TypeAdapter(kind).json_schema()
+            defs |= options.pop("$defs", {})
+            defs[definition]["properties"]["options"] = options
+    return schema
 
 
 def options_type(registry: Registry[Any], name: str) -> Options | None:
