@@ -170,7 +170,7 @@ def test_a_taken_name_is_refused() -> None:
     upcycle.register_expert_method("mine", split(backwards), kind="split")
     with pytest.raises(upcycle.UsageError, match="`copy`: an expert method of this name is built"):
         upcycle.register_expert_method("copy", backwards, kind="split")
-    with pytest.raises(upcycle.UsageError, match="`mine`: an expert .* registered by test_plugins"):
+    with pytest.raises(upcycle.UsageError, match=f"`mine`: an expert .* registered by {__name__}"):
         upcycle.register_expert_method("mine", run, kind="split")
     upcycle.register_expert_method("mine", split(backwards), kind="split")  # the cell was run again
     with pytest.raises(upcycle.UsageError, match="`normal`: a router method of this name is built"):
@@ -194,9 +194,9 @@ def test_a_function_in_the_place_of_a_name() -> None:
     (layer,) = [m for m in result.model.modules() if isinstance(m, upcycle.MoE)]
     assert torch.equal(layer.router.weight, torch.eye(4, 32))
     (origin,) = result.provenance.values()
-    assert origin.neuron_EI[0].tolist() == [*range(96, 128)]
+    assert origin.expert_EI[0].tolist() == [*range(96, 128)]
     written = result.report.to_json()["resolved_recipe"]
-    assert written["experts"]["method"] == "test_plugins:backwards"
+    assert written["experts"]["method"] == f"{__name__}:backwards"
     text = json.dumps(written)
     with pytest.raises(ValueError, match="pass the function itself in Python, or register it"):
         upcycle.Recipe.model_validate_json(text)
@@ -226,7 +226,7 @@ def test_a_function_in_the_overrides_and_two_of_one_name() -> None:
     [
         (lambda dense: dense.nothing, "failed with AttributeError: "),
         (lambda dense: torch.ones(3), "returned Tensor; return `Parts`"),
-        (split(backwards), "for the kind `altered`, says (16, 128, 32)"),
+        (split(lambda dense: torch.arange(128).view(16, 8)), "for the kind `altered`, says (16, 128, 32)"),
     ],
 )
 def test_what_a_method_gets_wrong_is_told(build: Any, words: str) -> None:
@@ -235,7 +235,7 @@ def test_what_a_method_gets_wrong_is_told(build: Any, words: str) -> None:
             mlp(), "split-all", overrides=[("experts.method", build), "router.method=normal"]
         )
     assert words in str(error.value)
-    assert "`experts.method: test_plugins:" in str(error.value)
+    assert f"`experts.method: {__name__}:" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +312,11 @@ def test_a_description_with_an_unknown_router_is_refused(site: Path, tmp_path: P
         upcycle.load(tmp_path / "out", mlp())
 
 
+class Sinc(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sinc(x)
+
+
 class Wave(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -356,14 +361,12 @@ def test_what_is_no_activation_is_refused(function: Any, words: str) -> None:
         upcycle.register_activation("odd", function)
 
 
-def test_an_activation_in_a_self_contained_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_activation_in_a_self_contained_file(tmp_path: Path) -> None:
     upcycle.register_activation("sinc", torch.sinc)
     torch.manual_seed(0)
     dense = small_models.llama().eval()
     for layer in dense.model.layers:
-        monkeypatch.setattr(layer.mlp, "act_fn", torch.sinc)
+        layer.mlp.act_fn = Sinc()
     result = upcycle.convert(dense, "split-all")
     result.save(tmp_path / "out", verify=False)  # the dense class itself has another activation
     text = (tmp_path / "out" / "modeling_upcycle.py").read_text()

@@ -199,6 +199,7 @@ def convert(
         UsageError: the weights have no numbers, or some that are not finite.
         CaptureError: the model cannot be run on example inputs.
         PlanError: an FFN cannot become what the recipe asks for.
+        UnsupportedError: the model has no dense FFN, or cannot serve the router.
         VerificationError: the result is further from the dense model than promised.
     """
     if not isinstance(model, nn.Module):
