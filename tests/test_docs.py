@@ -16,6 +16,7 @@ from upcycle.cli.main import main
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import DenseLayer
 from upcycle.passes.transform.transform import merge_to_dense
+from upcycle.recipe.reader import recipe_schema
 from upcycle.recipe.schema import Recipe
 from upcycle.recipe.shipped import recipe_names
 
@@ -139,6 +140,37 @@ def test_every_recipe_is_in_the_tables() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "recipes.md"):
         listed = set(re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), flags=re.M))
         assert set(recipe_names()) <= listed, page.name
+
+
+def test_every_word_of_a_recipe_is_documented() -> None:
+    """What a key may be, in the page that lists the keys; and methods in their own row."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    sections = recipe_schema()["$defs"]
+    for name, key in [("Experts", "experts"), ("Router", "router"), ("Layers", "layers")]:
+        for field, about in sections[name]["properties"].items():
+            parts = [about, about.get("items", {}), *about.get("anyOf", [])]
+            for word in [str(w) for part in parts for w in part.get("enum", []) if w is not None]:
+                assert re.search(rf"`(\w+: )?{word}`", text), f"{key}.{field}: {word}"
+    (row,) = re.findall(r"^\| `experts\.method` \|.*", text, flags=re.M)
+    listed = re.findall(r"`(\w+)`", row)
+    assert listed == sections["Experts"]["properties"]["method"]["enum"]
+    routers = text.split("| `router.method` | the score")[1].split("\n\n")[0]
+    first = " ".join(line.split("|")[1] for line in routers.splitlines()[2:])
+    assert sorted(re.findall(r"`(\w+)`", first)) == sorted(
+        sections["Router"]["properties"]["method"]["enum"]
+    )
+
+
+def test_the_mistakes_that_a_page_prints_are_those_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "docs" / "recipes.md"
+    (text,), (shown,) = blocks(page, "yaml"), blocks(page, "console")
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text(text)
+    command, *lines = shown.splitlines()
+    ran = CliRunner().invoke(main, shlex.split(command)[2:])
+    assert (ran.exit_code, ran.stderr.splitlines()) == (2, lines)
 
 
 def test_every_key_of_a_recipe_is_documented() -> None:
