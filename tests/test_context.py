@@ -177,7 +177,9 @@ def test_missing_ids_are_said_in_one_sentence() -> None:
 
 @pytest.mark.parametrize(("name", "by"), [("vit", "token"), ("llama", "type")])
 def test_a_model_without_such_ids_is_refused(name: str, by: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"the router looks at .*_ids, and no module around") as e:
+    with pytest.raises(
+        UnsupportedError, match=r"the router looks at .*_ids, and no module around"
+    ) as e:
         converted(name, by=by)
     assert "\n" not in str(e.value)
 

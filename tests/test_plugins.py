@@ -4,9 +4,11 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numerics
 import onnxruntime
 import pytest
 import small_models
@@ -18,7 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.cli.main import main
+from upcycle.passes.experts.matrices import own_copies
 from upcycle.passes.experts.split import deal, split
+from upcycle.passes.transform.transform import transform
 from upcycle.recipe.reader import load_recipe, recipe_schema
 from upcycle.util.registry import installed
 
@@ -47,7 +51,7 @@ class DistanceRouter(Router):
         apart_TED = x_TD[:, None] - self.centre.to(x_TD.dtype)
         return -self.sharpness * apart_TED.square().sum(-1)
 '''
-REGISTERED = '''
+REGISTERED = """
 import torch
 import upcycle
 from {home} import DistanceRouter
@@ -56,7 +60,7 @@ from {home} import DistanceRouter
 def distance(dense, parts):
     shape = dense.spec.num_experts, dense.d_model
     return {{"centre": torch.randn(shape, generator=dense.generator)}}
-'''
+"""
 
 
 @pytest.fixture
@@ -141,7 +145,9 @@ def test_what_is_unknown_is_told_with_what_there_is(site: Path) -> None:
     with pytest.raises(upcycle.RecipeError) as error:
         load_recipe("moefication", ["experts.method=strid"])
     assert "copy, noise" in str(error.value)
-    assert "installed or registered: strided, not 'strid'; did you mean strided?" in str(error.value)
+    assert "installed or registered: strided, not 'strid'; did you mean strided?" in str(
+        error.value
+    )
     with pytest.raises(upcycle.RecipeError) as error:
         load_recipe("moefication", ["router.method=nromal"])
     assert "not 'nromal'; did you mean normal?" in str(error.value)
@@ -164,6 +170,30 @@ def test_a_package_that_fails_is_named(site: Path, text: str, words: str) -> Non
     assert words in ran.output
     assert run("schema").exit_code == 0  # what is broken does not stop what does not need it
     load_recipe("emoe")
+
+
+def test_two_packages_of_one_name_are_named(site: Path, caplog: pytest.LogCaptureFixture) -> None:
+    strided(site)
+    install(site, "others", "[upcycle.experts]\nstrided = others\ncopy = others\n", others="")
+    with pytest.raises(upcycle.UsageError, match="the package .*, and the package .*; remove one"):
+        load_recipe("moefication", ["experts.method=strided"])
+    assert load_recipe("sparse-upcycling").experts.method == "copy"
+    recipe_schema()
+    assert "`copy = others` of upcycle.experts is not used: upcycle has that name" in caplog.text
+
+
+def test_metadata_is_read_for_a_name_that_is_not_built_in_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(**_: str) -> None:
+        raise AssertionError("the metadata of all packages were read")
+
+    monkeypatch.setattr("upcycle.util.registry.entry_points", read)
+    installed.cache_clear()
+    assert run("recipes").exit_code == 0
+    load_recipe("moefication", ["experts.count=4"])
+    with pytest.raises(AssertionError, match="were read"):
+        load_recipe("moefication", ["experts.method=strided"])
 
 
 def test_a_taken_name_is_refused() -> None:
@@ -202,6 +232,29 @@ def test_a_function_in_the_place_of_a_name() -> None:
         upcycle.Recipe.model_validate_json(text)
 
 
+def test_a_plain_function_makes_altered_copies_in_a_native_architecture(tmp_path: Path) -> None:
+    def louder(dense: upcycle.DenseLayer) -> upcycle.Parts:
+        experts = own_copies(dense)
+        experts.down_EOI.mul_(1 + torch.arange(dense.spec.num_experts)[:, None, None] / 100)
+        experts.neuron_EI.fill_(-2)
+        return upcycle.Parts(experts)
+
+    torch.manual_seed(0)
+    given = [("experts.method", louder), "verify.max_relative_error=0.5"]
+    result = upcycle.convert(small_models.llama().eval(), "sparse-upcycling", overrides=given)
+    assert result.plan.promise == "approximate"
+    assert result.save(tmp_path / "out").checkpoint.architecture == "mixtral"
+
+
+def test_what_another_process_does_not_know_is_told() -> None:
+    """As a worker of a cluster, which gets the spec and not the function."""
+    given = [("experts.method", split(backwards))]
+    spec = upcycle.convert(mlp(), "split-all", overrides=given).plan.specs[0]
+    renamed = replace(spec, experts=spec.experts.model_copy(update={"method": "elsewhere"}))
+    with pytest.raises(upcycle.PlanError, match="`experts.method: elsewhere` is not known in this"):
+        transform(numerics.random_ffn("relu"), renamed)
+
+
 def test_a_function_in_the_overrides_and_two_of_one_name() -> None:
     def named(rows: torch.Tensor) -> Any:
         def build(dense: upcycle.DenseLayer, parts: upcycle.Parts) -> torch.Tensor:
@@ -226,7 +279,10 @@ def test_a_function_in_the_overrides_and_two_of_one_name() -> None:
     [
         (lambda dense: dense.nothing, "failed with AttributeError: "),
         (lambda dense: torch.ones(3), "returned Tensor; return `Parts`"),
-        (split(lambda dense: torch.arange(128).view(16, 8)), "for the kind `altered`, says (16, 128, 32)"),
+        (
+            split(lambda dense: torch.arange(128).view(16, 8)),
+            "for the kind `altered`, says (16, 128, 32)",
+        ),
     ],
 )
 def test_what_a_method_gets_wrong_is_told(build: Any, words: str) -> None:
@@ -241,7 +297,10 @@ def test_what_a_method_gets_wrong_is_told(build: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (torch.ones(3, 32), "made the tensors {'weight': (3, 32)}, and the router has {'weight': ("),
+        (
+            torch.ones(3, 32),
+            "made the tensors {'weight': (3, 32)}, and the router has {'weight': (",
+        ),
         ([1.0], "returned list; return a tensor"),
     ],
 )

@@ -34,7 +34,7 @@ class PlanError(RecipeError):
     """A dense FFN cannot become the MoE layer that the recipe asks for; another recipe can do."""
 
     def __init__(self, problem: str, *, site: str) -> None:
-        super().__init__(f"{site}: {problem}")
+        super().__init__(f"{site or 'the model itself'}: {problem}")
         self.site = site
 
 

@@ -14,8 +14,8 @@ def check_model(model: nn.Module, plan: Plan) -> None:
     """Refuse a plan whose routers `model` cannot serve; no weight is read.
 
     Raises:
-        UnsupportedError: a router looks at an argument that no module around the FFN has, or lets a token
-            depend on later ones in a model that writes text.
+        UnsupportedError: a router looks at an argument that no module around the FFN has, or lets a
+            token depend on later ones in a model that writes text.
     """
     for spec in plan.specs:
         for problem in _problems(model, spec):

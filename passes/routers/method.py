@@ -70,7 +70,9 @@ class RouterMethod:
 
 def as_router_method(name: str, given: Any) -> RouterMethod:
     """What stood in a recipe in the place of a name; a function makes a linear router."""
-    return replace(given, name=name) if isinstance(given, RouterMethod) else RouterMethod(name, given)
+    return (
+        replace(given, name=name) if isinstance(given, RouterMethod) else RouterMethod(name, given)
+    )
 
 
 def drawn_rows(dense: DenseLayer, count: int) -> torch.Tensor:

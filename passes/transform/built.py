@@ -12,6 +12,7 @@ from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import DenseLayer, Parts
 from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.passes.routers.method import linear
+from upcycle.util.registry import Registry
 
 
 def build_experts(dense: DenseLayer) -> Parts:
@@ -21,10 +22,10 @@ def build_experts(dense: DenseLayer) -> Parts:
         PlanError: a method that upcycle does not have failed, or made another layer than planned.
     """
     name = dense.spec.experts.method
-    build = EXPERTS[name].build
     if name in EXPERTS.reserved:
-        return build(dense)
+        return EXPERTS[name].build(dense)
     what = f"`experts.method: {name}`"
+    build = _entry(EXPERTS, name, dense, what).build
     parts = _called(build, what, dense)
     if isinstance(parts, ExpertWeights):
         parts = Parts(parts)
@@ -38,10 +39,10 @@ def build_experts(dense: DenseLayer) -> Parts:
 def build_router(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     """The tensors of the router that the method of the recipe makes; raises as `build_experts`."""
     spec, name = dense.spec, dense.spec.router.method
-    build = ROUTER_METHODS[name].build
     if name in ROUTER_METHODS.reserved:
-        return dict(build(dense, parts))
+        return dict(ROUTER_METHODS[name].build(dense, parts))
     what = f"`router.method: {name}`"
+    build = _entry(ROUTER_METHODS, name, dense, what).build
     made = _called(build, what, dense, parts)
     if isinstance(made, torch.Tensor):
         made = linear(made, spec)
@@ -58,6 +59,13 @@ def build_router(dense: DenseLayer, parts: Parts) -> dict[str, torch.Tensor]:
     return dict(made)
 
 
+def _entry(registry: Registry[Any], name: str, dense: DenseLayer, what: str) -> Any:
+    if not registry.knows(name):  # as in another process than the one that registered it
+        problem = "is not known in this process; a package with an entry point is known in all"
+        raise _misfit(dense, what, problem)
+    return registry[name]
+
+
 def _called(build: Callable[..., Any], what: str, dense: DenseLayer, *more: Any) -> Any:
     try:
         return build(dense, *more)
@@ -69,7 +77,7 @@ def _called(build: Callable[..., Any], what: str, dense: DenseLayer, *more: Any)
 
 
 def _misfit(dense: DenseLayer, what: str, problem: str) -> PlanError:
-    return PlanError(f"{what} {problem}", site=dense.spec.ffn.path or "the model")
+    return PlanError(f"{what} {problem}", site=dense.spec.ffn.path)
 
 
 def _misshapen(parts: Parts, dense: DenseLayer) -> Iterator[str]:

@@ -99,6 +99,8 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
     if kind == RouterKind and isinstance(value, str) and OTHER_KINDS.has(value):
         return value
     wanted = f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
+    if kind == RouterKind:
+        wanted += ", and no package that is installed brings it"
     raise _misfit(where, f"is {value!r:.60} and not {wanted}")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationInfo, WrapValidator
-from pydantic.json_schema import JsonDict
 
 from upcycle.errors import UsageError
 from upcycle.util.registry import Registry
@@ -87,8 +86,8 @@ def _named(registry: Registry[Any]) -> WrapValidator:
 def _listed(registry: Registry[Any]) -> Any:
     """What the JSON Schema says of such a key."""
 
-    def add(schema: JsonDict) -> None:
-        schema["enum"] = [*registry.names()]
+    def add(schema: dict[str, Any]) -> None:
+        schema["enum"] = registry.names()
 
     return Field(json_schema_extra=add)
 

@@ -7,7 +7,6 @@ about it. `upcycle.recipe.reader` reads YAML and reports every mistake at once.
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
-from pydantic.json_schema import JsonDict
 
 from upcycle.layers.config import SelectRule, TokenKey, WeightRule
 from upcycle.recipe.methods import (
@@ -28,7 +27,7 @@ CountOrPart = Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0
 
 
 def _with_options(registry: Registry[Any], section: str) -> ConfigDict:
-    def add(schema: JsonDict) -> None:
+    def add(schema: dict[str, Any]) -> None:
         if more := options_schemas(registry, f"/$defs/{section}"):
             schema["allOf"] = more
 

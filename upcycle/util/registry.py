@@ -4,6 +4,7 @@ An entry point is loaded when its name is looked up, and not before: to list the
 metadata of installed packages alone. Loading imports the package, which registers the name.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -14,14 +15,16 @@ from typing import Any, Generic, TypeVar
 from upcycle.errors import UsageError, one_line
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @cache
-def installed(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group, by name; the first of two packages with one name."""
-    found: dict[str, EntryPoint] = {}
+def installed(group: str) -> dict[str, list[EntryPoint]]:
+    """The entry points of a group, by name; of a name that several packages have, all."""
+    found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
-        found.setdefault(point.name, point)
+        if point not in found.setdefault(point.name, []):
+            found[point.name].append(point)
     return found
 
 
@@ -29,11 +32,15 @@ def load_installed(group: str, name: str) -> bool:
     """Import the installed package that brings `name`; False if none does.
 
     Raises:
-        UsageError: the import fails; it names the package and the entry point.
+        UsageError: the import fails, and the message names the package and the entry point; or
+            two packages bring it.
     """
-    point = installed(group).get(name)
-    if point is None:
+    points = installed(group).get(name)
+    if points is None:
         return False
+    point, *others = points
+    if others:
+        raise UsageError(f"`{name}`: {described(point)}, and {described(others[0])}; remove one")
     try:
         point.load()
     except Exception as error:  # code of others may fail in any way
@@ -127,7 +134,10 @@ class Registry(Generic[T], Mapping[str, T]):
 
     def names(self) -> list[str]:
         """Those built in, then the others, sorted; nothing is loaded."""
-        others = set(self._places) | set(installed(self.group))
+        points = installed(self.group)
+        for name in set(points).intersection(self.reserved):
+            log.warning("%s is not used: upcycle has that name itself", described(points[name][0]))
+        others = set(self._places) | set(points)
         return [*self.reserved, *sorted(others.difference(self.reserved))]
 
     def knows(self, name: str) -> bool:
@@ -153,7 +163,7 @@ class Registry(Generic[T], Mapping[str, T]):
         if name in self.reserved or not load_installed(self.group, name):
             return False
         if name not in self._entries:
-            point = installed(self.group)[name]
+            (point,) = installed(self.group)[name]
             raise UsageError(
                 f"{described(point)} was imported and registers no {name!r}; it has to call the "
                 f"function of upcycle that registers {self.what}"
