@@ -175,7 +175,7 @@ def test_a_package_that_fails_is_named(site: Path, text: str, words: str) -> Non
 def test_two_packages_of_one_name_are_named(site: Path, caplog: pytest.LogCaptureFixture) -> None:
     strided(site)
     install(site, "others", "[upcycle.experts]\nstrided = others\ncopy = others\n", others="")
-    with pytest.raises(upcycle.UsageError, match="the package .*, and the package .*; remove one"):
+    with pytest.raises(upcycle.UsageError, match=r"the package .*, and the package .*; remove one"):
         load_recipe("moefication", ["experts.method=strided"])
     assert load_recipe("sparse-upcycling").experts.method == "copy"
     recipe_schema()
@@ -248,10 +248,10 @@ def test_a_plain_function_makes_altered_copies_in_a_native_architecture(tmp_path
 
 def test_what_another_process_does_not_know_is_told() -> None:
     """As a worker of a cluster, which gets the spec and not the function."""
-    given = [("experts.method", split(backwards))]
+    given = [("experts.method", upcycle.ExpertMethod("m", "split", split(backwards)))]
     spec = upcycle.convert(mlp(), "split-all", overrides=given).plan.specs[0]
     renamed = replace(spec, experts=spec.experts.model_copy(update={"method": "elsewhere"}))
-    with pytest.raises(upcycle.PlanError, match="`experts.method: elsewhere` is not known in this"):
+    with pytest.raises(upcycle.PlanError, match=r"method: elsewhere` is not known in this"):
         transform(numerics.random_ffn("relu"), renamed)
 
 
@@ -329,7 +329,8 @@ def test_a_router_class_reaches_files_with_and_without_upcycle(site: Path, tmp_p
     assert torch.equal(loaded(ids).logits, result.model(ids).logits)
     far = without_upcycle(
         "m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)"
-        "\nprint(json.dumps(floats(m, {'input_ids': torch.arange(12)[None] + 5}).flatten().tolist()))",
+        "\nlogits = floats(m, {'input_ids': torch.arange(12)[None] + 5})"
+        "\nprint(json.dumps(logits.flatten().tolist()))",
         tmp_path / "out",
     )
     there = torch.tensor(far, dtype=torch.float64).view_as(result.model(ids).logits)

@@ -82,7 +82,7 @@ DIFFER: dict[str, Callable[[], nn.Module]] = {
     "dropout behind a norm": lambda: twice(nn.Sequential(nn.LayerNorm(D), nn.Dropout(0.1))),
     "dropout before a norm": lambda: twice(nn.Sequential(nn.Dropout(0.1), nn.LayerNorm(D))),
     "draws": lambda: twice(lambda x: x + torch.rand_like(x)),
-    "calls": lambda: twice(lambda x, calls=[]: count(x, calls)),  # noqa: B006 - that is the case
+    "calls": lambda: twice(lambda x, calls=[]: count(x, calls)),
 }
 
 

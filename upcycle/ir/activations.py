@@ -49,8 +49,8 @@ def register_activation(
 ) -> Any:
     """Let FFNs have a pointwise operation that upcycle does not know; also a decorator.
 
-    Its neurons are then located, dealt out and converted as those of any other. It runs as `function`
-    in torch; upcycle's own kernels and the fused nodes of ONNX Runtime do not have it.
+    Its neurons are then located, dealt out and converted as those of any other. Torch runs it;
+    upcycle's own kernels and the fused nodes of ONNX Runtime do not have it.
 
     Args:
         name: as a recorded model calls the operation, which ``upcycle inspect`` shows for an FFN
