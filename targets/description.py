@@ -60,5 +60,7 @@ def recipe_of(report: Report, directory: Path) -> Recipe:
         first = error.errors()[0]
         said = first.get("ctx", {}).get("error")  # of our own words, none are changed
         why = f"{first['msg'].lower()}; convert the model again" if said is None else str(said)
+        if first["loc"][-1] == "method":
+            why += "; `upcycle.verify(dense, converted)` in Python compares the two without it"
         where = ".".join(map(str, first["loc"]))
         raise UsageError(f"{directory / REPORT}: resolved_recipe.{where}: {why}") from error

@@ -244,6 +244,13 @@ def test_a_plain_function_makes_altered_copies_in_a_native_architecture(tmp_path
     result = upcycle.convert(small_models.llama().eval(), "sparse-upcycling", overrides=given)
     assert result.plan.promise == "approximate"
     assert result.save(tmp_path / "out").checkpoint.architecture == "mixtral"
+    result.dense.save_pretrained(tmp_path / "dense")
+    told = run("verify", tmp_path / "dense", tmp_path / "out")
+    assert told.exit_code == 2
+    assert "louder` is a Python function, which is never looked up" in told.output
+    assert "`upcycle.verify(dense, converted)` in Python compares" in told.output
+    found = upcycle.verify(result.dense, upcycle.load(tmp_path / "out"))
+    assert 0 < found.relative < 0.5
 
 
 def test_what_another_process_does_not_know_is_told() -> None:

@@ -46,7 +46,7 @@ class MoE(nn.Module):
             "dropout": config.hidden_dropout,
         }
         kind = config.router.kind
-        self.router = (ROUTER_KINDS.get(kind) or OTHER_KINDS[kind])(config.router)
+        self.router: Router = (ROUTER_KINDS.get(kind) or OTHER_KINDS[kind])(config.router)
         sizes = (config.num_experts, d_model, config.width, d_out)
         self.experts = Experts(*sizes, down_bias=config.expert_bias, **ffn)
         self.router_size = sum(tensor.numel() for tensor in self.router.state_dict().values())
