@@ -145,12 +145,12 @@ def test_what_is_unknown_is_told_with_what_there_is(site: Path) -> None:
     with pytest.raises(upcycle.RecipeError) as error:
         load_recipe("moefication", ["experts.method=strid"])
     assert "copy, noise" in str(error.value)
-    assert "installed or registered: strided, not 'strid'; did you mean strided?" in str(
+    assert 'installed or registered: strided, not "strid"; did you mean strided?' in str(
         error.value
     )
     with pytest.raises(upcycle.RecipeError) as error:
         load_recipe("moefication", ["router.method=nromal"])
-    assert "not 'nromal'; did you mean normal?" in str(error.value)
+    assert 'not "nromal"; did you mean normal?' in str(error.value)
     assert "installed" not in str(error.value)
 
 

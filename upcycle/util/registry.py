@@ -4,6 +4,7 @@ An entry point is loaded when its name is looked up, and not before: to list the
 metadata of installed packages alone. Loading imports the package, which registers the name.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -157,7 +158,8 @@ class Registry(Generic[T], Mapping[str, T]):
         nearest = get_close_matches(name, names, n=1)
         guess = f"; did you mean {nearest[0]}?" if nearest else ""
         known = ", ".join(self.reserved)
-        return f"must be one of {known}{more}, not {name!r}{guess}"
+        shown = json.dumps(name[:40], ensure_ascii=False)
+        return f"must be one of {known}{more}, not {shown}{guess}"
 
     def _load(self, name: str) -> bool:
         if name in self.reserved or not load_installed(self.group, name):
