@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.cli.main import main
+from upcycle.layers.router import Router
 from upcycle.passes.experts.matrices import own_copies
 from upcycle.passes.experts.split import deal, split
 from upcycle.passes.transform.transform import transform
@@ -363,6 +364,31 @@ def test_a_router_whose_text_cannot_be_copied_is_refused_with_the_reason(
     plain.save(tmp_path / "plain")
     loaded, x = upcycle.load(tmp_path / "plain", mlp()), torch.randn(5, 32)
     assert torch.equal(loaded(x), plain.model(x))
+
+
+class Listed(Router):
+    """A linear router by way of Python numbers, which no exporter follows."""
+
+    def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return super().scores(torch.tensor(x_TD.tolist(), dtype=x_TD.dtype))
+
+
+class ListedForOnnx(Listed):
+    def onnx_scores(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return Router.scores(self, x_TD)
+
+
+def test_scores_for_onnx_take_the_place_of_those_that_cannot_be_exported(tmp_path: Path) -> None:
+    for name, kind in (("listed", Listed), ("listed_for_onnx", ListedForOnnx)):
+        rows = {"weight": torch.randn(8, 32, generator=torch.Generator().manual_seed(0))}
+        upcycle.register_router(name, lambda dense, parts, rows=rows: rows, makes=kind)
+        given = [f"router.method={name}"]
+        result = upcycle.convert(mlp(), "sparse-upcycling", overrides=given)
+        if kind is Listed:
+            with pytest.raises(upcycle.UnsupportedError, match=r"torch\.onnx cannot export"):
+                result.save(tmp_path / name, targets=["safetensors", "onnx"])
+        else:
+            result.save(tmp_path / name, targets=["safetensors", "onnx"])  # and compares
 
 
 def test_a_description_with_an_unknown_router_is_refused(site: Path, tmp_path: Path) -> None:
