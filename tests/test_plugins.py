@@ -1,10 +1,9 @@
-"""Methods, routers and activations of others: registered, installed, or in the place of a name."""
+"""Expert methods of others, and what a recipe says of all methods: registered, installed, or in the
+place of a name."""
 
 import json
 import sys
-import textwrap
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,99 +12,17 @@ import onnxruntime
 import pytest
 import small_models
 import torch
-from click.testing import CliRunner, Result
-from remote_case import without_upcycle
-from torch import nn
-from transformers import AutoModelForCausalLM
+from plugin_case import backwards, install, mlp, run, strided
+from pydantic import BaseModel, Field
 
 import upcycle
-from upcycle.cli.main import main
-from upcycle.layers.router import Router
 from upcycle.passes.experts.matrices import own_copies
-from upcycle.passes.experts.split import deal, split
+from upcycle.passes.experts.split import split
 from upcycle.passes.transform.transform import transform
 from upcycle.recipe.reader import load_recipe, recipe_schema
 from upcycle.util.registry import installed
 
 pytestmark = pytest.mark.usefixtures("own_registries")
-ROOT = Path(__file__).parents[1]
-EXAMPLE = (ROOT / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
-
-DISTANCE = '''
-"""A router of distances."""
-
-import torch
-from torch import nn
-
-from upcycle.layers.config import RouterConfig
-from upcycle.layers.router import Router
-
-
-class DistanceRouter(Router):
-    """Scores an expert by how near a token is to its centre."""
-
-    def make(self, rows: int, d_model: int, config: RouterConfig) -> None:
-        self.sharpness = config.options["sharpness"]
-        self.centre = nn.Parameter(torch.zeros(rows, d_model))
-
-    def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
-        apart_TED = x_TD[:, None] - self.centre.to(x_TD.dtype)
-        return -self.sharpness * apart_TED.square().sum(-1)
-'''
-REGISTERED = """
-import torch
-import upcycle
-from {home} import DistanceRouter
-
-@upcycle.register_router("distance", makes=DistanceRouter, facts=lambda *_: {{"sharpness": 0.5}})
-def distance(dense, parts):
-    shape = dense.spec.num_experts, dense.d_model
-    return {{"centre": torch.randn(shape, generator=dense.generator)}}
-"""
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of packages on `sys.path`, whose modules are forgotten afterwards."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def install(site: Path, package: str, points: str, **modules: str) -> None:
-    """What pip leaves of a package."""
-    about = site / f"{package}-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(textwrap.dedent(points))
-    for name, text in modules.items():
-        (site / f"{name}.py").write_text(text.lstrip())
-    installed.cache_clear()
-
-
-def strided(site: Path) -> None:
-    points = "[upcycle.experts]\nstrided = strided_experts\n"
-    install(site, "strided-experts", points, strided_experts=EXAMPLE)
-
-
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)).eval()
-
-
-def backwards(dense: upcycle.DenseLayer) -> torch.Tensor:
-    """The last neurons first."""
-    order = torch.arange(dense.d_ff).flip(0)
-    return deal(order, dense.spec.num_experts, dense.spec.width)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_the_example_of_the_handbook_converts_a_model_from_outside(
@@ -201,7 +118,7 @@ def test_a_taken_name_is_refused() -> None:
     upcycle.register_expert_method("mine", split(backwards), kind="split")
     with pytest.raises(upcycle.UsageError, match="`copy`: an expert method of this name is built"):
         upcycle.register_expert_method("copy", backwards, kind="split")
-    with pytest.raises(upcycle.UsageError, match=f"`mine`: an expert .* registered by {__name__}"):
+    with pytest.raises(upcycle.UsageError, match=r"`mine`: an expert .* registered by plugin_case"):
         upcycle.register_expert_method("mine", run, kind="split")
     upcycle.register_expert_method("mine", split(backwards), kind="split")  # the cell was run again
     with pytest.raises(upcycle.UsageError, match="`normal`: a router method of this name is built"):
@@ -212,6 +129,48 @@ def test_a_taken_name_is_refused() -> None:
         upcycle.register_expert_method("other", backwards, kind="parts")  # type: ignore[arg-type]
     with pytest.raises(upcycle.UsageError, match="'a name' is no name"):
         upcycle.register_router("a name", backwards)
+
+
+@dataclass(frozen=True)
+class Turn:
+    step: int = 7
+
+
+class TurnModel(BaseModel):
+    step: int = Field(7, ge=1)
+
+
+@pytest.mark.parametrize("options", [Turn, TurnModel])
+def test_options_are_checked_and_in_the_schema(options: type[Any]) -> None:
+    seen = []
+
+    def turned(dense: upcycle.DenseLayer) -> torch.Tensor:
+        seen.append(dense.spec.experts.options.step)
+        return backwards(dense)
+
+    upcycle.register_expert_method("turned", split(turned), kind="split", options=options)
+    given = ["experts.method=turned", "experts.options.step=3"]
+    result = upcycle.convert(mlp(), "split-all", overrides=given)
+    assert seen == [3]
+    written = result.report.to_json()["resolved_recipe"]
+    assert written["experts"]["options"] == {"step": 3}
+    assert upcycle.Recipe.model_validate_json(json.dumps(written)) == result.plan.recipe
+    (rule,) = recipe_schema()["$defs"]["Experts"]["allOf"]
+    assert rule["if"] == {"properties": {"method": {"const": "turned"}}}
+    assert rule["then"]["properties"]["options"]["properties"]["step"]["default"] == 7
+    for wrong, words in (
+        (
+            "experts.options.stop=3",
+            "experts.options.stop: unknown key, did you mean experts.options",
+        ),
+        ("experts.options.step=x", 'experts.options.step: must be a whole number.*, not "x"'),
+        ("experts.options=3", "experts.options: must be a section with the keys step, not 3"),
+    ):
+        with pytest.raises(upcycle.RecipeError, match=words):
+            load_recipe("split-all", [given[0], wrong])
+    with pytest.raises(upcycle.RecipeError, match="`method: cluster` has no options of its own"):
+        load_recipe("split-all", [given[1]])
+    assert "options" not in load_recipe("split-all").model_dump()["experts"]
 
 
 def test_a_function_in_the_place_of_a_name() -> None:
@@ -227,7 +186,7 @@ def test_a_function_in_the_place_of_a_name() -> None:
     (origin,) = result.provenance.values()
     assert origin.expert_EI[0].tolist() == [*range(96, 128)]
     written = result.report.to_json()["resolved_recipe"]
-    assert written["experts"]["method"] == f"{__name__}:backwards"
+    assert written["experts"]["method"] == f"{backwards.__module__}:backwards"
     text = json.dumps(written)
     with pytest.raises(ValueError, match="pass the function itself in Python, or register it"):
         upcycle.Recipe.model_validate_json(text)
@@ -317,150 +276,3 @@ def test_what_a_router_gets_wrong_is_told(rows: Any, words: str) -> None:
     with pytest.raises(upcycle.PlanError) as error:
         upcycle.convert(mlp(), "split-all", overrides=given)
     assert words in str(error.value)
-
-
-def test_a_router_class_reaches_files_with_and_without_upcycle(site: Path, tmp_path: Path) -> None:
-    """The modeling file has the text of the class; upcycle finds it by the entry point."""
-    points = "[upcycle.routers]\ndistance = distance_methods\n"
-    modules = {"distance_router": DISTANCE}
-    modules["distance_methods"] = REGISTERED.format(home="distance_router")
-    install(site, "distance", points, **modules)
-    torch.manual_seed(0)
-    dense = small_models.llama().eval()
-    given = ["router.method=distance", "experts.count=4"]
-    result = upcycle.convert(dense, "sparse-upcycling", overrides=given)
-    result.save(tmp_path / "out", targets=["safetensors", "onnx"])
-    text = (tmp_path / "out" / "modeling_upcycle.py").read_text()
-    assert 'OTHER_KINDS["distance"] = DistanceRouter' in text
-    ids = torch.arange(12)[None] + 5
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(loaded(ids).logits, result.model(ids).logits)
-    far = without_upcycle(
-        "m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)"
-        "\nlogits = floats(m, {'input_ids': torch.arange(12)[None] + 5})"
-        "\nprint(json.dumps(logits.flatten().tolist()))",
-        tmp_path / "out",
-    )
-    there = torch.tensor(far, dtype=torch.float64).view_as(result.model(ids).logits)
-    bound = 1e-5 * there.abs().max()  # other kernels, in float32
-    assert (there - result.model(ids).logits).abs().max() < bound
-
-
-def test_a_router_whose_text_cannot_be_copied_is_refused_with_the_reason(
-    site: Path, tmp_path: Path
-) -> None:
-    points = "[upcycle.routers]\ndistance = distance_methods\n"
-    text = DISTANCE + REGISTERED.format(home="distance_methods").replace("import torch", "", 1)
-    install(site, "distance", points, distance_methods=text.replace("from distance_methods", "#"))
-    torch.manual_seed(0)
-    dense = small_models.llama().eval()
-    result = upcycle.convert(dense, "sparse-upcycling", overrides=["router.method=distance"])
-    with pytest.raises(upcycle.UnsupportedError) as error:
-        result.save(tmp_path / "out")
-    assert "the router `distance` cannot be copied into a self-contained" in str(error.value)
-    assert "imports upcycle, which the file cannot have" in str(error.value)
-    assert not (tmp_path / "out").exists()
-    plain = upcycle.convert(mlp(), "sparse-upcycling", overrides=["router.method=distance"])
-    plain.save(tmp_path / "plain")
-    loaded, x = upcycle.load(tmp_path / "plain", mlp()), torch.randn(5, 32)
-    assert torch.equal(loaded(x), plain.model(x))
-
-
-class Listed(Router):
-    """A linear router by way of Python numbers, which no exporter follows."""
-
-    def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return super().scores(torch.tensor(x_TD.tolist(), dtype=x_TD.dtype))
-
-
-class ListedForOnnx(Listed):
-    def onnx_scores(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return Router.scores(self, x_TD)
-
-
-def test_scores_for_onnx_take_the_place_of_those_that_cannot_be_exported(tmp_path: Path) -> None:
-    for name, kind in (("listed", Listed), ("listed_for_onnx", ListedForOnnx)):
-        rows = {"weight": torch.randn(8, 32, generator=torch.Generator().manual_seed(0))}
-        upcycle.register_router(name, lambda dense, parts, rows=rows: rows, makes=kind)
-        given = [f"router.method={name}"]
-        result = upcycle.convert(mlp(), "sparse-upcycling", overrides=given)
-        if kind is Listed:
-            with pytest.raises(upcycle.UnsupportedError, match=r"torch\.onnx cannot export"):
-                result.save(tmp_path / name, targets=["safetensors", "onnx"])
-        else:
-            result.save(tmp_path / name, targets=["safetensors", "onnx"])  # and compares
-
-
-def test_a_description_with_an_unknown_router_is_refused(site: Path, tmp_path: Path) -> None:
-    points = "[upcycle.routers]\ndistance = distance_methods\n"
-    modules = {"distance_router": DISTANCE}
-    modules["distance_methods"] = REGISTERED.format(home="distance_router")
-    install(site, "distance", points, **modules)
-    given = ["router.method=distance"]
-    upcycle.convert(mlp(), "sparse-upcycling", overrides=given).save(tmp_path / "out")
-    description = tmp_path / "out" / "upcycle.json"
-    text = description.read_text().replace('"distance"', '"distant"')
-    description.write_text(text)
-    with pytest.raises(upcycle.UpcycleError, match=r"kind is 'distant' and not one of linear"):
-        upcycle.load(tmp_path / "out", mlp())
-
-
-class Sinc(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.sinc(x)
-
-
-class Wave(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.sinc(self.up(x)))
-
-
-def sinc_nodes(n: Any, x: Any) -> Any:
-    turn = n("Mul", x, n.const(3.141592653589793))
-    whole = n("Div", n("Sin", turn), turn)
-    return n("Where", n("Equal", x, n.const(0.0)), n.const(1.0), whole)
-
-
-def test_an_activation_is_located_written_and_read(tmp_path: Path) -> None:
-    model = Wave().eval()
-    assert not upcycle.locate(model, (torch.ones(2, 32),)).ffns
-    upcycle.register_activation("sinc", torch.sinc)
-    (ffn,) = upcycle.locate(model, (torch.ones(2, 32),)).ffns
-    assert ffn.pointwise.name == "sinc"
-    result = upcycle.convert(model, "split-all", (torch.ones(2, 32),))
-    result.save(tmp_path / "out")
-    loaded, x = upcycle.load(tmp_path / "out", Wave()), torch.randn(5, 32)
-    assert torch.equal(loaded(x), result.model(x))
-    with pytest.raises(upcycle.UnsupportedError, match="register it with `onnx`"):
-        result.save(tmp_path / "graph", targets=["safetensors", "onnx"])
-    upcycle.register_activation("sinc", torch.sinc, onnx=sinc_nodes)
-    result.save(tmp_path / "graph", targets=["safetensors", "onnx"])  # and compares
-
-
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        (lambda x: x.softmax(-1), "is not pointwise: an element that was moved moved others"),
-        (lambda x: x.sum(), "it makes torch.float32 \\[\\] of float32 \\[25\\]"),
-        (lambda x, y: x, "it fails on a tensor of 25 numbers: TypeError"),
-    ],
-)
-def test_what_is_no_activation_is_refused(function: Any, words: str) -> None:
-    with pytest.raises(upcycle.UsageError, match=words):
-        upcycle.register_activation("odd", function)
-
-
-def test_an_activation_in_a_self_contained_file(tmp_path: Path) -> None:
-    upcycle.register_activation("sinc", torch.sinc)
-    torch.manual_seed(0)
-    dense = small_models.llama().eval()
-    for layer in dense.model.layers:
-        layer.mlp.act_fn = Sinc()
-    result = upcycle.convert(dense, "split-all")
-    result.save(tmp_path / "out", verify=False)  # the dense class itself has another activation
-    text = (tmp_path / "out" / "modeling_upcycle.py").read_text()
-    assert 'OPS["sinc"] = torch.sinc' in text

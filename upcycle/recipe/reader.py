@@ -153,7 +153,7 @@ def _problems(error: ValidationError, document: Document) -> list[Problem]:
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         path: KeyPath = detail["loc"]
-        if detail["type"] == "extra_forbidden":
+        if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a dataclass
             place, sentence = document.place(path, of_key=True), _unknown(path, list(keys))
         elif detail["type"] == "missing" and path in keys:  # not an item of a list
             hint = f": {about}" if (about := keys[path].get("description")) else ""
