@@ -67,7 +67,9 @@ def recipe_of(report: Report, directory: Path) -> Recipe:
         return Recipe.model_validate_json(json.dumps(report.resolved_recipe))
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(
-            f"{directory / REPORT}: resolved_recipe.{'.'.join(map(str, first['loc']))}: "
-            f"{first['msg'].lower()}; convert the model again"
-        ) from error
+        said = first.get("ctx", {}).get("error")  # of our own words, none are changed
+        why = f"{first['msg'].lower()}; convert the model again" if said is None else str(said)
+        if first["loc"][-1] == "method":
+            why += "; `upcycle.verify(dense, converted)` in Python compares the two without it"
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{directory / REPORT}: resolved_recipe.{where}: {why}") from error

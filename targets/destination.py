@@ -18,6 +18,7 @@ from upcycle.ir.spec import Plan
 from upcycle.targets.native import NATIVE
 from upcycle.targets.native.architecture import NativeTarget
 from upcycle.targets.native.choose import build_config, choose
+from upcycle.targets.remote_code import check_sources
 from upcycle.targets.runtimes import RUNTIMES, Support, matrix, refusal
 from upcycle.targets.runtimes.support import CUSTOM, PLAIN, loads, refuses
 from upcycle.util.modules import model_dtype
@@ -70,7 +71,8 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
 
     Raises:
         UsageError: there is no such runtime or architecture.
-        UnsupportedError: nothing that holds the model meets the requirements.
+        UnsupportedError: nothing that holds the model meets the requirements, or the modeling file
+            would need a router or an activation of others whose text it cannot have.
     """
     for name in plan.runtimes:
         if name not in RUNTIMES:
@@ -87,6 +89,8 @@ def destination(model: nn.Module, plan: Plan) -> Destination:
         target, reasons = _native_target(model, plan)
         if target is not None:
             form, config = "native", build_config(target, model.config, plan)
+        else:
+            check_sources(plan)
     written_as = target.model_type if target else form
     if target is None and plan.architecture is not None:
         why = reasons.get(plan.architecture, "the model is no model of transformers")

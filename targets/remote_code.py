@@ -8,7 +8,7 @@ transformers and torch, not upcycle. Experts are stored fused and need no weight
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -23,9 +23,13 @@ from transformers.models.auto import (
     tokenization_auto,
 )
 
+from upcycle.errors import UnsupportedError
 from upcycle.ir.spec import Plan
+from upcycle.layers.config import OTHER_KINDS
 from upcycle.layers.pretrained import FORMAT
 from upcycle.layers.routers import ROUTER_KINDS
+from upcycle.pointwise import BUILT_IN, OPS
+from upcycle.targets import inlined
 from upcycle.version import __version__
 
 FILE = "modeling_upcycle.py"
@@ -53,18 +57,24 @@ class {model}(UpcycledModel, {dense}):
 
 
 def modeling_file(model: PreTrainedModel, plan: Plan) -> str:
-    """Source text of the modeling file; the same class and kinds of routers give the same text."""
-    kinds = {spec.router_kind for spec in plan.specs}
-    return modeling_text(type(model.config), heads(type(model.config), type(model)), kinds)
+    """Source text of the modeling file; the same class and kinds of layers give the same text."""
+    sites = [spec.site() for spec in plan.specs]
+    return modeling_text(type(model.config), heads(type(model.config), type(model)), sites)
 
 
 def modeling_text(
-    dense_config: type, dense: Mapping[str, type], router_kinds: Collection[str]
+    dense_config: type, dense: Mapping[str, type], sites: Iterable[Mapping[str, Any]]
 ) -> str:
-    """As `modeling_file`; `dense` is what `heads` returns, and `router_kinds` of `ROUTER_KINDS`."""
-    kinds = {kind: ROUTER_KINDS[kind] for kind in sorted(router_kinds)}
+    """As `modeling_file`; `dense` is what `heads` returns, and `sites` those of ``config.json``.
+
+    Raises:
+        UnsupportedError: it cannot have a router or an activation of others.
+    """
+    router_kinds, operations = _needed(sites)
+    kinds = {kind: ROUTER_KINDS[kind] for kind in sorted(router_kinds & set(ROUTER_KINDS))}
     before, after = ([import_module(f"upcycle.{m}") for m in names] for names in (_BEFORE, _AFTER))
     homes = [import_module(cls.__module__) for cls in kinds.values()]
+    foreign, additions = _of_others(router_kinds - set(kinds), operations - set(BUILT_IN), homes)
     classes = sorted(set(dense.values()), key=lambda cls: cls.__name__)
     imports = {_import(cls) for cls in (dense_config, *classes)}
 
@@ -75,8 +85,8 @@ def modeling_text(
         return re.sub(r"^(?:from|import) .*\n", "", lines, flags=re.MULTILINE).strip()
 
     table = ", ".join(f'"{kind}": {cls.__name__}' for kind, cls in kinds.items())
-    bodies = [body(module) for module in dict.fromkeys([*before, *homes])]
-    bodies += [f"ROUTER_KINDS = {{{table}}}", *map(body, after)]
+    bodies = [body(module) for module in dict.fromkeys([*before, *homes, *foreign])]
+    bodies += ["\n".join([f"ROUTER_KINDS = {{{table}}}", *additions]), *map(body, after)]
     names = {"config": new_name(dense_config), "dense_config": dense_config.__name__}
     kind = new_model_type(dense_config, classes[0])
     bodies.append(_CONFIG.format(**names, model_type=kind).strip())
@@ -87,6 +97,51 @@ def modeling_text(
     head = f'"""Made by upcycle {__version__}; needs transformers and torch."""'
     text = "\n".join([head, "", *plain, *sorted(imports - set(plain)), ""])
     return text + "\n\n" + "\n\n\n".join(bodies) + "\n"
+
+
+def check_sources(plan: Plan) -> None:
+    """Raises UnsupportedError if a file cannot have a router or an activation of the plan."""
+    kinds, operations = _needed(spec.site() for spec in plan.specs)
+    _of_others(kinds - set(ROUTER_KINDS), operations - set(BUILT_IN), [])
+
+
+def _needed(sites: Iterable[Mapping[str, Any]]) -> tuple[set[str], set[str]]:
+    """The kinds of routers, and the operations of activations."""
+    layers = [site["layer"] for site in sites]
+    routers = [layer["router"] for layer in layers]
+    programs = [part["pointwise"] for part in (*layers, *routers) if "pointwise" in part]
+    return {r["kind"] for r in routers}, {op for p in programs for op, _, _ in p["steps"]}
+
+
+def _of_others(
+    kinds: Collection[str], operations: Collection[str], homes: Collection[ModuleType]
+) -> tuple[list[ModuleType], list[str]]:
+    """The modules of others whose text the file gets, and the lines that put them to use."""
+    found: dict[ModuleType, None] = {}
+    lines = []
+    ours = [f"upcycle.{name}" for name in _BEFORE] + [home.__name__ for home in homes]
+
+    def module_of(thing: Any, what: str) -> str:
+        found[inlined.module_of(thing, what, ours)] = None
+        return str(thing.__name__)
+
+    for kind in sorted(kinds):
+        name = module_of(OTHER_KINDS[kind], f"the router `{kind}`")
+        lines.append(f'OTHER_KINDS["{kind}"] = {name}')
+    for op in sorted(operations):
+        function = OPS[op]
+        called = inlined.in_torch(function) or module_of(function, f"the activation `{op}`")
+        lines.append(f'OPS["{op}"] = {called}')
+    known = [import_module(name) for name in ours] + [import_module(f"upcycle.{m}") for m in _AFTER]
+    taken = {name: module for module in known for name in inlined.defined(module)}
+    for module in found:
+        for name in inlined.defined(module) & set(taken):
+            raise UnsupportedError(
+                f"{module.__name__} cannot be copied into a self-contained modeling file: `{name}` "
+                f"is also in {taken[name].__name__}; rename it"
+            )
+        taken |= dict.fromkeys(inlined.defined(module), module)
+    return [*found], lines
 
 
 def _import(cls: type) -> str:

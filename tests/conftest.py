@@ -1,13 +1,23 @@
 """Fixtures for all tests."""
 
+import copy
 import logging
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import upcycle.kernels
+import upcycle.passes.plugins  # fills the registries
+from upcycle.ir import activations
+from upcycle.layers.config import OTHER_KINDS
+from upcycle.pointwise import OPS
+from upcycle.recipe.methods import EXPERT_METHODS, ROUTER_METHODS
+from upcycle.util.registry import installed
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +42,31 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that run a file of version 0.1.0: it registers its kernels in transformers."""
     registered = ALL_EXPERTS_FUNCTIONS._global_mapping
     monkeypatch.setitem(registered, "upcycle", upcycle.kernels.run_experts)
+
+
+@pytest.fixture
+def own_registries() -> Iterator[None]:
+    """For tests that register something: afterwards it is forgotten."""
+    tables: list[Any] = [OPS, OTHER_KINDS]
+    for registry in (EXPERT_METHODS, ROUTER_METHODS, activations.REGISTRY):
+        tables += [registry._entries, registry._places, registry._given]
+    before = [copy.copy(table) for table in tables]
+    installed.cache_clear()
+    yield
+    for table, was in zip(tables, before, strict=True):
+        table.clear()
+        table.update(was)
+    installed.cache_clear()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of packages on `sys.path`, whose modules are forgotten afterwards."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]

@@ -97,7 +97,7 @@ def test_a_broken_promise_stops_the_conversion() -> None:
             zoo.mlp(4, 6, 4),
             {**COPIES, "layers": {"include": "nothing"}},
             (torch.zeros(2, 4),),
-            "UnsupportedError",
+            "RecipeError",
             "leave none of the 1",
         ),
     ],

@@ -176,7 +176,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         (errors.UsageError("the path is wrong"), 2, "the path is wrong"),
         (errors.VerificationError("too far"), 3, "too far"),
-        (errors.PlanError("7 does not divide 32", site="a.mlp"), 4, "a.mlp: 7 does not divide 32"),
+        (errors.PlanError("7 does not divide 32", site="a.mlp"), 2, "a.mlp: 7 does not divide 32"),
         (errors.ResourceError("no memory"), 5, "no memory"),
         (OSError(errno.ENOSPC, "No space left on device", "out/a"), 5, "out/a: No space left on"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "out: Permission denied;"),

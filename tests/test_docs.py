@@ -8,11 +8,15 @@ from typing import Any
 import click
 import numerics
 import pytest
+import small_models
 import torch
+from click.testing import CliRunner
 
 from upcycle.cli.main import main
+from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import DenseLayer
 from upcycle.passes.transform.transform import merge_to_dense
+from upcycle.recipe.reader import recipe_schema
 from upcycle.recipe.schema import Recipe
 from upcycle.recipe.shipped import recipe_names
 
@@ -50,28 +54,76 @@ def test_a_printed_command_parses(page: str, command: str) -> None:
         subcommand.make_context(name, arguments)
 
 
-def test_the_python_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All blocks in one namespace, in order; `load` needs the directory that the README makes."""
+NOT_RUN = re.compile(r"<!-- not run by the tests: (.+?) -->\n$", flags=re.S)
+
+
+def python_of(page: Path) -> list[tuple[str, str | None]]:
+    """The blocks of Python, and the reason that stands before one that the tests cannot run."""
+    text, found = page.read_text(), []
+    for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.S | re.M):
+        reason = NOT_RUN.search(text[: match.start()])
+        found.append((match[1], reason[1] if reason else None))
+    return found
+
+
+WITH_PYTHON = [page for page in PAGES if python_of(page)]
+
+
+def test_few_blocks_are_not_run_and_each_has_a_reason() -> None:
+    reasons = [reason for page in WITH_PYTHON for _, reason in python_of(page) if reason]
+    assert len(WITH_PYTHON) >= 8
+    assert len(reasons) <= 2, reasons
+    assert NOT_RUN.search("<!-- not run by the tests: it needs a GPU -->\n")
+    assert not NOT_RUN.search("<!-- not run by the tests: it needs a GPU -->\n\nText.\n")
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models under the names of those that the pages make and read."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    torch.manual_seed(0)
+    small_models.llama().save_pretrained(folder / "llama")
+    for name, model, *more in (
+        ("minilm-moe", "sample:bert-tiny", "--target", "safetensors", "--target", "onnx"),
+        ("smollm2-moe", str(folder / "llama")),
+    ):
+        made = ["convert", model, "--recipe", "sparse-upcycling", "--out", str(folder / name)]
+        ran = CliRunner().invoke(main, [*made, *more])
+        assert ran.exit_code == 0, ran.output
+    return folder
+
+
+@pytest.mark.usefixtures("own_registries")
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(
+    page: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All blocks in one namespace, in order, beside the directories that the pages make."""
+    for made in stand_ins.iterdir():
+        (tmp_path / made.name).symlink_to(made)
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    for block in blocks(ROOT / "docs" / "python.md", "python"):
-        exec(compile(block, "docs/python.md", "exec"), namespace)
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block, reason in python_of(page):
+        if reason is None:
+            exec(compile(block, page.name, "exec"), namespace)
 
 
-def test_the_example_of_a_new_method_runs() -> None:
+@pytest.mark.usefixtures("own_registries")
+def test_the_example_of_a_new_method_is_right() -> None:
     """It is a split: each neuron is in one expert, so that the dense FFN can be put together."""
-    (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
-    namespace: dict[str, Any] = {}
-    exec(compile(block, "CONTRIBUTING.md", "exec"), namespace)
-    method, ffn = namespace["STRIDED"], numerics.random_ffn("swiglu")
+    namespace: dict[str, Any] = {"__name__": "strided_experts"}
+    for block, _ in python_of(ROOT / "CONTRIBUTING.md"):
+        exec(compile(block, "CONTRIBUTING.md", "exec"), namespace)
+    ffn = numerics.random_ffn("swiglu")
     split = numerics.make_recipe(
-        {"method": "contiguous", "count": 6}, {"method": "normal", "top_k": 2, "weights": "one"}
+        {"method": "strided", "count": 6}, {"method": "normal", "top_k": 2, "weights": "one"}
     )
     spec = numerics.convert(ffn, split)[0]
-    parts = method.build(DenseLayer(ffn, spec, spec.generator("experts")))
-    assert parts.experts.neuron_EI.tolist() == [[*range(e, 48, 6)] for e in range(6)]
-    assert torch.equal(merge_to_dense(parts.experts, ffn).up_MFD, ffn.up_MFD)
-    assert "Source:" in method.build.__doc__
+    for method in (namespace["STRIDED"], EXPERTS["strided"]):
+        parts = method.build(DenseLayer(ffn, spec, spec.generator("experts")))
+        assert parts.experts.neuron_EI.tolist() == [[*range(e, 48, 6)] for e in range(6)]
+        assert torch.equal(merge_to_dense(parts.experts, ffn).up_MFD, ffn.up_MFD)
+        assert "Source:" in method.build.__doc__
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
@@ -88,6 +140,37 @@ def test_every_recipe_is_in_the_tables() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "recipes.md"):
         listed = set(re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), flags=re.M))
         assert set(recipe_names()) <= listed, page.name
+
+
+def test_every_word_of_a_recipe_is_documented() -> None:
+    """What a key may be, in the page that lists the keys; and methods in their own row."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    sections = recipe_schema()["$defs"]
+    for name, key in [("Experts", "experts"), ("Router", "router"), ("Layers", "layers")]:
+        for field, about in sections[name]["properties"].items():
+            parts = [about, about.get("items", {}), *about.get("anyOf", [])]
+            for word in [str(w) for part in parts for w in part.get("enum", []) if w is not None]:
+                assert re.search(rf"`(\w+: )?{word}`", text), f"{key}.{field}: {word}"
+    (row,) = re.findall(r"^\| `experts\.method` \|.*", text, flags=re.M)
+    listed = re.findall(r"`(\w+)`", row)
+    assert listed == sections["Experts"]["properties"]["method"]["enum"]
+    routers = text.split("| `router.method` | the score")[1].split("\n\n")[0]
+    first = " ".join(line.split("|")[1] for line in routers.splitlines()[2:])
+    assert sorted(re.findall(r"`(\w+)`", first)) == sorted(
+        sections["Router"]["properties"]["method"]["enum"]
+    )
+
+
+def test_the_mistakes_that_a_page_prints_are_those_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "docs" / "recipes.md"
+    (text,), (shown,) = blocks(page, "yaml"), blocks(page, "console")
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text(text)
+    command, *lines = shown.splitlines()
+    ran = CliRunner().invoke(main, shlex.split(command)[2:])
+    assert (ran.exit_code, ran.stderr.splitlines()) == (2, lines)
 
 
 def test_every_key_of_a_recipe_is_documented() -> None:

@@ -347,7 +347,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "adapter": (
         Lora(F.relu, a=nn.Linear(D, 2), b=nn.Linear(2, H)),
-        "its linear maps read different inputs (a low-rank adapter on an expansion?",
+        "its linear maps read different inputs, `input_0` and `linear_1` (a low-rank adapter on an",
     ),
     "tied": (Tied(), "its contraction and an expansion are one weight"),
     "mixed": (

@@ -10,11 +10,12 @@ import pytest
 from pydantic import BaseModel
 
 from upcycle.errors import RecipeError
+from upcycle.recipe.methods import ExpertMethodName
 from upcycle.recipe.reader import dump_recipe, load_recipe, recipe_schema
-from upcycle.recipe.schema import Experts, Recipe
+from upcycle.recipe.schema import Recipe
 from upcycle.recipe.shipped import describe, recipe_names, recipe_text
 
-METHODS = get_args(Experts.model_fields["method"].annotation)
+METHODS = get_args(ExpertMethodName)
 
 GOOD = """\
 version: 1

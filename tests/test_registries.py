@@ -17,6 +17,7 @@ from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.passes.routers.method import RouterMethod
+from upcycle.recipe import methods
 from upcycle.recipe import schema as recipe
 from upcycle.recipe.onnx import Form
 from upcycle.targets import native
@@ -55,8 +56,8 @@ def test_every_file_is_in_its_table(name: str) -> None:
 
 
 def test_a_recipe_names_every_method_and_no_other() -> None:
-    assert sorted(get_args(recipe.ExpertMethodName)) == sorted(EXPERTS)
-    assert sorted(get_args(recipe.RouterMethodName)) == sorted(ROUTER_METHODS)
+    assert sorted(get_args(methods.ExpertMethodName)) == sorted(EXPERTS)
+    assert sorted(get_args(methods.RouterMethodName)) == sorted(ROUTER_METHODS)
 
 
 def test_every_kind_of_router_has_its_file_and_a_method_that_makes_it() -> None:

@@ -189,7 +189,8 @@ def clashes(text: str) -> list[str]:
 def test_no_two_files_that_become_one_share_a_name() -> None:
     """Two constants of one name, each right in its own file, would be one here: the later."""
     dense = {"AutoModel": BertModel, "AutoModelForMaskedLM": BertForMaskedLM}
-    text = modeling_text(BertConfig, dense, ROUTER_KINDS)
+    sites = [{"layer": {"router": {"kind": kind}}} for kind in ROUTER_KINDS]
+    text = modeling_text(BertConfig, dense, sites)
     assert all(f"class {router.__name__}" in text for router in ROUTER_KINDS.values())
     assert clashes(text) == []
     for again in ("ROUTER_KINDS", "TableRouter", "BertModel", "F"):

@@ -24,10 +24,14 @@ if _TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from upcycle.ir.activations import register_activation
     from upcycle.ir.ffn import FFN, Located, Miss
     from upcycle.ir.spec import MoESpec, Plan
     from upcycle.layers.moe import MoE, all_experts
+    from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
     from upcycle.passes.extend import extend, set_new_bias
+    from upcycle.passes.plugins import register_expert_method, register_router
+    from upcycle.passes.routers.method import RouterMethod
     from upcycle.recipe.reader import load_recipe
     from upcycle.recipe.schema import Recipe
     from upcycle.targets.load import load
@@ -37,15 +41,19 @@ __all__ = [
     "FFN",
     "CaptureError",
     "Conversion",
+    "DenseLayer",
+    "ExpertMethod",
     "Located",
     "Miss",
     "MoE",
     "MoESpec",
+    "Parts",
     "Plan",
     "PlanError",
     "Recipe",
     "RecipeError",
     "ResourceError",
+    "RouterMethod",
     "UnsupportedError",
     "UpcycleError",
     "UsageError",
@@ -58,6 +66,9 @@ __all__ = [
     "load",
     "load_recipe",
     "locate",
+    "register_activation",
+    "register_expert_method",
+    "register_router",
     "set_new_bias",
     "verify",
 ]
@@ -66,10 +77,14 @@ _HOMES = {
     "conversion.api": ("Conversion", "convert", "locate"),
     "conversion.export": ("export",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "ir.activations": ("register_activation",),
     "ir.ffn": ("FFN", "Located", "Miss"),
     "targets.load": ("load",),
     "layers.moe": ("MoE", "all_experts"),
     "passes.extend": ("extend", "set_new_bias"),
+    "passes.experts.method": ("DenseLayer", "ExpertMethod", "Parts"),
+    "passes.plugins": ("register_expert_method", "register_router"),
+    "passes.routers.method": ("RouterMethod",),
     "recipe.schema": ("Recipe",),
     "recipe.reader": ("load_recipe",),
     "ir.spec": ("MoESpec", "Plan"),

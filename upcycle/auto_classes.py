@@ -96,12 +96,12 @@ def _make(dense_type: str) -> type:
 
             def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
                 """As the dense model; also writes the file that stands in for upcycle."""
-                kinds = {site["layer"]["router"]["kind"] for site in self.config.upcycle["sites"]}
+                sites = self.config.upcycle["sites"]
                 classes = remote_code.heads(dense_config, dense)
                 self.config.auto_map = remote_code.auto_map(dense_config, classes)
                 super().save_pretrained(save_directory, *args, **kwargs)
                 if Path(save_directory).is_dir():
-                    text = remote_code.modeling_text(dense_config, classes, kinds)
+                    text = remote_code.modeling_text(dense_config, classes, sites)
                     path = Path(save_directory) / remote_code.FILE
                     path.write_text(text, encoding="utf-8")
 

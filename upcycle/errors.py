@@ -3,11 +3,11 @@
     UpcycleError                 any failure with a sentence for the user
     |-- UsageError          2    an argument, a path or an option is wrong
     |   `-- RecipeError     2    the recipe file is wrong: file, line, column, nearest key
+    |       `-- PlanError   2    the recipe asks for a layer that an FFN of the model cannot become
     |-- VerificationError   3    the result is further from the dense model than promised
     |-- UnsupportedError    4    the model or the target cannot hold what was asked for
-    |   |-- CaptureError    4    the model could not be run on example inputs
-    |   |   `-- ValueNeededError   what it does depends on values that only a real run has
-    |   `-- PlanError       4    a dense FFN cannot become the MoE layer that the recipe asks for
+    |   `-- CaptureError    4    the model could not be run on example inputs
+    |       `-- ValueNeededError   what it does depends on values that only a real run has
     `-- ResourceError       5    disk or memory is too small
 
 Each message is one sentence that says what is wrong, where, and what to do.
@@ -30,6 +30,14 @@ class RecipeError(UsageError):
     """A recipe is not valid; the message has one line per problem."""
 
 
+class PlanError(RecipeError):
+    """A dense FFN cannot become the MoE layer that the recipe asks for; another recipe can do."""
+
+    def __init__(self, problem: str, *, site: str) -> None:
+        super().__init__(f"{site or 'the model itself'}: {problem}")
+        self.site = site
+
+
 class VerificationError(UpcycleError):
     """The converted model is further from the dense one than the recipe promises."""
 
@@ -48,14 +56,6 @@ class CaptureError(UnsupportedError):
 
 class ValueNeededError(CaptureError):
     """The model ran on example inputs, until it asked for a value that depends on its weights."""
-
-
-class PlanError(UnsupportedError):
-    """A dense FFN cannot become the MoE layer that the recipe asks for."""
-
-    def __init__(self, problem: str, *, site: str) -> None:
-        super().__init__(f"{site}: {problem}")
-        self.site = site
 
 
 class ResourceError(UpcycleError):

@@ -19,6 +19,26 @@ from torch.nn import functional as F
 Step = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
+class Table(dict[str, Any]):
+    """Names that have a meaning here; `find`, if there is one, may bring that of another name."""
+
+    find: Callable[[str], object] | None = None
+
+    def __missing__(self, name: str) -> Any:
+        if self.find is not None:
+            self.find(name)
+        if name not in self:
+            raise KeyError(name)
+        return self[name]
+
+    def has(self, name: str) -> bool:
+        """Whether the name has a meaning, or gets one now."""
+        try:
+            return self[name] is not None
+        except KeyError:
+            return False
+
+
 def _comparison(compare: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Ones and zeros in the dtype of the data: a step has no other type than a float."""
     return lambda x, y: compare(x, y).to(x.dtype)
@@ -36,8 +56,8 @@ _OF_FUNCTIONAL = (
     *("softsign", "tanhshrink", "threshold"),
 )
 # Every operation that is known to be pointwise. `tests/test_pointwise.py` perturbs one element and
-# checks for each entry that no other element moves.
-OPS: dict[str, Callable[..., torch.Tensor]] = {
+# checks for each entry that no other element moves. `upcycle.register_activation` adds to them.
+BUILT_IN: dict[str, Callable[..., torch.Tensor]] = {
     **{name: getattr(torch, name) for name in _OF_TORCH},
     **{name: getattr(F, name) for name in _OF_FUNCTIONAL},
     **{name: _comparison(getattr(torch, name)) for name in ("ge", "gt", "le", "lt")},
@@ -48,6 +68,7 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "logical_or": torch.maximum,
     "where": lambda condition, x, y: torch.where(condition != 0, x, y),
 }
+OPS = Table(BUILT_IN)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -10,7 +10,8 @@ from upcycle.ir.ffn import FFN
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights
-from upcycle.recipe.schema import ExpertMethodName, Recipe
+from upcycle.recipe.methods import Options
+from upcycle.recipe.schema import Recipe
 
 MethodKind = Literal["copies", "altered", "slices", "residual", "split", "subsets"]
 Need = Literal["activations", "gradients"]
@@ -81,14 +82,17 @@ class ExpertMethod:
         has_sources: it takes the experts from ``experts.sources``.
         refuse: why it cannot make of one FFN what a recipe asks for, a sentence for each reason;
             `upcycle.passes.experts.kinds` knows what no method of a kind can do.
+        options: what checks ``experts.options``, a pydantic model or a dataclass; an object of it
+            is ``dense.spec.experts.options``.
     """
 
-    name: ExpertMethodName
+    name: str
     kind: MethodKind
     build: BuildExperts
     needs: Need | None = None
     has_sources: bool = False
     refuse: Callable[[FFN, Recipe], Iterable[str]] = lambda ffn, recipe: ()
+    options: Options | None = None
 
     @property
     def makes_whole_ffns(self) -> bool:
@@ -99,3 +103,10 @@ class ExpertMethod:
     def deals_neurons(self) -> bool:
         """Whether its experts, shared ones too, are sets of neurons of one FFN."""
         return self.kind in ("split", "subsets")
+
+
+def as_expert_method(name: str, given: Any) -> ExpertMethod:
+    """What stood in a recipe in the place of a name; a function makes altered copies."""
+    if isinstance(given, ExpertMethod):
+        return replace(given, name=name)
+    return ExpertMethod(name, "altered", given)

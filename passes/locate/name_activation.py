@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from upcycle.ir.same_function import same_function
 from upcycle.kernels.activations import NAMED_POINTWISE
-from upcycle.pointwise import Pointwise
+from upcycle.pointwise import BUILT_IN, Pointwise
 
 
 def recognise(program: Pointwise) -> Pointwise:
@@ -17,6 +17,8 @@ def recognise(program: Pointwise) -> Pointwise:
     for name, known in NAMED_POINTWISE.items():
         if same_function(exact, known):
             return replace(program, name=name)
+    if len(program.steps) == 1 and (op := program.steps[0][0]) not in BUILT_IN:
+        return replace(program, name=op)  # it was registered
     return program
 
 

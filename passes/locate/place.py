@@ -176,7 +176,8 @@ def _modules(program: Program, use: Use, *, exact: bool) -> list[Call]:
     With `exact` it may do nothing besides.
     """
     hidden = {through_views(node) for node in use.hidden.visited}
-    ins, outs = {through_views(use.x)}, {through_views(use.output)}
+    ins = {through_views(expansion.linear.x) for expansion in use.hidden.expansions}
+    outs = {through_views(use.output)}
     of_contraction = hidden | {through_views(use.contraction.x)}
     if exact:
         of_contraction = {through_views(use.contraction.x)}
@@ -225,11 +226,12 @@ def _raw(program: Program, use: Use, path: str) -> str:
 def _check_unchanged(program: Program, use: Use) -> None:
     """What the expansion reads must be the same when the contraction computes on it."""
     expansions, between = set(use.nodes[:-1]), False
+    inputs = {expansion.linear.x for expansion in use.hidden.expansions}
     for node in program.graph.nodes:
         between = between or node in expansions
         if node is use.contraction.node:
             return
-        if between and use.x in node.meta.get("writes", ()):
+        if between and not inputs.isdisjoint(node.meta.get("writes", ())):
             raise NearMissError(
                 f"`{op_name(node.target)}` changes its input in place before its contraction: "
                 "write it without the change in place",

@@ -25,7 +25,8 @@ def why_opaque(node: fx.Node, data: fx.Node | None = None) -> str:
             return f"`{name}` is not pointwise: an element that was moved moved others"
         return (
             f"`{name}` seems to be pointwise, but no converted model could store it: write it with "
-            "the operations of `upcycle.pointwise.OPS`"
+            "the operations of `upcycle.pointwise.OPS`, or add it with "
+            "`upcycle.register_activation`"
         )
     training = node.args[5] if len(node.args) > 5 else node.kwargs.get("training", False)
     if training:

@@ -7,10 +7,11 @@ from torch import fx
 
 from upcycle.capture.recorder import op_name
 from upcycle.ir.ffn import Projection
-from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError, data_of
-from upcycle.passes.locate.linear import LinearMap
+from upcycle.passes.locate.hidden_tensor import HiddenTensor, NearMissError, data_of, dropout_of
+from upcycle.passes.locate.linear import LinearMap, linear_map
 from upcycle.passes.locate.operations import LINEAR
 from upcycle.passes.locate.refused_operations import why_not_linear
+from upcycle.passes.locate.same_value import same_value
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.schema import FFNKind
 
@@ -19,13 +20,15 @@ VIEWS = {"dropout", "view", "reshape", "contiguous", "clone"}
 
 def check_one_input(hidden: HiddenTensor, contraction: LinearMap) -> None:
     """Every expansion must read the same x, in the order of the contraction's positions."""
-    source = through_views(hidden.expansions[0].linear.x)
-    if any(through_views(e.linear.x) is not source for e in hidden.expansions):
-        raise NearMissError(
-            "its linear maps read different inputs (a low-rank adapter on an expansion? merge it "
-            "into the base weight first)",
-            contraction.node,
-        )
+    inputs = [through_views(e.linear.x, past_draws=False) for e in hidden.expansions]
+    source = inputs[0]
+    other = next((x for x in inputs if not same_value(x, source)), None)
+    if other is not None:
+        names = " and ".join(f"`{node.name}`" for node in (source, other))
+        reason = f"its linear maps read different inputs, {names}"
+        if linear_map(source) or linear_map(other):
+            reason += " (a low-rank adapter on an expansion? merge it into the base weight first)"
+        raise NearMissError(reason, contraction.node)
     order = torch.arange(len(hidden.expansions[0].positions))
     axes = {e.linear.axis for e in hidden.expansions} | {contraction.axis}
     if len(axes) > 1 or any(not torch.equal(e.positions, order) for e in hidden.expansions):
@@ -98,9 +101,11 @@ def output_of(contraction: LinearMap) -> tuple[fx.Node, str | None]:
     return node, contraction.bias
 
 
-def through_views(node: fx.Node) -> fx.Node:
-    """The tensor that `node` is a view of."""
+def through_views(node: fx.Node, *, past_draws: bool = True) -> fx.Node:
+    """The tensor that `node` is a view of; a dropout counts as one, if `past_draws`."""
     while node.op == "call_function" and op_name(node.target) in VIEWS:
+        if not past_draws and op_name(node.target) == "dropout" and dropout_of(node):
+            break
         source = data_of(node)
         if source.meta["shape"][-1:] != node.meta["shape"][-1:]:
             break

@@ -147,7 +147,7 @@ class _Walk:
             name = operations.TRUTH.get(name, "bool " + name)
         if name == "prelu":
             return self._prelu(node, index_PC)
-        if name in OPS or name in {"addcmul", "rdiv", "rpow", "masked_fill"}:
+        if OPS.has(name) or name in {"addcmul", "rdiv", "rpow", "masked_fill"}:
             return self._pointwise(node, name, index_PC)
         if convolution_of(node) is not None:
             return self._convolution(node, index_PC)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle.errors import PlanError
+from upcycle.errors import UnsupportedError
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.layers.token_context import ARGUMENTS, hooked_module
 
@@ -14,12 +14,12 @@ def check_model(model: nn.Module, plan: Plan) -> None:
     """Refuse a plan whose routers `model` cannot serve; no weight is read.
 
     Raises:
-        PlanError: a router looks at an argument that no module around the FFN has, or lets a token
-            depend on later ones in a model that writes text.
+        UnsupportedError: a router looks at an argument that no module around the FFN has, or lets a
+            token depend on later ones in a model that writes text.
     """
     for spec in plan.specs:
         for problem in _problems(model, spec):
-            raise PlanError(problem, site=spec.ffn.path)
+            raise UnsupportedError(f"{spec.ffn.path}: {problem}")
 
 
 def _problems(model: nn.Module, spec: MoESpec) -> Iterator[str]:

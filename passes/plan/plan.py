@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from upcycle.errors import PlanError, UnsupportedError
+from upcycle.errors import PlanError, RecipeError, UnsupportedError
 from upcycle.ir.ffn import FFN, SHARES, Located
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.passes.experts import EXPERTS
@@ -42,6 +42,7 @@ def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") 
 
     Raises:
         UnsupportedError: there is no FFN to convert.
+        RecipeError: its `layers` leave none.
         PlanError: the recipe does not fit; the message has a line for each problem, with the FFNs
             that have it.
     """
@@ -73,7 +74,7 @@ def with_kinds(located: Located, layers: recipe.Layers) -> recipe.Layers:
 
 
 def select_sites(located: Located, layers: recipe.Layers) -> list[FFN]:
-    """The FFNs that `layers` names, in order; raises UnsupportedError if there are none."""
+    """The FFNs that `layers` names, in order; raises as `make_plan` if there are none."""
     ffns = [ffn for ffn in located.ffns if ffn.kind in layers.kinds]
     if not ffns:
         others = [
@@ -93,7 +94,7 @@ def select_sites(located: Located, layers: recipe.Layers) -> list[FFN]:
         stacks.setdefault(re.sub(r"\d+", "*", ffn.path), []).append(ffn)
     places = {ffn.path for stack in stacks.values() for ffn in _of_stack(stack, layers)}
     if not places:
-        raise UnsupportedError(
+        raise RecipeError(
             f"the recipe's `layers` leave none of the {len(ffns)} FFNs to convert: {len(named)} "
             f"fit `include` and `exclude`, of each of {len(stacks)} stacks `skip_first` leaves out "
             f"{layers.skip_first} at the start and `skip_last` {layers.skip_last} at the end, "

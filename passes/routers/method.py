@@ -1,16 +1,16 @@
 """What a router method is: from a dense FFN and its experts to the tensors of a router."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, get_args
 
 import torch
 
 from upcycle.ir.ffn import FFN
 from upcycle.ir.spec import MoESpec
-from upcycle.layers.config import RouterKind
 from upcycle.passes.experts.method import DenseLayer, MethodKind, Need, Parts
-from upcycle.recipe.schema import Router, RouterMethodName
+from upcycle.recipe.methods import Options
+from upcycle.recipe.schema import Router
 
 ALL_KINDS: Final[frozenset[MethodKind]] = frozenset(get_args(MethodKind))
 
@@ -51,18 +51,28 @@ class RouterMethod:
             that router, besides what follows from the recipe for all methods.
         reads: fields of the router section that are of no use with most methods.
         limits: what it cannot do, whatever the FFN is.
+        options: what checks ``router.options``, a pydantic model or a dataclass; an object of it is
+            ``dense.spec.router.options``.
     """
 
-    name: RouterMethodName
+    name: str
     build: BuildRouter
     kinds: frozenset[MethodKind] = ALL_KINDS
     otherwise: str = ""
     needs: Need | None = None
     bias: bool = False
-    makes: RouterKind = "linear"
+    makes: str = "linear"
     facts: Callable[[Router, FFN, int], Mapping[str, Any]] = lambda router, ffn, num_experts: {}
     reads: frozenset[str] = frozenset()
     limits: tuple[Limit, ...] = ()
+    options: Options | None = None
+
+
+def as_router_method(name: str, given: Any) -> RouterMethod:
+    """What stood in a recipe in the place of a name; a function makes a linear router."""
+    return (
+        replace(given, name=name) if isinstance(given, RouterMethod) else RouterMethod(name, given)
+    )
 
 
 def drawn_rows(dense: DenseLayer, count: int) -> torch.Tensor:

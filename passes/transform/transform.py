@@ -12,9 +12,8 @@ from upcycle.errors import UnsupportedError
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import ExpertWeights, FFNWeights, MoEWeights
-from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import DenseLayer, Parts
-from upcycle.passes.routers import ROUTER_METHODS
+from upcycle.passes.transform.built import build_experts, build_router
 from upcycle.passes.transform.compensate import compensate
 
 
@@ -30,9 +29,9 @@ def transform(ffn: FFNWeights, spec: MoESpec, data: FFNInputs | None = None) -> 
         method says.
     """
     dense = DenseLayer(ffn, spec, spec.generator("experts"), data)
-    parts = EXPERTS[spec.experts.method].build(dense)
+    parts = build_experts(dense)
     dense = replace(dense, generator=spec.generator("router"))
-    router = dict(ROUTER_METHODS[spec.router.method].build(dense, parts))
+    router = build_router(dense, parts)
     config = spec.router_config()
     if config.balance:
         router["selection_bias"] = torch.zeros(spec.num_experts + config.nulls)

@@ -54,20 +54,24 @@ def symbolic_layers(
     with eval_mode(model), ExitStack() as undo:
         for path, found in layers.items():
             opaque = functools.partial(_forward, found.experts, path)
-            undo.enter_context(_other_forward(found.experts, opaque))
+            undo.enter_context(_other(found.experts, "forward", opaque))
+        for router in [m.router for m in model.modules() if isinstance(m, MoE)]:
+            scores = getattr(router, "onnx_scores", None)  # of a router of others
+            if scores is not None:
+                undo.enter_context(_other(router, "scores", scores))
         yield layers
 
 
 @contextmanager
-def _other_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
+def _other(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get(name)
+    vars(module)[name] = method
     try:
         yield
     finally:
-        del vars(module)["forward"]
+        del vars(module)[name]
         if before is not None:
-            vars(module)["forward"] = before
+            vars(module)[name] = before
 
 
 def check_router(path: str, router: RouterConfig, *, has_ids: bool) -> None:
@@ -158,5 +162,5 @@ def tensor_outputs(
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     arguments = [inspect.Parameter(word, kind) for word in inputs.values()]
     vars(flat)["__signature__"] = inspect.Signature(arguments)
-    with _other_forward(model, flat):
+    with _other(model, "forward", flat):
         yield names

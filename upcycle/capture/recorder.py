@@ -74,7 +74,7 @@ def op_name(target: Any) -> str:
     name: str = getattr(target, "__name__", "") or type(target).__name__
     if name == "__get__":  # a property such as Tensor.T
         return str(target.__self__.__name__)
-    name = name.strip("_")
+    name = name.removesuffix(".default").strip("_")  # of an operation of torch.library
     return _SPELLINGS.get(name, name)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ def recording() -> Iterator[None]:
 
     Functions that were scripted or traced run as the Python that they were made from; inference
     mode, in which writes are not counted, is off; and the checks of distributions, which read
-    values and change none, are left out.
+    values and change none, are left out. Warnings are not shown.
     """
     with torch.inference_mode(False), ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # in a compiled module no linear map is seen
@@ -32,6 +33,8 @@ def recording() -> Iterator[None]:
         set_within(stack, torch.jit.ScriptFunction, "__call__", _run_python)
         set_within(stack, torch.inference_mode, "__enter__", lambda self: None)
         set_within(stack, torch.inference_mode, "__exit__", lambda self, *error: None)
+        # The model says it again when it is run.
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
         set_within(stack, Distribution, "_validate_args", False)
         stack.enter_context(torch.no_grad())
         yield

@@ -6,6 +6,7 @@ from upcycle.passes.plan.plan import make_plan, needs
 from upcycle.recipe.schema import Layers, Recipe
 
 _WIDTH, _NEURONS = 4096, 12288  # of an FFN as in most language models
+_BOUNDED = ("top_p", "entropy", "null")  # selections of which a token may visit fewer
 
 
 def recipe_facts(recipe: Recipe) -> str:
@@ -32,7 +33,8 @@ def recipe_facts(recipe: Recipe) -> str:
         experts = experts.model_copy(update={"sources": sources})
     planned = recipe.model_copy(update={"layers": Layers(), "experts": experts})
     (spec,) = make_plan(Located((ffn,)), planned).specs
-    active = (spec.top_k * spec.width + spec.shared) / _NEURONS
+    visited = spec.num_experts if spec.router.select == "entropy" else spec.top_k
+    active = (min(visited, spec.num_experts) * spec.width + spec.shared) / _NEURONS
     wanted = needs(recipe)
     shown = "nothing but the model"
     if "gradients" in wanted:
@@ -41,4 +43,5 @@ def recipe_facts(recipe: Recipe) -> str:
         shown = "activations on calibration data"
     if experts.method == "from_checkpoints":
         shown = f"several checkpoints, {shown}" if wanted else "several checkpoints"
-    return f"{spec.promise}; a token meets {active:.0%} of the FFN; needs {shown}"
+    bound = "at most " if spec.router.select in _BOUNDED else ""
+    return f"{spec.promise}; a token meets {bound}{active:.0%} of the FFN; needs {shown}"

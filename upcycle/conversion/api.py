@@ -28,7 +28,7 @@ from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.merge import merge
 from upcycle.passes.plan.model_problems import check_model
 from upcycle.passes.plan.plan import make_plan
-from upcycle.recipe.reader import load_recipe
+from upcycle.recipe.reader import Override, load_recipe
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.checkpoint import Checkpoint, planned_layers
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE
@@ -166,7 +166,7 @@ def convert(
     calibration: Data | None = None,
     *,
     verify: bool = True,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
     recipe_name: str | None = None,
     source: Source | None = None,
     sources: Sequence[nn.Module | str | Path] | None = None,
@@ -186,7 +186,8 @@ def convert(
             look at activations. A quarter is held out, to verify on; for a recipe that needs no
             data all of it is. If None, the documentation of Python for a model with a tokenizer.
         verify: measure the distance and raise if the recipe's promise is broken.
-        overrides: ``key=value`` changes of the recipe, as ``--set`` takes them.
+        overrides: ``key=value`` changes of the recipe, as ``--set`` takes them, and pairs such as
+            ``("experts.method", function)``.
         recipe_name: how reports call the recipe; its name or that of its file if None.
         source: where the model comes from, for its tokenizer and for `Conversion.save`.
         sources: for ``from_checkpoints``: modules or names, instead of ``experts.sources``.
@@ -198,6 +199,7 @@ def convert(
         UsageError: the weights have no numbers, or some that are not finite.
         CaptureError: the model cannot be run on example inputs.
         PlanError: an FFN cannot become what the recipe asks for.
+        UnsupportedError: the model has no dense FFN, or cannot serve the router.
         VerificationError: the result is further from the dense model than promised.
     """
     if not isinstance(model, nn.Module):

@@ -12,7 +12,6 @@ from upcycle.layers.config import (
     SELECT_ARGUMENTS,
     LayerConfig,
     RouterConfig,
-    RouterKind,
     SelectConfig,
 )
 from upcycle.recipe import schema as recipe
@@ -34,7 +33,7 @@ class MoESpec:
         scale: factor on the expert weights at run time.
         promise: what the algebra of the method says about equality with the dense FFN.
         seed: of this layer's random draws; differs from layer to layer.
-        router_kind: a key of `upcycle.layers.routers.ROUTER_KINDS`.
+        router_kind: a key of `upcycle.layers.routers.ROUTER_KINDS`, or of OTHER_KINDS.
         router_facts: what the kind or the method sets in the configuration of the router.
     """
 
@@ -49,7 +48,7 @@ class MoESpec:
     scale: float
     promise: Promise
     seed: int
-    router_kind: RouterKind = "linear"
+    router_kind: str = "linear"
     router_facts: dict[str, Any] = field(default_factory=dict)
     expert_bias: bool = False
 

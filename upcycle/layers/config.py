@@ -5,15 +5,18 @@ earlier versions did not write all of them.
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from upcycle.pointwise import Pointwise
+from upcycle.pointwise import Pointwise, Table
 
+# Kinds of routers that upcycle has; those of others are in OTHER_KINDS, with their classes.
 RouterKind = Literal["linear", "mlp", "neurons", "cosine", "noisy", "table", "oracle"]
 SelectRule = Literal["top_k", "top_p", "entropy", "null", "expert_choice", "all"]
 WeightRule = Literal["renormalised", "softmax", "one", "renorm_detach", "gain"]
 TokenKey = Literal["token", "type", "domain"]
+OTHER_KINDS = Table()
+Options = dict[str, Any]  # JSON
 
 # Value of the first field -> fields that are there beside it alone.
 Special = Mapping[str, tuple[str, ...]]
@@ -70,7 +73,8 @@ class Settings:
         present = cls._special.get(str(first), ())
         special = {name for names in cls._special.values() for name in names}
         return {
-            f.name: f.name not in special and f.default is not MISSING
+            f.name: f.name not in special
+            and not (f.default is MISSING and f.default_factory is MISSING)
             for f in fields(cls)
             if f.name in present or f.name not in special
         }
@@ -82,13 +86,21 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
             return Pointwise.from_json(value)
         except (KeyError, TypeError, ValueError) as error:
             raise _misfit(where, f"is {value!r:.60} and no known function") from error
+    if kind is Options:
+        if type(value) is dict and all(type(name) is str for name in value):
+            return value
+        raise _misfit(where, f"is {value!r:.60} and no object")
     choices = get_args(kind)
     if not choices and issubclass(kind, Settings):
         return kind.from_json(value, where)
     # A whole number is a float, too; a bool is no number.
     if value in choices or type(value) is kind or (kind is float and type(value) is int):
         return value
+    if kind == RouterKind and isinstance(value, str) and OTHER_KINDS.has(value):
+        return value
     wanted = f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
+    if kind == RouterKind:
+        wanted += ", and no package that is installed brings it"
     raise _misfit(where, f"is {value!r:.60} and not {wanted}")
 
 
@@ -135,6 +147,7 @@ class RouterConfig(Settings):
         entries, by: table: its rows, and what it is read by.
         pointwise, up_bias: neurons: what a neuron computes, and whether it has biases.
         extended: the last expert was added by `upcycle.extend`.
+        options: what a kind in OTHER_KINDS is made of, besides.
     """
 
     _special: ClassVar[Special] = {
@@ -143,7 +156,7 @@ class RouterConfig(Settings):
         "table": ("entries", "by"),
         "neurons": ("pointwise", "up_bias"),
     }
-    _if_true: ClassVar[tuple[str, ...]] = ("extended",)
+    _if_true: ClassVar[tuple[str, ...]] = ("extended", "options")
 
     kind: RouterKind
     num_experts: int
@@ -162,6 +175,7 @@ class RouterConfig(Settings):
     pointwise: Pointwise = _NOTHING
     up_bias: bool = False
     extended: bool = False
+    options: Options = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from upcycle.kernels import route_and_visit
-from upcycle.layers.config import LayerConfig
+from upcycle.layers.config import OTHER_KINDS, LayerConfig
 from upcycle.layers.experts import Experts, SharedExpert, are_untouched
 from upcycle.layers.router import Router
 from upcycle.layers.routers import ROUTER_KINDS
@@ -45,7 +45,8 @@ class MoE(nn.Module):
             "bias": config.up_bias,
             "dropout": config.hidden_dropout,
         }
-        self.router = ROUTER_KINDS[config.router.kind](config.router)
+        kind = config.router.kind
+        self.router: Router = (ROUTER_KINDS.get(kind) or OTHER_KINDS[kind])(config.router)
         sizes = (config.num_experts, d_model, config.width, d_out)
         self.experts = Experts(*sizes, down_bias=config.expert_bias, **ffn)
         self.router_size = sum(tensor.numel() for tensor in self.router.state_dict().values())

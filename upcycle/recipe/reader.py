@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from upcycle.errors import RecipeError
 from upcycle.recipe import shipped
+from upcycle.recipe.methods import EXPERT_METHODS, ROUTER_METHODS, schema_with_options
 from upcycle.recipe.onnx import Onnx
 from upcycle.recipe.schema import Recipe
 from upcycle.recipe.yaml_places import (
@@ -32,6 +33,7 @@ from upcycle.recipe.yaml_places import (
 )
 from upcycle.util.untrusted import names_code
 
+Override = str | tuple[str, Any]
 _TYPES = {
     "integer": "a whole number",
     "number": "a number",
@@ -40,13 +42,13 @@ _TYPES = {
 }
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Path, overrides: Sequence[Override] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
         recipe: the name of a shipped recipe, or the path of a YAML file.
         overrides: such as ``"experts.count=4"``; they win over the file, and a later one over an
-            earlier one.
+            earlier one. ``("experts.method", function)`` puts a method in the place of a name.
 
     Raises:
         RecipeError: with one line for each mistake in the file and the overrides.
@@ -58,11 +60,16 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             sentence = "a recipe is a list of `key: value` lines, and begins with `version: 1`"
             document.report(document.place(()), (), sentence)
         raise _error(document.problems)
+    held = set()
     for i, override in enumerate(overrides):
+        if not isinstance(override, str):
+            key, method = override
+            held.add(name := _held(key, method))
+            override = f"{key}={json.dumps(name)}"
         _override(document, override, i)
     try:
         # Strict pydantic takes a list for a tuple in JSON alone.
-        loaded = Recipe.model_validate_json(json.dumps(document.data))
+        loaded = Recipe.model_validate_json(json.dumps(document.data), context=held)
     except ValidationError as error:
         raise _error(document.problems + _problems(error, document)) from None
     for i, source in enumerate(loaded.experts.sources):
@@ -126,19 +133,27 @@ def _override(document: Document, override: str, position: int) -> None:
         set_value(document, path, value, place)
 
 
+def _held(key: str, method: Any) -> str:
+    """The name by which a method is known that was given for a key."""
+    registries = {"experts.method": EXPERT_METHODS, "router.method": ROUTER_METHODS}
+    if key not in registries:
+        raise RecipeError(f"`overrides=({key!r}, ...)`: write it as '{key}=VALUE', in one text")
+    return registries[key].hold(method)
+
+
 def _error(problems: list[Problem]) -> RecipeError:
     return RecipeError("\n".join(str(p) for p in sorted(problems, key=lambda p: p.place)))
 
 
 def _problems(error: ValidationError, document: Document) -> list[Problem]:
     """One problem for each wrong key, in our words."""
-    schema = Recipe.model_json_schema()
+    schema = schema_with_options(Recipe.model_json_schema(), document.data)
     keys = _keys(schema, schema)
     reported = {problem.key for problem in document.problems}
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         path: KeyPath = detail["loc"]
-        if detail["type"] == "extra_forbidden":
+        if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a dataclass
             place, sentence = document.place(path, of_key=True), _unknown(path, list(keys))
         elif detail["type"] == "missing" and path in keys:  # not an item of a list
             hint = f": {about}" if (about := keys[path].get("description")) else ""
@@ -215,10 +230,12 @@ def _expected(schema: dict[str, Any], root: dict[str, Any]) -> str:
         return words if len(options) == 1 else f"one of {words}"
     if "prefixItems" in schema:
         return f"a list of {' and '.join(_expected(item, root) for item in schema['prefixItems'])}"
+    if "type" not in schema:
+        return "another value"
     if schema["type"] == "array":
         return f"a list, each item {_expected(schema['items'], root)}"
     if schema["type"] == "object":
-        return f"a section with the keys {', '.join(schema['properties'])}"
+        return f"a section with the keys {', '.join(schema.get('properties', ()))}"
     least, bound = "", ""
     if "minimum" in schema:
         least = f" of at least {schema['minimum']}"

@@ -4,56 +4,34 @@ Every field has a default except what defines the method, so a recipe says only 
 about it. `upcycle.recipe.reader` reads YAML and reports every mistake at once.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from upcycle.layers.config import SelectRule, TokenKey, WeightRule
+from upcycle.recipe.methods import (
+    EXPERT_METHODS,
+    ROUTER_METHODS,
+    ExpertName,
+    ExpertOptions,
+    RouterName,
+    RouterOptions,
+    options_schemas,
+)
 from upcycle.recipe.onnx import Onnx, Section
+from upcycle.util.registry import Registry
 
 FFNKind = Literal["ffn", "bottleneck", "head"]
 MOST = 2**24  # of anything that is counted: no model has a tenth of it
 CountOrPart = Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, lt=1)]
 
-# What a recipe may name. `upcycle.passes` has the methods, and `tests/test_registries.py` compares.
-ExpertMethodName = Literal[
-    "copy",
-    "noise",
-    "drop",
-    "svd",
-    "granular",
-    "zero_routed",
-    "from_checkpoints",
-    "contiguous",
-    "random",
-    "cluster",
-    "coactivation",
-    "importance",
-    "importance_overlap",
-    "gradient_domain",
-    "gradient_domain_overlap",
-    "activation_carve",
-    "universal_specialised",
-    "token_sets",
-]
-RouterMethodName = Literal[
-    "normal",
-    "zero",
-    "uniform",
-    "virtual_group",
-    "avg_key",
-    "centroid",
-    "ridge",
-    "mlp",
-    "representative",
-    "kmeans_lsq",
-    "random_fixed",
-    "hash",
-    "assigned",
-    "noisy_topk",
-    "cosine",
-    "oracle",
-]
+
+def _with_options(registry: Registry[Any], section: str) -> ConfigDict:
+    def add(schema: dict[str, Any]) -> None:
+        if more := options_schemas(registry, f"/$defs/{section}"):
+            schema["allOf"] = more
+
+    return ConfigDict(json_schema_extra=add)
 
 
 class Layers(Section):
@@ -83,7 +61,9 @@ class Layers(Section):
 class Experts(Section):
     """How experts are made from a dense FFN."""
 
-    method: ExpertMethodName = Field(
+    model_config = _with_options(EXPERT_METHODS, "Experts")
+
+    method: ExpertName = Field(
         description="whole FFNs, slices of copies, or parts of one FFN; see the methods"
     )
     count: int = Field(
@@ -152,12 +132,20 @@ class Experts(Section):
         "mean",
         description="from_checkpoints: all but the FFNs; a number is that of a source, from 0",
     )
+    options: ExpertOptions = Field(
+        None,
+        validate_default=True,
+        exclude_if=lambda options: options is None,
+        description="what a method of another package, or of your own, reads besides",
+    )
 
 
 class Router(Section):
     """How tokens find their experts."""
 
-    method: RouterMethodName = Field(
+    model_config = _with_options(ROUTER_METHODS, "Router")
+
+    method: RouterName = Field(
         description="how the scores of the experts are made; see the methods"
     )
     top_k: Annotated[int, Field(ge=1, le=MOST)] | Literal["all"] = Field(
@@ -208,6 +196,12 @@ class Router(Section):
         False, description="avg_key: recompute the rows from the experts in training"
     )
     scale: float | Literal["n_over_k"] = Field(1.0, description="factor on the expert weights")
+    options: RouterOptions = Field(
+        None,
+        validate_default=True,
+        exclude_if=lambda options: options is None,
+        description="what a method of another package, or of your own, reads besides",
+    )
 
 
 class Compensate(Section):

@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from upcycle.errors import UnsupportedError
+from upcycle.ir.activations import REGISTRY
 from upcycle.onnx.nodes import Nodes
 from upcycle.pointwise import Pointwise
 
@@ -151,12 +152,14 @@ def build(pointwise: Pointwise, n: Nodes, z: list[ir.Value]) -> ir.Value:
         return n.const(float(arg))
 
     for op, args, kwargs in pointwise.steps:
-        if op not in OPERATIONS:
+        added = REGISTRY.get(op)
+        operation = OPERATIONS.get(op) if added is None else added.onnx
+        if operation is None:
             raise UnsupportedError(
                 f"the activation {pointwise.name!r} uses {op!r}, which has no ONNX form here; "
-                "leave ONNX out of the targets"
+                "leave ONNX out of the targets, or register it with `onnx`"
             )
-        raw = op in _RAW_OPS
+        raw = op in _RAW_OPS or added is not None
         given = {k: value(v, raw=raw or k in _RAW) for k, v in kwargs.items() if k != "inplace"}
-        done.append(OPERATIONS[op](n, *(value(arg, raw=raw) for arg in args), **given))
+        done.append(operation(n, *(value(arg, raw=raw) for arg in args), **given))
     return done[-1]

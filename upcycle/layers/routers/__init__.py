@@ -1,7 +1,11 @@
-"""The kinds of routers, by how they score: one file for each but the linear one."""
+"""The kinds of routers, by how they score: one file for each but the linear one.
+
+Those of others are in `upcycle.layers.config.OTHER_KINDS` once a configuration names them.
+"""
 
 from typing import Final
 
+from upcycle.layers.installed import find_installed
 from upcycle.layers.router import Router
 from upcycle.layers.routers.cosine import CosineRouter
 from upcycle.layers.routers.mlp import MLPRouter
@@ -19,3 +23,5 @@ ROUTER_KINDS: Final[dict[str, type[Router]]] = {
     "table": TableRouter,
     "oracle": OracleRouter,
 }
+
+find_installed()
