@@ -5,7 +5,7 @@ import gc
 
 import click
 
-from upcycle.cli.commands import bench, convert, options, plan, recipes, verify
+from upcycle.cli.commands import bench, convert, options, plan, recipes, report, verify
 from upcycle.cli.group import CommandGroup
 from upcycle.version import __version__
 
@@ -31,6 +31,7 @@ for command in (
     verify.diff,
     verify.verify,
     bench.bench,
+    report.report,
     recipes.recipes,
     recipes.schema,
     recipes.samples,
