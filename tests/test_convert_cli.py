@@ -21,7 +21,7 @@ from upcycle.models import samples
 
 LLAMA_FILES = {
     *("README.md", "config.json", "generation_config.json", "model.onnx", "model.safetensors"),
-    *("provenance.json", "recipe.yaml", "report.json"),
+    *("provenance.json", "recipe.yaml", "report.html", "report.json"),
     *("tokenizer.json", "tokenizer_config.json"),
 }
 
@@ -163,7 +163,7 @@ def test_the_recipe_in_the_output_gives_the_same_bytes(
     convert(llama, mixtral / "recipe.yaml", out)
     ours, theirs = digests(out), digests(mixtral)
     different = {name for name in theirs if ours.get(name) != theirs[name]}
-    assert different == {"README.md", "report.json"}, "these two name the recipe"
+    assert different == {"README.md", "report.html", "report.json"}, "these name the recipe"
     reports = [json.loads((d / "report.json").read_text()) for d in (out, mixtral)]
     assert [r.pop("recipe") for r in reports] == ["recipe.yaml", "sparse-upcycling"]
     assert reports[0] == reports[1]
@@ -307,7 +307,7 @@ def test_a_plain_module(tmp_path: Path) -> None:
     assert report["end_to_end"]["inputs"] == "the given inputs"
     assert {p.name for p in out.iterdir()} == {
         *("README.md", "model.onnx", "model.safetensors", "provenance.json"),
-        *("recipe.yaml", "report.json"),
+        *("recipe.yaml", "report.html", "report.json"),
         "upcycle.json",
     }
     x = small_models.plain_inputs()[0]

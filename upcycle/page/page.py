@@ -35,12 +35,14 @@ class Contents:
     """All that a page tells.
 
     Attributes:
+        where: the directory, for messages.
         kinds: what the experts are made of; empty where an older version wrote no provenance.
         origin: one layer in detail, if its experts are parts of the dense layer.
         speed: if it was measured.
     """
 
     report: Report
+    where: str = ""
     kinds: tuple[Kind, ...] = ()
     origin: Origin | None = None
     speed: Speed | None = None
@@ -60,7 +62,9 @@ def read_contents(directory: Path) -> Contents:
     report = read_report(directory)
     layers = read_origins(directory) or []
     kinds = tuple(kinds_of(layers, str(directory / PROVENANCE)))
-    return Contents(report, kinds, first_split(layers), read_speed(directory, report))
+    return Contents(
+        report, str(directory), kinds, first_split(layers), read_speed(directory, report)
+    )
 
 
 def page(contents: Contents) -> str:
@@ -73,8 +77,8 @@ def page(contents: Contents) -> str:
         return _page(contents)
     except (ArithmeticError, ValueError) as error:  # of a damaged file: what divides is zero, ...
         raise UsageError(
-            f"report.json: its figures are not those of a conversion ({one_line(error)}); convert "
-            "the model again"
+            f"{contents.where}: the figures of its report are not those of a conversion "
+            f"({one_line(error)}); convert the model again"
         ) from error
 
 
@@ -96,7 +100,7 @@ def _page(contents: Contents) -> str:
             load=heat.load_of(report),
             quality=charts.quality_chart(report),
             neurons=heat.neuron_map(contents.origin) if contents.origin else None,
-            recipe=yaml.safe_dump(report.resolved_recipe, sort_keys=False).splitlines(),
+            recipe=yaml.safe_dump(_bounded(report.resolved_recipe), sort_keys=False).splitlines(),
             most=MOST_ROWS,
             bench_file=BENCH,
             chart=charts,
@@ -119,6 +123,15 @@ def write_page(contents: Contents, file: Path) -> Path:
     text = page(contents)
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def _bounded(data: Any) -> Any:
+    """The beginning of each list and text, so that YAML of a damaged report is no long work."""
+    if isinstance(data, dict):
+        return {_bounded(key): _bounded(held) for key, held in [*data.items()][:MOST_ROWS]}
+    if isinstance(data, list | tuple):
+        return [_bounded(held) for held in data[:MOST_ROWS]]
+    return data[: MOST_CHARACTERS + 1] if isinstance(data, str) else data
 
 
 @cache
