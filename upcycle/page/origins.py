@@ -1,9 +1,8 @@
 """What the experts are made of, counted from ``provenance.json``."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
@@ -24,13 +23,13 @@ class Kind:
         parts: what became of the dense neurons: a name, and the least and largest share of them.
     """
 
-    paths: tuple[str, ...]
     method: str
     router: str
     experts: str
     sources: tuple[str, ...]
     extra: str
-    parts: tuple[tuple[str, float, float], ...]
+    paths: tuple[str, ...] = ()
+    parts: tuple[tuple[str, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,11 @@ def kinds_of(layers: Sequence[LayerOrigin], where: str) -> list[Kind]:
             f"{where}: not what upcycle writes ({one_line(error)}); convert the model again"
         ) from error
     kinds = []
-    for facts, group in groupby(told, key=lambda row: (row[1], tuple(row[2]))):
+    for (kind, names), group in groupby(told, key=lambda row: (row[1], tuple(row[2]))):
         same = list(group)
-        ends = [(name, [parts[name] for *_, parts in same]) for name in facts[1]]
-        shares = tuple((name, min(found), max(found)) for name, found in ends)
-        kinds.append(Kind(tuple(path for path, *_ in same), *facts[0], parts=shares))
+        shares = [(name, [parts[name] for *_, parts in same]) for name in names]
+        parts = tuple((name, min(found), max(found)) for name, found in shares)
+        kinds.append(replace(kind, paths=tuple(path for path, *_ in same), parts=parts))
     return kinds
 
 
@@ -80,8 +79,8 @@ def first_split(layers: Sequence[LayerOrigin]) -> Origin | None:
     return None
 
 
-def _told(layer: LayerOrigin) -> tuple[tuple[Any, ...], dict[str, float]]:
-    """The fields of `Kind` from `method` to `extra`, and the share of each part."""
+def _told(layer: LayerOrigin) -> tuple[Kind, dict[str, float]]:
+    """The kind of a layer, without its path and parts, and the share of each part."""
     made, neurons, names = layer["layer"], _neurons(layer), layer["experts"]
     width, shared = int(made["width"]), int(made["shared"])
     held, padding, drawn = np.zeros(neurons, np.int32), 0, 0
@@ -101,14 +100,14 @@ def _told(layer: LayerOrigin) -> tuple[tuple[Any, ...], dict[str, float]]:
     extra = (f"{n / total:.0%} {name}" for n, name in ((padding, "padding"), (drawn, "new")) if n)
     experts = f"{len(names)} of {width} neurons" + (f", 1 shared of {shared}" if shared else "")
     low_rank = int(made.get("low_rank", 0))
-    facts = (
-        layer["method"],
-        layer["router"],
-        experts + (f", a linear map of rank {low_rank}" if low_rank else ""),
-        tuple(dict.fromkeys(layer["sources"])),
-        ", ".join(extra),
+    kind = Kind(
+        method=layer["method"],
+        router=layer["router"],
+        experts=experts + (f", a linear map of rank {low_rank}" if low_rank else ""),
+        sources=tuple(dict.fromkeys(layer["sources"])),
+        extra=", ".join(extra),
     )
-    return facts, {name: float(n) / neurons for name, n in parts if n}
+    return kind, {name: float(n) / neurons for name, n in parts if n}
 
 
 def _origin(layer: LayerOrigin) -> Origin:
