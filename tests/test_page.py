@@ -10,9 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import command_line
+import onnx_files
 import page_case
 import pytest
 from click.testing import CliRunner
+from transformers import BertConfig, BertModel
 
 from upcycle.cli.main import main
 from upcycle.errors import UsageError
@@ -81,6 +84,28 @@ def test_it_tells_what_was_measured_in_order() -> None:
         *("method: cluster", "no, act: its kernel is another", "upcycle 0.1.0 with torch 2.13.0"),
     ):
         assert part in text, part
+
+
+def test_the_verdict_comes_first() -> None:
+    verdict = page_case.report().verdict
+    text = words(page_case.contents())
+    assert f"{verdict.headline[1:]}." in text
+    for line in verdict.lines:
+        assert " ".join(line.replace("`", " ").split()) in text
+    assert text.index(verdict.lines[0].replace("`", "")[-20:]) < text.index("checks held")
+
+
+def test_scores_are_judged_by_their_largest_entry() -> None:
+    """As in the verdict: their cosine says nothing, so they have no place among cosines."""
+    end = page_case.report().end_to_end
+    assert end
+    scores = replace(end.outputs["logits"], top1_agreement=0.64)
+    both = replace(end, outputs={"logits": scores, "pooled": end.outputs["logits"]})
+    text = words(page_case.contents(end_to_end=replace(end, outputs={"logits": scores})))
+    assert "same largest entry of logits 64.0% 100% is the dense model" in text
+    assert "Quality against work" not in text
+    assert "mean cosine of pooled 0.97 at" in words(page_case.contents(end_to_end=both))
+    assert "same largest entry" not in words(page_case.contents())
 
 
 def test_a_failed_check_says_so_in_words() -> None:
@@ -217,7 +242,7 @@ def test_figures_stand_in_the_cells_while_there_is_room() -> None:
     few, many = heat.load_of(page_case.report(2, 4)), heat.load_of(page_case.report(80, 64))
     assert few
     assert many
-    assert [text for *_, text, _ in few.heat.texts][:4] == ["0.0", "0.7", "1.3", "2.0"]
+    assert [text for *_, text, _ in few.heat.texts][:4] == ["0", "0.7", "1.3", "2.0"]
     assert many.heat.texts == ()
     assert many.heat.rows[7].title == (
         "model.layers.7.mlp: 0 to 60, 10 idle tokens per expert, the most to expert 6"
@@ -286,7 +311,7 @@ def test_quality_is_that_of_all_ffns_and_says_whose_lines_they_are() -> None:
     end = replace(page_case.report().end_to_end, language_model=page_case.WORDS)
     chart = charts.quality_chart(page_case.report(end_to_end=end))
     assert chart
-    assert (chart.what, chart.value) == ("perplexity factor", 1.5)
+    assert (chart.what, chart.value) == ("perplexity over the dense one", 1.5)
     assert "8 measured points are worse" not in words(page_case.contents())
 
 
@@ -380,9 +405,9 @@ def test_json_is_the_report_and_writes_nothing(tmp_path: Path) -> None:
     folder = moved(tmp_path)
     code, out, _ = run(folder, "--json")
     assert code == 0
-    found = json.loads(out)
-    found.pop("verdict", None)
-    assert found == read_report(folder).to_json()
+    report = read_report(folder)
+    assert json.loads(out) == report.to_json()
+    assert json.loads(out)["verdict"]["headline"] == report.verdict.headline
     assert not (folder / "report.html").exists()
 
 
@@ -459,6 +484,29 @@ def test_impossible_figures_are_one_sentence(tmp_path: Path, changes: dict[str, 
     code, _, said = run(moved(tmp_path, **changes))
     assert (code, said.count("\n")) == (2, 1)
     assert "not those of a conversion" in said
+
+
+@pytest.mark.parametrize("way", ["--no-stream", "--stream", "onnx"])
+def test_convert_writes_what_report_writes(tmp_path: Path, way: str) -> None:
+    """All ways of a conversion end in one place; the page is the same when it is made again."""
+    out = tmp_path / "moe"
+    if way == "onnx":
+        dense = onnx_files.by_hand(tmp_path / "dense.onnx", "relu")
+    else:
+        dense = tmp_path / "dense"
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 99}
+        BertModel(BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)).save_pretrained(
+            dense
+        )
+    options = ["--target", "safetensors", way] if way != "onnx" else []
+    recipe = ["--recipe", "split-all", "--set", "experts.count=4", "--set", "router.top_k=4"]
+    command_line.run("convert", dense, "--out", out, *recipe, *options)
+    made = (out / "report.html").read_bytes()
+    assert ("layer by layer (" in made.decode("utf-8")) is (way == "--stream")
+    assert b"Load of every expert" in made
+    assert str(tmp_path) not in made.decode("utf-8")
+    assert run(out)[0] == 0
+    assert (out / "report.html").read_bytes() == made
 
 
 def test_a_directory_without_a_report_is_refused(tmp_path: Path) -> None:

@@ -92,6 +92,38 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """One figure of how near this model is to the dense one."""
+
+    kind: Literal["perplexity", "cosine", "agreement"]
+    what: str
+    value: float
+
+    @property
+    def text(self) -> str:
+        """The figure."""
+        return f"{self.value:.1%}" if self.kind == "agreement" else figure(self.value)
+
+
+def figures_of(report: Report) -> list[Quality]:
+    """What the model is judged by, as by its verdict; the most telling figure is the first."""
+    end = report.end_to_end
+    if end is None:
+        return []
+    if found := end.language_model:
+        factor = found.converted_perplexity / found.dense_perplexity
+        return [Quality("perplexity", "perplexity over the dense one", factor)]
+    names = sorted(end.outputs, key=lambda name: (name != "sentence_embedding", name))
+    judged = [
+        Quality("cosine", f"mean cosine of {name}", end.outputs[name].mean_cosine)
+        if end.outputs[name].top1_agreement is None
+        else Quality("agreement", f"same largest entry of {name}", end.outputs[name].top1_agreement)
+        for name in names
+    ]
+    return [one for one in judged if math.isfinite(one.value)]
+
+
+@dataclass(frozen=True)
 class QualityChart:
     """Quality against work.
 
@@ -117,21 +149,12 @@ class QualityChart:
 
 def quality_chart(report: Report) -> QualityChart | None:
     """This model's point among those that were measured on other models."""
-    end, costs = report.end_to_end, report.costs
-    if end is None or costs is None or (work := costs.work) is None:
+    costs = report.costs
+    if costs is None or (work := costs.work) is None:
         return None
-    kind: Literal["perplexity", "cosine"] = "perplexity" if end.language_model else "cosine"
-    if found := end.language_model:
-        value, what = found.converted_perplexity / found.dense_perplexity, "perplexity factor"
-    else:
-        finite = {n: out.mean_cosine for n, out in end.outputs.items()}
-        if not finite:
-            return None
-        name = "sentence_embedding"
-        name = name if name in finite else min(finite, key=finite.__getitem__)
-        value, what = finite[name], f"mean cosine of {name}"
-    if not math.isfinite(value):
+    if not (found := [one for one in figures_of(report) if one.kind in measured()]):
         return None
+    what, value, kind = found[0].what, found[0].value, found[0].kind
     known = measured()[kind]
     points = [(x, y) for line in known.points.values() for x, y in line]
     across = Scale(0, max(1.0, math.ceil(work * 4) / 4), LEFT + 90, RIGHT)

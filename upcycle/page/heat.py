@@ -161,7 +161,7 @@ def _heat(
             x = round(column * width, 2)
             outlines.setdefault(level, []).append(f"M{x:g} {y:g}h{width:g}v{height:g}h-{width:g}z")
             if figures and width >= SHOWN_FROM:
-                texts.append((x + width / 2, y + height / 2, f"{mean:.1f}", level))
+                texts.append((x + width / 2, y + height / 2, f"{mean:.1f}" if mean else "0", level))
     # Numbers and letters that are made here, which need no escapes.
     paths = tuple((level, Markup("".join(parts))) for level, parts in sorted(outlines.items()))
     return HeatMap(columns, width, height, tuple(placed), paths, tuple(texts), pooled, hidden)

@@ -46,11 +46,6 @@ class Contents:
     kinds: tuple[Kind, ...] = ()
     origin: Origin | None = None
     speed: Speed | None = None
-    verdict: Any = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The data of ``report.json``."""
-        return self.report.to_json()
 
 
 def read_contents(directory: Path) -> Contents:
@@ -93,7 +88,8 @@ def _page(contents: Contents) -> str:
             runtimes=[
                 (name, _SUPPORT.validate_python(held).text()) for name, held in runtimes.items()
             ],
-            verdict=contents.verdict,
+            verdict=report.verdict,
+            figures=charts.figures_of(report),
             report=report,
             bars=charts.bars_of(report.checks[:MOST_ROWS]),
             layers=charts.layer_chart(report),

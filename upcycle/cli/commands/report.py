@@ -31,7 +31,7 @@ def report(directory: Path, out: Path | None, is_opened: bool, as_json: bool) ->
 
     contents = read_contents(directory)
     if as_json:
-        console.print_json(contents.to_json())
+        console.print_json(contents.report.to_json())
     if out is not None or is_opened or not as_json:
         file = write_page(contents, out or page_file(directory))
         if not as_json:
