@@ -112,12 +112,12 @@ class Bench:
         if kind == "report":
             damaged("moe", "report.json", change_json)
             return draw.choice([self.run("inspect", here), self.run("inspect", here, "--json"),
+                                self.run("report", here),
                                 self.run("verify", work / "llama", here)])  # fmt: skip
         if kind == "provenance":
             damaged("moe", "provenance.json", change_json)
-            return draw.choice(
-                [self.run("inspect", here), self.run("verify", work / "llama", here)]
-            )
+            return draw.choice([self.run("inspect", here), self.run("report", here),
+                                self.run("verify", work / "llama", here)])  # fmt: skip
         if kind == "recipe":
             path = damaged("recipe.yaml", "recipe.yaml", change_text)
             return self.run("plan", work / "llama", "--recipe", path)

@@ -6,7 +6,7 @@ written as runs, in their order: ``0-383 500 zero*2 new*3`` are the dense neuron
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -63,13 +63,12 @@ def _run(index: int, neuron: int) -> tuple[bool, int]:
     return (True, neuron - index) if neuron >= 0 else (False, neuron)
 
 
-def neurons_of(text: str, most: int = MOST) -> list[int]:
-    """The neurons that `runs` wrote.
+def runs_of(text: str) -> Iterator[tuple[int, int]]:
+    """The first neuron and the length of each run that `runs` wrote.
 
     Raises:
-        ValueError: the text is damaged, or names more than `most` neurons.
+        ValueError: the text is damaged.
     """
-    found: list[int] = []
     words = {word: value for value, word in _WORDS.items()}
     for part in text.split():
         word, _, times = part.partition("*")
@@ -78,9 +77,22 @@ def neurons_of(text: str, most: int = MOST) -> list[int]:
         else:
             first, _, last = part.partition("-")
             neuron, count = int(first), int(last or first) + 1 - int(first)
-        if count < 1 or len(found) + count > most:
-            raise ValueError(f"{part}: at most {most} neurons can be here")
-        found += [neuron] * count if word in words else range(neuron, neuron + count)
+        if count < 1:
+            raise ValueError(f"{part}: no neurons")
+        yield neuron, count
+
+
+def neurons_of(text: str, most: int = MOST) -> list[int]:
+    """The neurons that `runs` wrote.
+
+    Raises:
+        ValueError: the text is damaged, or names more than `most` neurons.
+    """
+    found: list[int] = []
+    for neuron, count in runs_of(text):
+        if len(found) + count > most:
+            raise ValueError(f"{neuron}: at most {most} neurons can be here")
+        found += [neuron] * count if neuron in _WORDS else range(neuron, neuron + count)
     return found
 
 

@@ -66,7 +66,7 @@ def convert(model: Path, out: Path, *options: str) -> Result:
     return CliRunner().invoke(main, arguments)
 
 
-HOW_VERIFIED = {"README.md", "report.json"}
+HOW_VERIFIED = {"README.md", "report.html", "report.json"}
 
 
 def digests(folder: Path) -> dict[str, str]:

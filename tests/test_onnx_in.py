@@ -188,8 +188,8 @@ def test_the_directory_is_complete_and_loads_anywhere(tmp_path: Path) -> None:
     report = convert(path, out, "sparse-upcycling")
     names = {file.name for file in out.iterdir()}
     assert names == {
-        "model.onnx", "experts.safetensors", "recipe.yaml", "report.json", "README.md",
-        "provenance.json"
+        "model.onnx", "experts.safetensors", "recipe.yaml", "report.html", "report.json",
+        "README.md", "provenance.json",
     }  # fmt: skip
     assert json.loads((out / "report.json").read_text())["checks"] == report.to_json()["checks"]
     assert "library_name: onnx" in (out / "README.md").read_text()

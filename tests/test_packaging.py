@@ -41,6 +41,15 @@ def test_the_shipped_recipes_are_package_data() -> None:
     assert SETUPTOOLS["package-data"]["upcycle.recipes"] == ["*.yaml"]
 
 
+def test_the_templates_of_the_page_are_package_data() -> None:
+    """Each folder is named: one that is not would be missing from the wheel alone."""
+    page = ROOT / "upcycle" / "page"
+    data = {path for path in page.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    listed = SETUPTOOLS["package-data"]["upcycle.page"]
+    assert data == {path for pattern in listed for path in page.glob(pattern)}
+    assert len(data) > 3
+
+
 @pytest.mark.parametrize("name", MAPPED)
 def test_a_mapped_folder_is_no_top_level_module(tmp_path: Path, name: str) -> None:
     done = python(f"import {name}", tmp_path)

@@ -12,7 +12,6 @@ from rich.console import Console, RenderableType
 from torch import nn
 
 from upcycle.cli import tables_of_reports as report
-from upcycle.cli.tables import short
 from upcycle.ir.ffn import FFN, Located, Miss, Projection
 from upcycle.ir.measured import Check, LanguageModel, ModelDistance
 from upcycle.ir.report import Report
@@ -23,6 +22,7 @@ from upcycle.pointwise import Pointwise
 from upcycle.recipe import schema as recipe
 from upcycle.targets.destination import Destination
 from upcycle.targets.runtimes.support import loads, refuses
+from upcycle.util.wording import short
 
 
 def ffn(path: str = "mlp", *, gated: bool = False, bias: bool = True) -> FFN:

@@ -53,11 +53,11 @@ def convert(model: Path, out: Path, *options: str) -> Result:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of every file but the two that say how it was verified."""
+    """Of every file but those that say how it was verified."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.name not in {"README.md", "report.json"}
+        if path.name not in {"README.md", "report.html", "report.json"}
     }
 
 

@@ -33,6 +33,7 @@ def costs(plan: Plan, total_parameters: int, itemsize: int) -> Costs:
         bytes_before=total_parameters * itemsize,
         bytes_on_disk=after * itemsize,
         peak_bytes=(total_parameters + layers) * itemsize,
+        flops_left_dense=sum(2 * ffn.num_weights for ffn in plan.located.ffns if ffn not in ffns),
     )
 
 

@@ -5,7 +5,7 @@ import gc
 
 import click
 
-from upcycle.cli.commands import bench, convert, export, options, plan, recipes, verify
+from upcycle.cli.commands import bench, convert, export, options, plan, recipes, report, verify
 from upcycle.cli.group import CommandGroup
 from upcycle.version import __version__
 
@@ -33,6 +33,7 @@ for command in (
     verify.verify,
     bench.bench,
     export.export,
+    report.report,
     recipes.recipes,
     recipes.schema,
     recipes.samples,

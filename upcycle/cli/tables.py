@@ -1,9 +1,8 @@
-"""Tables and numbers for people."""
+"""Tables for people."""
 
 import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
-from typing import Any
 
 from rich.table import Table
 
@@ -19,27 +18,6 @@ def fold(paths: Sequence[str]) -> str:
     text = f"{numbers[0]}..{numbers[-1]}" + (f"..{step}" if step != 1 else "")
     parts[0][varying[0]] = f"{{{text}}}"
     return ".".join(parts[0])
-
-
-def short(number: int) -> str:
-    """``134515008`` as ``134.5M``."""
-    value, unit = float(number), ""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if value < 999.95 or unit == "P":
-            break
-        value /= 1000
-    return f"{value:.1f}{unit}" if unit else str(number)
-
-
-def size(number: int) -> str:
-    """``134515008`` as ``134.5 MB``; rich's own would print ``1,000.0 kB`` and ``12 bytes``."""
-    text = short(number)
-    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
-
-
-def count(items: Sequence[Any], noun: str) -> str:
-    """``2 layers`` for two items."""
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def new_table(*columns: str) -> Table:

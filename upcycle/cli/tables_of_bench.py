@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from upcycle.cli.tables import add_rows, new_table, short, size
+from upcycle.cli.tables import add_rows, new_table
 from upcycle.errors import UsageError
+from upcycle.util.wording import short, size
 
 LEGEND = (
     "times are medians (quartiles); a ratio is converted / dense in the same round; the floor is "

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from upcycle.cli.tables import add_rows, count, new_table
+from upcycle.cli.tables import add_rows, new_table
+from upcycle.util.wording import count
 
 MAX_ROWS = 24  # of a table that would have one for each expert or tensor
 MAX_RUNS = 60  # characters

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from upcycle.cli.tables import add_rows, count, new_table, short, size
+from upcycle.cli.tables import add_rows, new_table
 from upcycle.ir.ffn import FFN, Located
 from upcycle.ir.measured import Check, Costs, Distance, LayerDistance
 from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.verdict import Verdict, verdict
 from upcycle.targets.destination import Destination, grouped
+from upcycle.util.wording import count, short, size
 
 if TYPE_CHECKING:
     from upcycle.conversion.export import Exported

@@ -13,6 +13,7 @@ from upcycle.conversion.options import DEFAULTS, Options, check_options
 from upcycle.ir.report import Report
 from upcycle.models.dense import Source
 from upcycle.models.onnx_file import OnnxSource
+from upcycle.page.page import page_file, read_contents, write_page
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.card import card
 from upcycle.targets.checkpoint import Checkpoint
@@ -92,4 +93,5 @@ def finish(
     is_pair = checkpoint is not None and (directory / ENCODER).is_file()
     text = card(name, made.plan, report, targets, checkpoint, is_pair=is_pair)
     describe(directory, made.plan, made.provenance, report, text)
+    write_page(read_contents(directory), page_file(directory))
     return report

@@ -144,6 +144,7 @@ class Costs:
         compensation_parameters, compensation_flops: the part of those after from `compensate`.
         bytes_before, bytes_on_disk: of the dense and of the converted weights.
         peak_bytes: the dense model and the converted layers side by side.
+        flops_left_dense: per token, in the FFNs that stay dense; earlier versions wrote none.
     """
 
     parameters_before: int
@@ -156,8 +157,17 @@ class Costs:
     bytes_before: int
     bytes_on_disk: int
     peak_bytes: int
+    flops_left_dense: int | None = None
 
-    def to_json(self) -> dict[str, int]:
+    @property
+    def work(self) -> float | None:
+        """FLOPs of all FFNs over the dense ones, if they are known."""
+        if self.flops_left_dense is None or not self.flops_before + self.flops_left_dense:
+            return None
+        rest = self.flops_left_dense
+        return (self.flops_after + rest) / (self.flops_before + rest)
+
+    def to_json(self) -> dict[str, int | None]:
         """Plain data for ``upcycle plan --json``."""
         return dict(vars(self))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from upcycle.errors import UsageError
+from upcycle.errors import UsageError, one_line
 from upcycle.ir.measured import (
     Calibrated,
     Check,
@@ -121,7 +121,13 @@ class Report:
             UsageError: a field is missing or has another type; the message begins with `where`.
         """
         try:
-            return _ADAPTER.validate_python(data)
+            report = _ADAPTER.validate_python(data)
+            _ = report.verdict  # it divides by what no conversion leaves at zero
+        except ArithmeticError as error:
+            raise UsageError(
+                f"{where}: its figures are not those of a conversion ({one_line(error)}); convert "
+                "the model again"
+            ) from error
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "it"
@@ -129,6 +135,7 @@ class Report:
                 f"{where}: not a report of upcycle, {field}: {first['msg'].lower()}; convert the "
                 "model again"
             ) from error
+        return report
 
 
 _ADAPTER = TypeAdapter(Report)
