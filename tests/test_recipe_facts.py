@@ -2,7 +2,7 @@
 
 import pytest
 
-from upcycle.cli.recipe_facts import recipe_facts
+from upcycle.cli.recipe_facts import GOALS, recipe_facts
 from upcycle.recipe.reader import load_recipe
 from upcycle.recipe.shipped import recipe_names
 
@@ -30,17 +30,27 @@ from upcycle.recipe.shipped import recipe_names
     ],
 )
 def test_facts(name: str, overrides: list[str], promise: str, active: str, needs: str) -> None:
-    found = recipe_facts(load_recipe(name, overrides)).split("; ")
-    assert found[:2] == [promise, f"a token meets {active} of the FFN"]
-    assert found[2].startswith(f"needs {needs}")
+    found = recipe_facts(load_recipe(name, overrides)).text().split("; ")
+    assert found[:2] == [promise, f"{active} of the FFN active for a token"]
+    assert found[3].startswith(f"needs {needs}")
 
 
 def test_it_is_one_line() -> None:
-    assert recipe_facts(load_recipe("granular")) == (
-        "exact; a token meets 100% of the FFN; needs nothing but the model"
+    assert recipe_facts(load_recipe("granular")).text() == (
+        "exact; 100% of the FFN active for a token; 4.0x parameters; needs nothing but the model"
     )
+
+
+def test_the_goal_follows_from_the_method() -> None:
+    goals = {name: recipe_facts(load_recipe(name)).goal for name in recipe_names()}
+    assert goals["sparse-upcycling"] == goals["granular"] == goals["residual-moe"] == "train"
+    assert goals["upcycle"] == goals["emoe"] == goals["moebert"] == "faster"
+    assert [name for name, goal in goals.items() if goal == "check"] == ["split-all"]
+    merging = {name for name, goal in goals.items() if goal == "merge"}
+    assert merging == {"btx", "clip-moe", "uni-moe", "medplib"}
+    assert set(goals.values()) == set(GOALS)
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_has_facts(name: str) -> None:
-    assert recipe_facts(load_recipe(name))
+    assert recipe_facts(load_recipe(name)).parameters >= 1

@@ -1,19 +1,55 @@
-"""What a shipped recipe promises, costs and needs, before any model is named."""
+"""What a shipped recipe is for, promises, costs and needs, before any model is named."""
+
+from dataclasses import dataclass
 
 from upcycle.ir.ffn import FFN, Located, Projection
 from upcycle.kernels.activations import NAMED_POINTWISE
+from upcycle.passes.experts import EXPERTS
+from upcycle.passes.plan.costs import layer_parameters
 from upcycle.passes.plan.plan import make_plan, needs
 from upcycle.recipe.schema import Layers, Recipe
 
 _WIDTH, _NEURONS = 4096, 12288  # of an FFN as in most language models
 _BOUNDED = ("top_p", "entropy", "null")  # selections of which a token may visit fewer
 
+# What one converts for, in the order of `upcycle recipes`.
+GOALS = {
+    "train": "more capacity from the same start, to be trained",
+    "faster": "a part of the FFN for each token",
+    "merge": "the FFNs of several models in one",
+    "check": "the dense model in other words",
+}
 
-def recipe_facts(recipe: Recipe) -> str:
-    """The promise, the active part of the FFN, and the data that a recipe needs, in one line.
 
-    They are those of a plan for one SwiGLU FFN of 12288 neurons, and hold for most models.
+@dataclass(frozen=True)
+class RecipeFacts:
+    """A recipe in figures, which hold for most models.
+
+    Attributes:
+        goal: a key of `GOALS`.
+        promise: of a plan with it.
+        work: the neurons that a token visits, over those of the FFN.
+        is_bound: it is the most that a token visits.
+        parameters: of the layer, over those of the FFN.
+        needs: the data, in words.
     """
+
+    goal: str
+    promise: str
+    work: float
+    is_bound: bool
+    parameters: float
+    needs: str
+
+    def text(self) -> str:
+        """In one line."""
+        bound = "at most " if self.is_bound else ""
+        work = f"{bound}{self.work:.0%} of the FFN active for a token"
+        return f"{self.promise}; {work}; {self.parameters:.1f}x parameters; needs {self.needs}"
+
+
+def recipe_facts(recipe: Recipe) -> RecipeFacts:
+    """What a plan with the recipe says of one SwiGLU FFN of 12288 neurons."""
     names = ("gate", "up", "down")
     gate, up, down = (Projection(n, f"{n}.weight", None, False, (0, _NEURONS, 1)) for n in names)
     ffn = FFN(
@@ -34,14 +70,31 @@ def recipe_facts(recipe: Recipe) -> str:
     planned = recipe.model_copy(update={"layers": Layers(), "experts": experts})
     (spec,) = make_plan(Located((ffn,)), planned).specs
     visited = spec.num_experts if spec.router.select == "entropy" else spec.top_k
-    active = (min(visited, spec.num_experts) * spec.width + spec.shared) / _NEURONS
-    wanted = needs(recipe)
-    shown = "nothing but the model"
+    work = (min(visited, spec.num_experts) * spec.width + spec.shared) / _NEURONS
+    return RecipeFacts(
+        goal=_goal(recipe, work),
+        promise=spec.promise,
+        work=work,
+        is_bound=spec.router.select in _BOUNDED,
+        parameters=layer_parameters(spec, spec.num_experts) / ffn.num_parameters,
+        needs=_needs(recipe),
+    )
+
+
+def _goal(recipe: Recipe, work: float) -> str:
+    if recipe.experts.method == "from_checkpoints":
+        return "merge"
+    if not EXPERTS[recipe.experts.method].deals_neurons:
+        return "train"
+    return "faster" if work < 1 else "check"
+
+
+def _needs(recipe: Recipe) -> str:
+    wanted, shown = needs(recipe), "nothing but the model"
     if "gradients" in wanted:
         shown = "gradients on calibration data"
-    elif wanted or experts.adaptive:
+    elif wanted or recipe.experts.adaptive:
         shown = "activations on calibration data"
-    if experts.method == "from_checkpoints":
+    if recipe.experts.method == "from_checkpoints":
         shown = f"several checkpoints, {shown}" if wanted else "several checkpoints"
-    bound = "at most " if spec.router.select in _BOUNDED else ""
-    return f"{spec.promise}; a token meets {bound}{active:.0%} of the FFN; needs {shown}"
+    return shown

@@ -8,21 +8,29 @@ from upcycle.cli.commands import options
 
 @click.command()
 @click.argument("name", required=False)
+@click.option(
+    "--goal",
+    type=click.Choice(["train", "faster", "merge", "check"]),
+    help="Only those for this goal.",
+)
+@options.as_json
 @options.log
-def recipes(name: str | None) -> None:
-    """List the shipped recipes, or print the recipe NAME."""
+def recipes(name: str | None, goal: str | None, as_json: bool) -> None:
+    """List the shipped recipes by what they are for, or print the recipe NAME."""
     from upcycle.recipe import shipped
 
-    if name is not None:
+    if name is not None and not as_json:
         click.echo(shipped.recipe_text(name), nl=False)
         return
     from upcycle.cli.recipe_facts import recipe_facts
+    from upcycle.cli.tables_of_recipes import recipes_report
     from upcycle.recipe.reader import load_recipe
 
-    for about in map(shipped.describe, shipped.recipe_names()):
-        click.echo(f"{about.name}\n  {about.title}")
-        click.echo(f"  {about.authors}, {about.paper}, {about.year}, {about.url}")
-        click.echo(f"  {recipe_facts(load_recipe(about.name))}")
+    names = shipped.recipe_names() if name is None else [name]
+    found = [(shipped.describe(each), recipe_facts(load_recipe(each))) for each in names]
+    found = [(about, facts) for about, facts in found if goal in (None, facts.goal)]
+    data = [vars(about) | vars(facts) for about, facts in found]
+    console.show(as_json, data, lambda: recipes_report(found))
 
 
 @click.command()
