@@ -5,7 +5,17 @@ import gc
 
 import click
 
-from upcycle.cli.commands import bench, convert, export, options, plan, recipes, report, verify
+from upcycle.cli.commands import (
+    bench,
+    convert,
+    export,
+    init,
+    options,
+    plan,
+    recipes,
+    report,
+    verify,
+)
 from upcycle.cli.group import CommandGroup
 from upcycle.version import __version__
 
@@ -26,6 +36,7 @@ def main() -> None:
 
 
 for command in (
+    init.init,
     convert.convert,
     plan.plan,
     plan.inspect,

@@ -3,7 +3,7 @@
 It imports nothing that writes or verifies, so that it answers at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from upcycle.ir.ffn import Located
@@ -41,12 +41,32 @@ def plan_model(
     Raises:
         UnsupportedError: no checkpoint is what `runtimes` and `architecture` require.
     """
+    return planner(source, runtimes=runtimes, architecture=architecture)(recipe, recipe_name)
+
+
+def planner(
+    source: "Source | OnnxSource",
+    *,
+    runtimes: Sequence[str] = (),
+    architecture: str | None = None,
+) -> Callable[[Recipe, str], tuple[Plan, Costs, Destination]]:
+    """`plan_model` for several recipes: the model is captured once."""
     if not isinstance(source, Source):
-        plan = source.plan(recipe, recipe_name).requiring(runtimes, architecture)
-        return plan, costs(plan, *source.size), onnx_destination(plan)
+        file = source
+
+        def plan_file(recipe: Recipe, recipe_name: str) -> tuple[Plan, Costs, Destination]:
+            plan = file.plan(recipe, recipe_name).requiring(runtimes, architecture)
+            return plan, costs(plan, *file.size), onnx_destination(plan)
+
+        return plan_file
     skeleton = source.skeleton()
-    plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
-    plan = plan.requiring(runtimes, architecture)
+    located = locate_in(skeleton, source.example)
     source.unread(skeleton)
-    check_model(skeleton, plan)
-    return plan, costs(plan, *model_size(skeleton)), destination(skeleton, plan)
+
+    def plan(recipe: Recipe, recipe_name: str) -> tuple[Plan, Costs, Destination]:
+        made = make_plan(located, recipe, recipe_name=recipe_name)
+        made = made.requiring(runtimes, architecture)
+        check_model(skeleton, made)
+        return made, costs(made, *model_size(skeleton)), destination(skeleton, made)
+
+    return plan

@@ -55,16 +55,17 @@ recipe = options(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of it."
     ),
 )
-runtimes = options(
-    click.option(
-        "--runtime",
-        "runtimes",
-        multiple=True,
-        type=click.Choice(
-            ["transformers", "vllm", "sglang", "llama.cpp", "onnxruntime"], case_sensitive=False
-        ),
-        help="Software that has to run the result; may be repeated.",
+runtimes_only = click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    type=click.Choice(
+        ["transformers", "vllm", "sglang", "llama.cpp", "onnxruntime"], case_sensitive=False
     ),
+    help="Software that has to run the result; may be repeated.",
+)
+runtimes = options(
+    runtimes_only,
     click.option(
         "--architecture",
         metavar="NAME",
