@@ -2,8 +2,12 @@
 
 import errno
 import json
+import logging
+import os
+import re
 import subprocess
 import sys
+import time
 from typing import Any
 
 import click
@@ -24,7 +28,7 @@ FLAGS = {
     | {"MODEL", "--recipe", "--set", "--out", "--target", "--calibration", "--inputs", "--device"}
     | {"--text-field", "--runtime", "--architecture", "--onnx-profile"}
     | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
-    | {"--stream", "--no-stream", "--resume", "--fresh", "--jobs", "--executor"}
+    | {"--stream", "--no-stream", "--resume", "--fresh", "--jobs", "--executor", "--json"}
     | {"--trust-remote-code", "--allow-pickle"},
     "plan": LOG
     | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"}
@@ -35,9 +39,17 @@ FLAGS = {
     "bench": LOG
     | {"CONVERTED", "--against", "--engine", "--tokens", "--layers", "--threads", "--seconds"}
     | {"--plot", "--inputs", "--json", "--trust-remote-code"},
-    "recipes": LOG | {"[NAME]"},
+    "export": LOG
+    | {"DIRECTORY", "--out", "--target", "--set", "--dense", "--runtime", "--architecture"}
+    | {"--inputs", "--overwrite", "--verify", "--no-verify", "--json", "--trust-remote-code"},
+    "init": LOG
+    | {"MODEL", "--goal", "--runtime", "--memory", "--source", "--out", "--choose", "--overwrite"}
+    | {"--inputs", "--json", "--trust-remote-code"},
+    "report": LOG | {"DIRECTORY", "--out", "--open", "--json"},
+    "env": LOG | {"--json"},
+    "recipes": LOG | {"[NAME]", "--goal", "--json"},
     "schema": LOG | {"--report"},
-    "samples": LOG,
+    "samples": LOG | {"--json"},
     "samples add": LOG | {"NAME"},
 }
 
@@ -124,7 +136,7 @@ def test_samples_are_listed() -> None:
     [
         ("conver", "No such command 'conver'. Did you mean 'convert'? (see `upcycle --help`)"),
         ("convert", "Missing argument 'MODEL' (see `upcycle convert --help`)"),
-        ("convert m", "Missing option '--recipe' (see `upcycle convert --help`)"),
+        ("convert m", "--recipe is missing; `upcycle recipes` lists them"),
         ("convert m --recipe granular", "Missing option '--out' (see `upcycle convert --help`)"),
         ("plan m --recipee x", "No such option '--recipee'. Did you mean"),
         ("convert m --recipe granular --out o --target tf", "Invalid value for '--target': 'tf'"),
@@ -215,3 +227,48 @@ def test_verbose_shows_where_a_bug_is(failing: Any) -> None:
 def test_sizes(text: str, size: int) -> None:
     context = click.Context(main)
     assert program.size_in_bytes(context, click.Option(["--x"]), text) == size
+
+
+def test_quiet_prints_errors_only(tmp_path: Path) -> None:
+    made = ("--recipe", "split-all", "--target", "safetensors", "--no-verify")
+    done = run("convert", "sample:bert-tiny", *made, "--out", str(tmp_path / "a"), "-q")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+    done = run("convert", "sample:bert-tiny", *made, "--out", str(tmp_path / "b"), "-q", "--json")
+    assert json.loads(done.stdout)["report"]["recipe"] == "split-all"  # it was asked for
+    assert run("plan", "sample:bert-tiny", "--recipe", "split-all", "-q").stdout == ""
+    assert run("plan", "sample:none", "--recipe", "split-all", "-q").stderr.startswith("error: ")
+
+
+def test_a_long_stage_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "ALIVE", 0.01)
+    console.start_log(logging.INFO)
+    with console.progress() as progress:
+        progress("loading", 0, 1)
+        progress("converting", 1, 4)
+        _wait_for(capsys, "converting: 1 of 4, running for", "loading: 0 of 1, running for")
+        progress("loading", 1, 1)
+        progress("converting", 4, 4)
+    said = capsys.readouterr().err
+    assert "loading: 1 of 1, " in said
+    assert "left" not in said.splitlines()[-1]
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""  # nothing goes on afterwards
+
+
+def _wait_for(capsys: pytest.CaptureFixture[str], *texts: str) -> None:
+    said, end = "", time.monotonic() + 30
+    while not all(text in said for text in texts):
+        assert time.monotonic() < end, said
+        time.sleep(0.01)
+        said += capsys.readouterr().err
+    assert re.search(r"converting: 1 of 4, running for 0 s, about 0 s left", said)
+
+
+def test_the_environment_is_that_of_this_process() -> None:
+    found = json.loads(run("env", "--json").stdout)
+    assert found["upcycle"] == __version__
+    assert found["torch"] == torch.__version__
+    assert str(os.cpu_count()) in found["processor"]
+    assert "transformers" in run("env").stdout

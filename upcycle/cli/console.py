@@ -6,14 +6,22 @@ itself only logs.
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -23,6 +31,7 @@ from upcycle.util.progress import Progress
 from upcycle.util.untrusted import printable
 
 log = logging.getLogger("upcycle")
+ALIVE = 10.0  # seconds after which a stage says that it is still running
 
 
 def shown(text: str) -> str:
@@ -52,7 +61,12 @@ def start_log(level: int) -> None:
 
 
 def print_result(*parts: RenderableType) -> None:
-    """Print tables and lines on stdout; a pipe gets them unwrapped and without colour."""
+    """Print tables and lines on stdout, unless only errors are wanted.
+
+    A pipe gets them unwrapped and without colour.
+    """
+    if not log.isEnabledFor(logging.INFO):
+        return
     width = None if sys.stdout.isatty() else 1000
     console = _Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
     for part in parts:
@@ -74,28 +88,74 @@ def show(as_json: bool, data: Any, report: Callable[[], Iterable[RenderableType]
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Bars on a terminal; elsewhere a line for the start and the end of each stage."""
+    """Bars on a terminal; elsewhere lines, also while a stage takes long."""
     if not log.isEnabledFor(logging.INFO):
         yield lambda stage, done, total: None
     elif sys.stderr.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Bars(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        times = (TimeElapsedColumn(), TimeRemainingColumn(compact=True))
+        with Bars(*columns, *times, console=Console(stderr=True)) as bars:
             tasks: dict[str, Any] = {}
 
             def show(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total)
-                bars.update(tasks[stage], completed=done, total=total)
+                    tasks[stage] = bars.add_task(stage, total=None)
+                known = total if done or total > 1 else None  # one item: the bar just moves
+                bars.update(tasks[stage], completed=done, total=known)
 
             yield show
     else:
-        started: dict[str, float] = {}
+        lines = _Lines()
+        stop = threading.Event()
+        thread = threading.Thread(target=lines.go_on, args=(stop,), daemon=True)
+        thread.start()
+        try:
+            yield lines.show
+        finally:
+            stop.set()
+            thread.join()
 
-        def line(stage: str, done: int, total: int) -> None:
-            first = stage not in started
-            seconds = time.perf_counter() - started.setdefault(stage, time.perf_counter())
+
+class _Lines:
+    """A line for the start and the end of each stage, and every `ALIVE` seconds between them."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, _Stage] = {}
+        self._lock = threading.Lock()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """As `Progress`."""
+        now = time.perf_counter()
+        with self._lock:
+            first = stage not in self._running
+            begun = now if first else self._running[stage].begun
+            self._running[stage] = _Stage(begun, done, total)
             if first or done == total:
-                after = "" if first else f", {seconds:.1f} s"
-                print(f"{stage}: {done} of {total}{after}", file=sys.stderr, flush=True)
+                after = "" if first else f", {now - begun:.1f} s"
+                _say(f"{stage}: {done} of {total}{after}")
 
-        yield line
+    def go_on(self, stop: threading.Event) -> None:
+        """Say what is still running, until `stop`."""
+        while not stop.wait(ALIVE):
+            with self._lock:
+                for name, stage in self._running.items():
+                    if stage.done < stage.total:
+                        _say(f"{name}: {stage.text(time.perf_counter())}")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    begun: float
+    done: int
+    total: int
+
+    def text(self, now: float) -> str:
+        """How far it is, and an estimate of the rest once an item is done."""
+        seconds = now - self.begun
+        left = seconds / self.done * (self.total - self.done) if self.done else None
+        about = "" if left is None else f", about {left:.0f} s left"
+        return f"{self.done} of {self.total}, running for {seconds:.0f} s{about}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import click
 from upcycle.cli.commands import (
     bench,
     convert,
+    env,
     export,
     init,
     options,
@@ -48,5 +49,6 @@ for command in (
     recipes.recipes,
     recipes.schema,
     recipes.samples,
+    env.env,
 ):
     main.add_command(command)

@@ -114,9 +114,8 @@ def _fitting(made: Iterator[Proposal], memory: int | None) -> Proposal:
         taken = proposal.bytes_rounded or proposal.costs.bytes_on_disk
         dense = proposal.costs.bytes_before
         if proposal.bytes_rounded is not None and taken >= dense:
-            raise UsageError(
-                f"its rounded weights take {size(taken)}, and those of the dense model {size(dense)}"
-            )
+            had = size(dense)
+            raise UsageError(f"its rounded weights take {size(taken)}, the dense model's {had}")
         if memory is None or taken <= memory:
             return proposal
     raise UsageError(

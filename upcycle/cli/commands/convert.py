@@ -80,6 +80,7 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     default="threads",
     help="Make layers here, or on the Ray cluster of RAY_ADDRESS.",
 )
+@options.as_json
 @options.trust
 @options.pickle
 @options.log
@@ -98,9 +99,20 @@ def convert(
     seed: int | None,
     jobs: int | None,
     executor: str,
+    as_json: bool,
     **others: Any,
 ) -> None:
-    """Convert MODEL, verify the result and write it."""
+    """Convert MODEL, verify the result and write it.
+
+    `upcycle plan` shows what would be done, without weights; `upcycle init` proposes a recipe.
+
+    \b
+    Example: upcycle convert sample:minilm --recipe sparse-upcycling --out minilm-moe
+
+    \b
+    Exit codes: 0 done, 2 usage or recipe, 3 verification failed, 4 unsupported,
+    5 disk or memory too small, 130 interrupted, 1 a bug in upcycle.
+    """
     with collector_paused():
         from upcycle.cli import tables_of_reports as report
         from upcycle.conversion.options import Options
@@ -136,4 +148,5 @@ def convert(
         )
     files = sorted(path for path in out.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(out)): path.stat().st_size for path in files}
-    console.print_result(*report.conversion_report(done, str(out), sizes))
+    data = {"out": str(out), "files": sizes, "report": done.to_json()}
+    console.show(as_json, data, lambda: report.conversion_report(done, str(out), sizes))

@@ -47,9 +47,24 @@ inputs = click.option(
     metavar="MODULE:CALLABLE",
     help="A function that returns example inputs, for a model whose inputs cannot be guessed.",
 )
+
+
+def _recipe(ctx: click.Context, param: click.Parameter, name: str | None) -> str:
+    if name is None:
+        raise click.UsageError(
+            "--recipe is missing; `upcycle recipes` lists them, and `upcycle init MODEL` proposes "
+            "one for a goal",
+            ctx,
+        )
+    return name
+
+
 recipe = options(
     click.option(
-        "--recipe", required=True, metavar="NAME|FILE", help="A shipped recipe or a YAML file."
+        "--recipe",
+        callback=_recipe,
+        metavar="NAME|FILE",
+        help="A shipped recipe or a YAML file; it must be given.",
     ),
     click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of it."

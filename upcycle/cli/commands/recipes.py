@@ -45,14 +45,25 @@ def schema(is_report: bool) -> None:
 
 
 @click.group(invoke_without_command=True)
+@options.as_json
 @options.log
 @click.pass_context
-def samples(ctx: click.Context) -> None:
+def samples(ctx: click.Context, as_json: bool) -> None:
     """List the small real models that can be tried at once."""
     from upcycle.models.sample_store import find
     from upcycle.models.samples import PREFIX, SAMPLES
 
     if ctx.invoked_subcommand is not None:
+        return
+    if as_json:
+        named = ("kind", "source", "licence")
+        console.print_json(
+            [
+                {"name": PREFIX + name, "ready": bool(find(sample.package))}
+                | {key: getattr(sample, key) for key in named}
+                for name, sample in SAMPLES.items()
+            ]
+        )
         return
     for name, sample in SAMPLES.items():
         megabytes = f"{sample.package.megabytes:.0f} MB to download"
