@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 from upcycle.cli.main import main
 from upcycle.errors import UsageError
 from upcycle.ir.measured import Check, ModelDistance
-from upcycle.ir.report import plain
+from upcycle.ir.report import HubSource, plain
 from upcycle.page import charts, heat
 from upcycle.page.measured import measured
 from upcycle.page.origins import first_split, kinds_of
@@ -201,6 +201,7 @@ def test_what_files_say_is_shown_and_nothing_else() -> None:
         **dict.fromkeys(("upcycle", "model", "recipe", "promise", "torch", "streamed"), EVIL),
         resolved_recipe={EVIL: [EVIL]},
         checks=(Check(EVIL, 1.0, 2.0, True),),
+        source=HubSource(EVIL, EVIL, EVIL),
         calibration=replace(page_case.calibrated((1, 2)), data=EVIL),
         checkpoint=replace(
             report.checkpoint,

@@ -113,13 +113,15 @@ def figures_of(report: Report) -> list[Quality]:
     if found := end.language_model:
         factor = found.converted_perplexity / found.dense_perplexity
         return [Quality("perplexity", "perplexity over the dense one", factor)]
-    names = sorted(end.outputs, key=lambda name: (name != "sentence_embedding", name))
-    judged = [
-        Quality("cosine", f"mean cosine of {name}", end.outputs[name].mean_cosine)
-        if end.outputs[name].top1_agreement is None
-        else Quality("agreement", f"same largest entry of {name}", end.outputs[name].top1_agreement)
-        for name in names
-    ]
+    judged = []
+    for name, out in sorted(
+        end.outputs.items(), key=lambda o: (o[0] != "sentence_embedding", o[0])
+    ):
+        if out.top1_agreement is None:
+            judged.append(Quality("cosine", f"mean cosine of {name}", out.mean_cosine))
+        else:
+            what = f"same largest entry of {name}"
+            judged.append(Quality("agreement", what, out.top1_agreement))
     return [one for one in judged if math.isfinite(one.value)]
 
 
