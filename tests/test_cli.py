@@ -8,13 +8,16 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from upcycle import errors
+from upcycle.cli import console
 from upcycle.cli import group as program
 from upcycle.cli.main import main
 from upcycle.models.samples import SAMPLES

@@ -123,7 +123,9 @@ class OnnxFile:
         if made.plan.recipe.onnx.may_round:
             regions = self.source.found.regions
             keys = unique_keys({path: len(places) for path, places in regions.items()})
-            floats = {key: case(spec).layer for spec in specs for key in keys[spec.ffn.path]}
+            floats = {
+                key: case(spec).layer.experts for spec in specs for key in keys[spec.ffn.path]
+            }
             rounded, more = verify_rounding(path, floats, self.feeds)
             rounding = OnnxFacts(layers=tuple(rounded)) if rounded else None
         if rounding:  # then the outputs are off by more than the recipe says: it is only told

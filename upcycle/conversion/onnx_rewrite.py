@@ -10,12 +10,12 @@ import onnx_ir.passes.common as common
 from upcycle.ir.layer_weights import empty_layer
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import MoEWeights
-from upcycle.layers.moe import MoE
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.tensors import ONNX_TYPES
 from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import TensorEntry, write_tensors
 from upcycle.targets.onnx.forms.lower import lower
+from upcycle.targets.onnx.forms.routed import Routed, routed
 from upcycle.targets.onnx.insert import Place, insert_layer, unique_keys
 from upcycle.targets.onnx.share_weights import Store, stored_value
 
@@ -49,7 +49,7 @@ def write_converted(
     entries = [e for i, spec in enumerate(plan.specs) for e in _entries(spec, i, layer_of)]
     stored = write_tensors(beside, entries, max_shard_size=max_shard_size, stem=EXPERTS)
     keys = unique_keys({spec.ffn.path: len(found.regions[spec.ffn.path]) for spec in plan.specs})
-    layers: dict[str, MoE] = {}
+    layers: dict[str, Routed] = {}
     replaced: dict[ir.Value, ir.Value] = {}
     for spec in plan.specs:
         layer, path = empty_layer(spec.layer_config()), spec.ffn.path
@@ -59,7 +59,7 @@ def write_converted(
             x = replaced.get(region.x, region.x)  # the output of an FFN may be the input of one
             place = Place(x, region.output, region.rank, ONNX_TYPES[region.dtype])
             replaced[region.output] = insert_layer(model, key, layer, tensors, place)
-            layers[key] = layer
+            layers[key] = routed(layer)
     common.RemoveUnusedNodesPass()(model)
     lower(model, layers, Store(beside, {}), plan.recipe.onnx)
     common.RemoveUnusedNodesPass()(model)

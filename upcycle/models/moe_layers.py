@@ -133,6 +133,12 @@ def with_own_experts(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def own_experts(model: nn.Module) -> dict[str, Experts]:
+    """The experts of the layers of `model` by path; all of them are `Experts`."""
+    found = {layer.path: layer.experts for layer in moe_layers(model)}
+    return {path: experts for path, experts in found.items() if isinstance(experts, Experts)}
+
+
 def as_experts(module: Any, path: str) -> Experts:
     """Experts of the interface as `Experts` that share their memory, unless rows have to be moved.
 
@@ -151,7 +157,7 @@ def as_experts(module: Any, path: str) -> Experts:
     if rows != [*range(len(rows))]:
         up_EGD = up_EGD[:, rows]
         up_bias_EG = None if up_bias_EG is None else up_bias_EG[:, rows]
-    named = {made.up_name: up_EGD, "down_proj": down_EOI}
+    named: dict[str, torch.Tensor | None] = {made.up_name: up_EGD, "down_proj": down_EOI}
     named |= {f"{made.up_name}_bias": up_bias_EG, "down_proj_bias": down_bias_EO}
     for name, tensor in named.items():
         if tensor is not None:

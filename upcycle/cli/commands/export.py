@@ -1,6 +1,7 @@
 """``upcycle export``."""
 
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -56,9 +57,10 @@ def export(
     """Write the mixture of experts in DIRECTORY, trained or not, in another format."""
     with collector_paused():
         from upcycle.cli.tables_of_reports import export_report
+        from upcycle.conversion.export import ExportTarget
         from upcycle.conversion.export import export as write
         from upcycle.ir.report import plain
-        from upcycle.models.dense import open_model
+        from upcycle.models.dense import module_named
         from upcycle.recipe.reader import onnx_options
         from upcycle.util.named_callable import inputs_named
 
@@ -66,8 +68,8 @@ def export(
         done = write(
             directory,
             out,
-            target=target,
-            model=None if dense is None else open_model(dense).load(),
+            target=cast(ExportTarget, target),
+            model=None if dense is None else module_named(dense),
             example_inputs=inputs_named(inputs),
             onnx=onnx_options(overrides),
             architecture=architecture,

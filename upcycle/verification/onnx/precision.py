@@ -12,7 +12,8 @@ from torch import nn
 from upcycle.data.verification_inputs import Evaluation, cast_floats
 from upcycle.ir.measured import Check, OnnxFacts, Rounded
 from upcycle.ir.rounding import ROUNDING
-from upcycle.models.moe_layers import moe_layers
+from upcycle.layers.experts import Experts
+from upcycle.models.moe_layers import own_experts
 from upcycle.onnx.inputs import draw_inputs
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Onnx
@@ -47,7 +48,7 @@ def verify_precision(
     paths = [directory / name for name in FILES if (directory / name).is_file()]
     rows: list[Rounded] = []
     checks: list[Check] = []
-    layers = {layer.path: layer.experts for layer in moe_layers(model)}
+    layers = own_experts(model)
     for path in paths if options.may_round else ():
         of_path, more = verify_rounding(path, layers, draw_inputs(ir.load(path)))
         rows += of_path
@@ -90,7 +91,7 @@ def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:
 
 
 @contextmanager
-def _as_written(layers: Mapping[str, Any], paths: Sequence[Path]) -> Iterator[None]:
+def _as_written(layers: Mapping[str, Experts], paths: Sequence[Path]) -> Iterator[None]:
     """Within it the layers have the experts of the files, and the kernel's form of GELU."""
     with ExitStack() as undo:
         for path in paths:
