@@ -130,7 +130,9 @@ def test_the_plan_report_says_what_becomes_of_each_ffn() -> None:
     assert "stays dense" in lines[2]
     assert "sparse-upcycling converts 4 of 6 dense FFNs" in lines
     assert any(line.split() == ["parameters", "1.2M", "1.3M", "1.02"] for line in lines)
-    assert lines[-1].split(maxsplit=1) == ["pool", "a softmax mixes the hidden axis"]
+    end = next(i for i, line in enumerate(lines) if line.startswith("verdict: "))
+    assert lines[end - 2].split(maxsplit=1) == ["pool", "a softmax mixes the hidden axis"]
+    assert lines[end].startswith("verdict: exact by its algebra, not measured, with ")
     assert "not as mixtral: its router has no bias" in lines
     start = lines.index("runtime  runs it")
     assert lines[start + 1 : start + 4] == [
@@ -204,9 +206,9 @@ def test_a_failed_check_stands_out() -> None:
 def test_a_conversion_lists_its_files() -> None:
     sizes = {"model.safetensors": 12_345_678}
     lines = text(report.conversion_report(NOT_VERIFIED, "moe", sizes))
-    assert lines[0] == "not verified"
-    assert lines[-2].split() == ["model.safetensors", "12.3", "MB"]
-    assert lines[-1] == "written to moe"
+    assert lines[1].split() == ["model.safetensors", "12.3", "MB"]
+    assert lines[2:5] == ["written to moe", "", "not verified"]
+    assert lines[5] == "verdict: exact by its algebra, not measured"
 
 
 def test_a_language_model_has_its_own_lines() -> None:

@@ -289,15 +289,3 @@ def _unless_ours(error: Exception, problem: str) -> Exception:
     if isinstance(error, UpcycleError) or is_out_of_memory(error):
         return error
     return UsageError(f"{problem}: {one_line(error)}")
-
-
-def module_named(model: str) -> nn.Module:
-    """The dense model that MODEL names, with its weights.
-
-    Raises:
-        UsageError: there is none, or it is an ONNX file.
-    """
-    source = open_model(model)
-    if not isinstance(source, Source):
-        raise UsageError(f"{model}: it is an ONNX file, and a model of torch is needed")
-    return source.load()

@@ -59,17 +59,24 @@ def export(
         from upcycle.cli.tables_of_reports import export_report
         from upcycle.conversion.export import ExportTarget
         from upcycle.conversion.export import export as write
+        from upcycle.errors import UsageError
         from upcycle.ir.report import plain
-        from upcycle.models.dense import module_named
+        from upcycle.models.dense import Source, open_model
         from upcycle.recipe.reader import onnx_options
         from upcycle.util.named_callable import inputs_named
 
+    model = None
+    if dense is not None:
+        source = open_model(dense)
+        if not isinstance(source, Source):
+            raise UsageError(f"{dense}: it is an ONNX file, and a model of torch is needed")
+        model = source.load()
     with console.progress() as progress:
         done = write(
             directory,
             out,
             target=cast(ExportTarget, target),
-            model=None if dense is None else module_named(dense),
+            model=model,
             example_inputs=inputs_named(inputs),
             onnx=onnx_options(overrides),
             architecture=architecture,
