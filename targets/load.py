@@ -40,6 +40,8 @@ def load(
             `model`, or code would have to run.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: there is no such directory")
     if (directory / "config.json").is_file():
         return _load_transformers(directory, trust_remote_code)
     description = directory / UPCYCLE_JSON

@@ -85,6 +85,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_models.llama().save_pretrained(folder / "llama")
     for name, model, *more in (
         ("minilm-moe", "sample:bert-tiny", "--target", "safetensors", "--target", "onnx"),
+        ("bert-moe", "sample:bert-tiny", "--target", "safetensors"),
         ("smollm2-moe", str(folder / "llama")),
     ):
         made = ["convert", model, "--recipe", "sparse-upcycling", "--out", str(folder / name)]

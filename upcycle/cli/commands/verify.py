@@ -11,7 +11,7 @@ from upcycle.cli.group import DIFFERENT, collector_paused
 
 @click.command()
 @click.argument("dense")
-@click.argument("converted", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("converted", type=click.Path(path_type=Path))
 @click.option(
     "--source",
     "sources",
