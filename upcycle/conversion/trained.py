@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from upcycle.conversion.dense_model import Facts, header
-from upcycle.errors import UnsupportedError
+from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.ffn import FFN, Located
 from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
@@ -58,7 +58,7 @@ def planned(
     """How the layers of `directory`, loaded as `model`, were made, and what is known of that.
 
     Raises:
-        UsageError: the report of the conversion is there and is damaged.
+        UsageError: the report of the conversion is damaged; or it is gone, and the model is dense.
         UnsupportedError: there is none, and the layers are not where `dense` has FFNs.
     """
     located = locate_in(dense, source.example)
@@ -67,7 +67,13 @@ def planned(
         recipe = recipe_of(report, directory)
         plan, _ = as_made(make_plan(located, recipe, recipe_name=report.recipe), directory)
         return plan, report
-    plan = plan_found(located, moe_layers(model))
+    layers = moe_layers(model)
+    if not layers:
+        raise UsageError(
+            f"{directory}: no report.json is in it and no layer of it is a mixture of experts, so "
+            "this is not an output of upcycle"
+        )
+    plan = plan_found(located, layers)
     return plan, header(plan, Facts(source.label, model_dtype(model), model_size(dense)))
 
 
