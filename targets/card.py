@@ -5,50 +5,19 @@ The same plan and report give the same text.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
 
 from upcycle.ir.measured import Check, Distance
-from upcycle.ir.report import Report, plain
+from upcycle.ir.report import Published, Report, plain
 from upcycle.ir.spec import Plan
-from upcycle.recipe.reader import dump_recipe
+from upcycle.recipe.reader import changes_of
+from upcycle.targets.card_usage import TASKS, Usage
 from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.native.tempered import is_tempered
 
 MAX_LAYERS = 12  # in the card; report.json has all
-
-# How to load each kind of output; {auto_class} is a class of transformers.
-LOADING: dict[str, tuple[str, str]] = {
-    "native": (
-        "With transformers, no other package",
-        "from transformers import {auto_class}\n\n"
-        'model = {auto_class}.from_pretrained("path/to/this/directory")',
-    ),
-    "remote_code": (
-        "With transformers; the code in this directory is run. A tokenizer or processor that is "
-        "here wants `trust_remote_code=True` as well. After `import upcycle` its own classes are "
-        "used, and no flag is needed",
-        "from transformers import {auto_class}\n\n"
-        "model = {auto_class}.from_pretrained(\n"
-        '    "path/to/this/directory", trust_remote_code=True\n'
-        ")",
-    ),
-    "module": (
-        "With upcycle; `dense` is an instance of the dense model's class",
-        'import upcycle\n\nmodel = upcycle.load("path/to/this/directory", dense)',
-    ),
-    "onnx": (
-        "With ONNX Runtime",
-        "import onnxruntime\n\n"
-        'session = onnxruntime.InferenceSession("path/to/this/directory/model.onnx")',
-    ),
-    "onnx_pair": (
-        "With ONNX Runtime; the encoder runs once, and the decoder reads what it returns and its "
-        "own past (`present.*` of one run is `past_key_values.*` of the next)",
-        "import onnxruntime\n\n"
-        'directory = "path/to/this/directory/"\n'
-        'encoder = onnxruntime.InferenceSession(directory + "encoder_model.onnx")\n'
-        'decoder = onnxruntime.InferenceSession(directory + "decoder_with_past_model.onnx")',
-    ),
-}
 
 PROMISES: dict[str, str] = {
     "exact": "The outputs equal those of the dense model for every input, up to rounding.",
@@ -68,35 +37,34 @@ def card(
     written: Checkpoint | None = None,
     *,
     is_pair: bool = False,
+    has_tokenizer: bool = False,
 ) -> str:
     """README.md as text, of a checkpoint `written` with `targets` or of a converted ONNX file.
 
-    With `is_pair` the ONNX files are an encoder and a decoder.
+    With `is_pair` the ONNX files are an encoder and a decoder; with `has_tokenizer` a tokenizer is
+    beside them.
     """
-    formats = ["onnx_pair" if is_pair else "onnx"] if "onnx" in targets else []
+    forms = ("onnx_pair" if is_pair else "onnx",) if "onnx" in targets else ()
     notes = [*_notes(plan, targets)]
     runtimes: dict[str, str] = {}
     if written is not None:
         form = written.destination
-        formats = [form.form, *formats]
+        forms = (form.form, *forms)
         runtimes = {runtime: support.text() for runtime, support in form.runtimes.items()}
         if "onnx" not in targets:
             del runtimes["onnxruntime"]
         if is_tempered(form.target, plan.specs):
             notes += _tempered(report)
+    usage = Usage(forms, written.auto_class if written else "", has_tokenizer)
     return model_card(
         name=name,
-        base_model=report.model,
-        promise=plan.promise,
-        recipe_name=plan.recipe_name,
-        recipe_text=dump_recipe(plan.recipe),
-        numbers=dict(_numbers(plan, report)),
-        checks=report.checks,
-        targets=formats,
-        auto_class=written.auto_class if written else "",
-        runtimes=runtimes,
+        report=report,
         notes=notes,
+        numbers=dict(_numbers(plan, report)),
+        usage=usage,
+        runtimes=runtimes,
         library="transformers" if written else "onnx",
+        recipe_text=changes_of(plan.recipe),
     )
 
 
@@ -168,55 +136,80 @@ def _tempered(report: Report) -> Iterator[str]:
 def model_card(
     *,
     name: str,
-    base_model: str,
-    promise: str,
-    recipe_name: str,
-    recipe_text: str,
-    numbers: Mapping[str, str],
-    checks: Sequence[Check],
-    targets: Sequence[str],
-    auto_class: str,
-    runtimes: Mapping[str, str],
+    report: Report,
     notes: Sequence[str],
+    numbers: Mapping[str, str],
+    usage: Usage,
+    runtimes: Mapping[str, str],
     library: str,
+    recipe_text: str,
 ) -> str:
-    """The text of the card.
-
-    `base_model` is a Hub id, and then the Hub links to it, or any other name; `targets` are keys of
-    `LOADING`. Without `checks` the model was not verified.
-    """
+    """The text of the card; a model without checks was not verified."""
+    verdict = report.verdict
     sections = [
-        _front_matter(base_model, library),
+        _front_matter(report, usage, library),
         f"# {name}",
-        f"A sparse Mixture of Experts, made from the dense model {_code(base_model)} by upcycle "
-        f"with the recipe {_code(recipe_name)}.",
+        f"A sparse Mixture of Experts, made from the dense model {_code(report.model)} by upcycle "
+        f"with the recipe {_code(report.recipe)}.",
+        f"**{verdict.headline[0].upper()}{verdict.headline[1:]}.** {' '.join(verdict.lines)}",
+        "## Use",
+        *(f"{title}:\n\n" + _fenced("python", code) for title, code in usage.snippets()),
+        *_training(report, usage),
         "## What is exact",
-        PROMISES[promise],
+        PROMISES[report.promise],
         *notes,
         "## In numbers",
         _table(("", ""), list(numbers.items())),
         "## Verification",
-        _verification(checks),
-        "## Loading",
-        *(
-            f"{title}:\n\n" + _fenced("python", code.format(auto_class=auto_class))
-            for title, code in map(LOADING.__getitem__, targets)
-        ),
+        _verification(report.checks),
     ]
     if runtimes:
         sections += [
-            "Other software, by its source and not by a run of this model:",
+            "Other software, as its source says; it was not run with this model:",
             _table(("software", "support"), list(runtimes.items())),
         ]
-    sections += ["## Recipe", _fenced("yaml", recipe_text)]
+    sections += [
+        "## Recipe",
+        f"`recipe.yaml` has every key; this is what differs from the defaults "
+        f"({_code(report.recipe)}):",
+        _fenced("yaml", recipe_text),
+    ]
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
 
 
-def _front_matter(base_model: str, library: str) -> str:
-    lines = ["---", f"library_name: {library}", "tags:", "- moe", "- upcycle"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("."):
-        lines += [f"base_model: {base_model}"]
-    return "\n".join([*lines, "---"])
+def _training(report: Report, usage: Usage) -> Iterator[str]:
+    if report.verdict.level == "unknown" or not {"native", "remote_code"} & set(usage.forms):
+        return
+    yield "## Train"
+    weights = report.resolved_recipe.get("router", {}).get("weights")
+    if report.promise == "exact" and weights != "renorm_detach":
+        yield (
+            "The experts are equal until they are trained, and until then no choice of the router "
+            "matters to the loss of the task. Turn the balance loss on, which moves the router:"
+        )
+        yield _fenced("python", "model.config.output_router_logits = True")
+    yield (
+        "`transformers.Trainer` trains it as any other model. `upcycle export` writes ONNX of the "
+        "trained model, and `upcycle verify` compares it with the dense one."
+    )
+
+
+def _front_matter(report: Report, usage: Usage, library: str) -> str:
+    """What the hub reads; a name that does not look like one is left out."""
+    about = report.published or Published()
+    task = about.pipeline_tag or TASKS.get(usage.auto_class)
+    base = report.source.hub if report.source else report.model
+    is_id = report.source is not None or re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    data: dict[str, Any] = {
+        "license": about.license,
+        "language": list(about.languages) or None,
+        "library_name": library,
+        "pipeline_tag": task,
+        "base_model": base if is_id and not base.startswith(".") else None,
+        "tags": ["moe", "mixture-of-experts", "upcycle"],
+    }
+    kept = {key: value for key, value in data.items() if value is not None}
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---"
 
 
 def _verification(checks: Sequence[Check]) -> str:

@@ -9,9 +9,7 @@ import small_models
 
 import upcycle
 from upcycle.errors import UsageError
-from upcycle.ir.measured import Check
 from upcycle.models.companions import copy_companions
-from upcycle.targets.card import LOADING, PROMISES, model_card
 from upcycle.targets.files.finished_shards import Manifest, sha256
 from upcycle.targets.files.staging import staged
 
@@ -306,58 +304,6 @@ def test_links_are_followed_within_the_model_and_into_the_blobs_of_a_cache(tmp_p
     (snapshot / "additional_chat_templates").symlink_to(secret.parent)
     with pytest.raises(UsageError, match="additional_chat_templates: a link that leads out"):
         copy_companions(snapshot, target)
-
-
-def card(**changes: object) -> str:
-    arguments: dict[str, object] = {
-        "name": "tiny-moe",
-        "base_model": "someone/tiny",
-        "promise": "exact",
-        "recipe_name": "sparse-upcycling",
-        "recipe_text": "version: 1\nseed: 0\n",
-        "numbers": {"experts per layer": "8", "experts per token": "2"},
-        "checks": [
-            Check("logits", 1.5e-6, 1e-5, True),
-            Check("layer 3 | gate", float("nan"), 1e-5, False),
-        ],
-        "targets": ["native"],
-        "auto_class": "AutoModelForCausalLM",
-        "runtimes": {},
-        "notes": [],
-        "library": "transformers",
-    }
-    return model_card(**{**arguments, **changes})  # type: ignore[arg-type]
-
-
-def test_the_card_says_what_was_measured() -> None:
-    text = card(runtimes={"vLLM": "native"}, notes=["A note."])
-    assert text.startswith("---\nlibrary_name: transformers\n")
-    for part in (
-        "base_model: someone/tiny\n---",
-        "# tiny-moe",
-        PROMISES["exact"],
-        "A note.",
-        "| experts per layer | 8 |",
-        "| logits | 1.50e-06 | 1.00e-05 | yes |",
-        "| layer 3 \\| gate | nan | 1.00e-05 | **no** |",
-        'AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-        "| vLLM | native |",
-        "```yaml\nversion: 1\nseed: 0\n```",
-    ):
-        assert part in text
-    assert text == card(runtimes={"vLLM": "native"}, notes=["A note."])
-
-
-def test_the_card_knows_every_target_and_hides_local_paths_from_the_hub() -> None:
-    text = card(targets=list(LOADING), base_model="./some/dense/model", checks=[])
-    assert "base_model:" not in text
-    assert "trust_remote_code=True" in text
-    assert "onnxruntime.InferenceSession" in text
-    assert "not verified" in text
-
-
-def test_a_fence_in_the_recipe_does_not_end_the_block() -> None:
-    assert "````yaml\n# ```\n````" in card(recipe_text="# ```")
 
 
 def test_save_says_what_it_takes_itself(tmp_path: Path) -> None:

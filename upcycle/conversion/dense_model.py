@@ -9,7 +9,7 @@ import torch
 
 from upcycle.conversion.make import Layers, Made
 from upcycle.conversion.options import Options
-from upcycle.ir.report import DType, HubSource, Report
+from upcycle.ir.report import DType, HubSource, Published, Report
 from upcycle.ir.spec import Plan
 from upcycle.passes.plan.costs import costs
 from upcycle.util.progress import Progress
@@ -24,7 +24,7 @@ class Facts:
 
     `size` is how many parameters it has, and the bytes of one; `streamed` how it is converted, if
     it is never whole in memory; `unread` the tensors of its files that nothing in it reads; `hub`
-    the repository that it comes from.
+    the repository that it comes from; `published` what its card says.
     """
 
     label: str
@@ -33,6 +33,7 @@ class Facts:
     streamed: str | None = None
     unread: tuple[str, ...] = ()
     hub: HubSource | None = None
+    published: Published | None = None
 
 
 class DenseModel(Layers, Protocol[Written]):
@@ -74,6 +75,7 @@ def header(plan: Plan, facts: Facts) -> Report:
         dtype=cast(DType, str(facts.dtype).removeprefix("torch.")),
         torch=torch.__version__,
         source=facts.hub,
+        published=facts.published,
         costs=costs(plan, *facts.size),
         streamed=facts.streamed,
         unread=facts.unread or None,

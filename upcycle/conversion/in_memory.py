@@ -25,6 +25,7 @@ from upcycle.layers.moe import MoE
 from upcycle.models.companions import copy_companions
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import NO_SOURCES, Sources, merged
+from upcycle.models.published import published
 from upcycle.passes.calibrate.calibrate import calibrate
 from upcycle.passes.calibrate.gradients import importance
 from upcycle.passes.plan.costs import model_size
@@ -89,6 +90,7 @@ class InMemory:
             model_size(self.dense),
             unread=self.unread,
             hub=self.source.hub if self.source else None,
+            published=published(self.source.name, self.source.directory) if self.source else None,
         )
 
     @cached_property

@@ -35,6 +35,7 @@ from upcycle.layers.tap import install
 from upcycle.models.companions import copy_companions
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import NO_SOURCES, Sources
+from upcycle.models.published import published
 from upcycle.passes.calibrate.calibrate import calibrate
 from upcycle.passes.calibrate.gradients import importance
 from upcycle.passes.plan.costs import model_size
@@ -99,7 +100,8 @@ class Mapped:
         total, _ = model_size(self.skeleton)
         how = "layer by layer; the whole model was not run"
         size = total, self.dtype.itemsize
-        return Facts(self.source.label, self.dtype, size, how, self.unread, self.source.hub)
+        about = published(self.source.name, self.source.directory)
+        return Facts(self.source.label, self.dtype, size, how, self.unread, self.source.hub, about)
 
     def read(self, spec: MoESpec) -> FFNWeights:
         """The dense weights of one FFN."""

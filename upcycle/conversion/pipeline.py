@@ -11,6 +11,7 @@ from upcycle.conversion.make import Made, making
 from upcycle.conversion.open import open_dense
 from upcycle.conversion.options import DEFAULTS, Options, check_options
 from upcycle.ir.report import Report
+from upcycle.models.companions import TOKENIZERS
 from upcycle.models.dense import Source
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.page.page import page_file, read_contents, write_page
@@ -91,7 +92,15 @@ def finish(
     shutil.rmtree(directory / SCRATCH, ignore_errors=True)
     targets = ["onnx"] if checkpoint is None else dense.options.targets
     is_pair = checkpoint is not None and (directory / ENCODER).is_file()
-    text = card(name, made.plan, report, targets, checkpoint, is_pair=is_pair)
+    text = card(
+        name,
+        made.plan,
+        report,
+        targets,
+        checkpoint,
+        is_pair=is_pair,
+        has_tokenizer=any((directory / file).is_file() for file in TOKENIZERS),
+    )
     describe(directory, made.plan, made.provenance, report, text)
     write_page(read_contents(directory), page_file(directory))
     return report

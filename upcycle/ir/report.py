@@ -50,12 +50,22 @@ class HubSource:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What the card of the dense model says to the hub: names and codes, none of them checked."""
+
+    license: str | None = None
+    languages: tuple[str, ...] = ()
+    pipeline_tag: str | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """A conversion: what was done, and what was measured.
 
     Attributes:
         upcycle, torch: versions.
-        model: the dense model, as the user named it; `source` is where a hub has it.
+        model: the dense model, as the user named it; `source` is where a hub has it, and
+            `published` what its card says.
         recipe: its name; `resolved_recipe` has every key.
         dtype: of the dense weights.
         checks: the verification; empty if it was not run.
@@ -74,6 +84,7 @@ class Report:
     dtype: DType
     torch: str
     source: HubSource | None = None
+    published: Published | None = None
     costs: Costs | None = None
     checks: tuple[Check, ...] = ()
     streamed: str | None = None

@@ -23,6 +23,7 @@ KNOWN = (
     *("config_sentence_transformers.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
 TEMPLATES = "additional_chat_templates"
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")  # each says that one is there
 IN_FOLDERS = (*KNOWN, "config.json", "*.jinja", "model.safetensors")
 MAX_BYTES = 64 * 2**20  # the largest tokenizers are about half of this
 

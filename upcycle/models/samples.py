@@ -114,3 +114,9 @@ def path(name: str, *, in_cache: bool = False) -> Path:
         with made(final) as directory:
             unpack_gguf(folder, sample.gguf, directory)
     return final
+
+
+def licence(name: str) -> str | None:
+    """The licence of a sample, ``sample:minilm``, by the hub's name of it."""
+    sample = SAMPLES.get(name.removeprefix(PREFIX))
+    return sample.licence.lower() if sample else None

@@ -109,6 +109,13 @@ def dump_recipe(recipe: Recipe) -> str:
     return text
 
 
+def changes_of(recipe: Recipe) -> str:
+    """The recipe without the keys that have their defaults, as YAML that `load_recipe` reads."""
+    data = recipe.model_dump(mode="json", exclude_defaults=True)
+    text: str = yaml.safe_dump({"version": recipe.version, **data}, sort_keys=False)
+    return text
+
+
 def _text(recipe: str | Path) -> tuple[str, str]:
     """The text of a recipe and the name of its file."""
     path = Path(recipe)
