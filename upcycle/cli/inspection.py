@@ -8,10 +8,16 @@ from upcycle.errors import UsageError
 from upcycle.layers.config import LayerConfig
 from upcycle.models.configuration import count_of_experts
 from upcycle.targets.description import REPORT, read_report
+from upcycle.targets.onnx.parts import FILES
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, LayerOrigin, read_origins, rows_of
 from upcycle.util.json_text import read_json
 
 ROUTER_FACTS = ("weights", "scale", "bias", "tied", "balance")
+
+
+def directory_of(path: Path) -> Path:
+    """The directory of a converted model, also if its ONNX file is named."""
+    return path.parent if path.name in FILES and path.is_file() else path
 
 
 def is_converted(directory: Path) -> bool:

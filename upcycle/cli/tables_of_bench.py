@@ -72,7 +72,9 @@ def _layer(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _whole(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for row in found["reading"]:
-        yield "reads", "one batch" if row["tokens"] is None else str(row["tokens"]), *_times(row)
+        unit = f" {found['unit']}" if "unit" in found else ""
+        count = "one batch" if row["tokens"] is None else f"{row['tokens']}{unit}"
+        yield "reads", count, *_times(row)
     if found["writing"]:
         yield "writes", "1", *_times(found["writing"])
 

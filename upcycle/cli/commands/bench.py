@@ -70,6 +70,7 @@ def bench(
     """Measure CONVERTED beside the dense model: time, memory, and the floor of this machine."""
     with collector_paused():
         from upcycle.bench import run
+        from upcycle.bench.files import bench_files
         from upcycle.cli import tables_of_bench as tables
         from upcycle.errors import UsageError
         from upcycle.models.dense import Source, open_model
@@ -90,10 +91,11 @@ def bench(
     trusted = trust_remote_code and against is not None  # nor is the code of what a file names
     with console.progress() as progress:
         source = open_model(name, inputs=inputs, trust_remote_code=trusted, progress=progress)
-    if not isinstance(source, Source):
-        raise UsageError(f"{name}: only models of torch are measured, and this is an ONNX file")
     with console.progress() as progress:
-        found = run.bench(converted, source, run.Wanted(**wanted), progress)
+        if isinstance(source, Source):
+            found = run.bench(converted, source, run.Wanted(**wanted), progress)
+        else:
+            found = bench_files(converted, source, run.Wanted(**wanted), progress)
     if plot is not None:
         tables.plot(found, plot)
     console.show(as_json, found, lambda: tables.bench_report(found))

@@ -26,8 +26,9 @@ def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bo
         from upcycle.cli.tables_of_inspection import converted_report, moe_report
         from upcycle.models.dense import open_model
 
-        if inspection.is_converted(Path(model)):
-            found = inspection.inspect_converted(Path(model))
+        directory = inspection.directory_of(Path(model))
+        if inspection.is_converted(directory):
+            found = inspection.inspect_converted(directory)
             console.show(as_json, found, lambda: converted_report(found))
             return
         if inspection.is_moe(Path(model)):
