@@ -1,11 +1,14 @@
-"""Convert models of other packages: python benchmarks/packages.py.
+"""Convert models of other packages: python benchmarks/packages.py [--vision].
 
     pip install --no-deps -r benchmarks/packages.txt
 
 installs what it needs, without another torch, in half a minute. Each model is small and random, and
 runs as its package runs it. Prints a table, and ends with 1 if a model is not converted exactly.
+``--vision`` takes those that need torchvision instead, which brings a torch of its own: in another
+environment, `pip install torch torchvision open_clip_torch vit-pytorch timm`.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -134,6 +137,49 @@ def graph_transformer() -> Built:
     return Graph(), {"x": torch.randn(6, 16), "edge_index": torch.tensor([[0, 1, 2], [1, 2, 3]])}
 
 
+def policy_of_stable_baselines() -> Built:
+    import numpy as np
+    from gymnasium.spaces import Box
+    from stable_baselines3.common.policies import ActorCriticPolicy
+
+    space = Box(-np.ones(6, np.float32), np.ones(6, np.float32))
+    model = ActorCriticPolicy(space, space, lambda _: 1e-3, net_arch=[32, 16])
+    return model, {"obs": torch.randn(4, 6), "deterministic": True}
+
+
+def clip_of_open_clip() -> Built:
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    vision = CLIPVisionCfg(layers=2, width=32, head_width=8, patch_size=4, image_size=16)
+    text = CLIPTextCfg(context_length=12, vocab_size=99, width=32, heads=4, layers=2)
+    model = CLIP(16, vision, text)
+    return model, {"image": torch.randn(2, 3, 16, 16), "text": torch.randint(1, 99, (2, 12))}
+
+
+def vit_of_vit_pytorch() -> Built:
+    from vit_pytorch import ViT
+
+    model = ViT(image_size=16, patch_size=4, num_classes=5, dim=32, depth=2, heads=4, mlp_dim=64)
+    return model, {"img": torch.randn(2, 3, 16, 16)}
+
+
+def cait_of_vit_pytorch() -> Built:
+    from vit_pytorch.cait import CaiT
+
+    model = CaiT(
+        image_size=16, patch_size=4, num_classes=5, dim=32, depth=2, cls_depth=1, heads=4,
+        mlp_dim=64,
+    )  # fmt: skip
+    return model, {"img": torch.randn(2, 3, 16, 16)}
+
+
+def swin_of_torchvision() -> Built:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    model = SwinTransformer([2, 2], 16, [1, 1], [2, 4], [4, 4], num_classes=5)
+    return model, {"x": torch.randn(2, 3, 32, 32)}
+
+
 MODELS: Mapping[str, Callable[[], Built]] = {
     "diffusers UNet2DConditionModel": unet_of_stable_diffusion,
     "diffusers UNet2DModel": unet_of_images,
@@ -142,6 +188,13 @@ MODELS: Mapping[str, Callable[[], Built]] = {
     "x-transformers decoder, GLU": decoder_of_x_transformers,
     "x-transformers ViT": encoder_of_x_transformers,
     "torch_geometric GPSConv": graph_transformer,
+    "stable-baselines3 ActorCriticPolicy": policy_of_stable_baselines,
+}
+VISION: Mapping[str, Callable[[], Built]] = {
+    "open_clip CLIP": clip_of_open_clip,
+    "vit-pytorch ViT": vit_of_vit_pytorch,
+    "vit-pytorch CaiT": cait_of_vit_pytorch,
+    "torchvision SwinTransformer": swin_of_torchvision,
 }
 
 
@@ -163,9 +216,12 @@ def tried(build: Callable[[], Built]) -> tuple[int, int, str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vision", action="store_true", help="models that need torchvision")
+    models = VISION if parser.parse_args().vision else MODELS
     table = Table("model", "FFNs found", "converted", "relative error, or why not")
     wrong = 0
-    for name, build in MODELS.items():
+    for name, build in models.items():
         found, converted, said = tried(build)
         wrong += not converted
         table.add_row(name, str(found), str(converted), said)
