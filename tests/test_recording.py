@@ -288,3 +288,38 @@ def test_two_ffns_of_raw_weights_are_two_misses() -> None:
         f"its weights `up{i}` and `down{i}`" for i in range(2)
     ]
     assert all("move each FFN into a module of its own" in miss.reason for miss in misses)
+
+
+class Holder:
+    """What a module keeps and its forward fills, and is no module."""
+
+    def __init__(self) -> None:
+        self.last: torch.Tensor | None = None
+        self.seen: list[torch.Tensor] = []
+        self.inner: dict[str, Holder] = {}
+
+
+class Fills(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.holder = Holder()
+        self.holder.inner["deep"] = Holder()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(self.up(x).relu())
+        self.holder.last = y
+        self.holder.seen.append(y)
+        self.holder.inner["deep"].last = y
+        return y
+
+
+def test_objects_that_the_forward_fills_are_as_they_were() -> None:
+    model = Fills()
+    held, deep = model.holder, model.holder.inner["deep"]
+    assert len(upcycle.locate(model, (torch.randn(2, 4),)).ffns) == 1
+    assert model.holder is held
+    assert held.inner["deep"] is deep
+    assert (held.last, deep.last, held.seen) == (None, None, [])
+    model(torch.randn(2, 4))  # and they still work
+    assert deep.last is held.last

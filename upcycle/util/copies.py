@@ -1,10 +1,13 @@
 """Copies of a model, its tensors, and what a forward leaves behind in it."""
 
 import copy
+import sys
 import traceback
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +17,7 @@ from upcycle.errors import UnsupportedError
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_MOST_HELPERS = 10_000  # objects beside modules whose attributes are looked after
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
@@ -93,28 +97,64 @@ def buffers_restored(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iter
 def state_restored(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Undo every attribute that the forward sets: fake tensors, say, must not stay in the model.
 
-    The tables, lists, dicts and sets of a module get their old contents back, too. What the modules
-    `but`, and those inside, have set stays.
+    So do objects that modules hold, as a distribution that a policy fills. Tables, lists, dicts and
+    sets get their old contents back, too. What the modules `but`, and those inside, have set stays.
     """
     left = {inner for module in but for inner in module.modules()}
+    modules = [module for module in model.modules() if module not in left]
     saved = [
         (
-            module,
-            dict(vars(module)),
-            [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS],
+            vars(holder),
+            dict(vars(holder)),
+            [(v, v.copy()) for v in vars(holder).values() if type(v) in _CONTAINERS],
         )
-        for module in model.modules()
-        if module not in left
+        for holder in (*modules, *_helpers(modules))
     ]
     try:
         yield
     finally:
-        for module, attributes, containers in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for attributes, before, containers in saved:
+            attributes.clear()
+            attributes.update(before)
             for container, contents in containers:
                 container.clear()
                 if isinstance(container, list):
                     container.extend(contents)
                 else:
                     container.update(contents)
+
+
+def _helpers(modules: Iterable[nn.Module]) -> list[Any]:
+    """Objects of Python classes that the modules hold, directly or in containers."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    values = [value for module in modules for value in vars(module).values()]
+    while values and len(found) < _MOST_HELPERS:
+        value = values.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list | tuple | set):
+            values += value
+        elif _is_helper(value):
+            found.append(value)
+            values += vars(value).values()
+    return found
+
+
+def _is_helper(value: Any) -> bool:
+    kinds = (nn.Module, torch.Tensor, type, ModuleType, FunctionType, MethodType, partial)
+    if isinstance(value, kinds) or not hasattr(type(value), "__dict__"):
+        return False
+    home = type(value).__module__.partition(".")[0]  # loggers, locks and files are no state
+    return home not in sys.stdlib_module_names and type(_vars_of(value)) is dict
+
+
+def _vars_of(value: Any) -> object:
+    """The attributes of an object that has its own; None for others, and for one that refuses."""
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
