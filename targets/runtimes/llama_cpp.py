@@ -43,7 +43,7 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
         return refuses("model_type", "upcycle does not know whether it has this architecture")
     refusal = (
         conditions.other_activation(config)
-        or _norm(target, config)
+        or other_norm(target, config)
         or _experts(plan)
         or _special(target, config)
     )
@@ -56,7 +56,8 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
     )
 
 
-def _norm(target: str, config: Config) -> Support | None:
+def other_norm(target: str, config: Config) -> Support | None:
+    """Its graph normalises the weights of the chosen experts, and `config` does not, or back."""
     fixed = RENORMALISES.get(target)
     if fixed is None or config.get("norm_topk_prob", fixed) == fixed:
         return None

@@ -146,6 +146,8 @@ def export_report(done: "Exported", out: str, sizes: dict[str, int]) -> list[Ren
     parts: list[RenderableType] = checks_report(done.checks) if done.checks else ["not verified"]
     if done.onnx is not None and done.onnx.relative is not None:
         parts.append(f"the rounded file is {done.onnx.relative:.2e} from the model")
+    if done.rounded is not None:
+        parts.append(f"outputs with the rounded weights are {done.rounded:.2e} from the model's")
     return [*parts, "", _files(sizes), f"written to {out} ({done.form})"]
 
 
