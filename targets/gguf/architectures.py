@@ -134,6 +134,9 @@ ARCHITECTURES = {
     "glm4_moe": GgufArchitecture(
         MODEL_ARCH.GLM4_MOE, SIGMOID, (ONE_GROUP,), partial_rope=True, dense_lead=True
     ),
+    "solar_open": GgufArchitecture(
+        MODEL_ARCH.GLM4_MOE, {**SIGMOID, "leading_dense_block_count": 0}, (ONE_GROUP,)
+    ),
     "ernie4_5_moe": GgufArchitecture(
         MODEL_ARCH.ERNIE4_5_MOE,
         {
@@ -150,7 +153,10 @@ ARCHITECTURES = {
     ),
     "hunyuan_v1_moe": GgufArchitecture(MODEL_ARCH.HUNYUAN_MOE, rope_factors=True),
 }
-SCALED_ROPE = ("default", "linear", "yarn", "llama3")
+REFUSED = {
+    "gpt_oss": "its experts have alpha 1.702 in SwiGLU, and converted ones 1; for those of OpenAI "
+    "take convert_hf_to_gguf.py of llama.cpp, which keeps their 4 bits",
+}
 YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 READ_OF_ROPE = {
     "default": set[str](),
@@ -185,11 +191,11 @@ def architecture_of(model: Any) -> GgufArchitecture:
 def _why_not(model: Any, kind: str) -> str:
     if hasattr(model, "config") and not type(model).__module__.startswith("transformers."):
         return (
-            f"{llama_cpp.ABSENT[CUSTOM]}; `upcycle export --target native` first, which says what no "
-            "architecture of transformers can hold"
+            f"{llama_cpp.ABSENT[CUSTOM]}; `upcycle export --target native` makes an architecture "
+            "of transformers of it, if one computes the same"
         )
-    known = ", ".join(ARCHITECTURES)
-    return f"{llama_cpp.ABSENT.get(kind, 'no entry for it')}; those written are {known}"
+    why = REFUSED.get(kind) or llama_cpp.ABSENT.get(kind, "upcycle has no entry for it")
+    return f"{why}; those written are {', '.join(ARCHITECTURES)}"
 
 
 def _rope(entry: GgufArchitecture, config: Config) -> Support | None:

@@ -64,6 +64,7 @@ def places(
         UnsupportedError: the architecture of llama.cpp has no place for one.
     """
     layers = config.num_hidden_layers
+    _check_layers(tensors, entry, layers)
     named = get_tensor_name_map(entry.arch, layers)
     heads = {
         "q_proj": config.num_attention_heads,
@@ -85,7 +86,6 @@ def places(
         turned = entry.turned and rest.startswith("self_attn.")
         kind = rest.split(".")[1] if turned else ""
         found[name] = Place((mapped,), heads.get(kind, 0))
-    _check_layers(tensors, entry, layers)
     return found
 
 

@@ -14,7 +14,7 @@ from upcycle.conversion.dense_model import Facts, header
 from upcycle.conversion.trained import as_converted
 from upcycle.data.verification_inputs import Evaluation, evaluation_for, outputs_of
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.ir.measured import Check, OnnxFacts
+from upcycle.ir.measured import Check, Distance, OnnxFacts
 from upcycle.ir.rounding import ROUNDING
 from upcycle.models.companions import copy_companions, copy_licences
 from upcycle.models.moe_layers import moe_layers, with_own_experts
@@ -46,13 +46,13 @@ class Exported:
         form: ``onnx``, ``gguf`` with the type of its weights, or the native architecture.
         checks: the files against the model; empty if it was not verified.
         onnx: how far an ONNX file that is not float32 is from the model.
-        rounded: relative error of the outputs with the weights of a GGUF file that are rounded.
+        rounded: how far the outputs are with the rounded weights of a GGUF file.
     """
 
     form: str
     checks: tuple[Check, ...]
     onnx: OnnxFacts | None = None
-    rounded: float | None = None
+    rounded: Distance | None = None
 
 
 def export(
@@ -216,5 +216,5 @@ def _to_gguf(
             again = with_weights_of(path, model, content)
             with eval_mode(model, again):
                 found = compare_models(model, again, evaluation, predictions=False)
-            rounded = found.relative
+            rounded = max(found.outputs.values(), key=lambda output: output.relative)
     return Exported(f"gguf, {kind}", checks, rounded=rounded)
