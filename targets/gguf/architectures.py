@@ -151,7 +151,7 @@ ARCHITECTURES = {
         ),
         dense_lead=True,
     ),
-    "hunyuan_v1_moe": GgufArchitecture(MODEL_ARCH.HUNYUAN_MOE, rope_factors=True),
+    "hunyuan_v1_moe": GgufArchitecture(MODEL_ARCH.HUNYUAN_MOE),
 }
 REFUSED = {
     "gpt_oss": "its experts have alpha 1.702 in SwiGLU, and converted ones 1; for those of OpenAI "
