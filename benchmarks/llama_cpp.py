@@ -28,6 +28,7 @@ from upcycle.models import samples
 TYPES = ("f32", "f16", "bf16", "q8_0")
 PROMPT = "The capital of France is"
 TEXT = "Once upon a time there were 33 bears.\n\n  They'd never seen a café; we've seen 1,024."
+SMALL = ("mixtral", "qwen3_moe")
 NEW = 32
 F32 = 0  # of the key-value cache
 
@@ -66,39 +67,44 @@ def main() -> None:
         show(made, folder)
 
 
-SMALL = ("mixtral", "qwen3_moe")
-
-
 def show(made: dict[str, Path], folder: Path) -> None:
     heads = ("model", "type", "MB", "largest |logit difference|", "of", "rms", "top-1 the same")
     table = Table(*heads, "tokens", f"greedy, {NEW} tokens", "tokens/s")
     for name, source in made.items():
+        expected = in_torch(source)
         for kind in TYPES:
             out = folder / f"{source.name}-{kind}"
-            upcycle.export(source, out, target="gguf", gguf_type=kind, overwrite=True)
-            table.add_row(name, kind, *compared(source, out / f"model-{kind}.gguf"))
+            options = {"gguf_type": kind, "overwrite": True, "verify": False}
+            upcycle.export(source, out, target="gguf", **options)
+            table.add_row(name, kind, *compared(out / f"model-{kind}.gguf", *expected))
     Console(width=160).print(table)
 
 
-def compared(source: Path, file: Path) -> tuple[str, ...]:
-    """One row: the file in llama.cpp against the model in torch, in float32."""
+def in_torch(source: Path) -> tuple[Any, ...]:
+    """Tokens of the text and their logits, tokens of the prompt and those after it, in float32."""
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
+    tokens = tokenizer.encode(TEXT)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].numpy()
+        text = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :]
+    return tokens, logits, ids[0].tolist(), text.tolist()
+
+
+def compared(
+    file: Path, tokens: list[int], theirs: Any, prompt: list[int], text: list[int]
+) -> tuple[str, ...]:
+    """One row: the file in llama.cpp against what the model computes in torch."""
     llama = llama_cpp.Llama(
         str(file), n_ctx=256, logits_all=True, verbose=False, type_k=F32, type_v=F32
     )
-    tokens = tokenizer.encode(TEXT)
     same_tokens = llama.tokenize(TEXT.encode(), special=True) == tokens
-    with torch.no_grad():
-        theirs = model(torch.tensor([tokens])).logits[0].numpy()
     llama.eval(tokens)
     ours = np.array(llama.scores[: len(tokens)])
     error = ours - theirs
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    given = ids.shape[1]
-    text = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, given:].tolist()
     llama.reset()
-    llama.eval(ids[0].tolist())
+    llama.eval(prompt)
     start, made = time.perf_counter(), list[int]()
     while len(made) < len(text):
         made.append(int(llama.scores[llama.n_tokens - 1].argmax()))

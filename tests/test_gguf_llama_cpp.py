@@ -1,5 +1,6 @@
 """llama.cpp computes from our GGUF files what transformers computes, and reads the same tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from llama_case import EPS, ULPS, greedy, logits_of, opened
 
 import upcycle
 from upcycle.targets.gguf.architectures import ARCHITECTURES
+from upcycle.targets.runtimes import llama_cpp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +53,39 @@ def test_logits_and_greedy_tokens(tmp_path: Path, case: str) -> None:
     made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     new = made[0, len(ids) :].tolist()
     assert greedy(llama, ids, len(new)) == new
+
+
+OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmoe, divided": ("olmoe", {"norm_topk_prob": True}),
+    "qwen3_moe, not divided": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen2_moe, divided": ("qwen2_moe", {"norm_topk_prob": True}),
+    "clipped": ("olmoe", {"clip_qkv": 0.5}),
+    "groups": ("glm4_moe", {"n_group": 2, "topk_group": 1}),
+}
+NOT_LOADED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dots1, fewer keys": ("dots1", {"num_key_value_heads": 2}),
+    "olmoe, fewer keys": ("olmoe", {"num_key_value_heads": 2}),
+    "width of a head": ("qwen2_moe", {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("case", [*OTHERWISE, *NOT_LOADED])
+def test_what_is_refused_is_computed_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    kind, changes = {**OTHERWISE, **NOT_LOADED}[case]
+    monkeypatch.setitem(ARCHITECTURES, kind, replace(ARCHITECTURES[kind], conditions=()))
+    monkeypatch.setattr(llama_cpp, "other_norm", lambda target, config: None)
+    path = exported(tmp_path, kind, **changes)
+    if case in NOT_LOADED:
+        with pytest.raises(ValueError, match="Failed to load model"):
+            opened(path)
+        return
+    ids = [int(i) for i in torch.randint(3, 500, (60,))]
+    with torch.no_grad():
+        theirs = gguf_models.moe(kind, **changes)(torch.tensor([ids])).logits[0].numpy()
+    difference = np.abs(logits_of(opened(path), ids) - theirs).max()
+    assert difference > 1000 * ULPS * EPS * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("name", gguf_models.CUTS)

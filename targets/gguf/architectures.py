@@ -51,13 +51,6 @@ class GgufArchitecture:
         return MODEL_ARCH_NAMES[self.arch]
 
 
-def _as_many_key_heads(config: Config) -> Support | None:
-    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
-    if heads == keys:
-        return None
-    return refuses("num_key_value_heads", f"it wants as many as there are heads, {heads}")
-
-
 def only(name: str, *allowed: Any, why: str) -> Condition:
     """`name` has one of the `allowed` values or is not there."""
 
@@ -109,7 +102,7 @@ ARCHITECTURES = {
         MODEL_ARCH.OLMOE,
         conditions=(
             conditions.has_own_head_dim,
-            _as_many_key_heads,
+            conditions.as_many_key_heads,
             only("clip_qkv", None, why="queries, keys and values are not clipped"),
         ),
         own_output=True,
@@ -127,7 +120,7 @@ ARCHITECTURES = {
     "dots1": GgufArchitecture(
         MODEL_ARCH.DOTS1,
         SIGMOID,
-        (ONE_GROUP, SHARED, _as_many_key_heads),
+        (ONE_GROUP, SHARED, conditions.as_many_key_heads),
         dense_lead=True,
         own_output=True,
     ),

@@ -81,8 +81,10 @@ def _special(target: str, config: Config) -> Support | None:
         return conditions.has_own_head_dim(config)
     if target in GRANITE:
         return conditions.has_own_head_dim(config)
-    if target == "dots1" and config.get("scoring_func") != "sigmoid":
-        return refuses("scoring_func", "without it its converter writes no rule for the scores")
+    if target == "dots1":
+        if config.get("scoring_func") != "sigmoid":
+            return refuses("scoring_func", "without it its converter writes no rule for the scores")
+        return conditions.as_many_key_heads(config)
     if target == "ernie4_5_moe" and (count := config.get("moe_num_shared_experts", 0)):
         derived = config["intermediate_size"] // config["num_key_value_heads"]
         if count * config["moe_intermediate_size"] != derived:
