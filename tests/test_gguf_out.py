@@ -388,3 +388,5 @@ def test_the_command_from_a_dense_model_to_llama_cpp(tmp_path: Path) -> None:
     assert "likeliest token is the same" in " ".join(text.split())
     wrong = run("export", tmp_path / "m", "--gguf-type", "q2_k", "--out", tmp_path / "i", code=2)
     assert "q8_0" in wrong.stderr
+    other = run("export", tmp_path / "m", "--gguf-type", "f16", "--out", tmp_path / "i", code=2)
+    assert "choose from f32, f16, bf16, q8_0, with --target=gguf" in other.stderr

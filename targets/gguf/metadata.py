@@ -56,9 +56,9 @@ def rope_factors(config: Any) -> torch.Tensor | None:
 
     if config.rope_parameters["rope_type"] != "llama3":
         return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    scaled: torch.Tensor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     exponents = torch.arange(len(scaled), dtype=torch.float64) / len(scaled)
-    plain = config.rope_parameters["rope_theta"] ** -exponents
+    plain: torch.Tensor = config.rope_parameters["rope_theta"] ** -exponents
     return (plain / scaled.double()).float()
 
 

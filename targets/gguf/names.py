@@ -40,7 +40,7 @@ class Place:
     def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors of the file; axes of length one in front are dropped."""
         if self.heads:
-            rows = tensor.unflatten(0, (self.heads, 2, -1))
+            rows = tensor.reshape(self.heads, 2, -1, *tensor.shape[1:])
             tensor = rows.transpose(1, 2).reshape(tensor.shape)
         if tensor.dim() == 2 and tensor.shape[0] == 1:
             tensor = tensor[0]
@@ -50,7 +50,7 @@ class Place:
         """The tensor of the model, of `shape`, from those of the file."""
         tensor = torch.cat(list(parts), dim=-2) if len(parts) > 1 else parts[0]
         if self.heads:
-            rows = tensor.unflatten(0, (self.heads, -1, 2))
+            rows = tensor.reshape(self.heads, -1, 2, *tensor.shape[1:])
             tensor = rows.transpose(1, 2).reshape(tensor.shape)
         return tensor.reshape(shape)
 

@@ -23,7 +23,11 @@ FILE_TYPES = {
     "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
-TYPE_OF = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+TYPE_OF: dict[torch.dtype, GgufType] = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
 # Small, and what decides which experts a token visits: always in float32, as llama.cpp has them.
 SINGLE = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "rope_freqs.weight")
 

@@ -102,6 +102,10 @@ def export(
     directory, out = Path(directory), Path(out)
     if target not in get_args(ExportTarget):
         raise UsageError(f"`target={target}`: choose from {', '.join(get_args(ExportTarget))}")
+    if gguf_type is not None and (target != "gguf" or gguf_type not in get_args(GgufType)):
+        raise UsageError(
+            f"`gguf_type={gguf_type}`: choose from {', '.join(get_args(GgufType))}, with `target=gguf`"
+        )
     check_output(out, overwrite=overwrite, protect=[directory])
     with step(progress, "loading"):
         loaded = load(directory, model, trust_remote_code=trust_remote_code)

@@ -69,6 +69,7 @@ def export(
         from upcycle.ir.report import plain
         from upcycle.models.dense import Source, open_model
         from upcycle.recipe.reader import onnx_options
+        from upcycle.targets.gguf.write import GgufType
         from upcycle.util.named_callable import inputs_named
 
     model = None
@@ -86,7 +87,7 @@ def export(
             example_inputs=inputs_named(inputs),
             onnx=onnx_options(overrides),
             architecture=architecture,
-            gguf_type=gguf_type,
+            gguf_type=cast(GgufType | None, gguf_type),
             runtimes=runtimes,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
