@@ -282,7 +282,9 @@ def test_unknown_architectures_are_refused_with_those_that_are_written(tmp_path:
 
 def test_layers_of_upcycle_are_refused_and_dense_models_too(tmp_path: Path) -> None:
     run("convert", "sample:bert-tiny", "--recipe", "sparse-upcycling", "--out", tmp_path / "moe")
-    with pytest.raises(UnsupportedError, match=r"runs no code that comes with a model.*native"):
+    with pytest.raises(
+        UnsupportedError, match=r"runs no code that comes with a model; `target=native`"
+    ):
         upcycle.export(tmp_path / "moe", tmp_path / "out", target="gguf")
     small_models.saved("llama", tmp_path / "dense")
     with pytest.raises(UsageError, match="convert a dense model"):
@@ -389,4 +391,4 @@ def test_the_command_from_a_dense_model_to_llama_cpp(tmp_path: Path) -> None:
     wrong = run("export", tmp_path / "m", "--gguf-type", "q2_k", "--out", tmp_path / "i", code=2)
     assert "q8_0" in wrong.stderr
     other = run("export", tmp_path / "m", "--gguf-type", "f16", "--out", tmp_path / "i", code=2)
-    assert "choose from f32, f16, bf16, q8_0, with --target=gguf" in other.stderr
+    assert "--gguf-type f16: choose from f32, f16, bf16, q8_0, with --target gguf" in other.stderr

@@ -184,7 +184,7 @@ def architecture_of(model: Any) -> GgufArchitecture:
 def _why_not(model: Any, kind: str) -> str:
     if hasattr(model, "config") and not type(model).__module__.startswith("transformers."):
         return (
-            f"{llama_cpp.ABSENT[CUSTOM]}; `upcycle export --target native` makes an architecture "
+            f"{llama_cpp.ABSENT[CUSTOM]}; `target=native` makes an architecture "
             "of transformers of it, if one computes the same"
         )
     why = REFUSED.get(kind) or llama_cpp.ABSENT.get(kind, "upcycle has no entry for it")

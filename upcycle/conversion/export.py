@@ -103,9 +103,8 @@ def export(
     if target not in get_args(ExportTarget):
         raise UsageError(f"`target={target}`: choose from {', '.join(get_args(ExportTarget))}")
     if gguf_type is not None and (target != "gguf" or gguf_type not in get_args(GgufType)):
-        raise UsageError(
-            f"`gguf_type={gguf_type}`: choose from {', '.join(get_args(GgufType))}, with `target=gguf`"
-        )
+        known = ", ".join(get_args(GgufType))
+        raise UsageError(f"`gguf_type={gguf_type}`: choose from {known}, with `target=gguf`")
     check_output(out, overwrite=overwrite, protect=[directory])
     with step(progress, "loading"):
         loaded = load(directory, model, trust_remote_code=trust_remote_code)
@@ -125,7 +124,14 @@ def export(
             tokenizer = tokenizer_in(directory, trust_remote_code=trust_remote_code)
             copy_licences(directory, folder)
             done = _to_gguf(
-                folder, loaded, tokenizer, evaluation, gguf_type, directory.name, verify, progress
+                folder,
+                loaded,
+                tokenizer,
+                evaluation,
+                gguf_type,
+                directory.resolve().name,
+                verify,
+                progress,
             )
             raise_if_any_failed(done.checks)
             return done
