@@ -6,7 +6,7 @@ with a self-contained modeling file. Any other module becomes ``model.safetensor
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from upcycle.targets.files.stored import Stored
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE, ShardLog, TensorEntry, write_tensors
 from upcycle.targets.native.choose import build_config
 from upcycle.targets.native.tensors import OneLayer, entries
-from upcycle.util.copies import tensors_of
+from upcycle.util.copies import tensors_of, untied_tensors
 from upcycle.util.lazy_tensors import LazyTensors
 from upcycle.version import __version__
 
@@ -159,7 +159,7 @@ def _dense_names(model: nn.Module, plan: Plan, content: Content) -> LazyTensors:
     for spec, layer in planned_layers(model, plan):
         replaced |= dict.fromkeys(spec.ffn.parameters, layer.experts.down_proj.dtype)
     inside = tuple(f"{spec.ffn.path}." for spec in plan.specs)
-    outside = {name for name in _untied(model) if not name.startswith(inside)}
+    outside = {name for name in untied_tensors(model) if not name.startswith(inside)}
 
     def read(name: str) -> torch.Tensor:
         return torch.empty(0, dtype=replaced[name]) if name in replaced else content.tensor(name)
@@ -180,7 +180,7 @@ def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[
     def part(spec: MoESpec, layer: MoE, name: str) -> torch.Tensor:
         return layer_tensors(layer, one_layer(spec))[name].detach().cpu().contiguous()
 
-    for name, tensor in _untied(model).items():
+    for name, tensor in untied_tensors(model).items():
         path = next((p for p in layer_of if name.startswith(f"{p}.")), None)
         if path is None or name in kept:
             read = partial(content.tensor, name)
@@ -188,17 +188,6 @@ def _module_entries(model: nn.Module, plan: Plan, content: Content) -> Iterator[
         else:
             read = partial(part, *layer_of[path], name.removeprefix(f"{path}."))
         yield TensorEntry(name, tuple(tensor.shape), tensor.dtype, read)
-
-
-def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict, without the tensors that transformers ties to another one on loading."""
-    state = tensors_of(model)
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if tied.get(name) not in state or tensor.data_ptr() != state[tied[name]].data_ptr()
-    }
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -18,6 +18,7 @@ import small_models
 import torch
 import transformers
 from click.testing import CliRunner
+from llama_case import EPS, ULPS, greedy, logits_of, opened
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,9 +26,6 @@ from upcycle.cli.main import main
 from upcycle.models import samples
 from upcycle.models.sample_store import find
 
-llama_cpp: Any = pytest.importorskip(
-    "llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python"
-)
 CHECKOUT = Path(os.environ.get("UPCYCLE_LLAMA_CPP", ""))
 CONVERTER = CHECKOUT / "convert_hf_to_gguf.py"
 pytestmark = [
@@ -36,13 +34,6 @@ pytestmark = [
         not CONVERTER.is_file(), reason="UPCYCLE_LLAMA_CPP does not name a checkout of llama.cpp"
     ),
 ]
-
-# A sum of n products errs by at most n eps of its largest term. On the way to a logit each of the 2
-# layers sums 32 products four times for attention, 32 for gate and up and 64 for down, and the head
-# 32. llama.cpp and transformers each round, so the two differ by twice that.
-ULPS = 2 * (2 * (4 * 32 + 32 + 64) + 32)
-EPS = torch.finfo(torch.float32).eps
-F32 = 0  # the element type of the key-value cache, which is float16 by default
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -81,28 +72,6 @@ def gguf(directory: Path) -> Path:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return out
-
-
-def opened(path: Path) -> Any:
-    return llama_cpp.Llama(
-        str(path), n_ctx=128, logits_all=True, verbose=False, type_k=F32, type_v=F32, n_threads=1
-    )
-
-
-def logits_of(llama: Any, ids: list[int]) -> np.ndarray:
-    llama.reset()
-    llama.eval(ids)
-    return np.array(llama.scores[: len(ids)])
-
-
-def greedy(llama: Any, ids: list[int], count: int) -> list[int]:
-    """`count` tokens after `ids`, each the one with the largest logit."""
-    logits_of(llama, ids)
-    made: list[int] = []
-    for _ in range(count):
-        made.append(int(llama.scores[llama.n_tokens - 1].argmax()))
-        llama.eval(made[-1:])
-    return made
 
 
 def read(directory: Path) -> Any:

@@ -34,6 +34,7 @@ CONFIG = {
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
+SIGMOID = {"norm_topk_prob": True, "scoring_func": "sigmoid"}
 QWEN2 = {"norm_topk_prob": False, "shared_expert_intermediate_size": 32, "qkv_bias": True}
 YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}
 
@@ -57,7 +58,8 @@ def judged(runtime: str, target: str, changes: dict[str, Any], planned: Plan) ->
         ("llama.cpp", "qwen3_moe", {"norm_topk_prob": True}, None),
         ("llama.cpp", "qwen3_moe", {"norm_topk_prob": False}, "router.weights"),
         ("llama.cpp", "olmoe", {"norm_topk_prob": True}, "router.weights"),
-        ("llama.cpp", "dots1", {"norm_topk_prob": True, "scoring_func": "sigmoid"}, None),
+        ("llama.cpp", "dots1", SIGMOID | {"num_key_value_heads": 4}, None),
+        ("llama.cpp", "dots1", SIGMOID, "num_key_value_heads"),
         ("llama.cpp", "dots1", {"norm_topk_prob": True}, "scoring_func"),
         # and has no option for other parts of them
         (

@@ -45,6 +45,14 @@ def has_own_head_dim(config: Config) -> Support | None:
     return refuses("head_dim", why)
 
 
+def as_many_key_heads(config: Config) -> Support | None:
+    """For a runtime that has no grouped queries in this architecture."""
+    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    if heads == keys:
+        return None
+    return refuses("num_key_value_heads", f"it wants as many as there are heads, {heads}")
+
+
 def sliding(config: Config) -> str | None:
     """The limit of a runtime that attends to everything in spite of a sliding window."""
     window = config.get("sliding_window")

@@ -43,7 +43,7 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
         return refuses("model_type", "upcycle does not know whether it has this architecture")
     refusal = (
         conditions.other_activation(config)
-        or _norm(target, config)
+        or other_norm(target, config)
         or _experts(plan)
         or _special(target, config)
     )
@@ -56,7 +56,8 @@ def judge(target: str, config: Config, plan: Plan) -> Support:
     )
 
 
-def _norm(target: str, config: Config) -> Support | None:
+def other_norm(target: str, config: Config) -> Support | None:
+    """Its graph normalises the weights of the chosen experts, and `config` does not, or back."""
     fixed = RENORMALISES.get(target)
     if fixed is None or config.get("norm_topk_prob", fixed) == fixed:
         return None
@@ -80,8 +81,10 @@ def _special(target: str, config: Config) -> Support | None:
         return conditions.has_own_head_dim(config)
     if target in GRANITE:
         return conditions.has_own_head_dim(config)
-    if target == "dots1" and config.get("scoring_func") != "sigmoid":
-        return refuses("scoring_func", "without it its converter writes no rule for the scores")
+    if target == "dots1":
+        if config.get("scoring_func") != "sigmoid":
+            return refuses("scoring_func", "without it its converter writes no rule for the scores")
+        return conditions.as_many_key_heads(config)
     if target == "ernie4_5_moe" and (count := config.get("moe_num_shared_experts", 0)):
         derived = config["intermediate_size"] // config["num_key_value_heads"]
         if count * config["moe_intermediate_size"] != derived:

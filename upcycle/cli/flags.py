@@ -17,7 +17,8 @@ FLAGS = {
 }
 SAME = (
     *("allow_pickle", "architecture", "calibration", "device", "dtype", "engine", "executor"),
-    *("fresh", "jobs", "out", "overwrite", "resume", "stream", "trust_remote_code", "verify"),
+    *("fresh", "gguf_type", "jobs", "out", "overwrite", "resume", "stream", "target"),
+    *("trust_remote_code", "verify"),
 )
 ARGUMENT = re.compile(rf"`({'|'.join([*FLAGS, *SAME])})(?:=([^`]*))?`")
 

@@ -146,6 +146,11 @@ def export_report(done: "Exported", out: str, sizes: dict[str, int]) -> list[Ren
     parts: list[RenderableType] = checks_report(done.checks) if done.checks else ["not verified"]
     if done.onnx is not None and done.onnx.relative is not None:
         parts.append(f"the rounded file is {done.onnx.relative:.2e} from the model")
+    if done.rounded is not None:
+        line = f"with the rounded weights outputs are {done.rounded.rms:.2e} (rms) from the model's"
+        if (same := done.rounded.top1_agreement) is not None:
+            line += f", and the likeliest token is the same at {same:.1%} of the places"
+        parts.append(line)
     return [*parts, "", _files(sizes), f"written to {out} ({done.form})"]
 
 

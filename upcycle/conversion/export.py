@@ -14,24 +14,28 @@ from upcycle.conversion.dense_model import Facts, header
 from upcycle.conversion.trained import as_converted
 from upcycle.data.verification_inputs import Evaluation, evaluation_for, outputs_of
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.ir.measured import Check, OnnxFacts
+from upcycle.ir.measured import Check, Distance, OnnxFacts
 from upcycle.ir.rounding import ROUNDING
-from upcycle.models.companions import copy_companions
+from upcycle.models.companions import copy_companions, copy_licences
 from upcycle.models.moe_layers import moe_layers, with_own_experts
+from upcycle.models.tokenizer import tokenizer_in
 from upcycle.passes.plan.costs import model_size
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.checkpoint import write_checkpoint
 from upcycle.targets.files.staging import check_output, staged
+from upcycle.targets.gguf.write import TYPE_OF, GgufType, write_gguf
 from upcycle.targets.load import load
 from upcycle.targets.onnx.write import in_float32, write_onnx
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.checks import EXPERTS, check, raise_if_any_failed
 from upcycle.verification.files import verify_files
+from upcycle.verification.gguf import verify_gguf, with_weights_of
 from upcycle.verification.metrics import distance
 from upcycle.verification.onnx.precision import verify_precision
+from upcycle.verification.whole_model import compare_models
 
-ExportTarget = Literal["onnx", "native"]
+ExportTarget = Literal["onnx", "native", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,16 @@ class Exported:
     """What was written.
 
     Attributes:
-        form: ``onnx``, or the native architecture.
+        form: ``onnx``, ``gguf`` with the type of its weights, or the native architecture.
         checks: the files against the model; empty if it was not verified.
-        onnx: how far a file that is not float32 is from the model.
+        onnx: how far an ONNX file that is not float32 is from the model.
+        rounded: how far the outputs are with the rounded weights of a GGUF file.
     """
 
     form: str
     checks: tuple[Check, ...]
     onnx: OnnxFacts | None = None
+    rounded: Distance | None = None
 
 
 def export(
@@ -59,6 +65,7 @@ def export(
     onnx: Onnx = ONNX_DEFAULTS,
     architecture: str | None = None,
     runtimes: Sequence[str] = (),
+    gguf_type: GgufType | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     verify: bool = True,
@@ -73,11 +80,14 @@ def export(
             an MoE architecture of transformers.
         out: the new directory, beside whose place it is written first.
         target: ``onnx``, a file for ONNX Runtime; ``native``, a checkpoint in an MoE architecture
-            of transformers, from one with code of ours.
+            of transformers, from one with code of ours; ``gguf``, a file for llama.cpp, from one in
+            such an architecture, with its tokenizer.
         model: for a plain module: a dense instance, as `upcycle.load` takes it.
         example_inputs: inputs of the model, where they cannot be guessed.
         onnx: the section `onnx` of a recipe.
         architecture, runtimes: what `native` has to be, and has to run it.
+        gguf_type: of the weights of `gguf`, as llama.cpp names it: f32, f16, bf16, q8_0; None is
+            that of the model.
         overwrite: replace `out` if it exists.
         trust_remote_code: run Python code of the directory.
         verify: load or run what was written, and compare.
@@ -92,6 +102,9 @@ def export(
     directory, out = Path(directory), Path(out)
     if target not in get_args(ExportTarget):
         raise UsageError(f"`target={target}`: choose from {', '.join(get_args(ExportTarget))}")
+    if gguf_type is not None and (target != "gguf" or gguf_type not in get_args(GgufType)):
+        known = ", ".join(get_args(GgufType))
+        raise UsageError(f"`gguf_type={gguf_type}`: choose from {known}, with `target=gguf`")
     check_output(out, overwrite=overwrite, protect=[directory])
     with step(progress, "loading"):
         loaded = load(directory, model, trust_remote_code=trust_remote_code)
@@ -107,6 +120,21 @@ def export(
         example=example_inputs,
     )
     with staged(out, overwrite=overwrite, protect=[directory]) as folder:
+        if target == "gguf":
+            tokenizer = tokenizer_in(directory, trust_remote_code=trust_remote_code)
+            copy_licences(directory, folder)
+            done = _to_gguf(
+                folder,
+                loaded,
+                tokenizer,
+                evaluation,
+                gguf_type,
+                directory.resolve().name,
+                verify,
+                progress,
+            )
+            raise_if_any_failed(done.checks)
+            return done
         copy_companions(directory, folder, trust_remote_code=trust_remote_code)
         if target == "onnx":
             done = _to_onnx(folder, loaded, evaluation, onnx, verify, progress)
@@ -168,3 +196,35 @@ def _to_native(
         report = header(plan, Facts(folder.name, model_dtype(view), model_size(view)))
         report = verify_files(report, folder, plan, written, view, view, evaluation)
     return Exported(written.architecture, report.checks)
+
+
+def _to_gguf(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    evaluation: Evaluation,
+    gguf_type: GgufType | None,
+    name: str,
+    verify: bool,
+    progress: Progress,
+) -> Exported:
+    if tokenizer is None:
+        raise UnsupportedError(
+            f"gguf: {name} has no tokenizer, and a file for llama.cpp contains one; copy the files "
+            "of the tokenizer there"
+        )
+    kind: GgufType = gguf_type or TYPE_OF.get(model_dtype(model), "f32")
+    path = folder / f"model-{kind}.gguf"
+    with step(progress, "writing"):
+        content = write_gguf(path, model, tokenizer, kind, name)
+    if not verify:
+        return Exported(f"gguf, {kind}", ())
+    with step(progress, "reading again"):
+        checks = verify_gguf(path, content)
+        rounded = None
+        if kind != TYPE_OF.get(model_dtype(model)):
+            again = with_weights_of(path, model, content)
+            with eval_mode(model, again):
+                found = compare_models(model, again, evaluation, predictions=False)
+            rounded = max(found.outputs.values(), key=lambda output: output.relative)
+    return Exported(f"gguf, {kind}", checks, rounded=rounded)

@@ -9,6 +9,7 @@ from typing import Any
 from upcycle.util.json_text import parsed
 from upcycle.util.untrusted import inside, without_escape
 
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # What the loaders of transformers, vLLM, SGLang, llama.cpp and sentence-transformers ask for.
 KNOWN = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -20,7 +21,7 @@ KNOWN = (
     *("chat_template.json", "chat_template.jinja", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("audio_tokenizer_config.json", "modules.json", "sentence_bert_config.json"),
-    *("config_sentence_transformers.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+    *("config_sentence_transformers.json", *LICENCES),
 )
 TEMPLATES = "additional_chat_templates"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")  # each says that one is there
@@ -53,6 +54,12 @@ def copy_companions(
         files = _matching(folder, IN_FOLDERS, MAX_BYTES * 64)
         copied += [_copy(p, source, destination, f"{folder.name}/{p.name}") for p in files]
     return sorted(copied)
+
+
+def copy_licences(source: Path, destination: Path) -> None:
+    """Copy only what says under which terms a model may be passed on."""
+    for path in _matching(source, LICENCES):
+        _copy(path, source, destination, path.name)
 
 
 def _matching(folder: Path, known: tuple[str, ...], most: int = MAX_BYTES) -> list[Path]:

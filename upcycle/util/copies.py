@@ -80,6 +80,17 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def untied_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict, without the tensors that transformers ties to another one on loading."""
+    state = tensors_of(model)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if tied.get(name) not in state or tensor.data_ptr() != state[tied[name]].data_ptr()
+    }
+
+
 @contextmanager
 def buffers_restored(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Undo what the forward writes into buffers, except for those of the modules `but`."""

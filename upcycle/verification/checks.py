@@ -4,7 +4,7 @@
 - T1 each converted layer against its dense FFN; for split methods also with all experts at weight
   one, which must be exact; and with distinct experts against a plain loop over them.
 - T2 the whole model against the dense one: outputs, predictions and perplexity.
-- T3 the written files, loaded as a user would load them.
+- T3 the written files, loaded as a user would load them; of a GGUF file, every tensor.
 - T4 ONNX files in ONNX Runtime against PyTorch.
 """
 
@@ -31,6 +31,9 @@ TIES = "near ties of experts, files loaded again"
 GREEDY = "greedy text differs from the dense model's"
 TEMPERED = "weights of a tempered router"
 ELSEWHERE = "tokens at other experts, by a tempered router"
+MISNAMED = "tensors of the file that are missing or that the model does not have"
+UNEQUAL = "tensors of the file that are not those of the model, rounded to its type"
+STEPS = "8-bit weights of the file against those of the model, in half steps of their scales"
 # T4
 ONNX = "ONNX Runtime against PyTorch"
 ONNX_TIES = "near ties of experts, ONNX Runtime against PyTorch"

@@ -17,9 +17,14 @@ from upcycle.cli.group import collector_paused
 )
 @click.option(
     "--target",
-    type=click.Choice(["onnx", "native"]),
+    type=click.Choice(["onnx", "native", "gguf"]),
     default="onnx",
-    help="An ONNX file; or a checkpoint in an MoE architecture of transformers.",
+    help="An ONNX file; a checkpoint in an MoE architecture of transformers; a file for llama.cpp.",
+)
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    help="The type of the weights of --target gguf; that of the model if not given.",
 )
 @click.option(
     "--set",
@@ -44,6 +49,7 @@ def export(
     directory: Path,
     out: Path,
     target: str,
+    gguf_type: str | None,
     overrides: tuple[str, ...],
     runtimes: tuple[str, ...],
     architecture: str | None,
@@ -63,6 +69,7 @@ def export(
         from upcycle.ir.report import plain
         from upcycle.models.dense import Source, open_model
         from upcycle.recipe.reader import onnx_options
+        from upcycle.targets.gguf.write import GgufType
         from upcycle.util.named_callable import inputs_named
 
     model = None
@@ -80,6 +87,7 @@ def export(
             example_inputs=inputs_named(inputs),
             onnx=onnx_options(overrides),
             architecture=architecture,
+            gguf_type=cast(GgufType | None, gguf_type),
             runtimes=runtimes,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,

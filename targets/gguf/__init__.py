@@ -1,0 +1,1 @@
+"""A mixture of experts as a GGUF file, which llama.cpp runs."""
