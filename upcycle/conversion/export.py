@@ -77,7 +77,8 @@ def export(
         model: for a plain module: a dense instance, as `upcycle.load` takes it.
         example_inputs: inputs of the model, where they cannot be guessed.
         onnx: the section `onnx` of a recipe.
-        architecture, runtimes: what `native` has to be, and has to run it.
+        architecture: for `native`, the architecture to write; by default what fits.
+        runtimes: for `native`, what has to run it: transformers, vllm, llama.cpp, ...
         overwrite: replace `out` if it exists.
         trust_remote_code: run Python code of the directory.
         verify: load or run what was written, and compare.
