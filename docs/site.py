@@ -20,6 +20,7 @@ ABOVE = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security-policy.md",
 }
+SHIM = "https://unpkg.com/iframe-worker/shim"  # what Material's offline plugin has readers fetch
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -47,6 +48,16 @@ def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) 
     """Point links at pages of the site; a link to a file of the repository is its name."""
     is_above = page.file.src_uri in ABOVE.values()
     return LINK.sub(lambda found: _link(found, is_above), text)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """The shim for search comes with the site; all pages are in one folder."""
+    return output.replace(SHIM, "iframe-worker.js")
+
+
+def on_post_template(output: str, template_name: str, config: MkDocsConfig) -> str:
+    """The same for the page of a missing address."""
+    return output.replace(SHIM, "/iframe-worker.js")
 
 
 def _link(found: re.Match[str], is_above: bool) -> str:
