@@ -32,7 +32,10 @@ def register_expert_method(
         name: a word that is not taken.
         build: from a `DenseLayer` to its `Parts`: a pure function of weights, so what it makes can
             be written as every target.
-        kind, needs, refuse, options: what holds of the method, as `ExpertMethod` says.
+        kind: what holds of the experts: ``copies``, ``split``, ..., as `ExpertMethod` says.
+        needs: what calibration has to show, ``activations`` or ``gradients``, if anything.
+        refuse: why it cannot make of one FFN what a recipe asks for, a sentence for each reason.
+        options: what checks ``experts.options``, a pydantic model or a dataclass.
 
     Raises:
         UsageError: the name is taken, or a fact is none.
@@ -69,8 +72,12 @@ def register_router(
         makes: a kind of router that there is, or a class, whose `make` and `scores` say how it
             scores. ``onnx_scores``, if it has that, takes the place of `scores` in ONNX files, and
             a self-contained modeling file gets the text of its module, if that is plain.
+        kinds: the kinds of experts that it makes sense for.
+        otherwise: why it does not for the others, to end the sentence "<name> ...".
+        needs: what calibration has to show, if anything.
+        bias: it makes a bias that is not zero.
         facts: for a class, what its ``config.options`` holds, plain data.
-        kinds, otherwise, needs, bias, options: what holds of the method, as `RouterMethod` says.
+        options: what checks ``router.options``, a pydantic model or a dataclass.
 
     Raises:
         UsageError: the name is taken, or a fact is none.

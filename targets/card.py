@@ -21,7 +21,7 @@ MAX_LAYERS = 12  # in the card; report.json has all
 
 PROMISES: dict[str, str] = {
     "exact": "The outputs equal those of the dense model for every input, up to rounding.",
-    "exact when K = N": (
+    "exact with all experts": (
         "With all experts chosen and weight one the outputs equal those of the dense model, up to "
         "rounding. With the top_k of this model they are an approximation, which the table shows."
     ),
@@ -72,10 +72,10 @@ def _numbers(plan: Plan, report: Report) -> Iterator[tuple[str, str]]:
     first = plan.specs[0]
     yield "converted FFNs", f"{len(plan.specs)} of {len(plan.located.ffns)}"
     yield "experts per layer", f"{first.num_experts} of {first.width} neurons"
-    yield "experts that a token visits", f"{first.top_k}"
+    yield "experts per token", f"{first.top_k}"
     if costs := report.costs:
         yield "parameters", f"{costs.parameters_after:,} (dense {costs.parameters_before:,})"
-        yield "parameters that a token meets", f"{costs.active_parameters:,}"
+        yield "active parameters", f"{costs.active_parameters:,}"
     if calibration := report.calibration:
         yield "calibrated on", calibration.data
         for usage in calibration.layers[:MAX_LAYERS]:
@@ -165,7 +165,7 @@ def model_card(
     ]
     if runtimes:
         sections += [
-            "Other software, as its source says; it was not run with this model:",
+            "Other software, judged by its source code; this model was not run in it:",
             _table(("software", "support"), list(runtimes.items())),
         ]
     sections += [

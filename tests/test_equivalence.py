@@ -119,7 +119,7 @@ def test_exact_placements_keep_the_function(
 def test_a_split_is_exact_once_all_experts_run(method: str, name: str, dtype: torch.dtype) -> None:
     ffn = numerics.random_ffn(name, dtype=dtype)
     spec, _, layer = numerics.convert(ffn, split(method, 5, "avg_key", 2))
-    assert spec.promise == "exact when K = N"
+    assert spec.promise == "exact with all experts"
     with pytest.raises(AssertionError):
         check(layer, ffn, terms=2)
     with all_experts(layer):

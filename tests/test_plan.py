@@ -226,7 +226,7 @@ def test_seeds_differ_by_layer_and_by_recipe_and_stay_when_layers_are_left_out()
         ({**GRANULAR, "scale": "even"}, router("virtual_group", 4), "gelu", "approximate"),
         ({**GRANULAR, "scale": "even"}, router("virtual_group", 4), "swiglu", "approximate"),
         ({**GRANULAR, "scale": "up_down"}, router("virtual_group", 4), "swiglu", "exact"),
-        (SPLIT, router(weights="one"), "gelu", "exact when K = N"),
+        (SPLIT, router(weights="one"), "gelu", "exact with all experts"),
         (SPLIT, router(weights="one", top_k="all"), "gelu", "exact"),
         (SPLIT, router(weights="one", scale=2.0), "gelu", "approximate"),
         (SPLIT, router(top_k="all"), "gelu", "approximate"),

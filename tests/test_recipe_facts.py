@@ -10,34 +10,40 @@ from upcycle.recipe.shipped import recipe_names
 @pytest.mark.parametrize(
     ("name", "overrides", "promise", "active", "needs"),
     [
-        ("sparse-upcycling", [], "exact", "200%", "nothing but the model"),
-        ("granular", [], "exact", "100%", "nothing but the model"),
-        ("factorllm", [], "exact when K = N", "50%", "nothing but the model"),
-        ("split-all", [], "exact", "100%", "nothing but the model"),
-        ("harder-tasks", [], "exact", "at most 1600%", "nothing but the model"),
-        ("dynmole", [], "exact", "at most 600%", "nothing but the model"),
-        ("adamoe", [], "approximate", "at most 300%", "nothing but the model"),
-        ("factorllm", ["router.method=ridge"], "exact when K = N", "50%", "activations"),
-        ("factorllm", ["compensate.mean=true"], "approximate", "50%", "activations"),
-        ("factorllm", ["experts.shared=1", "router.top_k=1"], "exact when K = N", "50%", "nothing"),
+        ("sparse-upcycling", [], "exact", "2x", "nothing but the model"),
+        ("granular", [], "exact", "1x", "nothing but the model"),
+        ("factorllm", [], "exact with all experts", "0.5x", "nothing but the model"),
+        ("split-all", [], "exact", "1x", "nothing but the model"),
+        ("harder-tasks", [], "exact", "at most 16x", "nothing but the model"),
+        ("dynmole", [], "exact", "at most 6x", "nothing but the model"),
+        ("adamoe", [], "approximate", "at most 3x", "nothing but the model"),
+        ("factorllm", ["router.method=ridge"], "exact with all experts", "0.5x", "activations"),
+        ("factorllm", ["compensate.mean=true"], "approximate", "0.5x", "activations"),
+        (
+            "factorllm",
+            ["experts.shared=1", "router.top_k=1"],
+            "exact with all experts",
+            "0.5x",
+            "nothing",
+        ),
         (
             "factorllm",
             ["experts.shared=1", "router.top_k=1", "experts.shared_by=importance"],
-            "exact when K = N",
-            "50%",
+            "exact with all experts",
+            "0.5x",
             "gradients",
         ),
     ],
 )
 def test_facts(name: str, overrides: list[str], promise: str, active: str, needs: str) -> None:
     found = recipe_facts(load_recipe(name, overrides)).text().split("; ")
-    assert found[:2] == [promise, f"{active} of the FFN active for a token"]
+    assert found[:2] == [promise, f"{active} the FFN compute per token"]
     assert found[3].startswith(f"needs {needs}")
 
 
 def test_it_is_one_line() -> None:
     assert recipe_facts(load_recipe("granular")).text() == (
-        "exact; 100% of the FFN active for a token; 4.0x parameters; needs nothing but the model"
+        "exact; 1x the FFN compute per token; 4.0x parameters; needs nothing but the model"
     )
 
 

@@ -133,13 +133,21 @@ def test_the_plan_report_says_what_becomes_of_each_ffn() -> None:
     end = next(i for i, line in enumerate(lines) if line.startswith("verdict: "))
     assert lines[end - 2].split(maxsplit=1) == ["pool", "a softmax mixes the hidden axis"]
     assert lines[end].startswith("verdict: exact by its algebra, not measured, with ")
-    assert "not as mixtral: its router has no bias" in lines
+    assert "`upcycle plan -v` says why it is no other architecture" in lines
+    assert "not as mixtral: its router has no bias" not in lines
     start = lines.index("runtime  runs it")
     assert lines[start + 1 : start + 4] == [
         "here     yes",
         "near     yes: slowly",
         "there    no, width: too wide",
     ]
+
+
+def test_a_verbose_plan_says_why_it_is_no_other_architecture() -> None:
+    planned = plan(ffn("layers.0.mlp"), convert=1)
+    lines = text(report.plan_report(planned, costs(planned, 1_234_567, 2), written(), verbose=True))
+    assert "not as mixtral: its router has no bias" in lines
+    assert not any("plan -v" in line for line in lines)
 
 
 def test_the_plan_as_json() -> None:

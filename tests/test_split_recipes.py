@@ -13,8 +13,8 @@ from upcycle.errors import UsageError
 from upcycle.models.dense import open_model
 
 PROMISES = {
-    "cmoe": "exact when K = N",
-    "expertweaver": "exact when K = N",
+    "cmoe": "exact with all experts",
+    "expertweaver": "exact with all experts",
     "llama-moe": "approximate",
     "moebert": "approximate",
 }

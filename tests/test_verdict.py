@@ -83,7 +83,7 @@ def test_the_sentences() -> None:
     assert "80% of its next tokens are the same" in text.quality
     random = replace(measured(0.6, 0.9), inputs="random inputs")
     assert "which say little" in judged(random).quality
-    planned = judged(None, "exact when K = N")
+    planned = judged(None, "exact with all experts")
     assert planned.headline.startswith("not measured")
     assert "`upcycle convert` measures it." in planned.lines
 

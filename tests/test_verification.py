@@ -55,9 +55,9 @@ def layers_of(done: Conversion) -> list[MoE]:
 
 
 BLANK = Report("0", "model", "recipe", {}, "exact", "float32", "2")
-ROWS = "rows that are not the dense rows they came from"
-LAYER, DISTINCT = "layer", "layer with distinct experts"
-ALL = "layer with all experts (K = N)"
+ROWS = "weights changed in conversion"
+LAYER, DISTINCT = "layer", "routing of tokens to experts"
+ALL = "layer with all experts active"
 
 
 @pytest.mark.parametrize("recipe", ["sparse-upcycling", "granular", "split-all", "moefication"])
@@ -139,7 +139,7 @@ def test_t1_sees_a_combine_that_copies_cannot_see(
     found = layer_checks(done)
     assert found[LAYER], "copies are equal, so this must not notice it"
     assert not found[DISTINCT]
-    with pytest.raises(VerificationError, match="layer with distinct experts"):
+    with pytest.raises(VerificationError, match="routing of tokens to experts"):
         convert(small_models.build("llama"), "sparse-upcycling")
 
 

@@ -53,7 +53,7 @@ def layer_parameters(spec: MoESpec, experts: int) -> int:
 
 
 def layer_flops(spec: MoESpec) -> int:
-    """FLOPs per token of one MoE layer, in its linear maps: two for each weight that a token meets.
+    """FLOPs per token of one MoE layer, in its linear maps: two for each weight that a token uses.
 
     Counted with `top_k` routed experts, which is the most that a token visits under some rules of
     selection, and the mean under others.

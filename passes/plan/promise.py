@@ -53,7 +53,7 @@ def promise_of(
     if router.weights not in ("one", "gain") and num_experts > 1:
         return "approximate"
     is_all = router.select in ("top_k", "all") and top_k == num_experts
-    return "exact" if is_all else "exact when K = N"
+    return "exact" if is_all else "exact with all experts"
 
 
 def _total(router: recipe.Router, *, num_experts: int, top_k: int) -> float | None:

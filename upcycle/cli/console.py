@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.table import Table
 from rich.text import Text
 
 from upcycle.cli.flags import with_flags
@@ -60,6 +62,11 @@ def start_log(level: int) -> None:
     log.setLevel(level)
 
 
+def is_verbose() -> bool:
+    """Whether more is to be said than what matters to everyone."""
+    return log.isEnabledFor(logging.DEBUG)
+
+
 def print_result(*parts: RenderableType) -> None:
     """Print tables and lines on stdout, unless only errors are wanted.
 
@@ -70,7 +77,15 @@ def print_result(*parts: RenderableType) -> None:
     width = None if sys.stdout.isatty() else 1000
     console = _Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
     for part in parts:
+        if isinstance(part, Table):
+            _keep_names(part, console.width)
         console.print(part)
+
+
+def _keep_names(table: Table, width: int) -> None:
+    """The first column, which names things, is not broken unless it takes more than half a line."""
+    first = table.columns[0]
+    first.no_wrap = max(map(cell_len, map(str, first.cells)), default=0) <= width // 2
 
 
 def print_json(data: Any) -> None:

@@ -44,7 +44,7 @@ class RecipeFacts:
     def text(self) -> str:
         """In one line."""
         bound = "at most " if self.is_bound else ""
-        work = f"{bound}{self.work:.0%} of the FFN active for a token"
+        work = f"{bound}{self.work:.3g}x the FFN compute per token"
         return f"{self.promise}; {work}; {self.parameters:.1f}x parameters; needs {self.needs}"
 
 

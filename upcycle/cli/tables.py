@@ -24,7 +24,8 @@ def new_table(*columns: str) -> Table:
     """An empty table without lines."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        word = max(map(len, column.split()), default=0)
+        table.add_column(column, overflow="fold", min_width=word)
     return table
 
 

@@ -12,19 +12,20 @@ from upcycle.errors import UsageError
 from upcycle.util.wording import short, size
 
 LEGEND = (
-    "times are medians (quartiles); a ratio is converted / dense in the same round; the floor is "
-    "what the machine's best rates allow, as a part of the time, above 100% if caches help"
+    "times are medians (quartiles); a time ratio is converted / dense in the same round, so below "
+    "1 the converted model is faster; the floor is what the machine's best rates allow, as a part "
+    "of the time, above 100% if caches help"
 )
 MODELS = ("dense", "converted")
 _UNITS = (("s", 1), ("ms", 1e3), ("us", 1e6))
 METRICS = {
-    "AMU": "part of the memory in use",
-    "PCU": "part of the processors in use",
-    "AL": "seconds of a request",
-    "TT": "tokens per second",
-    "AEC": "watts",
-    "MCR": "compression times quality kept",
-    "energy": "joules",
+    "AMU": ("memory use", "part of the memory"),
+    "PCU": ("processor use", "part of the processors"),
+    "AL": ("latency", "seconds of a request"),
+    "TT": ("throughput", "tokens per second"),
+    "AEC": ("power", "watts"),
+    "MCR": ("compression", "times the quality kept"),
+    "energy": ("energy", "joules"),
 }
 
 
@@ -40,17 +41,17 @@ def bench_report(found: Mapping[str, Any]) -> list[RenderableType]:
     ]
     if found["layers"]:
         layers = new_table(
-            "layer", "tokens", "dense", "converted", "ratio", "floors", "experts visited"
+            "layer", "tokens", "dense", "converted", "time ratio", "floors", "experts visited"
         )
         add_rows(layers, [_layer(row) for row in found["layers"]])
         parts += ["", layers]
-    whole = new_table("whole model", "tokens", "dense", "converted", "ratio", "floors")
+    whole = new_table("whole model", "tokens", "dense", "converted", "time ratio", "floors")
     add_rows(whole, _whole(found))
-    six = new_table("EfficientLLM", "dense", "converted", "")
-    for name, meaning in METRICS.items():
+    six = new_table("EfficientLLM", "metric", "dense", "converted", "unit")
+    for name, (metric, unit) in METRICS.items():
         values = (found["six"][model][name] for model in MODELS)
         shown = ("not measured" if value is None else f"{value:.4g}" for value in values)
-        six.add_row(name, *shown, meaning)
+        six.add_row(name, metric, *shown, unit)
     return [*parts, "", whole, "", six, "", LEGEND]
 
 
@@ -100,9 +101,7 @@ def check_plot(file: Path) -> None:
     if file.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {file}: name a .png or .svg file")
     if find_spec("matplotlib") is None:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install 'upcycle[bench]'"
-        )
+        raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib")
 
 
 def plot(found: Mapping[str, Any], file: Path) -> None:

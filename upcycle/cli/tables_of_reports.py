@@ -53,7 +53,9 @@ def plan_json(plan: Plan, costs: Costs, written: Destination) -> dict[str, Any]:
     }
 
 
-def plan_report(plan: Plan, costs: Costs, written: Destination) -> list[RenderableType]:
+def plan_report(
+    plan: Plan, costs: Costs, written: Destination, *, verbose: bool = False
+) -> list[RenderableType]:
     """What each FFN becomes, what that costs, and which software runs the result."""
     layers = new_table("FFN", "shape", "becomes", "promise")
     becomes = {
@@ -66,7 +68,7 @@ def plan_report(plan: Plan, costs: Costs, written: Destination) -> list[Renderab
     of = f"{len(plan.specs)} of {count(ffns, 'dense FFN')}"
     parts: list[RenderableType] = [layers, f"{plan.recipe_name} converts {of}"]
     if plan.specs:
-        parts += ["", costs_table(costs), "", *runtimes_report(written)]
+        parts += ["", costs_table(costs), "", *runtimes_report(written, verbose=verbose)]
     parts += _misses(plan.located)
     return [*parts, "", *verdict_lines(_expected(plan, costs))] if plan.specs else parts
 
@@ -75,13 +77,16 @@ def _expected(plan: Plan, costs: Costs) -> Verdict:
     return verdict(plan.promise, costs, None, dtype="float32", recipe=plan.recipe_name)
 
 
-def runtimes_report(written: Destination) -> list[RenderableType]:
-    """The form of the checkpoint, why not another, and the matrix of runtimes."""
+def runtimes_report(written: Destination, *, verbose: bool) -> list[RenderableType]:
+    """The form of the checkpoint, with `verbose` why not another, and the matrix of runtimes."""
     table = new_table("runtime", "runs it")
     for name, support in written.runtimes.items():
         table.add_row(name, support.text())
     parts: list[RenderableType] = [f"written as {written.text()}"]
-    parts += [f"not as {names}: {reason}" for names, reason in grouped(written.near).items()]
+    if verbose:
+        parts += [f"not as {names}: {reason}" for names, reason in grouped(written.near).items()]
+    elif written.near:
+        parts.append("`upcycle plan -v` says why it is no other architecture")
     return [*parts, table]
 
 
@@ -91,7 +96,7 @@ def costs_table(costs: Costs) -> Table:
     table = new_table("costs", "dense", "converted", "factor")
     for name, old, new, text in (
         ("parameters", before, after, short),
-        ("parameters that a token meets", before, costs.active_parameters, short),
+        ("active parameters", before, costs.active_parameters, short),
         ("FLOPs per token, converted FFNs", costs.flops_before, costs.flops_after, short),
         ("bytes on disk", costs.bytes_before, costs.bytes_on_disk, size),
     ):

@@ -191,7 +191,8 @@ def convert(
         recipe_name: how reports call the recipe; its name or that of its file if None.
         source: where the model comes from, for its tokenizer and for `Conversion.save`.
         sources: for ``from_checkpoints``: modules or names, instead of ``experts.sources``.
-        located, workers: the result of `upcycle.locate`, if it is known; who makes the layers.
+        located: the result of `upcycle.locate`, if it is known.
+        workers: who makes the layers.
         progress: called after each layer.
 
     Raises:

@@ -85,7 +85,8 @@ def export(
         model: for a plain module: a dense instance, as `upcycle.load` takes it.
         example_inputs: inputs of the model, where they cannot be guessed.
         onnx: the section `onnx` of a recipe.
-        architecture, runtimes: what `native` has to be, and has to run it.
+        architecture: for `native`, the architecture to write; by default what fits.
+        runtimes: for `native`, what has to run it: transformers, vllm, llama.cpp, ...
         gguf_type: of the weights of `gguf`, as llama.cpp names it: f32, f16, bf16, q8_0; None is
             that of the model.
         overwrite: replace `out` if it exists.

@@ -63,5 +63,5 @@ def check_targets(targets: Sequence[str], *, verify: bool = False) -> None:
     if verify and "onnx" in targets and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
             "`targets=onnx` is verified with ONNX Runtime, which is not installed: pip install "
-            "'upcycle[cpu]' (or 'upcycle[gpu]', not both), or pass `verify=False`"
+            "onnxruntime (with a GPU onnxruntime-gpu, not both), or pass `verify=False`"
         )

@@ -54,9 +54,7 @@ def check_workers(workers: Workers) -> None:
     if workers.jobs is not None and workers.jobs < 1:
         raise UsageError(f"`jobs={workers.jobs}`: at least one layer is made at a time")
     if workers.kind == "ray" and importlib.util.find_spec("ray") is None:
-        raise UsageError(
-            "`executor=ray`: Ray is not installed: pip install 'upcycle[ray]', or leave it out"
-        )
+        raise UsageError("`executor=ray`: Ray is not installed: pip install ray, or leave it out")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 from upcycle.data.calibration_files import CalibrationInput
 
 EXAMPLE = "the given inputs, on which it is verified, too"
-RANDOM = "random inputs, which stand for nothing: give data with `calibration`"
+RANDOM = "random inputs, so the numbers mean little: give data with `calibration`"
 _PAGE = 4000  # characters
 
 

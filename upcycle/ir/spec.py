@@ -16,7 +16,7 @@ from upcycle.layers.config import (
 )
 from upcycle.recipe import schema as recipe
 
-Promise = Literal["exact", "exact when K = N", "approximate"]
+Promise = Literal["exact", "exact with all experts", "approximate"]
 
 
 @dataclass(frozen=True)
@@ -159,5 +159,5 @@ class Plan:
     @property
     def promise(self) -> Promise:
         """The weakest promise among the layers."""
-        order: list[Promise] = ["exact", "exact when K = N", "approximate"]
+        order: list[Promise] = ["exact", "exact with all experts", "approximate"]
         return max((spec.promise for spec in self.specs), key=order.index)

@@ -40,8 +40,8 @@ def session(
         import onnxruntime
     except ImportError as error:
         raise UsageError(
-            "running an ONNX file needs ONNX Runtime: pip install 'upcycle[cpu]' "
-            "(or 'upcycle[gpu]', not both)"
+            "running an ONNX file needs ONNX Runtime: pip install onnxruntime "
+            "(with a GPU onnxruntime-gpu, not both)"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

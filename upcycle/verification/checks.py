@@ -2,7 +2,7 @@
 
 - T0 each row of each expert is traced to the dense row that it came from, bit for bit.
 - T1 each converted layer against its dense FFN; for split methods also with all experts at weight
-  one, which must be exact; and with distinct experts against a plain loop over them.
+  one, which must be exact; and its routing, on a copy whose experts differ, against a plain loop.
 - T2 the whole model against the dense one: outputs, predictions and perplexity.
 - T3 the written files, loaded as a user would load them; of a GGUF file, every tensor.
 - T4 ONNX files in ONNX Runtime against PyTorch.
@@ -15,12 +15,12 @@ from upcycle.ir.measured import Check
 from upcycle.ir.report import Report
 
 # T0
-TRACED = "rows that are not the dense rows they came from"
-NEURONS = "dense neurons that are not exactly once in the layer"
+TRACED = "weights changed in conversion"
+NEURONS = "dense neurons missing from the layer, or in it twice"
 # T1
 LAYER = "layer"
-ALL_EXPERTS = "layer with all experts (K = N)"
-DISTINCT = "layer with distinct experts"
+ALL_EXPERTS = "layer with all experts active"
+DISTINCT = "routing of tokens to experts"
 NODES = "nodes of a layer against the layer"
 # T2
 END_TO_END = "end to end"

@@ -78,4 +78,8 @@ def plan(
             source, loaded, Path(recipe).name, runtimes=runtimes, architecture=architecture
         )
     data = report.plan_json(planned, estimate, written)
-    console.show(as_json, data, lambda: report.plan_report(planned, estimate, written))
+    console.show(
+        as_json,
+        data,
+        lambda: report.plan_report(planned, estimate, written, verbose=console.is_verbose()),
+    )

@@ -57,7 +57,7 @@ def _source() -> ModuleType:
             raise
         raise UnsupportedError(
             'experts_implementation="upcycle_triton" needs Triton, which is not installed: '
-            "pip install 'upcycle[triton]' (Linux), or choose \"grouped_mm\""
+            'pip install triton (Linux), or choose "grouped_mm"'
         ) from error
 
 
