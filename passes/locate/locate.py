@@ -4,6 +4,7 @@ Each linear map is tried as a contraction: `trace` walks back from its input to 
 expansions. No name of a class or of a module is looked at.
 """
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -47,6 +48,7 @@ from upcycle.passes.locate.trial import fault_of, tried
 from upcycle.passes.locate.unseen import check_followed, with_unseen
 from upcycle.pointwise import Pointwise
 
+log = logging.getLogger(__name__)
 EXPERT_OPS = {"grouped_mm", "moe"}  # matrices chosen per token
 
 
@@ -120,7 +122,13 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
             lambda ways: without_tied(model, locate(program, ways) if ways else first),
             lambda ffns: fault_of(model, given, program, ffns, repeat_blocks=repeat_blocks),
         )
-    return with_unseen(model, program, located)
+    located = with_unseen(model, program, located)
+    log.debug("captured %d operations", len(program.graph.nodes))
+    for ffn in located.ffns:
+        log.debug("FFN %s: %s, %s", ffn.path, ffn.pointwise.name, ffn.placement)
+    for miss in located.misses:
+        log.debug("no FFN at %s: %s", miss.path, miss.reason)
+    return located
 
 
 def _live_nodes(graph: fx.Graph) -> set[fx.Node]:

@@ -8,6 +8,7 @@ alone are a stack: the layers of an encoder, those of a decoder.
 """
 
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from upcycle.passes.plan.router_problems import resolved, router_problems
 from upcycle.passes.routers import ROUTER_METHODS
 from upcycle.recipe import schema as recipe
 from upcycle.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 
 def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") -> Plan:
@@ -58,6 +61,9 @@ def make_plan(located: Located, recipe: Recipe, *, recipe_name: str = "custom") 
         lines = [problem, *(f"{_few(paths)}: {problem}" for problem, paths in rest)]
         raise PlanError("\n".join(lines), site=_few(paths))
     specs = tuple(_spec(ffn, recipe, layer=located.ffns.index(ffn)) for ffn in chosen)
+    for spec in specs:
+        made = (spec.num_experts, spec.width, spec.top_k, spec.promise)
+        log.debug("%s becomes %d experts of %d, top_k %d: %s", spec.ffn.path, *made)
     return Plan(located=located, specs=specs, recipe=recipe, recipe_name=recipe_name)
 
 

@@ -77,10 +77,10 @@ def _has_batch(dense: OnnxSource, feeds: Mapping[str, Array]) -> bool:
     """Whether the first axis of every input may be as long as one likes, and is the same."""
     first = set()
     for value in dense.model.graph.inputs:
-        shape = value.shape or ()
-        first.add(str(getattr(shape[0], "value", shape[0])) if len(shape) else "")
+        axis = next(iter(value.shape or ()), 0)
+        first.add(axis if isinstance(axis, int) else str(axis.value))
     lengths = {array.shape[:1] for array in feeds.values()}
-    return len(first) == 1 and not next(iter(first)).isdigit() and len(lengths) == 1
+    return len(first) == 1 and not isinstance(next(iter(first)), int) and len(lengths) == 1
 
 
 def _tiled(array: Array, count: int) -> Array:
