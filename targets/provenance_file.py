@@ -107,8 +107,13 @@ def rows_of(layer: LayerOrigin) -> tuple[list[list[int]], list[int]]:
         raise ValueError("its sources are not those of its experts")
     if len(layer["experts"]) * int(width) + int(shared) > MOST:
         raise ValueError(f"{len(layer['experts'])} experts of {width} neurons are too many")
+    if len(layer["experts"]) != layer["layer"]["num_experts"]:
+        raise ValueError(f"it has {layer['layer']['num_experts']} experts and other rows")
     experts = [neurons_of(row, width) for row in layer["experts"]]
-    return experts, neurons_of(layer["shared"], shared)
+    always = neurons_of(layer["shared"], shared)
+    if {len(row) for row in experts} != {width} or len(always) != shared:
+        raise ValueError("its experts have more neurons than rows")
+    return experts, always
 
 
 def write_origins(directory: Path, plan: Plan, provenance: Mapping[str, Provenance]) -> None:
@@ -172,7 +177,8 @@ def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
     try:
         for layer in layers:
             made = layer["layer"]
-            there.append((layer["path"], layer["dense_neurons"], made["d_model"]))
+            facts = (layer["dense_neurons"], made["d_model"], made["num_experts"])
+            there.append((layer["path"], *facts))
             found = {"width": made["width"], "shared": made["shared"]}
             sizes.append({**found, "expert_bias": made.get("expert_bias", False)})
             experts, shared = rows_of(layer)
@@ -184,7 +190,8 @@ def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
             f"{directory / FILE}: not what upcycle writes ({one_line(error)}); convert the model "
             "again"
         ) from error
-    if there != [(spec.ffn.path, spec.ffn.d_ff, spec.ffn.d_model) for spec in plan.specs]:
+    planned = [(s.ffn.path, s.ffn.d_ff, s.ffn.d_model, s.num_experts) for s in plan.specs]
+    if there != planned:
         raise UsageError(
             f"{directory}: its {len(there)} layers ({there[:1]}, ...) are not those of the dense "
             "model; name the model that it was made from"

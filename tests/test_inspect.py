@@ -153,7 +153,9 @@ def test_the_source_of_each_expert_is_shown(llama: Path, tmp_path: Path) -> None
     assert "0 from base" in run("inspect", out).stdout
 
 
-def test_an_older_directory_and_a_damaged_one(converted: dict[str, Path], tmp_path: Path) -> None:
+def test_an_older_directory_and_a_damaged_one(
+    llama: Path, converted: dict[str, Path], tmp_path: Path
+) -> None:
     older = shutil.copytree(converted["copies"], tmp_path / "older")
     (older / FILE).unlink()
     done = run("inspect", older)
@@ -171,6 +173,12 @@ def test_an_older_directory_and_a_damaged_one(converted: dict[str, Path], tmp_pa
     data["layers"][0]["sources"] = ["base"]  # and there are several experts
     (older / FILE).write_text(json.dumps(data))
     assert "not what this version of upcycle writes" in run("inspect", older).stderr
+    data["layers"][0] |= {"sources": [], "experts": data["layers"][0]["experts"][:-1]}
+    (older / FILE).write_text(json.dumps(data))  # rows of all experts but one
+    for command in (("inspect", older), ("verify", llama, older)):
+        done = run(*command)
+        assert done.exit_code == 2
+        assert "not what" in done.stderr
 
 
 def test_a_dense_model_is_inspected_as_before(llama: Path, tmp_path: Path) -> None:
