@@ -38,7 +38,7 @@ def command(*arguments: object) -> Result:
 
 def convert(model: Path, out: Path, *options: object) -> Result:
     start = ("convert", model, "--recipe", "sparse-upcycling", "--out", out)
-    return command(*start, "--target", "safetensors", "-q", *options)
+    return command(*start, "--target", "safetensors", *options)
 
 
 def change(dense: Path, edit: Callable[[Tensors], object]) -> None:

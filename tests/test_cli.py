@@ -44,6 +44,7 @@ FLAGS = {
     | {"--plot", "--inputs", "--json", "--trust-remote-code"},
     "export": LOG
     | {"DIRECTORY", "--out", "--target", "--set", "--dense", "--runtime", "--architecture"}
+    | {"--gguf-type"}
     | {"--inputs", "--overwrite", "--verify", "--no-verify", "--json", "--trust-remote-code"},
     "init": LOG
     | {"MODEL", "--goal", "--runtime", "--memory", "--source", "--out", "--choose", "--overwrite"}
@@ -149,7 +150,7 @@ def test_samples_are_listed() -> None:
             "--dtype int8: unknown; choose one of",
         ),
         ("convert m --recipe granular --out o --max-shard-size 0", "Invalid value for '--max-sh"),
-        ("verify dense nowhere", "Invalid value for 'CONVERTED': Directory 'nowhere' does not"),
+        ("verify nowhere moe", "nowhere: there is no such directory"),
         ("recipes granulr", "granulr: unknown recipe, did you mean granular? the shipped ones are"),
         ("samples add nothing", "nothing: "),
     ],

@@ -72,7 +72,7 @@ def print_result(*parts: RenderableType) -> None:
 
     A pipe gets them unwrapped and without colour.
     """
-    if not log.isEnabledFor(logging.INFO):
+    if log.level >= logging.ERROR:
         return
     width = None if sys.stdout.isatty() else 1000
     console = _Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)

@@ -1,4 +1,4 @@
-"""The figures of ``bench.json``, which ``upcycle bench DIR --json`` prints."""
+"""The figures of ``bench.json``, which ``upcycle bench`` prints as JSON."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from upcycle.ir.report import Report
 from upcycle.util.json_text import read_json
 
 FILE = "bench.json"
-REMEDY = f"remove it, or make it with `upcycle bench DIR --json > DIR/{FILE}`"
+REMEDY = "remove it, or put the JSON of `upcycle bench` there"
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ def read_speed(directory: Path, report: Report) -> Speed | None:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UsageError(
-            f"{path}: not what `upcycle bench --json` prints ({place}: {first['msg'].lower()}); "
-            f"{REMEDY}"
+            f"{path}: not the JSON of `upcycle bench` ({place}: {first['msg'].lower()}); {REMEDY}"
         ) from error
     if (found.model, found.recipe) != (report.model, report.recipe):
         raise UsageError(
