@@ -1,13 +1,14 @@
 """What the library says about arguments of Python is said about flags on the command line."""
 
 import ast
+import logging
 import re
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 
-from upcycle.cli.console import print_result
+from upcycle.cli.console import print_result, start_log
 from upcycle.cli.flags import FLAGS, SAME, with_flags
 from upcycle.cli.main import main
 
@@ -44,11 +45,11 @@ def spoken(path: Path) -> list[str]:
 
 
 def test_the_library_itself_names_no_flag() -> None:
-    """pip, vLLM and SGLang are programs with flags of their own."""
+    """pip, vLLM and SGLang have flags of their own; speed.py reads what a command prints."""
     files = [
         path for top in ("upcycle", "passes", "targets") for path in (ROOT / top).rglob("*.py")
     ]
-    of_others = {"sample_store.py", "vllm.py", "sglang.py"}
+    of_others = {"sample_store.py", "vllm.py", "sglang.py", "speed.py"}
     library = [p for p in files if not p.is_relative_to(CLI) and p.name not in of_others]
     said = {str(p): [s for s in spoken(p) if re.search("--[a-z]", s)] for p in library}
     assert {path: strings for path, strings in said.items() if strings} == {}
@@ -58,6 +59,7 @@ def test_the_library_itself_names_no_flag() -> None:
 def test_tables_have_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("why")
     table.add_row("ask for it with `architecture=mixtral`")
+    start_log(logging.INFO)
     print_result(table, "give `calibration`")
     printed = capsys.readouterr().out
     assert "--architecture mixtral " in printed

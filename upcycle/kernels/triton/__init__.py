@@ -99,7 +99,7 @@ def fused_experts(
 
     Args:
         x_TD: in the dtype of the weights: float32, bfloat16 or float16.
-        index_TK: integers; E and more stand for nothing.
+        index_TK: integers; E and more are ignored.
         weights_TK: any float dtype.
         up_EGD: the rows of the gate come first if `gated`; [E, D, G] if `transposed`.
         down_EOI: [E, I, O] if `transposed`.
