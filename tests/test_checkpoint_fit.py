@@ -36,9 +36,9 @@ def command(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def convert(model: Path, out: Path, *options: object) -> Result:
+def convert(model: Path, out: Path, *options: object, says: str = "-q") -> Result:
     start = ("convert", model, "--recipe", "sparse-upcycling", "--out", out)
-    return command(*start, "--target", "safetensors", *options)
+    return command(*start, "--target", "safetensors", says, *options)
 
 
 def change(dense: Path, edit: Callable[[Tensors], object]) -> None:
@@ -153,7 +153,7 @@ def test_tensors_that_were_trained_apart_stay_apart(way: str, dense: Path, tmp_p
 def test_tensors_that_nothing_reads_are_named(way: str, dense: Path, tmp_path: Path) -> None:
     more = {"v_head.weight": torch.ones(1, 32), "model.layers.7.mlp.up_proj.weight": torch.ones(2)}
     change(dense, lambda tensors: tensors.update(more))
-    done = convert(dense, tmp_path / "out", way)
+    done = convert(dense, tmp_path / "out", way, says="-v")
     assert done.exit_code == 0, done.stderr
     assert f"nothing in the model reads them: {', '.join(sorted(more))}" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())

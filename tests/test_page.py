@@ -456,7 +456,7 @@ def test_a_benchmark_beside_the_report_is_shown(tmp_path: Path) -> None:
         ("report.json", "{}", "report.json: not a report of upcycle"),
         ("provenance.json", '{"layers": 3}', "provenance.json: not what this version of upcycle"),
         ("bench.json", "[]", "bench.json: not a JSON object"),
-        ("bench.json", '{"model": 1}', "bench.json: not what `upcycle bench --json` prints"),
+        ("bench.json", '{"model": 1}', "bench.json: not the JSON of `upcycle bench`"),
         ("bench.json", json.dumps(BENCH), "bench.json: it is the benchmark of placeholder"),
     ],
 )
