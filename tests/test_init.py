@@ -79,8 +79,14 @@ def test_merging_names_the_others(llama: Path, tmp_path: Path) -> None:
     assert "name the other models" in refused.stderr
     assert "--source" in refused.stderr
     other = small_models.saved("llama", tmp_path / "other")
-    run("init", llama, "--goal", "merge", "--source", other, "--out", recipe)
-    assert load_recipe(str(recipe)).experts.sources == ("base", str(other))
+    third = small_models.saved("llama", tmp_path / "third")
+    recipe = tmp_path / "new" / "recipe.yaml"  # folders are made
+    named = ("--source", other, "--source", third)
+    run("init", llama, "--goal", "merge", *named, "--out", recipe)
+    made = load_recipe(str(recipe)).experts
+    assert (made.sources, made.count) == (("base", str(other), str(third)), 3)
+    quick = ("--target", "safetensors", "--set", "verify.max_relative_error=9")
+    run("convert", llama, "--recipe", recipe, *quick, "--out", tmp_path / "moe")
 
 
 def test_what_a_runtime_cannot_run_is_not_proposed(tmp_path: Path) -> None:

@@ -126,7 +126,12 @@ def _fitting(made: Iterator[Proposal], memory: int | None) -> Proposal:
 def _variants(goal: Goal, name: str, sources: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Overrides, those with the most experts first."""
     if goal == "merge":
-        yield (f"experts.sources=[{', '.join(['base', *sources])}]",)
+        named = ["base", *sources]
+        shipped = load_recipe(name)
+        experts = (f"experts.sources=[{', '.join(named)}]", f"experts.count={len(named)}")
+        chosen = shipped.router.top_k
+        fits = not isinstance(chosen, int) or chosen <= len(named)
+        yield experts if fits else (*experts, f"router.top_k={len(named)}")
     elif goal == "train":
         shipped = load_recipe(name).experts.count
         yield ()

@@ -94,6 +94,7 @@ def init(
         listed = ", ".join(proposal.recipe for proposal in found)
         raise UsageError(f"--choose {choose}: not proposed here; choose from {listed}")
     text = with_values(recipe_text(picked.recipe), picked.overrides)
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join([*heading(model, goal, picked), text]), encoding="utf-8")
     then = next_command(model, out, picked)
     if as_json:
