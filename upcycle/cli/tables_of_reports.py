@@ -141,7 +141,7 @@ def onnx_lines(facts: OnnxFacts | None) -> list[RenderableType]:
     lines: list[RenderableType] = [
         "",
         f"the ONNX file against the model in float32: {facts.relative:.1e} of the largest value off",
-        f"  {likeness(facts.outputs, 'that model', digits=3)}",
+        f"  {likeness(facts.outputs, 'the float model', digits=3)}",
     ]
     if facts.matrices is not None:
         rounded, experts = facts.matrices, len(facts.layers or ())

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Form = Literal["fused", "unrolled", "dense", "quantised"]
+FEW = 16
 Tokens = Annotated[int, Field(ge=1, le=2**24)]
 
 
@@ -96,6 +97,15 @@ class Onnx(Section):
     def rounds(self) -> bool:
         """Whether experts are rounded."""
         return self.form == "quantised" or self.quantise is not None or self.weights == "int8"
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether rounded weights become floats when the file is loaded.
+
+        That is as fast as a float file. ONNX Runtime's products with 8-bit weights are faster for a
+        token or a few, and take up to twice as long for a text.
+        """
+        return self.profile != "cuda" and self.calls[0] >= FEW
 
     @property
     def bits(self) -> Literal[8, 4]:

@@ -81,8 +81,8 @@ def choose(layer: Routed, options: Onnx) -> Choice:
     asked: Form | None = None if options.form == "auto" else options.form
     if asked is None and options.profile == "portable":
         asked = "unrolled"
-    if asked is None and options.rounds:
-        asked = "quantised"
+    if asked is None and options.rounds:  # unpacked they are unrolled, which is faster
+        asked = "unrolled" if options.unpacks and options.bits == 8 else "quantised"
     if asked is None and options.profile == "cuda":
         asked = "fused"
     has_node = kernel is not None and (fills_bytes or asked != "quantised")

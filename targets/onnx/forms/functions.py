@@ -49,19 +49,20 @@ def standard(
     *,
     bias: bool,
     blocks: Sequence[int] = (),
+    unpack: bool = False,
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Function:
     """A layer in one of the `STANDARD` forms.
 
     Inputs: x [T, D], weights [T, E] with zeros for the experts that a token skips, up [E, G, D],
     up bias [E, G] if `bias`, down [E, O, I]. Output [T, O]. With `blocks`, the inputs of a block of
-    up and of down, both are int8, and each is followed by its scales.
+    up and of down, both are int8, and each is followed by its scales; `unpack` is as for `matrix`.
     """
     x_TD, weights_TE, up_EGD, down_EOI = (ir.Value(name=i) for i in ("x", "weights", "up", "down"))
     up, down = Stack(up_EGD), Stack(down_EOI)
     if blocks:
-        up = Stack(up_EGD, ir.Value(name="up_scale"), blocks[0])
-        down = Stack(down_EOI, ir.Value(name="down_scale"), blocks[1])
+        up = Stack(up_EGD, ir.Value(name="up_scale"), blocks[0], unpack)
+        down = Stack(down_EOI, ir.Value(name="down_scale"), blocks[1], unpack)
     bias_EG = ir.Value(name="up_bias") if bias else None
     n = Nodes(dtype=dtype)
     out_TO = STANDARD[form](n, pointwise, num_experts, x_TD, weights_TE, up, bias_EG, down)

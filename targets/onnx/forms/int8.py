@@ -1,7 +1,7 @@
 """Matrices of 8 bits in standard operations: int8 numbers, and one scale for a block of a row.
 
-``DequantizeLinear`` in front of a product is what every runtime can read; ONNX Runtime 1.32 makes
-``MatMulNBits`` of the two when it loads a file.
+Every runtime can read them. ONNX Runtime 1.32 makes ``MatMulNBits`` of ``DequantizeLinear`` and a
+product when it loads a file.
 
 Shape suffixes: N rows, K inputs of a row, B blocks of a row.
 """
@@ -82,11 +82,20 @@ def registered(graph: ir.Graph | ir.Function | None, name: str, found: Int8) -> 
     ]
 
 
-def columns(n: Nodes, numbers: ir.Value, scale: ir.Value, block: int) -> ir.Value:
-    """The floats of a matrix, transposed: [K, N], as a product reads them."""
-    # ONNX Runtime folds both transpositions when it loads a file.
-    q_KN, scale_BN = (n("Transpose", value, perm=[1, 0]) for value in (numbers, scale))
-    return n("DequantizeLinear", q_KN, scale_BN, axis=0, block_size=block)
+def matrix(
+    n: Nodes, numbers: ir.Value, scale: ir.Value, block: int, *, unpack: bool
+) -> ir.Value:
+    """The floats of a matrix, transposed: [K, N], as a product reads them.
+
+    ONNX Runtime folds what there is of constants when it loads a file, and never a
+    ``DequantizeLinear``; so with `unpack` a session holds floats, and else 8-bit numbers.
+    """
+    if not unpack:
+        q_KN, scale_BN = (n("Transpose", value, perm=[1, 0]) for value in (numbers, scale))
+        return n("DequantizeLinear", q_KN, scale_BN, axis=0, block_size=block)
+    q_NBb = n("CastLike", n("Reshape", numbers, n.const([0, -1, block])), scale)
+    w_NBb = n("Mul", q_NBb, n("Unsqueeze", scale, n.const([2])))
+    return n("Transpose", n("Reshape", w_NBb, n.const([0, -1])), perm=[1, 0])
 
 
 def lift_constants(model: ir.Model) -> None:
@@ -94,7 +103,7 @@ def lift_constants(model: ir.Model) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=False)(model)
 
 
-def round_matrices(model: ir.Model, block: Block) -> None:
+def round_matrices(model: ir.Model, block: Block, *, unpack: bool) -> None:
     """Round every matrix that the graph multiplies with, or looks rows up in, to 8 bits; in place.
 
     Left in floats are routers (what leads from a layer's tokens to its opaque node), small
@@ -123,18 +132,24 @@ def round_matrices(model: ir.Model, block: Block) -> None:
         key = hashlib.sha256(found.numbers.numpy().tobytes()).digest(), found.numbers.shape
         if key not in stored:
             stored[key] = registered(model.graph, str(value.name), found)
-        _read_rounded(node, place, str(value.name), *stored[key], block=found.block)
+        _read_rounded(node, place, str(value.name), *stored[key], found.block, unpack)
 
 
 def _read_rounded(
-    node: ir.Node, place: int, name: str, numbers: ir.Value, scale: ir.Value, *, block: int
+    node: ir.Node,
+    place: int,
+    name: str,
+    numbers: ir.Value,
+    scale: ir.Value,
+    block: int,
+    unpack: bool,
 ) -> None:
     notes = {key: text for key, text in node.metadata_props.items() if key == SCOPES}
     n = Nodes(f"{node.outputs[0].name}/{name}{SUFFIX}/", notes)
     graph = node.graph
     assert graph is not None
     if node.op_type != "Gather":
-        node.replace_input_with(place, columns(n, numbers, scale, block))
+        node.replace_input_with(place, matrix(n, numbers, scale, block, unpack=unpack))
         node.attributes.pop("transB", None)
         graph.insert_before(node, n.nodes)
         return

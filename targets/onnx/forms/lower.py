@@ -43,7 +43,7 @@ def lower(
     stack or two. The experts compute in `dtype`.
     """
     if options.weights == "int8":
-        round_matrices(model, options.block)
+        round_matrices(model, options.block, unpack=options.unpacks)
     nodes = [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == OPAQUE]
     paths = [n.attributes["layer"].as_string() for n in nodes]
     chosen = {path: choose(layers[path], options) for path in dict.fromkeys(paths)}
@@ -57,10 +57,10 @@ def lower(
     wider = sum(choice.bits not in (None, options.bits) for choice in chosen.values())
     if wider:
         log.warning(
-            "%d of %d MoE layers have weights of 8 bits and not of %d, which ONNX Runtime's node "
-            "alone can read, and they are not made of it%s",
+            "%d of %d MoE layers have weights of 8 bits and not of %d: only ONNX Runtime's own node "
+            "reads those, and it does not compute these layers, or not in their width (erf GELU: "
+            "`onnx.gelu: tanh`), or the profile is portable",
             *(wider, len(chosen), options.bits),
-            "" if options.profile == "portable" else " (activation, or a width that is odd)",
         )
     _check_installed([choice.pointwise for choice in chosen.values() if choice.kernel], options)
     by_kernel = {path: made.kernel for path, made in chosen.items() if "fused" in made.forms}
@@ -164,7 +164,14 @@ def _form(
         taken = sum(function.name.startswith(stem) for function in made.functions.values())
         name = f"{stem}_{taken}" if taken else stem
         made.functions[key] = bodies.standard(
-            form, name, pointwise, count, bias=bool(bias), blocks=blocks, dtype=n.dtype
+            form,
+            name,
+            pointwise,
+            count,
+            bias=bool(bias),
+            blocks=blocks,
+            unpack=made.options.unpacks,
+            dtype=n.dtype,
         )
     if n.is_half:
         weights_TE = n("CastLike", weights_TE, x_TD)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from upcycle.onnx.nodes import Nodes
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms import activation as programs
-from upcycle.targets.onnx.forms.int8 import columns
+from upcycle.targets.onnx.forms.int8 import matrix
 
 INT64 = ir.DataType.INT64.value
 SINGLE = ir.DataType.FLOAT.value
@@ -26,18 +26,21 @@ class Stack:
         matrices: [E, N, K], floats or int8.
         scale: [E, N, blocks of a row] beside int8.
         block: inputs of a block.
+        unpack: as for `matrix`.
     """
 
     matrices: ir.Value
     scale: ir.Value | None = None
     block: int = 0
+    unpack: bool = False
 
     def of(self, n: Nodes, expert: ir.Value) -> ir.Value:
         """One matrix in floats: [N, K], or [K, N] if it was rounded."""
-        matrix = n("Gather", self.matrices, expert, axis=0)
+        numbers = n("Gather", self.matrices, expert, axis=0)
         if self.scale is None:
-            return matrix
-        return columns(n, matrix, n("Gather", self.scale, expert, axis=0), self.block)
+            return numbers
+        scale = n("Gather", self.scale, expert, axis=0)
+        return matrix(n, numbers, scale, self.block, unpack=self.unpack)
 
     @property
     def has_rows(self) -> int:
