@@ -140,7 +140,7 @@ def onnx_lines(facts: OnnxFacts | None) -> list[RenderableType]:
         return ["", f"the ONNX file: {facts.not_run}"] if facts.not_run else []
     lines: list[RenderableType] = [
         "",
-        f"the ONNX file against the model in float32: {facts.relative:.1e} of the largest value off",
+        f"the ONNX file against the model in float32: off by {facts.relative:.1e} of the largest",
         f"  {likeness(facts.outputs, 'the float model', digits=3)}",
     ]
     if facts.matrices is not None:

@@ -96,7 +96,8 @@ def run(
 ) -> dict[str, Array]:
     """All outputs of a file on the CPU, and the inner tensors named in `extra`, by name.
 
-    `prepack` is as for `session`. Weights in external files are mapped by ONNX Runtime and not read here.
+    `prepack` is as for `session`. Weights in external files are mapped by ONNX Runtime and not read
+    here.
 
     Raises:
         UsageError: ONNX Runtime is not installed.

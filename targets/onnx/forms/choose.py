@@ -100,7 +100,9 @@ def choose(layer: Routed, options: Onnx) -> Choice:
 def _fastest(layer: Routed, kernel: Kernel | None, options: Onnx) -> Choice:
     """The fastest exact form, or one for short and one for long calls."""
     experts, own = layer.experts, layer.experts.act_fn.pointwise
-    forms: list[Form] = ["unrolled", "dense"] + (["fused"] if kernel is not None else [])
+    forms: list[Form] = ["unrolled", "dense"]
+    if kernel is not None:
+        forms.append("fused")
     one_token = Work(
         tokens=1,
         num_experts=experts.num_experts,

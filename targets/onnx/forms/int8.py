@@ -82,9 +82,7 @@ def registered(graph: ir.Graph | ir.Function | None, name: str, found: Int8) -> 
     ]
 
 
-def matrix(
-    n: Nodes, numbers: ir.Value, scale: ir.Value, block: int, *, unpack: bool
-) -> ir.Value:
+def matrix(n: Nodes, numbers: ir.Value, scale: ir.Value, block: int, *, unpack: bool) -> ir.Value:
     """The floats of a matrix, transposed: [K, N], as a product reads them.
 
     ONNX Runtime folds what there is of constants when it loads a file, and never a
@@ -122,9 +120,9 @@ def round_matrices(model: ir.Model, block: Block, *, unpack: bool) -> None:
         value, rows = _matrix(node.inputs[place])
         if value is None or not _is_worth(value):
             continue
-        if node.op_type == "Gather" and (rows or node.attributes.get_int("axis", 0)):
+        if node.op_type == "Gather" and (rows or _flag(node, "axis")):
             continue
-        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+        if node.op_type == "Gemm" and _flag(node, "transB"):
             rows = not rows
         weight = numbers_of(value)
         by_row = rows or node.op_type == "Gather"
@@ -132,7 +130,8 @@ def round_matrices(model: ir.Model, block: Block, *, unpack: bool) -> None:
         key = hashlib.sha256(found.numbers.numpy().tobytes()).digest(), found.numbers.shape
         if key not in stored:
             stored[key] = registered(model.graph, str(value.name), found)
-        _read_rounded(node, place, str(value.name), *stored[key], found.block, unpack)
+        numbers, scale = stored[key]
+        _read_rounded(node, place, str(value.name), numbers, scale, found.block, unpack)
 
 
 def _read_rounded(
@@ -159,6 +158,11 @@ def _read_rounded(
     after.shape, after.type, name = before.shape, before.type, str(before.name)
     ir.convenience.replace_nodes_and_values(graph, node, [node], n.nodes, [before], [after])
     after.name = name
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    """Whether an attribute is there and not 0."""
+    return name in node.attributes and node.attributes[name].as_int() != 0
 
 
 def _matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:

@@ -39,8 +39,9 @@ def lower(
     """Replace every opaque node of `model`, in place, and add the functions behind the new ones.
 
     `layers` has the layer behind each opaque node by path, and so is returned what it has become
-    by `options`, see `choose`; with ``onnx.weights: int8`` all other matrices are rounded, too. What `store` has on disk decides whether a gated layer reads one
-    stack or two. The experts compute in `dtype`.
+    by `options`, see `choose`; with ``onnx.weights: int8`` other matrices are rounded, too. What
+    `store` has on disk decides whether a gated layer reads one stack or two. The experts compute in
+    `dtype`.
     """
     if options.weights == "int8":
         round_matrices(model, options.block, unpack=options.unpacks)
@@ -57,7 +58,7 @@ def lower(
     wider = sum(choice.bits not in (None, options.bits) for choice in chosen.values())
     if wider:
         log.warning(
-            "%d of %d MoE layers have weights of 8 bits and not of %d: only ONNX Runtime's own node "
+            "%d of %d MoE layers have weights of 8 bits and not of %d: only a node of ONNX Runtime "
             "reads those, and it does not compute these layers, or not in their width (erf GELU: "
             "`onnx.gelu: tanh`), or the profile is portable",
             *(wider, len(chosen), options.bits),
@@ -145,9 +146,9 @@ def _form(
     if form == "quantised" and choice.kernel is not None:
         return rounded(n, node, layer, choice.kernel, made.options)
     x_TD, weights_TE, up, down, *bias = node.inputs
+    assert down is not None
     if choice.bits:
         assert up is not None
-        assert down is not None
         stacks = [int8(numbers_of(value), made.options.block) for value in (up, down)]
         ups, downs = (
             registered(node.graph, str(value.name), stack)
@@ -158,7 +159,8 @@ def _form(
         ups, downs = [expansion(n, node, layer, made.store, interleave=False)], [down]
         blocks = []
     pointwise, count = choice.pointwise, layer.experts.num_experts
-    key = json.dumps([form, pointwise.to_json(), count, bool(bias), *blocks])  # of layers that compute alike
+    # The same for layers that compute alike.
+    key = json.dumps([form, pointwise.to_json(), count, bool(bias), *blocks])
     if key not in made.functions:
         stem = f"MoE_{'dense_' if form == 'dense' else ''}{pointwise.name}_{count}"
         taken = sum(function.name.startswith(stem) for function in made.functions.values())

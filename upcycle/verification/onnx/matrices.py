@@ -20,7 +20,10 @@ def rounded_matrices(path: Path) -> Iterator[tuple[str, Int8]]:
     values = ir.load(path).graph.initializers
     for name, value in values.items():
         if name.endswith(SUFFIX) and len(value.shape or ()) == 2:
-            yield name.removesuffix(SUFFIX), Int8(numbers_of(value), numbers_of(values[name + SCALE]))
+            yield (
+                name.removesuffix(SUFFIX),
+                Int8(numbers_of(value), numbers_of(values[name + SCALE])),
+            )
 
 
 def verify_matrices(
@@ -72,9 +75,7 @@ def graph_matrices(model: ir.Model) -> dict[str, torch.Tensor]:
     return {n: t for n, t in found.items() if t is not None and t.is_floating_point()}
 
 
-def _alike(
-    found: Int8, floats: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _alike(found: Int8, floats: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """The float matrices of this shape, also transposed, whose first row is near, or all."""
     shape, first = found.numbers.shape, Int8(found.numbers[:1], found.scale[:1])
     same = [
