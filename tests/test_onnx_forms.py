@@ -252,7 +252,7 @@ def test_rounding_is_what_independent_errors_give(tmp_path: Path, bits: int, blo
     ]
     options = Onnx(form="quantised", quantise=bits, block=block)  # type: ignore[arg-type]
     path = export(layers, tmp_path, options)
-    named = {f"layers.{i}": layer for i, layer in enumerate(layers)}
+    named = {f"layers.{i}": layer.experts for i, layer in enumerate(layers)}
     rows, checks = verify_rounding(path, named, {"x": sample(200).numpy()})
     assert all(found.passed for found in checks), checks
     assert [row.path for row in rows] == list(named)
@@ -294,7 +294,7 @@ def test_experts_by_hand() -> None:
 def test_odd_widths_stay_unrolled_in_four_bits() -> None:
     odd = moe("relu", width=11)
     assert choose(routed(odd), Onnx(form="quantised", quantise=4)) == Choice(
-        "unrolled", odd.experts.act_fn.pointwise
+        "unrolled", odd.experts.act_fn.pointwise, bits=8
     )
     assert choose(routed(odd), Onnx(form="quantised", quantise=8)).form == "quantised"
 
@@ -309,7 +309,7 @@ def test_float16(tmp_path: Path, form: Any) -> None:
     onnx.checker.check_model(path, full_check=True)
     kinds = {i.name: i.data_type for i in onnx.load(path).graph.initializer}
     experts = [kind for name, kind in kinds.items() if "experts" in name]
-    narrow = {onnx.TensorProto.FLOAT16, onnx.TensorProto.UINT8}
+    narrow = {onnx.TensorProto.FLOAT16, onnx.TensorProto.UINT8, onnx.TensorProto.INT8}
     assert set(experts) <= narrow, kinds
     x_TD = sample(30).half()
     made = session(path).run(None, {"x": x_TD.numpy()})

@@ -24,18 +24,27 @@ class OnnxFiles:
         seen: the tensors inside the graphs that `inner` names by file, as they were when `outputs`
             was last called, once for each run.
 
+    With `as_served` the kernels are those of a session without options.
+
     Raises:
         UnsupportedError: ONNX Runtime cannot load one of them, or not run it.
     """
 
-    def __init__(self, directory: Path, inner: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        inner: Mapping[str, Sequence[str]] | None = None,
+        *,
+        as_served: bool = False,
+    ) -> None:
         self._runners: dict[str, Any] = {}
         self._inner = inner or {}
         self.seen: dict[str, list[Array]] = {}
         for name in FILES:
             if (directory / name).is_file():
                 with described(directory / name):
-                    self._runners[name] = opened(directory / name, self._inner.get(name, ()))
+                    extra = self._inner.get(name, ())
+                    self._runners[name] = opened(directory / name, extra, prepack=as_served)
 
     @property
     def has_cache(self) -> bool:

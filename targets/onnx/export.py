@@ -87,11 +87,11 @@ def export_onnx(
     if kind is torch.float32:
         widen(graph)
     name_axes(graph, axes, fixed_sizes(program), required=dynamic is not None)
-    chosen = lower(graph, layers, store, options, dtype=ONNX_TYPES[kind])
+    lower(graph, layers, store, options, dtype=ONNX_TYPES[kind])
     with quiet():
         common.RemoveUnusedNodesPass()(graph)
     _rename(graph, graph.graph.outputs, apart(outputs, words))
-    if options.half or any(choice.form == "quantised" for choice in chosen.values()):
+    if options.half or options.rounds:
         missing = write_weights(graph, path)
     else:
         missing = share_weights(graph, store, path)

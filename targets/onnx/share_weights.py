@@ -150,7 +150,8 @@ def write_weights(model: ir.Model, path: Path) -> int:
 
 
 def _is_small(tensor: torch.Tensor) -> bool:
-    limit = INLINE_BYTES if tensor.is_floating_point() else INLINE_INDEX_BYTES
+    is_weight = tensor.is_floating_point() or tensor.dtype in (torch.int8, torch.uint8)
+    limit = INLINE_BYTES if is_weight else INLINE_INDEX_BYTES
     return tensor.numel() * tensor.element_size() < limit
 
 

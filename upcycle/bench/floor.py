@@ -94,7 +94,7 @@ def floor_of(
     return Floor(
         machine,
         size,
-        options.bits / 8 if options is not None and options.may_round else size,
+        options.bits / 8 if options is not None and options.rounds else size,
         specs,
         sum(p.numel() for p in dense.parameters()) - looked_up,
         sum(p.numel() for p in head),

@@ -8,10 +8,10 @@ from rich.table import Table
 
 from upcycle.cli.tables import add_rows, new_table
 from upcycle.ir.ffn import FFN, Located
-from upcycle.ir.measured import Check, Costs, Distance, LayerDistance
+from upcycle.ir.measured import Check, Costs, Distance, LayerDistance, OnnxFacts
 from upcycle.ir.report import Report, plain
 from upcycle.ir.spec import MoESpec, Plan
-from upcycle.ir.verdict import Verdict, verdict
+from upcycle.ir.verdict import Verdict, likeness, verdict
 from upcycle.targets.destination import Destination, grouped
 from upcycle.util.wording import count, short, size
 
@@ -124,11 +124,33 @@ def verification_report(report: Report) -> list[RenderableType]:
         for name, value in plain(report.end_to_end.language_model).items():
             metrics.add_row(name.replace("_", " "), f"{value:.6g}")
         parts += ["", metrics]
+    parts += onnx_lines(report.onnx)
     failed = sum(not check.passed for check in report.checks)
     found = f"{failed} failed" if failed else "all within what the recipe allows"
     if report.checks:
         parts.append(f"{count(report.checks, 'check')}: {found}")
     return parts if failed else [*parts, "", *verdict_lines(report.verdict)]
+
+
+def onnx_lines(facts: OnnxFacts | None) -> list[RenderableType]:
+    """What an ONNX file that is not in float32 lost against the model that it was made from."""
+    if facts is None:
+        return []
+    if facts.outputs is None:
+        return ["", f"the ONNX file: {facts.not_run}"] if facts.not_run else []
+    lines: list[RenderableType] = [
+        "",
+        f"the ONNX file against the model in float32: off by {facts.relative:.1e} of the largest",
+        f"  {likeness(facts.outputs, 'the float model', digits=3)}",
+    ]
+    if facts.matrices is not None:
+        rounded, experts = facts.matrices, len(facts.layers or ())
+        lines.append(
+            f"  Rounded to 8 bits beside the experts of {count(range(experts), 'layer')}: "
+            f"{rounded.count} matrices, from {size(rounded.bytes_before)} to "
+            f"{size(rounded.bytes_after)}."
+        )
+    return lines
 
 
 def checks_report(checks: Sequence[Check]) -> list[RenderableType]:
@@ -149,14 +171,12 @@ def checks_report(checks: Sequence[Check]) -> list[RenderableType]:
 def export_report(done: "Exported", out: str, sizes: dict[str, int]) -> list[RenderableType]:
     """What ``upcycle export`` wrote to `out` (bytes by file name), and how it was verified."""
     parts: list[RenderableType] = checks_report(done.checks) if done.checks else ["not verified"]
-    if done.onnx is not None and done.onnx.relative is not None:
-        parts.append(f"the rounded file is {done.onnx.relative:.2e} from the model")
     if done.rounded is not None:
         line = f"with the rounded weights outputs are {done.rounded.rms:.2e} (rms) from the model's"
         if (same := done.rounded.top1_agreement) is not None:
             line += f", and the likeliest token is the same at {same:.1%} of the places"
         parts.append(line)
-    return [*parts, "", _files(sizes), f"written to {out} ({done.form})"]
+    return [*parts, *onnx_lines(done.onnx), "", _files(sizes), f"written to {out} ({done.form})"]
 
 
 def _files(sizes: dict[str, int]) -> Table:

@@ -22,6 +22,7 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, read_ffn
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.inputs import Array
+from upcycle.onnx.open_file import open_graph
 from upcycle.onnx.run import run
 from upcycle.onnx.tensors import TORCH_TYPES
 from upcycle.targets.files.read_back import Read, read_at
@@ -31,6 +32,7 @@ from upcycle.targets.onnx.insert import unique_keys
 from upcycle.util.progress import Progress
 from upcycle.verification.layers import stored
 from upcycle.verification.onnx.layers import compare_outputs, verify_onnx_layers
+from upcycle.verification.onnx.matrices import graph_matrices, matrices_of, verify_matrices
 from upcycle.verification.onnx.rounding import verify_rounding
 from upcycle.verification.whole_model import end_to_end
 
@@ -40,7 +42,8 @@ class OnnxFile:
     """An ONNX file, what it becomes, and what it is shown, as `DenseModel` tells.
 
     It is verified on `feeds`, for which it returns `outputs`; None if it is not verified.
-    Peak memory: the graph with the weights inside the file, one FFN, and what it becomes.
+    Peak memory: the graph with the weights inside the file, one FFN, and what it becomes; to verify
+    ``onnx.weights: int8`` all matrices of the file.
     """
 
     source: OnnxSource
@@ -90,7 +93,7 @@ class OnnxFile:
 
         The result reads the float experts by name.
         """
-        folder = scratch / "float" if made.plan.recipe.onnx.may_round else directory
+        folder = scratch / "float" if made.plan.recipe.onnx.rounds else directory
         folder.mkdir(parents=True, exist_ok=True)
         places = write_converted(
             self.source,
@@ -118,19 +121,28 @@ class OnnxFile:
             progress=progress,
         )
         assert self.outputs is not None
-        found = compare_outputs(self.outputs, run(path, self.feeds), self.feeds)
+        options = made.plan.recipe.onnx
+        outputs = run(path, self.feeds, prepack=options.rounds)  # rounded as it will be served
+        found = compare_outputs(self.outputs, outputs, self.feeds)
         rounding = None
-        if made.plan.recipe.onnx.may_round:
+        if options.rounds:
             regions = self.source.found.regions
             keys = unique_keys({path: len(places) for path, places in regions.items()})
-            floats = {
-                key: case(spec).layer.experts for spec in specs for key in keys[spec.ffn.path]
-            }
-            rounded, more = verify_rounding(path, floats, self.feeds)
-            rounding = OnnxFacts(layers=tuple(rounded)) if rounded else None
-        if rounding:  # then the outputs are off by more than the recipe says: it is only told
+            layers = {key: case(spec).layer for spec in specs for key in keys[spec.ffn.path]}
+            rounded, more = verify_rounding(
+                path, {key: layer.experts for key, layer in layers.items()}, self.feeds
+            )
             checks += more
-        else:
+            matrices = None
+            if options.weights == "int8":
+                dense = graph_matrices(open_graph(self.source.path))
+                for key, layer in layers.items():
+                    dense |= {f"{key}.{name}": t for name, t in matrices_of(layer).items()}
+                matrices, more = verify_matrices([path], dense)
+                checks += more
+            if rounded or matrices:
+                rounding = OnnxFacts(layers=tuple(rounded) or None, matrices=matrices)
+        if rounding is None:  # else the outputs are off by more than the recipe says, which is told
             checks.append(end_to_end(found, made.plan.recipe, self.dtype))
         every = (*report.checks, *checks)
         return replace(report, layers=rows, end_to_end=found, rounding=rounding, checks=every)

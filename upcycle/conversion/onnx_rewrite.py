@@ -85,7 +85,7 @@ def _keep_beside(model: ir.Model, directory: Path) -> None:
     foreign, inline = [], []
     for value in values:
         tensor = value.const_value
-        if value.dtype == ir.DataType.UINT8:  # rounded experts
+        if value.dtype in (ir.DataType.UINT8, ir.DataType.INT8):  # rounded matrices
             foreign.append(value)
         elif not isinstance(tensor, ir.ExternalTensor):
             inline.append(value)

@@ -14,7 +14,7 @@ from upcycle.conversion.options import DEFAULTS
 from upcycle.conversion.trained import planned
 from upcycle.data.verification_inputs import evaluation_for
 from upcycle.errors import UsageError, one_line
-from upcycle.ir.measured import Check, ModelDistance
+from upcycle.ir.measured import Check, ModelDistance, OnnxFacts
 from upcycle.ir.report import Report
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import open_sources
@@ -24,6 +24,7 @@ from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.run import run
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.plan.plan import make_plan
+from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.description import is_described, read_report, recipe_of
 from upcycle.targets.destination import destination
@@ -36,8 +37,8 @@ from upcycle.util.modules import device_of, model_dtype
 from upcycle.util.progress import Progress, silent
 from upcycle.util.untrusted import names_code
 from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers
-from upcycle.verification.onnx.files import verify_onnx
 from upcycle.verification.onnx.layers import compare_outputs, feeds_for
+from upcycle.verification.onnx.precision import verify_precision
 from upcycle.verification.onnx.rounding import rounded_paths
 from upcycle.verification.whole_model import compare_models, end_to_end
 
@@ -98,23 +99,23 @@ def verify_directory(
     converted = load(directory, model=own, trust_remote_code=source.trust_remote_code)
     converted = converted.to(device_of(dense))
     report = _verify_layers(report, directory, recipe, source, dense)
-    found, checks = _compared(source, dense, converted, directory)
+    found, facts, checks = _compared(source, dense, converted, directory, recipe.onnx)
     every = (*report.checks, end_to_end(found, recipe, model_dtype(dense)), *checks)
-    return replace(report, end_to_end=found, checks=every)
+    return replace(report, end_to_end=found, onnx=facts, checks=every)
 
 
 def _verify_trained(source: Source, directory: Path) -> Report:
     converted = load(directory, trust_remote_code=source.trust_remote_code)
     dense = replace(source, dtype=model_dtype(converted)).load()
     _, report = planned(directory, converted, dense, source)
-    found, checks = _compared(source, dense, converted, directory)
-    return replace(report, end_to_end=found, checks=tuple(checks))
+    found, facts, checks = _compared(source, dense, converted, directory, ONNX_DEFAULTS)
+    return replace(report, end_to_end=found, onnx=facts, checks=tuple(checks))
 
 
 def _compared(
-    source: Source, dense: nn.Module, converted: nn.Module, directory: Path
-) -> tuple[ModelDistance, list[Check]]:
-    """The distance of the whole models, and the checks of the ONNX files in `directory`."""
+    source: Source, dense: nn.Module, converted: nn.Module, directory: Path, options: Onnx
+) -> tuple[ModelDistance, OnnxFacts | None, list[Check]]:
+    """The distance of the whole models; facts and checks of the ONNX files in `directory`."""
     evaluation = evaluation_for(
         dense,
         directory=source.directory,
@@ -129,10 +130,10 @@ def _compared(
             "together, convert the model again"
         ) from error
     if not any((directory / name).is_file() for name in ONNX_FILES):
-        return found, []
+        return found, None, []
     single = in_float32(converted)
     with with_own_experts(single):
-        return found, verify_onnx(directory, single, evaluation)
+        return found, *verify_precision(directory, single, evaluation, options)
 
 
 def _verify_layers(

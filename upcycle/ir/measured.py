@@ -204,9 +204,34 @@ class Rounded:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """The rounded matrices of ONNX files beside the experts: how many, and their bytes.
+
+    Attributes:
+        bytes_before: in the type of the graph.
+        bytes_after: with their scales.
+        half_steps: largest error of an element in halves of its step.
+    """
+
+    count: int
+    bytes_before: int
+    bytes_after: int
+    half_steps: Number
+
+
+@dataclass(frozen=True)
 class OnnxFacts:
-    """For files that are not float32: their distance from the model, or why they were not run."""
+    """For files that are not float32: their distance from the model, or why they were not run.
+
+    Attributes:
+        relative: the largest relative error of an output.
+        layers: rounded experts.
+        matrices: what else is rounded.
+        outputs: the files, as ONNX Runtime runs them, against the model in float32.
+    """
 
     relative: Number | None = None
     layers: tuple[Rounded, ...] | None = None
     not_run: str | None = None
+    matrices: Matrices | None = None
+    outputs: ModelDistance | None = None

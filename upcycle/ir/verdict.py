@@ -122,22 +122,28 @@ def _quality(level: Level, promise: str, found: ModelDistance | None, *, equal_l
             "The outputs equal those of the dense model, up to rounding (largest error "
             f"{found.relative:.1e} of the largest value)."
         )
+    return likeness(found, "the dense model")
+
+
+def likeness(found: ModelDistance, other: str, digits: int = 2) -> str:
+    """How alike to `other` a model is, in a sentence; `digits` of the factor on perplexity."""
     if (language := found.language_model) is not None:
         dense, converted = language.dense_perplexity, language.converted_perplexity
         return (
-            f"Perplexity is {converted / dense:.2f} times that of the dense model "
+            f"Perplexity is {converted / dense:.{digits}f} times that of {other} "
             f"({converted:.4g} against {dense:.4g}, {language.tokens} tokens of {found.inputs}), "
-            f"and {language.top1_agreement:.0%} of its next tokens are the same."
+            f"and {language.top1_agreement:.{digits - 2}%} of its next tokens are the same."
         )
     random = ", which say little of real ones" if "random" in found.inputs else ""
     name, output = min(found.outputs.items(), key=lambda item: _figure(item[1])[1])
     where = f"measured on {found.inputs}{random}."
     if output.top1_agreement is not None:
         same = f"{output.top1_agreement:.1%}"
-        return f"{same} of the largest entries of `{name}` are those of the dense model, {where}"
+        return f"{same} of the largest entries of `{name}` are those of {other}, {where}"
+    mean, least = (f"{value:.{digits + 1}f}" for value in (output.mean_cosine, output.min_cosine))
     return (
-        f"`{name}` is {output.mean_cosine:.3f} alike to that of the dense model (mean cosine, 1 is "
-        f"the same; the least is {output.min_cosine:.3f}), {where}"
+        f"`{name}` is {mean} alike to that of {other} (mean cosine, 1 is the same; the least is "
+        f"{least}), {where}"
     )
 
 

@@ -31,7 +31,8 @@ def session(
         model: the file, or its bytes.
         weights: the folder of the external data of a file given as bytes.
         threads: 0 lets ONNX Runtime choose.
-        prepack: lay a copy of each weight out for the kernels: faster, and twice the memory.
+        prepack: lay a copy of each weight out for the kernels: faster, and twice the memory. For
+            rounded matrices they are other kernels, which round tokens, too.
 
     Raises:
         UsageError: ONNX Runtime is not installed.
@@ -50,6 +51,8 @@ def session(
     if not prepack and not _has_rounded(model):  # whose kernel is another one without it
         options.add_session_config_entry("session.disable_prepacking", "1")
     # To plan which tensor may take whose place it compares all nodes with all others: minutes.
+    if not prepack:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.enable_mem_reuse = _nodes(model) < MANY_NODES
     if weights is not None:
         key = "session.model_external_initializers_file_folder_path"
@@ -88,17 +91,20 @@ def _has_rounded(model: Path | bytes) -> bool:
         return mapped.find(b"QMoE") >= 0
 
 
-def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> dict[str, Array]:
+def run(
+    path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = (), *, prepack: bool = False
+) -> dict[str, Array]:
     """All outputs of a file on the CPU, and the inner tensors named in `extra`, by name.
 
-    Weights in external files are mapped by ONNX Runtime and not read here.
+    `prepack` is as for `session`. Weights in external files are mapped by ONNX Runtime and not read
+    here.
 
     Raises:
         UsageError: ONNX Runtime is not installed.
         UnsupportedError: it cannot load the file, or not run it on `feeds`.
     """
     with described(path):
-        runner = opened(path, extra)
+        runner = opened(path, extra, prepack=prepack)
         names = [value.name for value in runner.get_outputs()]
         made = zip(names, runner.run(None, dict(feeds)), strict=True)
         found: dict[str, Array] = {}
@@ -110,12 +116,12 @@ def run(path: Path, feeds: Mapping[str, Array], extra: Sequence[str] = ()) -> di
         return found
 
 
-def opened(path: Path, extra: Sequence[str] = ()) -> Any:
+def opened(path: Path, extra: Sequence[str] = (), *, prepack: bool = False) -> Any:
     """A session of a file that also returns the inner tensors named in `extra`."""
     if not extra:
-        return session(path)
+        return session(path, prepack=prepack)
     model, folder = _with_outputs(path, extra)
-    return session(model, weights=folder)
+    return session(model, weights=folder, prepack=prepack)
 
 
 def fetch(

@@ -42,6 +42,8 @@ ROUNDED_WEIGHTS = "rounded weights against float ones, in half steps of their sc
 ROUNDED_KERNEL = "rounded experts in ONNX Runtime against PyTorch"
 ROUNDED_LAYER = "rounded experts against float ones, rms over what independent errors give"
 
+HALF_STEP = 1 + 2 * 127 * 2**-11  # a scale in float16 is off by 2^-11, and is taken 127 times
+
 
 def check(what: str, error: float, allowed: float) -> Check:
     """A comparison; an error that is NaN fails."""

@@ -45,10 +45,7 @@ def compare_models(
         ours, theirs = outputs_of(other, batch), outputs_of(reference, batch)
         check_outputs(ours, theirs, "the converted model")
         for name, tensor in theirs.items():
-            found = distance(ours[name], tensor)
-            if name.endswith("logits") and tensor.dim() > 1:
-                same_B = ours[name].argmax(-1) == tensor.argmax(-1)
-                found = replace(found, top1_agreement=same_B.double().mean().item())
+            found = output_distance(name, ours[name], tensor)
             if name not in outputs or found.relative > outputs[name].relative:
                 outputs[name] = found
     if not outputs:
@@ -56,14 +53,24 @@ def compare_models(
     language = None
     if predictions and evaluation.windows is not None and is_language_model(reference):
         language = compare_predictions(
-            (_logits(reference, tokens), _logits(other, tokens), tokens)
+            (next_tokens(reference, tokens), next_tokens(other, tokens), tokens)
             for tokens in torch.split(evaluation.windows, 1)
         )
     worst = max(found.relative for found in outputs.values())
     return ModelDistance(evaluation.what, outputs, worst, language)
 
 
-def _logits(model: nn.Module, ids_BS: torch.Tensor) -> torch.Tensor:
+def output_distance(name: str, ours: torch.Tensor, reference: torch.Tensor) -> Distance:
+    """How far an output is from its reference; for scores also whether the largest are the same."""
+    found = distance(ours, reference)
+    if not name.endswith("logits") or reference.dim() < 2:
+        return found
+    same_B = ours.argmax(-1) == reference.argmax(-1)
+    return replace(found, top1_agreement=same_B.double().mean().item())
+
+
+def next_tokens(model: nn.Module, ids_BS: torch.Tensor) -> torch.Tensor:
+    """The scores [B, S, V] of a language model for tokens [B, S], on the CPU."""
     return outputs_of(model, {"input_ids": ids_BS, "use_cache": False})["logits"].cpu()
 
 

@@ -39,6 +39,7 @@ class Choice:
     Attributes:
         pointwise: what the experts compute: as the layer says, or the kernel's form of GELU.
         kernel: the node behind a form that is fused or quantised.
+        bits: of a weight of the experts, if they are rounded.
     """
 
     form: Form
@@ -46,6 +47,7 @@ class Choice:
     kernel: Kernel | None = None
     longer: Form | None = None
     limit: int = 0
+    bits: int | None = None
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -69,40 +71,38 @@ def kernel_named(activation: str) -> tuple[Kernel, Pointwise]:
 def choose(layer: Routed, options: Onnx) -> Choice:
     """The forms of `layer` under `options`.
 
-    What the kernels do not compute becomes standard operations under every option.
+    What the kernels do not compute becomes standard operations under every option; rounded experts
+    then have 8 bits.
     """
     own = layer.experts.act_fn.pointwise
     kernel = fused_form(layer, gelu=options.gelu)
     widths = (layer.experts.hidden_dim, layer.experts.intermediate_dim)
     fills_bytes = options.bits == 8 or all(width % 2 == 0 for width in widths)
-    may_round = kernel is not None and options.may_round and fills_bytes
     asked: Form | None = None if options.form == "auto" else options.form
     if asked is None and options.profile == "portable":
         asked = "unrolled"
+    if asked is None and options.rounds:  # unpacked they are unrolled, which is faster
+        asked = "unrolled" if options.unpacks and options.bits == 8 else "quantised"
     if asked is None and options.profile == "cuda":
-        asked = "quantised" if may_round else "fused"
-    if (asked == "fused" and kernel is None) or (asked == "quantised" and not may_round):
+        asked = "fused"
+    has_node = kernel is not None and (fills_bytes or asked != "quantised")
+    if asked in ("fused", "quantised") and not has_node:
         asked = "unrolled"
-    made = Choice(asked, own) if asked else _fastest(layer, kernel, options, may_round=may_round)
+    made = Choice(asked, own) if asked else _fastest(layer, kernel, options)
+    if options.rounds:
+        made = replace(made, bits=options.bits if asked == "quantised" else 8)
     if kernel is None or not {"fused", "quantised"} & set(made.forms):
         return made
     program = dict(KERNELS)[kernel]
     return replace(made, kernel=kernel, pointwise=own if same_function(own, program) else program)
 
 
-def _fastest(layer: Routed, kernel: Kernel | None, options: Onnx, *, may_round: bool) -> Choice:
-    """The fastest exact form, or one for short and one for long calls.
-
-    Where the layer may be rounded it is one form, so that a token gets the same output whatever
-    the length of the call.
-    """
+def _fastest(layer: Routed, kernel: Kernel | None, options: Onnx) -> Choice:
+    """The fastest exact form, or one for short and one for long calls."""
     experts, own = layer.experts, layer.experts.act_fn.pointwise
-    kinds: dict[Form, str] = {"unrolled": "unrolled", "dense": "dense"}
+    forms: list[Form] = ["unrolled", "dense"]
     if kernel is not None:
-        kinds["fused"] = "fused"
-    if may_round:
-        blocks = "" if options.block in ("row", "adaptive") else " blocks"
-        kinds["quantised"] = f"int{options.bits}{blocks}"
+        forms.append("fused")
     one_token = Work(
         tokens=1,
         num_experts=experts.num_experts,
@@ -114,12 +114,12 @@ def _fastest(layer: Routed, kernel: Kernel | None, options: Onnx, *, may_round: 
     )
 
     def cost(form: Form, tokens: int) -> float:
-        return seconds(kinds[form], replace(one_token, tokens=tokens))
+        return seconds(form, replace(one_token, tokens=tokens))
 
     few, *more = options.calls
-    form = min(kinds, key=lambda form: cost(form, few))
-    many = few if may_round or not more else more[0]
-    longer = min(kinds, key=lambda form: cost(form, many))
+    form = min(forms, key=lambda form: cost(form, few))
+    many = more[0] if more else few
+    longer = min(forms, key=lambda form: cost(form, many))
     if longer == form:
         return Choice(form, own)
     limit = few + 1

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from upcycle.onnx.nodes import Nodes
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms import activation as programs
+from upcycle.targets.onnx.forms.unrolled import Stack
 
 
 def dense(
@@ -16,15 +17,16 @@ def dense(
     num_experts: int,
     x_TD: ir.Value,
     weights_TE: ir.Value,
-    up_EGD: ir.Value,
+    up: Stack,
     up_bias_EG: ir.Value | None,
-    down_EOI: ir.Value,
+    down: Stack,
 ) -> ir.Value:
     """Every expert on every token, in two products; the value is [T, O].
 
     A little slower than the dense FFN of all neurons, whatever the number of tokens, and faster
     than many small experts on a part of the tokens each.
     """
+    up_EGD, down_EOI = up.matrices, down.matrices  # floats: rounded layers are unrolled
     rest = n.const([-1])
     up_FD = n("Reshape", up_EGD, n("Concat", rest, n("Shape", up_EGD, start=2), axis=0))
     rows = [up_FD] if up_bias_EG is None else [up_FD, n("Reshape", up_bias_EG, rest)]

@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, D d_model, O d_out, E experts, I expert width, G rows of an expansion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from upcycle.recipe.onnx import Form
 from upcycle.targets.onnx.forms import activation as programs
 from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.forms.dense import dense
-from upcycle.targets.onnx.forms.unrolled import grouped
+from upcycle.targets.onnx.forms.unrolled import Stack, grouped
 
 MS = "com.microsoft"
 OWN = "upcycle"
@@ -48,18 +48,26 @@ def standard(
     num_experts: int,
     *,
     bias: bool,
+    blocks: Sequence[int] = (),
+    unpack: bool = False,
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Function:
     """A layer in one of the `STANDARD` forms.
 
     Inputs: x [T, D], weights [T, E] with zeros for the experts that a token skips, up [E, G, D],
-    up bias [E, G] if `bias`, down [E, O, I]. Output [T, O].
+    up bias [E, G] if `bias`, down [E, O, I]. Output [T, O]. With `blocks`, the inputs of a block of
+    up and of down, both are int8, and each is followed by its scales; `unpack` is as for `matrix`.
     """
     x_TD, weights_TE, up_EGD, down_EOI = (ir.Value(name=i) for i in ("x", "weights", "up", "down"))
+    up, down = Stack(up_EGD), Stack(down_EOI)
+    if blocks:
+        up = Stack(up_EGD, ir.Value(name="up_scale"), blocks[0], unpack)
+        down = Stack(down_EOI, ir.Value(name="down_scale"), blocks[1], unpack)
     bias_EG = ir.Value(name="up_bias") if bias else None
     n = Nodes(dtype=dtype)
-    out_TO = STANDARD[form](n, pointwise, num_experts, x_TD, weights_TE, up_EGD, bias_EG, down_EOI)
-    inputs = [x_TD, weights_TE, up_EGD, *([] if bias_EG is None else [bias_EG]), down_EOI]
+    out_TO = STANDARD[form](n, pointwise, num_experts, x_TD, weights_TE, up, bias_EG, down)
+    places = [x_TD, weights_TE, up_EGD, up.scale, bias_EG, down_EOI, down.scale]
+    inputs = [place for place in places if place is not None]
     return _function(OWN, name, inputs, out_TO, n)
 
 

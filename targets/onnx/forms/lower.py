@@ -13,11 +13,13 @@ import onnx_ir as ir
 
 from upcycle.onnx.node_names import SCOPES
 from upcycle.onnx.nodes import OPSET, Nodes
+from upcycle.onnx.tensors import numbers_of
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Form, Onnx
 from upcycle.targets.onnx.forms import functions as bodies
 from upcycle.targets.onnx.forms.choose import CUDA_SWIGLU, Choice, choose, needs_new_cuda
 from upcycle.targets.onnx.forms.fused import expansion, fused, rounded
+from upcycle.targets.onnx.forms.int8 import int8, registered, round_matrices
 from upcycle.targets.onnx.forms.routed import Routed
 from upcycle.targets.onnx.opaque_experts import OPAQUE
 from upcycle.targets.onnx.share_weights import Store
@@ -37,9 +39,12 @@ def lower(
     """Replace every opaque node of `model`, in place, and add the functions behind the new ones.
 
     `layers` has the layer behind each opaque node by path, and so is returned what it has become
-    by `options`, see `choose`. What `store` has on disk decides whether a gated layer reads one
-    stack or two. The experts compute in `dtype`.
+    by `options`, see `choose`; with ``onnx.weights: int8`` other matrices are rounded, too. What
+    `store` has on disk decides whether a gated layer reads one stack or two. The experts compute in
+    `dtype`.
     """
+    if options.weights == "int8":
+        round_matrices(model, options.block, unpack=options.unpacks)
     nodes = [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == OPAQUE]
     paths = [n.attributes["layer"].as_string() for n in nodes]
     chosen = {path: choose(layers[path], options) for path in dict.fromkeys(paths)}
@@ -49,6 +54,14 @@ def lower(
             "%d of %d MoE layers are unrolled: ONNX Runtime has no %s node for what they compute "
             "(erf GELU: `onnx.gelu: tanh` accepts its form of it)",
             *(others, len(chosen), options.form),
+        )
+    wider = sum(choice.bits not in (None, options.bits) for choice in chosen.values())
+    if wider:
+        log.warning(
+            "%d of %d MoE layers have weights of 8 bits and not of %d: only a node of ONNX Runtime "
+            "reads those, and it does not compute these layers, or not in their width (erf GELU: "
+            "`onnx.gelu: tanh`), or the profile is portable",
+            *(wider, len(chosen), options.bits),
         )
     _check_installed([choice.pointwise for choice in chosen.values() if choice.kernel], options)
     by_kernel = {path: made.kernel for path, made in chosen.items() if "fused" in made.forms}
@@ -132,18 +145,37 @@ def _form(
         return fused(n, node, layer, choice.kernel, made.store, biased=made.biased)
     if form == "quantised" and choice.kernel is not None:
         return rounded(n, node, layer, choice.kernel, made.options)
-    x_TD, weights_TE, _, down_EOI, *bias = node.inputs
-    up_EGD = expansion(n, node, layer, made.store, interleave=False)
+    x_TD, weights_TE, up, down, *bias = node.inputs
+    assert down is not None
+    if choice.bits:
+        assert up is not None
+        stacks = [int8(numbers_of(value), made.options.block) for value in (up, down)]
+        ups, downs = (
+            registered(node.graph, str(value.name), stack)
+            for value, stack in zip((up, down), stacks, strict=True)
+        )
+        blocks = [stack.block for stack in stacks]
+    else:
+        ups, downs = [expansion(n, node, layer, made.store, interleave=False)], [down]
+        blocks = []
     pointwise, count = choice.pointwise, layer.experts.num_experts
-    key = json.dumps([form, pointwise.to_json(), count, bool(bias)])  # of layers that compute alike
+    # The same for layers that compute alike.
+    key = json.dumps([form, pointwise.to_json(), count, bool(bias), *blocks])
     if key not in made.functions:
         stem = f"MoE_{'dense_' if form == 'dense' else ''}{pointwise.name}_{count}"
         taken = sum(function.name.startswith(stem) for function in made.functions.values())
         name = f"{stem}_{taken}" if taken else stem
         made.functions[key] = bodies.standard(
-            form, name, pointwise, count, bias=bool(bias), dtype=n.dtype
+            form,
+            name,
+            pointwise,
+            count,
+            bias=bool(bias),
+            blocks=blocks,
+            unpack=made.options.unpacks,
+            dtype=n.dtype,
         )
     if n.is_half:
         weights_TE = n("CastLike", weights_TE, x_TD)
-    inputs = (x_TD, weights_TE, up_EGD, *bias, down_EOI)
+    inputs = (x_TD, weights_TE, *ups, *bias, *downs)
     return n(made.functions[key].name, *inputs, domain=bodies.OWN, name="MoE")

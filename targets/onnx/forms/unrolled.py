@@ -5,14 +5,47 @@ N pairs of a token and one of its experts, in the order of the experts, n those 
 K the most experts that a token has.
 """
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
 from upcycle.onnx.nodes import Nodes
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms import activation as programs
+from upcycle.targets.onnx.forms.int8 import matrix
 
 INT64 = ir.DataType.INT64.value
 SINGLE = ir.DataType.FLOAT.value
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The matrices of all experts.
+
+    Attributes:
+        matrices: [E, N, K], floats or int8.
+        scale: [E, N, blocks of a row] beside int8.
+        block: inputs of a block.
+        unpack: as for `matrix`.
+    """
+
+    matrices: ir.Value
+    scale: ir.Value | None = None
+    block: int = 0
+    unpack: bool = False
+
+    def of(self, n: Nodes, expert: ir.Value) -> ir.Value:
+        """One matrix in floats: [N, K], or [K, N] if it was rounded."""
+        numbers = n("Gather", self.matrices, expert, axis=0)
+        if self.scale is None:
+            return numbers
+        scale = n("Gather", self.scale, expert, axis=0)
+        return matrix(n, numbers, scale, self.block, unpack=self.unpack)
+
+    @property
+    def has_rows(self) -> int:
+        """For ``transB``."""
+        return int(self.scale is None)
 
 
 def grouped(
@@ -21,9 +54,9 @@ def grouped(
     num_experts: int,
     x_TD: ir.Value,
     weights_TE: ir.Value,
-    up_EGD: ir.Value,
+    up_EGD: Stack,
     up_bias_EG: ir.Value | None,
-    down_EOI: ir.Value,
+    down_EOI: Stack,
 ) -> ir.Value:
     """Each expert only on the tokens whose weight for it is not zero; the value is [T, O].
 
@@ -41,18 +74,19 @@ def grouped(
     for expert, token_n in enumerate(groups):
         n.scope = f"expert_{expert}/"
         e = n.const(expert)
-        rows = [n("Gather", up_EGD, e, axis=0)]
+        rows = [up_EGD.of(n, e)]
         if up_bias_EG is not None:
             rows.append(n("Gather", up_bias_EG, e, axis=0))
-        z_nG = n("Gemm", n("Gather", x_TD, token_n, axis=0), *rows, transB=1, name="up")
+        x_nD = n("Gather", x_TD, token_n, axis=0)
+        z_nG = n("Gemm", x_nD, *rows, transB=up_EGD.has_rows, name="up")
         z = [z_nG]
         if pointwise.arity > 1:
             z = n.many("Split", z_nG, outputs=pointwise.arity, axis=1, num_outputs=pointwise.arity)
         hidden_nI = programs.build(pointwise, n, z)
-        down_OI = n("Gather", down_EOI, e, axis=0)
-        out.append(n("Gemm", hidden_nI, down_OI, transB=1, name="down"))
+        down = down_EOI.of(n, e)
+        out.append(n("Gemm", hidden_nI, down, transB=down_EOI.has_rows, name="down"))
     n.scope = ""
-    return _sum(n, out, weights_TE, one_ET, pair_2N, down_EOI)
+    return _sum(n, out, weights_TE, one_ET, pair_2N, down_EOI.matrices)
 
 
 def _sum(

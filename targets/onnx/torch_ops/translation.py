@@ -20,7 +20,7 @@ import upcycle.kernels.torch_operation  # noqa: F401  (defines the operation)
 from upcycle.onnx.nodes import Traced
 from upcycle.onnx.shapes import fixed_size
 from upcycle.pointwise import Pointwise
-from upcycle.targets.onnx.forms.unrolled import grouped
+from upcycle.targets.onnx.forms.unrolled import Stack, grouped
 
 
 def moe(
@@ -40,7 +40,8 @@ def moe(
     weights_TK = n("CastLike", weights_TK, zeros_TE)
     weights_TE = n("ScatterElements", zeros_TE, index_TK, weights_TK, axis=1, reduction="add")
     pointwise = Pointwise.from_json(json.loads(program))
-    return grouped(n, pointwise, num_experts, x_TD, weights_TE, up_EGD, up_bias_EG, down_EOI)
+    up, down = Stack(up_EGD), Stack(down_EOI)
+    return grouped(n, pointwise, num_experts, x_TD, weights_TE, up, up_bias_EG, down)
 
 
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.upcycle.moe.default: moe}

@@ -11,9 +11,10 @@ import onnx
 import torch
 from torch import nn
 
+from upcycle.data.text import is_language_model
 from upcycle.data.verification_inputs import Evaluation, comparable
 from upcycle.errors import UnsupportedError, VerificationError
-from upcycle.ir.measured import Check
+from upcycle.ir.measured import Check, Distance, ModelDistance
 from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
@@ -24,8 +25,9 @@ from upcycle.targets.onnx.parts import FILES
 from upcycle.targets.onnx.write import in_graph, without_cache
 from upcycle.util.modules import eval_mode
 from upcycle.verification.checks import ONNX, ONNX_TIES, check
-from upcycle.verification.metrics import check_outputs, distance
+from upcycle.verification.metrics import check_outputs, compare_predictions
 from upcycle.verification.near_ties import Choices, following
+from upcycle.verification.whole_model import next_tokens, output_distance
 
 _T = TypeVar("_T")
 # For each layer the file, and the name of the weights [T, E] there, each time that it runs.
@@ -56,19 +58,36 @@ def onnx_distance(
     names: ChoiceNames | None = None,
     choices: Choices | None = None,
 ) -> float:
-    """ONNX Runtime against `model`, which is in float32, on the evaluation's batches; the worst.
+    """The largest relative error of `compare_onnx`."""
+    return compare_onnx(directory, model, evaluation, names, choices).relative
+
+
+def compare_onnx(
+    directory: Path,
+    model: nn.Module,
+    evaluation: Evaluation,
+    names: ChoiceNames | None = None,
+    choices: Choices | None = None,
+    *,
+    as_served: bool = False,
+) -> ModelDistance:
+    """ONNX Runtime against `model`, which is in float32, on the evaluation's batches.
 
     With a cache the last token is read after all others. With `names` the choices of the files are
-    put into `choices` before the model runs.
+    put into `choices` before the model runs. With `as_served` the kernels are those of a session
+    without options, which round tokens where weights are rounded, and the predictions of a language
+    model are compared, too.
 
     Raises:
         VerificationError: ONNX Runtime cannot run a file, or it has other outputs than the model.
     """
-    worst, names = 0.0, names or {}
+    names = names or {}
+    found: dict[str, Distance] = {}
     inner: dict[str, list[str]] = {}
     for file, name in chain.from_iterable(names.values()):
         inner.setdefault(file, []).append(name)
-    files = _ran(lambda where: OnnxFiles(where, inner), directory)
+    files = _ran(lambda where: OnnxFiles(where, inner, as_served=as_served), directory)
+    language = None
     with without_cache(model), eval_mode(model):
         for batch in evaluation.batches:
             given = in_graph(model, batch)
@@ -81,8 +100,21 @@ def onnx_distance(
                 reference = {name: reference[name] for name in made}
             ours, theirs = (comparable(found, given.tensors) for found in (made, reference))
             check_outputs(ours, theirs, f"the ONNX file in {directory}")
-            worst = max(worst, *(distance(ours[n], theirs[n]).relative for n in theirs))
-    return worst
+            for name, tensor in theirs.items():
+                gap = output_distance(name, ours[name], tensor)
+                if name not in found or gap.relative > found[name].relative:
+                    found[name] = gap
+        if as_served and evaluation.windows is not None and is_language_model(model):
+            language = compare_predictions(
+                (next_tokens(model, ids), torch.from_numpy(_logits(files, ids)), ids)
+                for ids in torch.split(evaluation.windows, 1)
+            )
+    worst = max((gap.relative for gap in found.values()), default=0.0)
+    return ModelDistance(evaluation.what, found, worst, language)
+
+
+def _logits(files: OnnxFiles, ids_BS: torch.Tensor) -> Array:
+    return _ran(files.outputs, {"input_ids": ids_BS})["logits"]
 
 
 def _ran(function: Callable[[Any], _T], argument: Any) -> _T:

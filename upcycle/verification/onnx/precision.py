@@ -22,8 +22,9 @@ from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.parts import FILES
 from upcycle.util.modules import set_within
 from upcycle.verification.checks import ONNX, check
-from upcycle.verification.onnx.files import onnx_distance, verify_onnx
-from upcycle.verification.onnx.rounding import rounded_layers, verify_rounding
+from upcycle.verification.onnx.files import compare_onnx, onnx_distance, verify_onnx
+from upcycle.verification.onnx.matrices import matrices_of, put_matrices, verify_matrices
+from upcycle.verification.onnx.rounding import rounded_layers, rounds_tokens, verify_rounding
 from upcycle.verification.whole_model import compare_models
 
 _NOT_RUN = "ONNX Runtime on a CPU does not compute MoE layers in bfloat16, so the file was not run"
@@ -35,9 +36,10 @@ def verify_precision(
     """Tier T4 for what `write_onnx` made with `options`; facts for the report, and checks.
 
     - In float32 the files must agree with `model` up to rounding.
-    - Where the recipe accepts more, with `model` with the same rounded experts and the same form of
+    - Where the recipe accepts more, with `model` with the same rounded weights and the same form of
       GELU, unless ONNX Runtime rounds tokens, too; each rounded layer is also compared with what
-      rounding may do to it. The distance of the files from `model` itself is reported.
+      rounding may do to it, and each other matrix with the float one. The distance of the files, as
+      they will be run, from `model` itself is reported.
     - In float16 they may be twice as far from `model` as `model` in float16 is, in torch.
 
     Raises:
@@ -49,24 +51,28 @@ def verify_precision(
     rows: list[Rounded] = []
     checks: list[Check] = []
     layers = own_experts(model)
-    for path in paths if options.may_round else ():
+    matrices = None
+    if options.weights == "int8":
+        matrices, checks = verify_matrices(paths, matrices_of(model))
+    for path in paths if options.rounds else ():
         of_path, more = verify_rounding(path, layers, draw_inputs(ir.load(path)))
         rows += of_path
         checks += more
-    if not rows and options.half is None and options.gelu == "exact":
+    if not rows and matrices is None and options.half is None and options.gelu == "exact":
         return None, verify_onnx(directory, model, evaluation)
-    facts = OnnxFacts(onnx_distance(directory, model, evaluation), tuple(rows) or None)
-    if options.half is None and any(row.bits == 8 and row.block != "row" for row in rows):
+    found = compare_onnx(directory, model, evaluation, as_served=True)
+    facts = OnnxFacts(found.relative, tuple(rows) or None, matrices=matrices, outputs=found)
+    if options.half is None and any(map(rounds_tokens, paths)):
         return facts, checks
-    with _as_written(layers, paths):
+    with _as_written(model, layers, paths):
         if options.half is None:
             return facts, checks + verify_onnx(directory, model, evaluation)
-        found = onnx_distance(directory, model, evaluation)
+        error = onnx_distance(directory, model, evaluation)
         narrow = narrowed(model, torch.float16)
         narrow.register_forward_pre_hook(_halved, with_kwargs=True)
         noise = compare_models(model, narrow, evaluation, predictions=False).relative
     allowed = max(ROUNDING[torch.float16], 2 * noise)
-    return facts, [*checks, check(ONNX, found, allowed)]
+    return facts, [*checks, check(ONNX, error, allowed)]
 
 
 def _halved(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -91,10 +97,13 @@ def kernels_of(path: Path, layers: Collection[str]) -> dict[str, Pointwise]:
 
 
 @contextmanager
-def _as_written(layers: Mapping[str, Experts], paths: Sequence[Path]) -> Iterator[None]:
-    """Within it the layers have the experts of the files, and the kernel's form of GELU."""
+def _as_written(
+    model: nn.Module, layers: Mapping[str, Experts], paths: Sequence[Path]
+) -> Iterator[None]:
+    """Within it the model has the weights of the files, and the kernel's form of GELU."""
     with ExitStack() as undo:
         for path in paths:
+            put_matrices(undo, path, model)
             for name, pointwise in kernels_of(path, layers).items():
                 set_within(undo, layers[name].act_fn, "pointwise", pointwise)
             for rounded in rounded_layers(path):

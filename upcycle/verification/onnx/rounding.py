@@ -23,6 +23,8 @@ from upcycle.onnx.tensors import numbers_of
 from upcycle.pointwise import Pointwise
 from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms.choose import kernel_named
+from upcycle.targets.onnx.forms.functions import MS, OWN
+from upcycle.targets.onnx.forms.int8 import Int8
 from upcycle.targets.onnx.forms.quantise import (
     Quantised,
     dequantise,
@@ -30,19 +32,25 @@ from upcycle.targets.onnx.forms.quantise import (
     spread,
     steps_of,
 )
-from upcycle.verification.checks import ROUNDED_KERNEL, ROUNDED_LAYER, ROUNDED_WEIGHTS, worst_at
+from upcycle.verification.checks import (
+    HALF_STEP,
+    ROUNDED_KERNEL,
+    ROUNDED_LAYER,
+    ROUNDED_WEIGHTS,
+    worst_at,
+)
 
-_HALF_STEP = 1 + 2 * 127 * 2**-11  # a scale in float16 is off by 2^-11, and is taken 127 times
 _INDEPENDENT = 2.0  # an error this many times that of independent errors is a mistake
 
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """A node ``QMoE`` of a file.
+    """A node of a file with rounded experts: ``QMoE``, or a function of standard operations.
 
     Attributes:
         layer: path of its layer.
         x, weights, y: names of its tensors: tokens, the weight of each expert, and the output.
+        pointwise: what ``QMoE`` computes; None for a function, which computes what the layer does.
         up_EGD, down_EDI: the decoded matrices; gate rows first.
         step: the quantisation steps of the two, see `steps_of`.
         bits, block: bits of a weight, and the number of inputs that share a scale, or ``row``.
@@ -54,7 +62,7 @@ class RoundedLayer:
     x: str
     weights: str
     y: str
-    pointwise: Pointwise
+    pointwise: Pointwise | None
     up_EGD: torch.Tensor
     down_EDI: torch.Tensor
     step: tuple[torch.Tensor, torch.Tensor]
@@ -67,6 +75,9 @@ class RoundedLayer:
 def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
     """The rounded layers of a file, one after the other."""
     for node in _rounded_nodes(path):
+        if node.domain == OWN:
+            yield _of_function(node)
+            continue
         bits = node.attributes["expert_weight_bits"].as_int()
         block = node.attributes.get_int("block_size", 0)
         kernel, pointwise = kernel_named(node.attributes["activation_type"].as_string())
@@ -90,14 +101,52 @@ def rounded_layers(path: Path) -> Iterator[RoundedLayer]:
         )
 
 
+def rounds_tokens(path: Path) -> bool:
+    """Whether a node of a file rounds its tokens to 8 bits, too, in every session."""
+    quantised = (node.attributes for node in _rounded_nodes(path) if node.domain == MS)
+    return any(
+        found["expert_weight_bits"].as_int() == 8 and found.get_int("block_size", 0)
+        for found in quantised
+    )
+
+
 def rounded_paths(path: Path) -> set[str]:
     """The paths of the rounded layers of a file; no weight is read."""
     return set(map(_layer_of, _rounded_nodes(path)))
 
 
+def _of_function(node: ir.Node) -> RoundedLayer:
+    x, weights, up, up_scale, *_, down, down_scale = node.inputs
+    assert x is not None
+    assert weights is not None
+    scales = numbers_of(up_scale), numbers_of(down_scale)
+    ups, downs = (
+        Int8(numbers_of(value), scale) for value, scale in zip((up, down), scales, strict=True)
+    )
+    return RoundedLayer(
+        layer=_layer_of(node),
+        x=str(x.name),
+        weights=str(weights.name),
+        y=str(node.outputs[0].name),
+        pointwise=None,
+        up_EGD=ups.floats(),
+        down_EDI=downs.floats(),
+        step=(ups.steps(), downs.steps()),
+        bits=8,
+        block=ups.block,
+        rounds_tokens=0,
+        dtype=scales[0].dtype,
+    )
+
+
 def _rounded_nodes(path: Path) -> list[ir.Node]:
-    nodes = ir.load(path).graph.all_nodes()
-    return [node for node in nodes if (node.domain, node.op_type) == ("com.microsoft", "QMoE")]
+    return [node for node in ir.load(path).graph.all_nodes() if _is_rounded(node)]
+
+
+def _is_rounded(node: ir.Node) -> bool:
+    if node.domain == OWN:
+        return any(v is not None and v.dtype == ir.DataType.INT8 for v in node.inputs)
+    return (node.domain, node.op_type) == (MS, "QMoE")
 
 
 def _layer_of(node: ir.Node) -> str:
@@ -135,7 +184,7 @@ def verify_rounding(
         return {path: value for value, path in values}
 
     checks = [
-        worst_at(ROUNDED_WEIGHTS, worst("half_steps"), _HALF_STEP),
+        worst_at(ROUNDED_WEIGHTS, worst("half_steps"), HALF_STEP),
         worst_at(ROUNDED_KERNEL, worst("kernel_over_allowed"), 1.0),
         worst_at(ROUNDED_LAYER, worst("rounding_over_expected"), _INDEPENDENT),
     ]
@@ -154,7 +203,8 @@ def _row(
     up, down = experts.up_EGD.float(), experts.down_proj.float()
     bias = None if bias is None else bias.float()
     pointwise = experts.act_fn.pointwise
-    ours = weighted_sum(rounded.pointwise, rounded.up_EGD, bias, rounded.down_EDI, x_TD, weights_TE)
+    kernel = rounded.pointwise or pointwise
+    ours = weighted_sum(kernel, rounded.up_EGD, bias, rounded.down_EDI, x_TD, weights_TE)
     exact = weighted_sum(pointwise, up, bias, down, x_TD, weights_TE)
     up_error, down_error = rounded.up_EGD - up, rounded.down_EDI - down
     group = rounded.rounds_tokens
@@ -162,10 +212,10 @@ def _row(
     if group:
         none = torch.zeros_like(up), torch.zeros_like(down)
         of_tokens = _expected_error(experts, *none, x_TD, weights_TE, group)
-        kernel = _rms(y - ours) / (_INDEPENDENT * of_tokens or 1.0)
+        gap = _rms(y - ours) / (_INDEPENDENT * of_tokens or 1.0)
     else:
         allowed = ROUNDING[rounded.dtype] * ours.abs().max().item()
-        kernel = (y - ours).abs().max().item() / (allowed or 1.0)
+        gap = (y - ours).abs().max().item() / (allowed or 1.0)
     size, error = _rms(exact), _rms(y - exact)
     return Rounded(
         path=rounded.layer,
@@ -177,7 +227,7 @@ def _row(
             float((2 * error.abs() / step.abs()).max())
             for error, step in zip((up_error, down_error), rounded.step, strict=True)
         ),
-        kernel_over_allowed=kernel,
+        kernel_over_allowed=gap,
         rounding_over_expected=error / off if off else 0.0,
     )
 

@@ -1,0 +1,213 @@
+"""Matrices of 8 bits in standard operations: int8 numbers, and one scale for a block of a row.
+
+Every runtime can read them. ONNX Runtime 1.32 makes ``MatMulNBits`` of ``DequantizeLinear`` and a
+product when it loads a file.
+
+Shape suffixes: N rows, K inputs of a row, B blocks of a row.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+
+from upcycle.onnx.node_names import SCOPES
+from upcycle.onnx.nodes import Nodes
+from upcycle.onnx.tensors import numbers_of, tensor_of
+from upcycle.targets.onnx.forms.fused import initializer
+from upcycle.targets.onnx.forms.quantise import SMALLEST, Block, quantise
+from upcycle.targets.onnx.opaque_experts import OPAQUE
+from upcycle.targets.onnx.share_weights import INLINE_BYTES
+
+BLOCK = 128  # where the recipe leaves it open: the scales are 3 % of the numbers
+SUFFIX = ".int8"  # of an initializer; that of its scales ends with `SUFFIX` + `SCALE`
+SCALE = ".scale"
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Rounded matrices, of which an element is ``numbers * scale`` of its block.
+
+    Attributes:
+        numbers: [..., N, K] int8.
+        scale: [..., N, B], in the type of the matrices.
+    """
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def block(self) -> int:
+        """Inputs of one block, of which the last may be shorter."""
+        return block_of(self.numbers.shape[-1], self.scale.shape[-1])
+
+    def floats(self) -> torch.Tensor:
+        """The rounded matrices in float32."""
+        return self.numbers.float() * self.steps()
+
+    def steps(self) -> torch.Tensor:
+        """The distance of neighbouring values, for each element."""
+        each = self.scale.float().repeat_interleave(self.block, dim=-1)
+        return each[..., : self.numbers.shape[-1]]
+
+
+def block_of(columns: int, blocks: int) -> int:
+    """The length of a block, which divides the rows."""
+    return columns // blocks
+
+
+def int8(weight: torch.Tensor, block: Block) -> Int8:
+    """Round matrices [..., N, K] to 8 bits, in blocks that divide their rows.
+
+    `block` is a group size or a word, which stands for `BLOCK`; rows that no power of two from
+    `SMALLEST` on divides have one scale.
+    """
+    columns = weight.shape[-1]
+    size = min(math.gcd(columns, 2**30), block if isinstance(block, int) else BLOCK)
+    flat = weight.float().reshape(1, -1, columns)
+    (found,) = quantise([flat], 8, size if size >= SMALLEST else "row")
+    numbers = (found.packed ^ 128).view(torch.int8).reshape(weight.shape)
+    return Int8(numbers, found.scale.reshape(*weight.shape[:-1], -1).to(weight.dtype))
+
+
+def registered(graph: ir.Graph | ir.Function | None, name: str, found: Int8) -> list[ir.Value]:
+    """Two initializers: numbers and scales of the matrix that had this name."""
+    return [
+        initializer(graph, name + SUFFIX, found.numbers),
+        initializer(graph, name + SUFFIX + SCALE, found.scale),
+    ]
+
+
+def matrix(n: Nodes, numbers: ir.Value, scale: ir.Value, block: int, *, unpack: bool) -> ir.Value:
+    """The floats of a matrix, transposed: [K, N], as a product reads them.
+
+    ONNX Runtime folds what there is of constants when it loads a file, and never a
+    ``DequantizeLinear``; so with `unpack` a session holds floats, and else 8-bit numbers.
+    """
+    if not unpack:
+        q_KN, scale_BN = (n("Transpose", value, perm=[1, 0]) for value in (numbers, scale))
+        return n("DequantizeLinear", q_KN, scale_BN, axis=0, block_size=block)
+    q_NBb = n("CastLike", n("Reshape", numbers, n.const([0, -1, block])), scale)
+    w_NBb = n("Mul", q_NBb, n("Unsqueeze", scale, n.const([2])))
+    return n("Transpose", n("Reshape", w_NBb, n.const([0, -1])), perm=[1, 0])
+
+
+def lift_constants(model: ir.Model) -> None:
+    """Make initializers of the large constants among the nodes, in place."""
+    common.LiftConstantsToInitializersPass(lift_all_constants=False)(model)
+
+
+def round_matrices(model: ir.Model, block: Block, *, unpack: bool) -> None:
+    """Round every matrix that the graph multiplies with, or looks rows up in, to 8 bits; in place.
+
+    Left in floats are routers (what leads from a layer's tokens to its opaque node), small
+    matrices, and weights that are no matrices. A matrix that is read twice, such as an embedding
+    that is the head, too, is stored once.
+    """
+    lift_constants(model)
+    kept = _routers(model.graph)
+    stored: dict[object, list[ir.Value]] = {}
+    for node in list(model.graph.all_nodes()):
+        if node in kept or node.domain:
+            continue
+        place = {"MatMul": 1, "Gemm": 1, "Gather": 0}.get(node.op_type)
+        if place is None or len(node.inputs) <= place:
+            continue
+        value, rows = _matrix(node.inputs[place])
+        if value is None or not _is_worth(value):
+            continue
+        if node.op_type == "Gather" and (rows or _flag(node, "axis")):
+            continue
+        if node.op_type == "Gemm" and _flag(node, "transB"):
+            rows = not rows
+        weight = numbers_of(value)
+        by_row = rows or node.op_type == "Gather"
+        found = int8(weight if by_row else weight.T.contiguous(), block)
+        key = hashlib.sha256(found.numbers.numpy().tobytes()).digest(), found.numbers.shape
+        if key not in stored:
+            stored[key] = registered(model.graph, str(value.name), found)
+        numbers, scale = stored[key]
+        _read_rounded(node, place, str(value.name), numbers, scale, found.block, unpack)
+
+
+def _read_rounded(
+    node: ir.Node,
+    place: int,
+    name: str,
+    numbers: ir.Value,
+    scale: ir.Value,
+    block: int,
+    unpack: bool,
+) -> None:
+    notes = {key: text for key, text in node.metadata_props.items() if key == SCOPES}
+    n = Nodes(f"{node.outputs[0].name}/{name}{SUFFIX}/", notes)
+    graph = node.graph
+    assert graph is not None
+    if node.op_type != "Gather":
+        node.replace_input_with(place, matrix(n, numbers, scale, block, unpack=unpack))
+        node.attributes.pop("transB", None)
+        graph.insert_before(node, n.nodes)
+        return
+    (before,), ids = node.outputs, node.inputs[1]
+    rows = (n("Gather", value, ids, axis=0) for value in (numbers, scale))
+    after = n("DequantizeLinear", *rows, axis=-1, block_size=block)
+    after.shape, after.type, name = before.shape, before.type, str(before.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], n.nodes, [before], [after])
+    after.name = name
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    """Whether an attribute is there and not 0."""
+    return name in node.attributes and node.attributes[name].as_int() != 0
+
+
+def _matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """The initializer behind a matrix, and whether it is transposed on the way."""
+    turned = False
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in ("Identity", "Transpose") or len(value.shape or ()) > 2:
+            return None, False
+        if producer.op_type == "Transpose":
+            turned = not turned
+        value = producer.inputs[0]
+    return (value if value is not None and value.is_initializer() else None), turned
+
+
+def _is_worth(value: ir.Value) -> bool:
+    """Whether it is a matrix of floats, and large enough to be smaller with its scales."""
+    if value.shape is None or len(value.shape) != 2 or value.is_graph_input():
+        return False
+    tensor = tensor_of(value)
+    return (
+        tensor is not None
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+        and min(tensor.shape) >= SMALLEST
+        and tensor.numel() * 4 >= INLINE_BYTES
+    )
+
+
+def _routers(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes between the tokens of each layer and the weights of its experts."""
+    found: set[ir.Node] = set()
+    for layer in [node for node in graph.all_nodes() if (node.domain, node.op_type) == OPAQUE]:
+        x_TD, weights_TE, *_ = layer.inputs
+        found |= _before([weights_TE]) - _before([x_TD])
+    return found
+
+
+def _before(values: Iterable[ir.Value | None]) -> set[ir.Node]:
+    """All nodes that the values come from."""
+    found: set[ir.Node] = set()
+    left = list(values)
+    while left:
+        value = left.pop()
+        producer = None if value is None else value.producer()
+        if producer is not None and producer not in found:
+            found.add(producer)
+            left += producer.inputs
+    return found
