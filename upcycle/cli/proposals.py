@@ -127,9 +127,8 @@ def _variants(goal: Goal, name: str, sources: Sequence[str]) -> Iterator[tuple[s
     """Overrides, those with the most experts first."""
     if goal == "merge":
         named = ["base", *sources]
-        shipped = load_recipe(name)
         experts = (f"experts.sources=[{', '.join(named)}]", f"experts.count={len(named)}")
-        chosen = shipped.router.top_k
+        chosen = load_recipe(name).router.top_k
         fits = not isinstance(chosen, int) or chosen <= len(named)
         yield experts if fits else (*experts, f"router.top_k={len(named)}")
     elif goal == "train":
