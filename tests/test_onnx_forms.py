@@ -23,7 +23,8 @@ from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.forms.choose import Choice, choose, fused_form
 from upcycle.targets.onnx.forms.cost_model import NANOSECONDS, Work, seconds
 from upcycle.targets.onnx.forms.routed import routed
-from upcycle.verification.onnx.rounding import rounded_layers, verify_rounding, weighted_sum
+from upcycle.verification.onnx.rounded_layers import rounded_layers
+from upcycle.verification.onnx.rounding import verify_rounding, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

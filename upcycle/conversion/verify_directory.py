@@ -39,7 +39,7 @@ from upcycle.util.untrusted import names_code
 from upcycle.verification.layers import Origins, layer_checks, stored, verify_layers
 from upcycle.verification.onnx.layers import compare_outputs, feeds_for
 from upcycle.verification.onnx.precision import verify_precision
-from upcycle.verification.onnx.rounding import rounded_paths
+from upcycle.verification.onnx.rounded_layers import rounded_paths
 from upcycle.verification.whole_model import compare_models, end_to_end
 
 

@@ -26,7 +26,7 @@ from upcycle.util.progress import Progress
 from upcycle.verification.checks import CHECKER, NODES, check, worst_at
 from upcycle.verification.layers import LayerCase, Origins, layer_checks, verify_layers
 from upcycle.verification.metrics import check_outputs, distance
-from upcycle.verification.onnx.rounding import rounded_paths
+from upcycle.verification.onnx.rounded_layers import rounded_paths
 
 # Two correct computations may choose other experts for a token where moving it by this part of its
 # largest number changes the choice.

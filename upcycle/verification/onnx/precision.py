@@ -24,7 +24,8 @@ from upcycle.util.modules import set_within
 from upcycle.verification.checks import ONNX, check
 from upcycle.verification.onnx.files import compare_onnx, onnx_distance, verify_onnx
 from upcycle.verification.onnx.matrices import matrices_of, put_matrices, verify_matrices
-from upcycle.verification.onnx.rounding import rounded_layers, rounds_tokens, verify_rounding
+from upcycle.verification.onnx.rounded_layers import rounded_layers, rounds_tokens
+from upcycle.verification.onnx.rounding import verify_rounding
 from upcycle.verification.whole_model import compare_models
 
 _NOT_RUN = "ONNX Runtime on a CPU does not compute MoE layers in bfloat16, so the file was not run"
