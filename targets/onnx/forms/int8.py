@@ -20,6 +20,7 @@ from upcycle.onnx.nodes import Nodes
 from upcycle.onnx.tensors import numbers_of, tensor_of
 from upcycle.targets.onnx.forms.fused import initializer
 from upcycle.targets.onnx.forms.quantise import SMALLEST, Block, quantise
+from upcycle.targets.onnx.forms.unpack import matrix
 from upcycle.targets.onnx.opaque_experts import OPAQUE
 from upcycle.targets.onnx.share_weights import INLINE_BYTES
 
@@ -80,20 +81,6 @@ def registered(graph: ir.Graph | ir.Function | None, name: str, found: Int8) -> 
         initializer(graph, name + SUFFIX, found.numbers),
         initializer(graph, name + SUFFIX + SCALE, found.scale),
     ]
-
-
-def matrix(n: Nodes, numbers: ir.Value, scale: ir.Value, block: int, *, unpack: bool) -> ir.Value:
-    """The floats of a matrix, transposed: [K, N], as a product reads them.
-
-    ONNX Runtime folds what there is of constants when it loads a file, and never a
-    ``DequantizeLinear``; so with `unpack` a session holds floats, and else 8-bit numbers.
-    """
-    if not unpack:
-        q_KN, scale_BN = (n("Transpose", value, perm=[1, 0]) for value in (numbers, scale))
-        return n("DequantizeLinear", q_KN, scale_BN, axis=0, block_size=block)
-    q_NBb = n("CastLike", n("Reshape", numbers, n.const([0, -1, block])), scale)
-    w_NBb = n("Mul", q_NBb, n("Unsqueeze", scale, n.const([2])))
-    return n("Transpose", n("Reshape", w_NBb, n.const([0, -1])), perm=[1, 0])
 
 
 def lift_constants(model: ir.Model) -> None:

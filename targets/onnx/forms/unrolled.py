@@ -12,7 +12,7 @@ import onnx_ir as ir
 from upcycle.onnx.nodes import Nodes
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms import activation as programs
-from upcycle.targets.onnx.forms.int8 import matrix
+from upcycle.targets.onnx.forms.unpack import matrix
 
 INT64 = ir.DataType.INT64.value
 SINGLE = ir.DataType.FLOAT.value
