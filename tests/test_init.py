@@ -138,3 +138,15 @@ def test_a_value_is_replaced_in_its_section_alone() -> None:
     assert with_value(text, "a", "count", "3") == "a:\n  count: 3   # one\nb:\n  count: 2\n"
     assert with_value(text, "a", "k", "3") == "a:\n  k: 3\n  count: 1   # one\nb:\n  count: 2\n"
     assert with_value(text, "c", "k", "3") == text + "c:\n  k: 3\n"
+
+
+def test_smaller_is_fewer_bytes_than_the_dense_model(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    made = run("init", "sample:bert-tiny", "--goal", "smaller", "--json", "--out", recipe)
+    for proposal in json.loads(made.stdout)["proposals"]:
+        assert proposal["overrides"] == ["onnx.weights=int8"]
+        assert proposal["bytes_rounded"] < proposal["costs"]["bytes_before"]
+    assert load_recipe(str(recipe)).onnx.weights == "int8"
+    tiny = run("init", "sample:bert-tiny", "--goal", "smaller", "--memory", "1MB", "--out",
+               tmp_path / "x", code=2)  # fmt: skip
+    assert "are allowed" in tiny.stderr

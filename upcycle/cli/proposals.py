@@ -28,7 +28,8 @@ RECIPES: dict[Goal, tuple[str, ...]] = {
     "smaller": ("upcycle", "emoe"),
     "merge": ("btx", "clip-moe"),
 }
-ROUNDED = ("onnx.form=quantised", "onnx.quantise=8")
+ROUNDED = ("onnx.weights=int8",)
+ROUNDED_BYTES = 1 + 4 / 32  # of a weight: 8 bits, and a float scale for a group of them
 COUNTS = (8, 4, 2)  # experts that are whole FFNs, if memory limits them
 TRAINING: dict[Goal, str] = {
     "train": "all of it, with a balance loss for the router",
@@ -48,7 +49,7 @@ class Proposal:
         title: what it does.
         promise: of the plan.
         costs: of the whole model.
-        bytes_rounded: of its weights in the ONNX file, where those of experts are rounded.
+        bytes_rounded: about those of its weights in the ONNX file, where they are rounded.
         quality: what is known of it, in words.
         training: what has to be trained.
         needs: the data of the conversion.
@@ -151,19 +152,14 @@ def _proposal(
         title=describe(name).title,
         promise=plan.promise,
         costs=costs,
-        bytes_rounded=_rounded(plan, costs) if goal == "smaller" else None,
+        bytes_rounded=(
+            round(costs.parameters_after * ROUNDED_BYTES) if goal == "smaller" else None
+        ),
         quality=_quality(plan, reads=reads),
         training=TRAINING[goal],
         needs=recipe_facts(recipe).needs,
         software=tuple(n for n, support in written.runtimes.items() if support.level != "no"),
     )
-
-
-def _rounded(plan: Plan, costs: Costs) -> int:
-    """Bytes of the ONNX file: experts in one byte, all else in four."""
-    routed = sum(spec.num_experts * spec.width * spec.ffn.d_model for spec in plan.specs)
-    matrices = len(plan.specs[0].ffn.expansions) + 1
-    return 4 * costs.parameters_after - 3 * matrices * routed
 
 
 def _quality(plan: Plan, *, reads: bool) -> str:

@@ -28,7 +28,7 @@ def _rows(proposal: Proposal) -> dict[str, str]:
     work = costs.flops_after / max(costs.flops_before, 1)
     disk = size(costs.bytes_on_disk)
     if proposal.bytes_rounded is not None:
-        disk = f"{size(proposal.bytes_rounded)} in ONNX, experts in 8 bits"
+        disk = f"{size(proposal.bytes_rounded)} in ONNX, in 8 bits"
     return {
         "promise": proposal.promise,
         "parameters": f"{short(costs.parameters_before)} -> {short(costs.parameters_after)}",

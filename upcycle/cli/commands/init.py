@@ -13,7 +13,7 @@ from upcycle.cli.group import collector_paused, size_in_bytes
 GOALS = {
     "train": "more capacity from the same start, which you will train",
     "faster": "a part of the work for each token",
-    "smaller": "fewer bytes, with rounded experts in an ONNX file",
+    "smaller": "fewer bytes, with 8-bit weights in an ONNX file",
     "merge": "several models of one shape in one",
 }
 
