@@ -1,5 +1,6 @@
 """llama.cpp in this process, through the Python package llama-cpp-python."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-llama_cpp: Any = pytest.importorskip(
-    "llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python"
-)
+from upcycle.util.installed import installed_version
+
+if installed_version("llama-cpp-python") is None:  # a module of its name says nothing
+    pytest.skip(
+        "llama-cpp-python is not installed: pip install llama-cpp-python", allow_module_level=True
+    )
+llama_cpp: Any = importlib.import_module("llama_cpp")
 
 # A sum of n products errs by at most n eps of its largest term. On the way to a logit each of the 2
 # layers sums 32 products four times for attention, 32 for gate and up and 64 for down, and the head

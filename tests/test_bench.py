@@ -178,8 +178,8 @@ def test_what_is_refused(dense: Path, native: Path, tmp_path: Path) -> None:
     small_models.llama(hidden_size=64).save_pretrained(tmp_path / "wider")
     weights = convert(dense, tmp_path / "moe", "sparse-upcycling", *WEIGHTS)
     for arguments, words in (
-        ([tmp_path / "nowhere"], "no report.json, so this is not an output of upcycle"),
-        ([dense], "no report.json, so this is not an output of upcycle"),
+        ([tmp_path / "nowhere"], "it has no report.json; name the dense model"),
+        ([dense], "it has no report.json; name the dense model"),
         ([native], "name the dense model with --against"),
         ([native, "--against", gpt2], "those of the dense model; name the model"),
         ([native, "--against", tmp_path / "wider"], "those of the dense model; name the model"),

@@ -247,7 +247,7 @@ def test_axis_that_cannot_vary(tmp_path, caplog) -> None:
 
 def test_without_onnx_runtime(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(UsageError, match=r"pip install 'upcycle\[cpu\]'"):
+    with pytest.raises(UsageError, match="pip install onnxruntime"):
         session(tmp_path / "model.onnx")
 
 
