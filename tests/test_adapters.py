@@ -128,7 +128,8 @@ def test_it_is_merged_once_and_again_after_a_change() -> None:
     assert len(list(Path("made/models").iterdir())) == 1
     weights = load_file("adapter/adapter_model.safetensors")
     save_file({n: 2 * t for n, t in weights.items()}, "adapter/adapter_model.safetensors")
-    assert not torch.allclose(logits(open_model("adapter")), first, rtol=1e-2)
+    # twice the update moves the logits by far more than rounding could
+    assert (logits(open_model("adapter")) - first).abs().max() > 1e-2 * first.abs().max()
 
 
 def other_base() -> None:

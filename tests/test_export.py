@@ -194,6 +194,10 @@ def test_refusals(dense: Path, native: Path, own: Path, tmp_path: Path) -> None:
         ((native, "--set", "onnx.form=many"), 2, "onnx.form"),
         ((native, "--target", "native"), 4, "an architecture of transformers already"),
         ((own, "--target", "native"), 4, "not as"),
+        ((native, "--architecture", "mixtral"), 2, "it is for --target native"),
+        ((native, "--runtime", "vllm"), 2, "it is for --target native"),
+        ((own, "--target", "native", "--set", "onnx.gelu=tanh"), 2, "it is for --target onnx"),
+        ((native, "--gguf-type", "f16"), 2, "it is for --target gguf"),
         ((tmp_path,), 2, "neither config.json nor upcycle.json"),
     ):
         ended = run("export", *arguments, "--out", out, code=code)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import upcycle
 from upcycle.errors import UnsupportedError, UsageError, VerificationError
+from upcycle.ir.rounding import ROUNDING
 from upcycle.targets.gguf.architectures import ARCHITECTURES
 from upcycle.targets.gguf.metadata import context_length
 from upcycle.targets.gguf.write import prepared
@@ -199,7 +200,8 @@ def test_transformers_reads_the_file_and_computes_the_same(tmp_path: Path, kind:
     ids = torch.arange(20).reshape(2, 10)
     with torch.no_grad():
         ours, theirs = gguf_models.moe(kind)(ids).logits, read.eval()(ids).logits
-    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    # the same float32 weights in the same class: sums in another order
+    assert (ours - theirs).abs().max() <= ROUNDING[torch.float32] * ours.abs().max()
 
 
 def test_embeddings_are_repeated_where_an_output_matrix_is_read(tmp_path: Path) -> None:
@@ -227,7 +229,8 @@ def test_scaled_positions(tmp_path: Path) -> None:
     factors = tensors(reader)["rope_freqs.weight"]
     plain = 10000.0 ** -(torch.arange(4) / 4)
     scaled = gguf_models.moe("mixtral", rope_parameters=LLAMA3).model.rotary_emb.inv_freq
-    assert torch.allclose(plain / factors, scaled, rtol=1e-6)
+    # a power, a division and the rounding of the stored factor, each good to an ulp or two
+    assert ((plain / factors - scaled).abs() <= 8 * torch.finfo(torch.float32).eps * scaled).all()
     assert done.rounded is None
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
     yarn["original_max_position_embeddings"] = 32
@@ -391,4 +394,4 @@ def test_the_command_from_a_dense_model_to_llama_cpp(tmp_path: Path) -> None:
     wrong = run("export", tmp_path / "m", "--gguf-type", "q2_k", "--out", tmp_path / "i", code=2)
     assert "q8_0" in wrong.stderr
     other = run("export", tmp_path / "m", "--gguf-type", "f16", "--out", tmp_path / "i", code=2)
-    assert "--gguf-type f16: choose from f32, f16, bf16, q8_0, with --target gguf" in other.stderr
+    assert "--gguf-type f16: it is for --target gguf" in other.stderr

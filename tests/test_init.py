@@ -100,6 +100,8 @@ def test_choosing(llama: Path, tmp_path: Path) -> None:
     run("init", llama, "--goal", "train", "--choose", "granular", "--out", recipe)
     assert load_recipe(str(recipe)) == load_recipe("granular")
     assert "exists" in run("init", llama, "--goal", "train", "--out", recipe, code=2).stderr
+    nowhere = run("init", llama, "--goal", "train", "--out", "/proc/nothing/r.yaml", code=2)
+    assert "/proc/nothing/r.yaml: it cannot be written" in nowhere.stderr
     wrong = run("init", llama, "--goal", "train", "--choose", "emoe", "--out", recipe,
                 "--overwrite", code=2)  # fmt: skip
     assert "choose from sparse-upcycling, granular, drop-upcycling" in wrong.stderr

@@ -88,3 +88,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return "DefaultCPUAllocator" in str(error)
+
+
+def has_a_sentence(error: Exception) -> bool:
+    """Whether the command line words this failure itself: ours, no memory, or one of the system."""
+    is_of_system = getattr(error, "errno", None) is not None
+    return isinstance(error, UpcycleError) or is_out_of_memory(error) or is_of_system

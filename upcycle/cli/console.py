@@ -152,10 +152,11 @@ class _Lines:
     def go_on(self, stop: threading.Event) -> None:
         """Say what is still running, until `stop`."""
         while not stop.wait(ALIVE):
+            now = time.perf_counter()
             with self._lock:
                 for name, stage in self._running.items():
-                    if stage.done < stage.total:
-                        _say(f"{name}: {stage.text(time.perf_counter())}")
+                    if stage.done < stage.total and now - stage.begun >= ALIVE:
+                        _say(f"{name}: {stage.text(now)}")
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,18 @@ def export(
     directory, out = Path(directory), Path(out)
     if target not in get_args(ExportTarget):
         raise UsageError(f"`target={target}`: choose from {', '.join(get_args(ExportTarget))}")
-    if gguf_type is not None and (target != "gguf" or gguf_type not in get_args(GgufType)):
+    given: dict[str, dict[str, str | None]] = {
+        "native": {"architecture": architecture, "runtimes": ", ".join(runtimes) or None},
+        "onnx": {"overrides": None if onnx == ONNX_DEFAULTS else "onnx"},
+        "gguf": {"gguf_type": gguf_type},
+    }
+    for of, options in given.items():
+        for name, value in options.items():
+            if value is not None and of != target:
+                raise UsageError(f"`{name}={value}`: it is for `target={of}`; leave it out")
+    if gguf_type not in (None, *get_args(GgufType)):
         known = ", ".join(get_args(GgufType))
-        raise UsageError(f"`gguf_type={gguf_type}`: choose from {known}, with `target=gguf`")
+        raise UsageError(f"`gguf_type={gguf_type}`: choose from {known}")
     check_output(out, overwrite=overwrite, protect=[directory])
     with step(progress, "loading"):
         loaded = load(directory, model, trust_remote_code=trust_remote_code)
@@ -121,69 +130,60 @@ def export(
         example=example_inputs,
     )
     with staged(out, overwrite=overwrite, protect=[directory]) as folder:
-        if target == "gguf":
-            tokenizer = tokenizer_in(directory, trust_remote_code=trust_remote_code)
-            copy_licences(directory, folder)
-            done = _to_gguf(
-                folder,
-                loaded,
-                tokenizer,
-                evaluation,
-                gguf_type,
-                directory.resolve().name,
-                verify,
-                progress,
-            )
-            raise_if_any_failed(done.checks)
-            return done
-        copy_companions(directory, folder, trust_remote_code=trust_remote_code)
+        task = _Task(directory, folder, loaded, evaluation, trust_remote_code, verify, progress)
         if target == "onnx":
-            done = _to_onnx(folder, loaded, evaluation, onnx, verify, progress)
-            if (directory / "config.json").is_file():  # generation reads it
-                shutil.copyfile(directory / "config.json", folder / "config.json")
+            done = _to_onnx(task, onnx)
+        elif target == "native":
+            done = _to_native(task, architecture, runtimes)
         else:
-            done = _to_native(folder, loaded, evaluation, architecture, runtimes, verify, progress)
+            done = _to_gguf(task, gguf_type)
         raise_if_any_failed(done.checks)
     return done
 
 
-def _to_onnx(
-    folder: Path,
-    model: nn.Module,
-    evaluation: Evaluation,
-    options: Onnx,
-    verify: bool,
-    progress: Progress,
-) -> Exported:
-    single = in_float32(model)
-    batch = evaluation.batches[0]
-    before = outputs_of(single, batch) if verify else {}
+@dataclass(frozen=True)
+class _Task:
+    """What each target gets: the model of `source`, and the `folder` to write into."""
+
+    source: Path
+    folder: Path
+    model: nn.Module
+    evaluation: Evaluation
+    trust_remote_code: bool
+    verify: bool
+    progress: Progress
+
+    def copy_companions(self) -> None:
+        copy_companions(self.source, self.folder, trust_remote_code=self.trust_remote_code)
+
+
+def _to_onnx(task: _Task, options: Onnx) -> Exported:
+    task.copy_companions()
+    config = task.source / "config.json"
+    if config.is_file():  # generation reads it
+        shutil.copyfile(config, task.folder / config.name)
+    single = in_float32(task.model)
+    batch = task.evaluation.batches[0]
+    before = outputs_of(single, batch) if task.verify else {}
     with with_own_experts(single):
-        with step(progress, "exporting to ONNX"):
-            write_onnx(folder, single, batch, {}, options)
-        if not verify:
+        with step(task.progress, "exporting to ONNX"):
+            write_onnx(task.folder, single, batch, {}, options)
+        if not task.verify:
             return Exported("onnx", ())
-        with step(progress, "running ONNX"):
+        with step(task.progress, "running ONNX"):
             after = outputs_of(single, batch)
             found = max(distance(after[name], before[name]).relative for name in before)
-            facts, checks = verify_precision(folder, single, evaluation, options)
+            facts, checks = verify_precision(task.folder, single, task.evaluation, options)
     same = check(EXPERTS, found, ROUNDING[torch.float32])
     return Exported("onnx", (same, *checks), facts)
 
 
-def _to_native(
-    folder: Path,
-    model: nn.Module,
-    evaluation: Evaluation,
-    architecture: str | None,
-    runtimes: Sequence[str],
-    verify: bool,
-    progress: Progress,
-) -> Exported:
-    view, plan = as_converted(model)
+def _to_native(task: _Task, architecture: str | None, runtimes: Sequence[str]) -> Exported:
+    task.copy_companions()
+    view, plan = as_converted(task.model)
     plan = plan.requiring(runtimes, architecture)
-    with step(progress, "writing"), eval_mode(view):
-        written = write_checkpoint(folder, view, plan)
+    with step(task.progress, "writing"), eval_mode(view):
+        written = write_checkpoint(task.folder, view, plan)
     if written.destination.target is None:
         reasons = [f"not as {name}: {why}" for name, why in written.destination.near.items()]
         kind: Any = getattr(view, "config", None)
@@ -191,41 +191,35 @@ def _to_native(
             "; ".join(reasons)
             or f"no native architecture holds a model of type {getattr(kind, 'model_type', None)}"
         )
-    if not verify:
+    if not task.verify:
         return Exported(written.architecture, ())
-    with step(progress, "loading again"):
-        report = header(plan, Facts(folder.name, model_dtype(view), model_size(view)))
-        report = verify_files(report, folder, plan, written, view, view, evaluation)
+    with step(task.progress, "loading again"):
+        report = header(plan, Facts(task.source.name, model_dtype(view), model_size(view)))
+        report = verify_files(report, task.folder, plan, written, view, view, task.evaluation)
     return Exported(written.architecture, report.checks)
 
 
-def _to_gguf(
-    folder: Path,
-    model: nn.Module,
-    tokenizer: Any,
-    evaluation: Evaluation,
-    gguf_type: GgufType | None,
-    name: str,
-    verify: bool,
-    progress: Progress,
-) -> Exported:
+def _to_gguf(task: _Task, gguf_type: GgufType | None) -> Exported:
+    copy_licences(task.source, task.folder)
+    tokenizer = tokenizer_in(task.source, trust_remote_code=task.trust_remote_code)
+    model, name = task.model, task.source.resolve().name
     if tokenizer is None:
         raise UnsupportedError(
             f"gguf: {name} has no tokenizer, and a file for llama.cpp contains one; copy the files "
             "of the tokenizer there"
         )
     kind: GgufType = gguf_type or TYPE_OF.get(model_dtype(model), "f32")
-    path = folder / f"model-{kind}.gguf"
-    with step(progress, "writing"):
+    path = task.folder / f"model-{kind}.gguf"
+    with step(task.progress, "writing"):
         content = write_gguf(path, model, tokenizer, kind, name)
-    if not verify:
+    if not task.verify:
         return Exported(f"gguf, {kind}", ())
-    with step(progress, "reading again"):
+    with step(task.progress, "reading again"):
         checks = verify_gguf(path, content)
         rounded = None
         if kind != TYPE_OF.get(model_dtype(model)):
             again = with_weights_of(path, model, content)
             with eval_mode(model, again):
-                found = compare_models(model, again, evaluation, predictions=False)
+                found = compare_models(model, again, task.evaluation, predictions=False)
             rounded = max(found.outputs.values(), key=lambda output: output.relative)
     return Exported(f"gguf, {kind}", checks, rounded=rounded)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from upcycle.errors import UnsupportedError, UpcycleError, UsageError, is_out_of_memory, one_line
+from upcycle.errors import UnsupportedError, UsageError, has_a_sentence, one_line
 from upcycle.models.unpacked import kept
 from upcycle.util.progress import Progress, step
 
@@ -119,10 +119,8 @@ def _opened(file: Path) -> Iterator[Path]:
         try:
             with quiet_transformers(), redirect_stderr(StringIO()):  # it has bars of its own
                 yield alone
-        except UpcycleError:
-            raise
         except Exception as error:
-            if is_out_of_memory(error) or getattr(error, "errno", None) is not None:
+            if has_a_sentence(error):
                 raise
             raise UsageError(
                 f"{file}: transformers cannot read this GGUF file: {one_line(error)}"

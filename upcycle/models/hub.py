@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tqdm import tqdm
 
-from upcycle.errors import UpcycleError, UsageError, is_out_of_memory, one_line
+from upcycle.errors import UsageError, has_a_sentence, one_line
 from upcycle.models.companions import KNOWN, TEMPLATES
 from upcycle.util.background import started
 from upcycle.util.progress import Progress, silent
@@ -206,10 +206,8 @@ def _sentences(repo: str, revision: str | None, absent: str = "") -> Iterator[No
         raise UsageError(
             f"{page}: the hub answers with status {status}; try again later"
         ) from error
-    except UpcycleError:
-        raise
     except Exception as error:
-        if is_out_of_memory(error) or getattr(error, "errno", None) is not None:
+        if has_a_sentence(error):
             raise
         raise UsageError(
             f"{page}: the download ended early ({one_line(error)}); run again, and it goes on"

@@ -21,6 +21,7 @@ from upcycle.targets.description import read_report
 from upcycle.targets.provenance_file import FILE as PROVENANCE
 from upcycle.targets.provenance_file import read_origins
 from upcycle.targets.runtimes.support import Support
+from upcycle.util.text_file import write_text
 from upcycle.util.untrusted import printable
 from upcycle.util.wording import short, size
 
@@ -114,10 +115,9 @@ def write_page(contents: Contents, file: Path) -> Path:
     """Write the page to `file`; returns that.
 
     Raises:
-        UsageError: as `page`.
+        UsageError: as `page`, or nothing can be written there.
     """
-    text = page(contents)
-    file.write_text(text, encoding="utf-8")
+    write_text(file, page(contents))
     return file
 
 

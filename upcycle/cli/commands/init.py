@@ -68,6 +68,7 @@ def init(
         from upcycle.models.dense import open_model
         from upcycle.recipe.rewrite import with_values
         from upcycle.recipe.shipped import recipe_text
+        from upcycle.util.text_file import write_text
 
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: it exists; give another --out, or --overwrite")
@@ -94,8 +95,7 @@ def init(
         listed = ", ".join(proposal.recipe for proposal in found)
         raise UsageError(f"--choose {choose}: not proposed here; choose from {listed}")
     text = with_values(recipe_text(picked.recipe), picked.overrides)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([*heading(model, goal, picked), text]), encoding="utf-8")
+    write_text(out, "\n".join([*heading(model, goal, picked), text]))
     then = next_command(model, out, picked)
     if as_json:
         plain = [vars(p) | {"costs": p.costs.to_json()} for p in found]
