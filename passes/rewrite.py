@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from upcycle.graph.install import install
 from upcycle.ir.layer_weights import load_weights
 from upcycle.ir.partial_projection import read_kept
 from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import MoEWeights
 from upcycle.layers.moe import MoE
 from upcycle.layers.pretrained import RouterLogits
-from upcycle.layers.tap import install
 from upcycle.util.copies import copy_of
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from upcycle.capture.recorder import op_name
 from upcycle.ir.ffn import Miss
@@ -123,6 +124,11 @@ def data_of(node: fx.Node) -> fx.Node:
 
 
 def dropout_of(node: fx.Node) -> float:
-    """The probability of a dropout call, however it is spelled."""
+    """The probability of a dropout call, however it is spelled.
+
+    One of an exported program draws or does not, as it was exported in training or not.
+    """
     probability: Any = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    if isinstance(node.target, OpOverload) and node.args[2:] == (False,):
+        return 0.0
     return float(probability)

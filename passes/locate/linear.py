@@ -11,7 +11,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from upcycle.capture.recorder import op_name
 
 # Operations that hand a parameter on without changing its numbers, but for transposition.
-_TRANSPOSES = {"t", "T", "mT", "transpose"}
+_TRANSPOSES = {"t", "T", "mT", "permute", "transpose"}
 _PASSES = {"detach", "clone", "contiguous", "to", "float", "type_as", "data"}
 _REPEATS = {"expand", "broadcast_to", "unsqueeze", "getitem"}  # for the batches of bmm
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -67,7 +67,7 @@ def parameter_of(arg: object) -> _Parameter | None:
     if name in _REPEATS:
         assert isinstance(source, fx.Node)
         return found if _same_matrix(arg, source, found.ndim) else None
-    flips = name in _TRANSPOSES
+    flips = name in _TRANSPOSES and arg.args[1:] not in (([0, 1],), ((0, 1),))
     if flips and found.ndim != 2:
         return None
     return _Parameter(found.name, found.transposed != flips, found.ndim)
@@ -93,7 +93,7 @@ def linear_map(node: fx.Node) -> LinearMap | None:
     if node.op != "call_function":
         return None
     name = op_name(node.target)
-    if name in _CONVOLUTIONS:
+    if name in _CONVOLUTIONS or name == "convolution":
         return convolution_of(node) if _reads_one_position(node) else None
     if name == "linear":
         x, weight, bias = _arguments(node, "input", "weight", "bias")
@@ -181,13 +181,21 @@ def _packing(stored: list[fx.Node], shape: Sequence[int]) -> str:
 
 def convolution_of(node: fx.Node) -> LinearMap | None:
     """A convolution of a batch with a parameter, whatever its kernel, as a map along axis 1."""
-    dimensions = _CONVOLUTIONS.get(op_name(node.target))
-    if dimensions is None:
+    name = op_name(node.target)
+    if name not in _CONVOLUTIONS and name != "convolution":
         return None
     x, weight, bias = _arguments(node, "input", "weight", "bias")
-    if not isinstance(x, fx.Node) or len(x.meta["shape"]) != dimensions + 2:
+    if not isinstance(x, fx.Node):
+        return None
+    dimensions = _CONVOLUTIONS.get(name, len(x.meta["shape"]) - 2)
+    if len(x.meta["shape"]) != dimensions + 2 or _is_transposed(node):
         return None
     return _make(node, x, weight, bias, transposed=False, axis=1, ndim=dimensions + 2)
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    """Of ATen's one operation for all convolutions: a deconvolution."""
+    return op_name(node.target) == "convolution" and bool(node.args[6])
 
 
 def _arguments(node: fx.Node, *names: str) -> list[Any]:
@@ -268,6 +276,8 @@ def _reads_one_position(node: fx.Node, *, any_groups: bool = False) -> bool:
     """Kernel one, stride one, no padding ("same" is no padding for kernel one), one group."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     _, weight, _, stride, padding, _, groups = _arguments(node, *names)
+    if op_name(node.target) == "convolution":
+        groups = node.args[8]
     if not isinstance(weight, fx.Node) or any(size != 1 for size in weight.meta["shape"][2:]):
         return False
     ones = all(v in (None, 1) for v in (*_all(stride), *_all(1 if any_groups else groups)))

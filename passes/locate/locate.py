@@ -17,6 +17,7 @@ from upcycle.capture.function_caches import caches_cleared
 from upcycle.capture.guess_inputs import find_example
 from upcycle.capture.recorder import Program, op_name
 from upcycle.ir.ffn import FFN, SHARES, Located, Miss, Projection
+from upcycle.passes.locate.graph_region import in_graph
 from upcycle.passes.locate.hidden_tensor import (
     HiddenTensor,
     NearMissError,
@@ -81,7 +82,7 @@ def locate(program: Program, ways: Ways = MappingProxyType({})) -> Located:
     found: list[FFN] = []
     for several in uses.values():
         try:
-            found.append(placed(program, several, ways))
+            found.append(in_graph(program, several) or placed(program, several, ways))
         except NearMissError as reason:
             misses.append(miss_at(reason.node, str(reason), path=several[0].ffn.contraction.module))
     kept = _drop_overlapping(found, misses)

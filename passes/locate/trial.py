@@ -10,17 +10,17 @@ from dataclasses import replace
 from types import MethodType
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from upcycle.capture.capture import ExampleInputs, capture
 from upcycle.capture.recorder import Program
 from upcycle.capture.source_lines import source_of
 from upcycle.errors import CaptureError, first_line
+from upcycle.graph.install import install
 from upcycle.ir.ffn import FFN, Located, Miss
 from upcycle.ir.spec import site_of
 from upcycle.layers.config import LayerConfig, RouterConfig, SelectConfig
 from upcycle.layers.moe import MoE
-from upcycle.layers.tap import install
 from upcycle.passes.locate.place import Way, Ways, pattern_of
 from upcycle.util.copies import state_restored
 
@@ -81,6 +81,8 @@ def fault_of(
 
     `program` is what it does without them; the shapes of its outputs must be the same.
     """
+    if isinstance(model, fx.GraphModule):  # a graph is no attribute, which could be restored
+        model = fx.GraphModule(model, model.graph)
     with state_restored(model):
         with torch.device("meta"):
             layers = install(model, [site_of(ffn, _smallest(ffn)) for ffn in ffns])

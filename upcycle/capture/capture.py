@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -26,6 +26,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from upcycle.capture.graph_nodes import labelled
 from upcycle.capture.recorder import Call, Program, Recorder, replayed_block
 from upcycle.capture.recording import recording
 from upcycle.capture.repeated_blocks import repeated_blocks
@@ -124,6 +125,8 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
         if not (real.is_floating_point() or real.is_complex() or real.is_meta):
             recorder.values.learn(fake, real.detach().cpu().clone())
     _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
+    if isinstance(model, fx.GraphModule):
+        model = labelled(model, recorder)
     with recording(), fake_mode, recorder:
         out = functional_call(model, tensors, args, kwargs, strict=False)
     recorder.graph.output(tuple(recorder.node_of(tensor) for tensor in results_in(out)))

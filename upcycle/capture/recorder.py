@@ -43,7 +43,8 @@ class Program:
             innermost module in whose forward it ran, and `source`, the ``file.py:line`` of the
             model that made it; one under torch.func has its
             `transform`; a call that writes in place has `writes`, the nodes of what was in
-            that memory. Parameters and buffers are ``get_attr``.
+            that memory. Parameters and buffers are ``get_attr``. Of a graph that was recorded, see
+        `upcycle.capture.graph_nodes`, `nodes` has the names of its nodes that hold the tensor.
         calls: module path -> its calls.
         replays: path of a recorded block -> paths of the siblings that repeat it.
     """
@@ -70,11 +71,11 @@ getitem_of = opaque_call("getitem_of")  # one of several outputs
 
 
 def op_name(target: Any) -> str:
-    """One name for all spellings of an operation: ``__iadd__`` and ``add_`` are ``add``."""
+    """One name for all spellings of an operation: ``__iadd__`` and ``aten.add_.Tensor`` are ``add``."""
     name: str = getattr(target, "__name__", "") or type(target).__name__
     if name == "__get__":  # a property such as Tensor.T
         return str(target.__self__.__name__)
-    name = name.removesuffix(".default").strip("_")  # of an operation of torch.library
+    name = name.partition(".")[0].strip("_")  # operations of torch.library have an overload
     return _SPELLINGS.get(name, name)
 
 
@@ -90,6 +91,16 @@ _SPELLINGS = {
     "swish": "silu",
     "clip": "clamp",
     "permute_copy": "permute",
+    # of exported programs, which know operations by their names in ATen
+    **{f"native_{norm}_norm": f"{norm}_norm" for norm in ("batch", "group", "layer")},
+    **{
+        f"native_batch_norm_legit{end}": "batch_norm" for end in ("", "_functional", "_no_training")
+    },
+    "fused_rms_norm": "rms_norm",
+    "native_dropout": "dropout",
+    "numpy_T": "T",
+    "to_copy": "to",
+    "unsafe_view": "view",
 }
 
 
@@ -126,6 +137,15 @@ class Recorder(TorchFunctionMode):
             node.meta["parameter"] = name
             self._bind(tensor, node)
         return self._node[id(tensor)]
+
+    def enter(self, path: str) -> None:
+        """What follows comes from the module at `path`; a graph says so, which has no modules."""
+        self.path[-1] = path
+
+    def label(self, value: Any, name: str) -> None:
+        """Note that the graph which is recorded holds `value` at its node `name`."""
+        if isinstance(value, torch.Tensor):
+            self.node_of(value).meta.setdefault("nodes", []).append(name)
 
     def nodes_of(self, tree: Any) -> list[fx.Node]:
         """The nodes of all tensors in a nested structure."""

@@ -24,6 +24,7 @@ from upcycle.conversion.options import DEFAULTS, Options
 from upcycle.conversion.spool import Spool
 from upcycle.conversion.workers import local_jobs, single_threads
 from upcycle.data.calibration import CalibrationData
+from upcycle.graph.install import install
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.layer_weights import layer_tensors
 from upcycle.ir.partial_projection import read_kept
@@ -31,7 +32,6 @@ from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, MoEWeights, read_ffn
 from upcycle.layers.moe import MoE
-from upcycle.layers.tap import install
 from upcycle.models.companions import copy_companions
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import NO_SOURCES, Sources

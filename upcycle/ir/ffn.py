@@ -15,7 +15,7 @@ from upcycle.recipe.schema import FFNKind
 # How the reason of a miss begins where two FFNs overlap, of which one is found.
 SHARES = "it shares a weight with the FFN"
 
-Placement = Literal["module", "siblings", "inline"]
+Placement = Literal["module", "siblings", "inline", "region"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class FFN:
         kind: ``ffn``; ``bottleneck`` (narrower than its input); ``head`` (a classifier or pooler).
         placement: ``module`` if `path` is exactly the FFN, so that it can be swapped; ``siblings``
             if the linear maps belong to different modules; ``inline`` if one forward applies them
-            among other things.
+            among other things; ``region`` if it is a part of a graph of torch.fx, between nodes.
         d_model, d_ff, d_out: widths of x, of the hidden tensor (neurons), and of the output.
         axis: the axis that the linear maps work along: -1, or 1 for convolutions with kernel size
             one.
@@ -79,6 +79,9 @@ class FFN:
         hidden_width: width of the input of the contraction where `shared`, else 0.
         shared: other rows of an expansion, or other columns of the contraction, compute something
             that the model uses; they stay, as `kept` lists.
+        regions: where `placement` is ``region``, ``(x, output)`` for each place: names of nodes of
+            the graph, between which it lies.
+        holds_alone: of a region: nothing but the FFN is in the module at `path`.
     """
 
     path: str
@@ -96,10 +99,14 @@ class FFN:
     tap_widths: tuple[int, ...] = ()
     hidden_width: int = 0
     shared: bool = False
+    regions: tuple[tuple[str, str], ...] = ()
+    holds_alone: bool = False
 
     @property
     def place(self) -> str:
         """The path of the MoE layer that it may become: as `upcycle.layers.tap.place_of` a site."""
+        if self.placement == "region" and self.holds_alone:
+            return self.path
         return self.path if self.placement == "module" else self.contraction.module
 
     @property

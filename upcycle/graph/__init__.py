@@ -1,0 +1,1 @@
+"""Works on any graph of torch.fx: what lies between two nodes, and layers in its place."""
