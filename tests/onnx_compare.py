@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upcycle.onnx.run import session
-from upcycle.targets.onnx.opaque_experts import named_tensors
+from upcycle.targets.traced.outputs import named_tensors
 
 Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 

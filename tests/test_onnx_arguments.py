@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import upcycle
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.run import session
-from upcycle.targets.onnx.arguments import apart, arguments_of, identifiers
 from upcycle.targets.onnx.export import export_onnx
+from upcycle.targets.traced.arguments import apart, arguments_of, identifiers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from upcycle import convert
 from upcycle.onnx.run import session
-from upcycle.targets.onnx.cache import cache_argument, cache_in
+from upcycle.targets.traced.cache import cache_argument, cache_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

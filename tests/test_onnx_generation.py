@@ -39,11 +39,11 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.run import session
-from upcycle.targets.onnx.arguments import arguments_of
-from upcycle.targets.onnx.cache import cache_argument, cache_in, shape_of
 from upcycle.targets.onnx.decode import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.parts import DECODER, ENCODER, MODEL, parts
+from upcycle.targets.onnx.file_names import DECODER, ENCODER, MODEL, parts
+from upcycle.targets.traced.arguments import arguments_of
+from upcycle.targets.traced.cache import cache_argument, cache_in, shape_of
 from upcycle.verification.onnx.files import verify_onnx
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,7 +122,7 @@ def written(
             nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
     stored = save(model, folder)
     for part in parts(model, arguments_of(model, example)):
-        path = folder / part.file
+        path = folder / f"{part.stem}.onnx"
         export_onnx(
             model, part.example, path=path, stored=stored, dynamic=part.axes, compute=part.compute
         )

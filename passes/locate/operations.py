@@ -11,8 +11,8 @@ from upcycle.pointwise import OPS
 LAYOUT = {
     "alias", "chunk", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "flip",
     "getitem", "mT", "movedim", "narrow", "permute", "reshape", "reshape_as", "roll", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T", "tensor_split",
-    "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
+    "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "T",
+    "tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
 # Layout operations that read the shape of a second tensor.
 SHAPED_LIKE = {"expand_as", "reshape_as", "view_as"}

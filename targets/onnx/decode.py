@@ -10,8 +10,8 @@ import torch
 from upcycle.errors import UnsupportedError
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import described, opened
-from upcycle.targets.onnx.cache import PAST, PRESENT
-from upcycle.targets.onnx.parts import DECODER, ENCODER, FILES, MODEL
+from upcycle.targets.onnx.file_names import DECODER, ENCODER, FILES, MODEL
+from upcycle.targets.traced.cache import PAST, PRESENT
 
 # By their names in ONNX Runtime.
 FLOAT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -17,14 +17,16 @@ from upcycle.onnx.node_names import name_nodes
 from upcycle.onnx.tensors import ONNX_TYPES
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.stored import Stored
-from upcycle.targets.onnx.arguments import apart, arguments_of, identifiers
-from upcycle.targets.onnx.axes import Axes, default_axes, fixed_sizes, name_axes
+from upcycle.targets.onnx.axes import fixed_sizes, name_axes
 from upcycle.targets.onnx.dtypes import narrowed, widen
 from upcycle.targets.onnx.forms.lower import lower
-from upcycle.targets.onnx.opaque_experts import named_tensors, symbolic_layers, tensor_outputs
-from upcycle.targets.onnx.parts import Compute
+from upcycle.targets.onnx.opaque_experts import symbolic_layers
 from upcycle.targets.onnx.share_weights import Store, share_weights, write_weights
 from upcycle.targets.onnx.trace import quiet, trace
+from upcycle.targets.traced.arguments import apart, arguments_of, identifiers
+from upcycle.targets.traced.axes import Axes, default_axes
+from upcycle.targets.traced.outputs import named_tensors, tensor_outputs
+from upcycle.targets.traced.parts import Compute
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,8 @@ Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts.
 """
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +16,7 @@ from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.models.moe_layers import moe_layers
 from upcycle.targets.onnx.forms.routed import Routed, given, routed
-from upcycle.targets.onnx.parts import Compute
+from upcycle.targets.traced.outputs import replaced
 from upcycle.util.modules import eval_mode
 
 OPAQUE = ("upcycle", "MoE")
@@ -54,24 +52,12 @@ def symbolic_layers(
     with eval_mode(model), ExitStack() as undo:
         for path, found in layers.items():
             opaque = functools.partial(_forward, found.experts, path)
-            undo.enter_context(_other(found.experts, "forward", opaque))
+            undo.enter_context(replaced(found.experts, "forward", opaque))
         for router in [m.router for m in model.modules() if isinstance(m, MoE)]:
             scores = getattr(router, "onnx_scores", None)  # of a router of others
             if scores is not None:
-                undo.enter_context(_other(router, "scores", scores))
+                undo.enter_context(replaced(router, "scores", scores))
         yield layers
-
-
-@contextmanager
-def _other(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get(name)
-    vars(module)[name] = method
-    try:
-        yield
-    finally:
-        del vars(module)[name]
-        if before is not None:
-            vars(module)[name] = before
 
 
 def check_router(path: str, router: RouterConfig, *, has_ids: bool) -> None:
@@ -122,45 +108,3 @@ def _forward(
     if experts.down_bias_EO is not None:
         y_TO = y_TO + weights_TE.to(x_TD.dtype) @ experts.down_bias_EO
     return y_TO
-
-
-def named_tensors(result: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of what a model returned, by name, in order; all else is left out."""
-    if isinstance(result, torch.Tensor):
-        return {name or "output": result}
-    parts: list[tuple[str, Any]] = []
-    if isinstance(result, Mapping):
-        parts = [(f"{name}.{key}" if name else str(key), part) for key, part in result.items()]
-    elif isinstance(result, (tuple, list)):
-        parts = [(f"{name or 'output'}.{i}", part) for i, part in enumerate(result)]
-    found: dict[str, torch.Tensor] = {}
-    for key, part in parts:
-        found |= named_tensors(part, key)
-    return found
-
-
-@contextmanager
-def tensor_outputs(
-    model: nn.Module, compute: Compute, inputs: Mapping[str, str]
-) -> Iterator[list[str]]:
-    """Within it `model` returns a flat tuple of tensors; the value holds their names after a run.
-
-    It computes what `compute` does, see `upcycle.targets.onnx.parts`, instead of its forward, of
-    the arguments that are the values of `inputs`; the keys are their names in the graph.
-    """
-    names: list[str] = []
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def flat(**kwargs: Any) -> tuple[torch.Tensor, ...]:
-        given = {name: kwargs[word] for name, word in inputs.items()}
-        found = named_tensors(compute(forward, given))
-        names[:] = found
-        return tuple(found.values())
-
-    # torch.export asks for the names of the arguments
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    arguments = [inspect.Parameter(word, kind) for word in inputs.values()]
-    vars(flat)["__signature__"] = inspect.Signature(arguments)
-    with _other(model, "forward", flat):
-        yield names

@@ -11,8 +11,8 @@ from torch.export import _trace
 
 from upcycle.errors import UnsupportedError, first_line
 from upcycle.onnx.nodes import OPSET
-from upcycle.targets.onnx.axes import Axes
 from upcycle.targets.onnx.torch_ops.attention import attention
+from upcycle.targets.traced.axes import Axes
 from upcycle.util.modules import no_fast_path
 from upcycle.util.quiet import quiet_logs
 

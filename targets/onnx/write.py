@@ -1,11 +1,9 @@
 """Write the ONNX files of a converted model, beside its checkpoint."""
 
-import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +14,11 @@ from upcycle.errors import UnsupportedError
 from upcycle.layers.moe import MoE
 from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.stored import Stored
-from upcycle.targets.onnx.arguments import Arguments, arguments_of
-from upcycle.targets.onnx.cache import PAST
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.parts import Part, parts
-from upcycle.util.modules import device_of, eval_mode, model_dtype, set_within
+from upcycle.targets.traced.arguments import Arguments, arguments_of
+from upcycle.targets.traced.cache import PAST, without_cache
+from upcycle.targets.traced.parts import Part, parts
+from upcycle.util.modules import device_of, eval_mode, model_dtype
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ def write_onnx(
     """Write the ONNX files of a model, as `in_float32` returns it, beside its checkpoint.
 
     They read the weights of the checkpoint where they are the same. A model that generates text
-    gets files with a cache; see `upcycle.targets.onnx.parts`. Returns the files.
+    gets files with a cache; see `upcycle.targets.traced.parts`. Returns the files.
 
     Raises:
         UnsupportedError: torch cannot export the model.
@@ -50,7 +48,7 @@ def write_onnx(
                 export_onnx(
                     model,
                     part.example,
-                    path=directory / part.file,
+                    path=directory / f"{part.stem}.onnx",
                     stored=stored,
                     dynamic=part.axes,
                     compute=part.compute,
@@ -98,13 +96,3 @@ def in_graph(model: nn.Module, example: ExampleInputs) -> Arguments:
         UnsupportedError: a graph cannot have one of them.
     """
     return arguments_of(model, cast_floats(example, torch.float32))
-
-
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Within it the model goes from token ids to outputs, without a key-value cache."""
-    config: Any = getattr(model, "config", None)
-    with contextlib.ExitStack() as undo:
-        if getattr(config, "use_cache", None) is not None:
-            set_within(undo, config, "use_cache", False)
-        yield

@@ -19,8 +19,8 @@ from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UsageError
 from upcycle.ir.spec import MoESpec
 from upcycle.recipe.onnx import Onnx
-from upcycle.targets.onnx.cache import cache_argument
-from upcycle.targets.onnx.parts import ENCODER, MODEL
+from upcycle.targets.onnx.file_names import ENCODER, MODEL
+from upcycle.targets.traced.cache import cache_argument
 
 log = logging.getLogger(__name__)
 Calls = dict[str, Call]  # "dense" and "converted"

@@ -18,7 +18,7 @@ from upcycle.models.onnx_file import OnnxSource
 from upcycle.onnx.inputs import Array
 from upcycle.passes.plan.costs import costs
 from upcycle.targets.description import read_report, recipe_of
-from upcycle.targets.onnx.parts import MODEL
+from upcycle.targets.onnx.file_names import MODEL
 from upcycle.targets.provenance_file import as_made
 from upcycle.util.progress import Progress, silent
 from upcycle.verification.onnx.layers import feeds_for

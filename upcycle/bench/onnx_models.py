@@ -19,10 +19,10 @@ from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import Evaluation
 from upcycle.onnx.run import described, session
 from upcycle.recipe.onnx import Onnx
-from upcycle.targets.onnx.cache import PAST, PRESENT
 from upcycle.targets.onnx.decode import FLOAT_TYPES, empty_past
-from upcycle.targets.onnx.parts import MODEL
+from upcycle.targets.onnx.file_names import MODEL
 from upcycle.targets.onnx.write import in_float32, write_onnx
+from upcycle.targets.traced.cache import PAST, PRESENT
 from upcycle.util.quiet import quiet_logs
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)

@@ -22,7 +22,7 @@ from upcycle.models.dense import Source
 from upcycle.models.load_options import DTYPES
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.targets.load import load
-from upcycle.targets.onnx.arguments import arguments_of
+from upcycle.targets.traced.arguments import arguments_of
 from upcycle.util.modules import model_dtype
 from upcycle.util.progress import Progress, silent
 

@@ -13,7 +13,7 @@ from torch import nn
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.text import is_language_model, longest
 from upcycle.data.verification_inputs import Evaluation
-from upcycle.targets.onnx.cache import cache_argument, cache_in
+from upcycle.targets.traced.cache import cache_argument, cache_in
 
 PROMPT = 32  # tokens that are read before the first is written
 Call = Callable[[], object]

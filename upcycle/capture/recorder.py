@@ -71,7 +71,7 @@ getitem_of = opaque_call("getitem_of")  # one of several outputs
 
 
 def op_name(target: Any) -> str:
-    """One name for all spellings of an operation: ``__iadd__`` and ``aten.add_.Tensor`` are ``add``."""
+    """One name for all spellings of an operation: ``__iadd__``, ``aten.add.Tensor`` are ``add``."""
     name: str = getattr(target, "__name__", "") or type(target).__name__
     if name == "__get__":  # a property such as Tensor.T
         return str(target.__self__.__name__)

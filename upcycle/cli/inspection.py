@@ -8,7 +8,7 @@ from upcycle.errors import UsageError
 from upcycle.layers.config import LayerConfig
 from upcycle.models.configuration import count_of_experts
 from upcycle.targets.description import REPORT, read_report
-from upcycle.targets.onnx.parts import FILES
+from upcycle.targets.onnx.file_names import FILES
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, LayerOrigin, read_origins, rows_of
 from upcycle.util.json_text import read_json
 

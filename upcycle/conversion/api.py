@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -96,6 +97,7 @@ class Conversion:
         overwrite: bool = False,
         fresh: bool = False,
         max_shard_size: int = MAX_SHARD_SIZE,
+        pt2_form: Literal["portable", "fused"] = "portable",
         verify: bool = True,
         progress: Progress = silent,
     ) -> Emission:
@@ -103,7 +105,10 @@ class Conversion:
 
         Args:
             out: the directory; it is written beside its place and renamed at the end.
-            targets: of ``safetensors``, ``onnx``; an ONNX file reads the safetensors beside it.
+            targets: of ``safetensors``, ``onnx`` (a file that reads the safetensors beside it) and
+                ``pt2``, a program of `torch.export`.
+            pt2_form: of its layers: ``portable``, operations of ATen alone; or ``fused``, one node
+                ``upcycle::moe``, which a process that imports upcycle can load.
             runtimes: what has to run the checkpoint: transformers, vllm, sglang, llama.cpp, ...
             architecture: the MoE architecture of transformers to write; by default what fits.
             overwrite: replace an existing directory.
@@ -121,7 +126,11 @@ class Conversion:
         check_targets(targets, verify=verify)
         opened = self.opened
         opened.options = Options(
-            targets=targets, overwrite=overwrite, fresh=fresh, max_shard_size=max_shard_size
+            targets=targets,
+            overwrite=overwrite,
+            fresh=fresh,
+            max_shard_size=max_shard_size,
+            pt2_form=pt2_form,
         )
         made = replace(self.made, plan=self.plan.requiring(runtimes, architecture))
         with opened.output(Path(out)) as directory:

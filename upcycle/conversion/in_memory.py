@@ -35,12 +35,14 @@ from upcycle.targets.files.staging import staged
 from upcycle.targets.files.tensor_file import check_disk
 from upcycle.targets.native.in_place import as_on_disk
 from upcycle.targets.onnx.write import in_float32, write_onnx
+from upcycle.targets.pt2.write import write_programs
 from upcycle.util.copies import tensors_of
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.util.progress import Progress, step
 from upcycle.verification.files import verify_files
 from upcycle.verification.in_memory import verify_module
 from upcycle.verification.onnx.precision import verify_precision
+from upcycle.verification.programs import verify_programs
 
 
 @dataclass
@@ -181,14 +183,24 @@ class InMemory:
             with step(progress, "exporting to ONNX"), self._for_onnx(made, written) as single:
                 example, onnx = self.evaluation.batches[0], made.plan.recipe.onnx
                 write_onnx(directory, single, example, written.stored, onnx)
+        if "pt2" in options.targets:
+            with step(progress, "exporting programs"), self._as_written(made, written) as model:
+                example, cache = self.evaluation.batches[0], made.plan.recipe.onnx.cache
+                write_programs(directory, model, example, options.pt2_form, cache=cache)
         return written
 
     @contextmanager
-    def _for_onnx(self, made: Made, written: Checkpoint) -> Iterator[nn.Module]:
-        """The converted module with the numbers that the checkpoint has, in float32."""
+    def _as_written(self, made: Made, written: Checkpoint) -> Iterator[nn.Module]:
+        """The converted module with the numbers that the checkpoint has."""
         model, form = self.finish(made), written.destination
         with eval_mode(model), as_on_disk(planned_layers(model, made.plan), form.target):
-            yield in_float32(model, rounded_routers=form.form == "native")
+            yield model
+
+    @contextmanager
+    def _for_onnx(self, made: Made, written: Checkpoint) -> Iterator[nn.Module]:
+        """The same in float32."""
+        with self._as_written(made, written) as model:
+            yield in_float32(model, rounded_routers=written.destination.form == "native")
 
     def verify(
         self, report: Report, directory: Path, made: Made, written: Checkpoint, progress: Progress
@@ -217,8 +229,13 @@ class InMemory:
         model, evaluation, plan = self.finish(made), self.evaluation, made.plan
         with step(progress, "loading again"):
             report = verify_files(report, directory, plan, written, self.dense, model, evaluation)
-        if "onnx" not in self.options.targets:
-            return report
-        with step(progress, "running ONNX"), self._for_onnx(made, written) as single:
-            facts, checks = verify_precision(directory, single, evaluation, plan.recipe.onnx)
-        return replace(report, onnx=facts, checks=(*report.checks, *checks))
+        if "onnx" in self.options.targets:
+            with step(progress, "running ONNX"), self._for_onnx(made, written) as single:
+                facts, checks = verify_precision(directory, single, evaluation, plan.recipe.onnx)
+            report = replace(report, onnx=facts, checks=(*report.checks, *checks))
+        if "pt2" in self.options.targets:
+            form, cache = self.options.pt2_form, plan.recipe.onnx.cache
+            with step(progress, "running programs"), self._as_written(made, written) as model:
+                checks = verify_programs(directory, model, evaluation, form, cache=cache)
+            report = replace(report, checks=(*report.checks, *checks))
+        return report

@@ -203,8 +203,8 @@ def _mapped(
         )
     if tuple(options.targets) != ("safetensors",):
         raise UsageError(
-            "a model that is converted piece by piece is never whole in memory, and ONNX export "
-            "needs that; pass `targets=safetensors`"
+            "a model that is converted piece by piece is never whole in memory, and an export to "
+            "ONNX or to a program needs that; pass `targets=safetensors`"
         )
     if experts.sources and needs(plan.recipe):
         raise UsageError(

@@ -3,12 +3,13 @@
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from upcycle.conversion.workers import HERE, Workers, check_workers
 from upcycle.errors import UsageError
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE
 
-TARGETS = ("safetensors", "onnx")
+TARGETS = ("safetensors", "onnx", "pt2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Options:
         resume: go on with a streamed run that was interrupted.
         fresh: remove what an interrupted run left.
         workers: what makes the layers.
+        pt2_form: of the layers in a program, see `upcycle.targets.pt2.export`.
     """
 
     targets: Sequence[str] = ("safetensors",)
@@ -38,6 +40,7 @@ class Options:
     resume: bool = False
     fresh: bool = False
     workers: Workers = HERE
+    pt2_form: Literal["portable", "fused"] = "portable"
 
 
 DEFAULTS = Options()

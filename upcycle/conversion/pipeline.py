@@ -21,7 +21,7 @@ from upcycle.targets.checkpoint import Checkpoint
 from upcycle.targets.description import describe
 from upcycle.targets.files.staging import check_output
 from upcycle.targets.load import check_opens
-from upcycle.targets.onnx.parts import ENCODER
+from upcycle.targets.onnx.file_names import ENCODER
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.checks import raise_if_failed
 

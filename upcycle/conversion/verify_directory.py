@@ -30,7 +30,7 @@ from upcycle.targets.description import is_described, read_report, recipe_of
 from upcycle.targets.destination import destination
 from upcycle.targets.files.read_back import read_at, read_by_name, read_layer
 from upcycle.targets.load import load
-from upcycle.targets.onnx.parts import FILES as ONNX_FILES
+from upcycle.targets.onnx.file_names import FILES as ONNX_FILES
 from upcycle.targets.onnx.write import in_float32
 from upcycle.targets.provenance_file import as_made
 from upcycle.util.modules import device_of, model_dtype

@@ -45,7 +45,8 @@ class Experts(nn.Module):
     `down_proj` [E, O, I]; optional `*_bias`, of the contraction where each expert is a whole FFN
     (`down_bias`). `program` is the activation as a line of JSON.
     Which kernel runs is ``config._experts_implementation``: ``upcycle``, which is `run_experts` on
-    the CPU and ``grouped_mm`` elsewhere, another name that transformers knows, or ``eager``.
+    the CPU and ``grouped_mm`` elsewhere, another name that transformers knows, ``eager``, or
+    ``portable``, which any compiler of torch can take.
     """
 
     has_post_expert_norm = False
@@ -117,6 +118,8 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """Tokens [T, D], index [T, K] int64, weights [T, K] -> [T, O], in the tokens' dtype."""
         name = self.config._experts_implementation
+        if name == "portable":
+            return self.sorted_forward(hidden_states, top_k_index, top_k_weights)
         if name == "upcycle":
             if hidden_states.device.type != "cpu":
                 name = "grouped_mm"
@@ -171,6 +174,25 @@ class Experts(nn.Module):
             weight_T1 = (weights_TK * (index_TK == expert)).sum(-1, keepdim=True)
             out_TO = out_TO + self.expert(expert, x_TD) * weight_T1
         return out_TO.to(x_TD.dtype)
+
+    def sorted_forward(
+        self, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Each expert on its own tokens, in operations of ATen alone: pairs of a token and an
+        expert are sorted by expert, and how many each has is read as a number.
+
+        Pairs of weight zero are visited, and count for nothing.
+        """
+        expert_S, top_k = index_TK.reshape(-1), index_TK.shape[1]
+        order_S = expert_S.argsort()
+        token_S = order_S // top_k
+        experts_E = torch.arange(self.num_experts, device=expert_S.device)
+        counts: list[int] = (expert_S[:, None] == experts_E).sum(0).tolist()
+        parts = torch.split(x_TD[token_S], counts)
+        y_SO = torch.cat([self.expert(e, part_tD) for e, part_tD in enumerate(parts)])
+        y_SO = y_SO * weights_TK.reshape(-1)[order_S, None]
+        out_TO = weights_TK.new_zeros(x_TD.shape[0], self.down_proj.shape[1])
+        return out_TO.index_add(0, token_S, y_SO.to(out_TO.dtype)).to(x_TD.dtype)
 
 
 _FORWARD = Experts.forward

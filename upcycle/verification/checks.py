@@ -5,7 +5,7 @@
   one, which must be exact; and its routing, on a copy whose experts differ, against a plain loop.
 - T2 the whole model against the dense one: outputs, predictions and perplexity.
 - T3 the written files, loaded as a user would load them; of a GGUF file, every tensor.
-- T4 ONNX files in ONNX Runtime against PyTorch.
+- T4 ONNX files in ONNX Runtime, and programs of torch.export, against PyTorch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +37,7 @@ STEPS = "8-bit weights of the file against those of the model, in half steps of 
 # T4
 ONNX = "ONNX Runtime against PyTorch"
 ONNX_TIES = "near ties of experts, ONNX Runtime against PyTorch"
+PROGRAM = "exported program loaded again against the model"
 CHECKER = "complaints of the ONNX checker"
 ROUNDED_WEIGHTS = "rounded weights against float ones, in half steps of their scales"
 ROUNDED_KERNEL = "rounded experts in ONNX Runtime against PyTorch"

@@ -20,10 +20,11 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     "--target",
     "targets",
     multiple=True,
-    type=click.Choice(["safetensors", "onnx"]),
+    type=click.Choice(["safetensors", "onnx", "pt2"]),
     default=["safetensors", "onnx"],
     help="What to write; may be repeated.",
 )
+@options.pt2_form
 @click.option(
     "--calibration",
     multiple=True,

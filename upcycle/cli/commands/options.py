@@ -48,6 +48,13 @@ inputs = click.option(
     help="A function that returns example inputs, for a model whose inputs cannot be guessed.",
 )
 
+pt2_form = click.option(
+    "--pt2-form",
+    type=click.Choice(["portable", "fused"]),
+    default="portable",
+    help="Layers in a program: operations of torch alone, or one node that upcycle runs.",
+)
+
 
 def _recipe(ctx: click.Context, param: click.Parameter, name: str | None) -> str:
     if name is None:

@@ -18,11 +18,12 @@ from upcycle.ir.measured import Check, Distance, ModelDistance
 from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.moe import MoE
 from upcycle.onnx.inputs import Array
-from upcycle.targets.onnx.arguments import Arguments, apart
 from upcycle.targets.onnx.decode import OnnxFiles
-from upcycle.targets.onnx.opaque_experts import named_tensors
-from upcycle.targets.onnx.parts import FILES
-from upcycle.targets.onnx.write import in_graph, without_cache
+from upcycle.targets.onnx.file_names import FILES
+from upcycle.targets.onnx.write import in_graph
+from upcycle.targets.traced.arguments import Arguments, apart
+from upcycle.targets.traced.cache import without_cache
+from upcycle.targets.traced.outputs import named_tensors
 from upcycle.util.modules import eval_mode
 from upcycle.verification.checks import ONNX, ONNX_TIES, check
 from upcycle.verification.metrics import check_outputs, compare_predictions

@@ -18,8 +18,8 @@ from upcycle.onnx.inputs import draw_inputs
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.dtypes import narrowed
+from upcycle.targets.onnx.file_names import FILES
 from upcycle.targets.onnx.forms.choose import kernel_named
-from upcycle.targets.onnx.parts import FILES
 from upcycle.util.modules import set_within
 from upcycle.verification.checks import ONNX, check
 from upcycle.verification.onnx.files import compare_onnx, onnx_distance, verify_onnx

@@ -7,7 +7,8 @@ Shape suffixes: B batch, H heads of keys and values, P past, S new tokens, W wid
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from upcycle.errors import UnsupportedError
+from upcycle.util.modules import set_within
 
 PAST, PRESENT = "past_key_values", "present"
 _ARGUMENTS = ("cache", "past_key_values")  # of a forward: since transformers 5.24, and before
@@ -129,3 +131,13 @@ def tensors_of(shape: CacheShape, cache: object) -> dict[str, Tensor]:
 def _tensors(layer: object) -> tuple[Tensor | None, Tensor | None]:
     """Keys and values of a layer of a cache, if it has them."""
     return getattr(layer, "keys", None), getattr(layer, "values", None)
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Within it the model goes from token ids to outputs, without a key-value cache."""
+    config: Any = getattr(model, "config", None)
+    with ExitStack() as undo:
+        if getattr(config, "use_cache", None) is not None:
+            set_within(undo, config, "use_cache", False)
+        yield

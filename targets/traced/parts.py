@@ -1,10 +1,10 @@
-"""The ONNX files of a model: one, or those that generate text with a cache.
+"""The graphs of a model: one, or those that generate text with a cache. Each is a file.
 
-- A causal language model is ``model.onnx``: new tokens and the past go in, logits and the longer
+- A causal language model is ``model``: new tokens and the past go in, logits and the longer
   past come out. With an empty past it reads the prompt.
-- An encoder-decoder that generates is ``encoder_model.onnx``, which also makes the keys and values
-  that the decoder looks at, and ``decoder_with_past_model.onnx``, which reads those and its past.
-- Any other model is ``model.onnx`` with the inputs of its forward.
+- An encoder-decoder that generates is ``encoder_model``, which also makes the keys and values
+  that the decoder looks at, and ``decoder_with_past_model``, which reads those and its past.
+- Any other model is ``model`` with the inputs of its forward.
 
 A model that has a cache in torch and none in its files would generate slowly and say nothing: it is
 refused, unless the recipe asks for such a file (``onnx.cache: false``).
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from upcycle.errors import UnsupportedError
-from upcycle.targets.onnx.arguments import Arguments
-from upcycle.targets.onnx.axes import Axes
-from upcycle.targets.onnx.cache import (
+from upcycle.targets.traced.arguments import Arguments
+from upcycle.targets.traced.axes import Axes
+from upcycle.targets.traced.cache import (
     CacheShape,
     cache_argument,
     cache_in,
@@ -32,9 +32,7 @@ from upcycle.targets.onnx.cache import (
     tensors_of,
 )
 
-MODEL = "model.onnx"
-ENCODER, DECODER = "encoder_model.onnx", "decoder_with_past_model.onnx"
-FILES = (MODEL, ENCODER, DECODER)
+MODEL, ENCODER, DECODER = "model", "encoder_model", "decoder_with_past_model"
 
 # The model's own forward and the inputs by name -> the outputs, whose tensors have names.
 Compute = Callable[[Callable[..., Any], dict[str, Tensor]], Any]
@@ -49,14 +47,15 @@ _ENCODED_AXES = {0: "batch", 2: "encoded"}
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a model, and an `example` of what it reads.
+    """One graph of a model, and an `example` of what it reads.
 
     Attributes:
+        stem: the name of its file, without the suffix.
         axes: names of the axes that must vary, by input; None lets the exporter decide.
         compute: what it computes.
     """
 
-    file: str
+    stem: str
     example: Mapping[str, Tensor]
     axes: Axes | None
     compute: Compute

@@ -1,0 +1,1 @@
+"""A model as one graph: its arguments, its files, and the tensors that it returns by name."""
