@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 import upcycle
 from upcycle.models.companions import copy_companions
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 from upcycle.models.sample_store import find
 from upcycle.models.samples import SAMPLES
 from upcycle.passes.experts import EXPERTS

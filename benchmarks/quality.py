@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 import upcycle
 from upcycle.data import default_data
 from upcycle.ir.spec import Plan
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.recipe.schema import Recipe

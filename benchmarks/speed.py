@@ -23,7 +23,8 @@ from quality import overrides_for
 
 import upcycle
 from upcycle.bench.run import Wanted, bench
-from upcycle.models.dense import Source, open_model
+from upcycle.models.dense import Source
+from upcycle.models.named import open_model
 
 PROMPT = 512
 ENGINES = {"torch": "PyTorch", "onnx": "ONNX Runtime"}

@@ -29,6 +29,7 @@ from upcycle.targets.native.choose import build_config
 from upcycle.targets.native.tensors import OneLayer, entries
 from upcycle.util.copies import tensors_of, untied_tensors
 from upcycle.util.lazy_tensors import LazyTensors
+from upcycle.util.modules import class_of
 from upcycle.version import __version__
 
 UPCYCLE_JSON = "upcycle.json"
@@ -118,7 +119,7 @@ def write_checkpoint(
         description = {
             "upcycle": __version__,
             "factory": factory,
-            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "class": f"{type(model).__module__}.{class_of(model)}",
             "sites": [spec.site() for spec in plan.specs],
         }
         _write_json(directory / UPCYCLE_JSON, description)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from upcycle.cli.main import main
 from upcycle.errors import UpcycleError
 from upcycle.models import adapter
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 
 peft: Any = pytest.importorskip("peft")
 pytestmark = [

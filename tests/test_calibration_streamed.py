@@ -29,7 +29,8 @@ from upcycle.data.calibration_files import CalibrationInput
 from upcycle.data.onnx_calibration import inputs_of_ffn, onnx_calibration
 from upcycle.errors import UsageError
 from upcycle.ir.layer_weights import empty_layer, weights_of
-from upcycle.models.dense import Source, open_model
+from upcycle.models.dense import Source
+from upcycle.models.named import open_model
 from upcycle.models.onnx_file import OnnxSource
 from upcycle.recipe.reader import load_recipe
 from upcycle.targets.provenance_file import read_origins

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import upcycle
 from upcycle.cli.main import main
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 from upcycle.recipe.shipped import recipe_names
 
 SOURCES = {"btx": 4, "clip-moe": 4, "uni-moe": 4, "medplib": 2}

@@ -16,7 +16,7 @@ from upcycle.conversion.verify_directory import verify_directory
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 from upcycle.onnx.run import run
 from upcycle.passes.experts.method import ExpertMethod
 from upcycle.recipe.schema import Recipe

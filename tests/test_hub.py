@@ -22,7 +22,7 @@ from huggingface_hub.utils import close_session
 from upcycle.cli.main import main
 from upcycle.errors import UsageError
 from upcycle.models import hub as hub_models
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 
 RECIPE = ("--recipe", "sparse-upcycling", "--set", "experts.count=2")
 pytestmark = pytest.mark.usefixtures("one_thread")

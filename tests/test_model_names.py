@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 import upcycle
 from upcycle.cli.main import main
 from upcycle.errors import UsageError
-from upcycle.models.dense import open_model
 from upcycle.models.load_options import SHORT, device_named, dtype_named
+from upcycle.models.named import open_model
 from upcycle.util.untrusted import names_code
 
 RECIPE = ("--recipe", "sparse-upcycling", "--set", "experts.count=2")

@@ -25,7 +25,7 @@ from upcycle.conversion.verify_directory import verify_directory
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.ffn import Located
 from upcycle.ir.report import Report
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 from upcycle.recipe.reader import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from upcycle.conversion.options import Options
 from upcycle.conversion.pipeline import convert_model
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.ir.report import Report
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 from upcycle.onnx.run import run
 from upcycle.recipe.reader import load_recipe
 from upcycle.verification.checks import NODES

@@ -10,7 +10,7 @@ import transformers
 import upcycle
 from upcycle.data import default_data
 from upcycle.errors import UsageError
-from upcycle.models.dense import open_model
+from upcycle.models.named import open_model
 
 PROMISES = {
     "cmoe": "exact with all experts",

@@ -30,7 +30,7 @@ def in_graph(program: Program, uses: Sequence[Use]) -> FFN | None:
     path = common_path([p.module for p in (*expansions, contraction)])
     return replace(
         ffn,
-        path=path or contraction.module,
+        path=path,
         placement="region",
         expansions=expansions,
         contraction=contraction,

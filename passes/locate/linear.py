@@ -119,12 +119,14 @@ def computed_linear(node: fx.Node) -> LinearMap | None:
     """
     if node.op != "call_function":
         return None
-    if isinstance(node.target, OpOverload | OpOverloadPacket):
+    if _library(node.target) not in {"", "aten", "prims"}:
         return _foreign(node)
     name = op_name(node.target)
-    if name not in {"linear", "matmul", "mm"}:
+    if name not in {"linear", "matmul", "mm", "addmm"}:
         return None
     x, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
+    if name == "addmm":
+        bias, x, weight = node.args[:3]
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     if x.op == "get_attr" or len(weight.meta["shape"]) != 2:
@@ -148,6 +150,14 @@ def _stored_behind(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in seen if leaf.op == "get_attr" and leaf.meta["parameter"]]
 
 
+def _library(target: Any) -> str:
+    """Where an operation of torch.library comes from; empty for any other function."""
+    if not isinstance(target, OpOverload | OpOverloadPacket):
+        return ""
+    packet = target.overloadpacket if isinstance(target, OpOverload) else target
+    return str(packet._qualified_op_name).partition("::")[0]
+
+
 def _foreign(node: fx.Node) -> LinearMap | None:
     """An operator of another library that maps the last axis of one tensor, as linear maps do."""
     target: Any = node.target
@@ -155,7 +165,7 @@ def _foreign(node: fx.Node) -> LinearMap | None:
     operator = str(packet._qualified_op_name)
     inputs = [source for source in node.all_input_nodes if "shape" in source.meta]
     data = [source for source in inputs if source.op != "get_attr" and not _stored_behind(source)]
-    if operator.partition("::")[0] in {"aten", "prims"} or len(data) != 1:
+    if len(data) != 1:
         return None
     x, shape = data[0], node.meta.get("shape", ())
     if not shape or x.meta["shape"][:-1] != shape[:-1] or not x.meta["dtype"].is_floating_point:

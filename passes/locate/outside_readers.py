@@ -125,7 +125,7 @@ def without_tied(model: nn.Module, located: Located) -> Located:
     for ffn in located.ffns:
         own = [holders[id(parameters[name])] for name in ffn.parameters]
         tied = next((names for names in own if len(names) > 1), None)
-        if tied is None:
+        if tied is None or ffn.placement == "region":  # a graph shows all that reads them
             ffns.append(ffn)
             continue
         others = [name for name in tied if name not in ffn.parameters] or tied[1:]

@@ -24,6 +24,8 @@ def _child(path: str, parent: str) -> str | None:
 
 def with_replays(program: Program, found: list[FFN]) -> tuple[FFN, ...]:
     """Add each FFN for every block that repeats the one it was found in; in running order."""
+    if not program.replays:  # each was recorded where it runs
+        return tuple(found)
     ffns = _repeated(program, found, lambda ffn: ffn.parameters, _renamed)
     return tuple(sorted(ffns, key=_running_order(program)))
 

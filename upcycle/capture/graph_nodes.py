@@ -5,6 +5,8 @@ recording has the shapes of this run, and the operations inside of the modules t
 """
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -24,11 +26,17 @@ def labelled(module: fx.GraphModule, recorder: Recorder) -> fx.GraphModule:
             continue
         with graph.inserting_before(node):
             if node.op not in ("placeholder", "get_attr"):
-                graph.call_function(recorder.enter, (path_of(node),))
+                graph.call_function(recorder.enter, (path_of(node), source_of(node)))
         with graph.inserting_after(node):
             if node.op != "get_attr":
                 graph.call_function(recorder.label, (node, node.name))
     return fx.GraphModule(module, graph)
+
+
+def source_of(node: fx.Node) -> str:
+    """The ``file.py:line`` of the model that the node was made by, if the graph notes it."""
+    lines = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
 
 
 def path_of(node: fx.Node) -> str:

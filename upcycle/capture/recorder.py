@@ -112,6 +112,7 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.program = Program(self.graph)
         self.path: list[str] = [""]
+        self.source = ""  # of what is recorded, where a graph notes it
         self._node: dict[int, fx.Node] = {}
         self._views: dict[int, list[torch.Tensor]] = {}  # tensors of one storage; keeps ids unique
         for tensor in (t for t in inputs if isinstance(t, torch.Tensor)):
@@ -138,9 +139,10 @@ class Recorder(TorchFunctionMode):
             self._bind(tensor, node)
         return self._node[id(tensor)]
 
-    def enter(self, path: str) -> None:
-        """What follows comes from the module at `path`; a graph says so, which has no modules."""
-        self.path[-1] = path
+    def enter(self, path: str, source: str) -> None:
+        """What follows comes from the module at `path`, and that line; a graph says so, which has
+        neither modules nor lines of its own."""
+        self.path[-1], self.source = path, source
 
     def label(self, value: Any, name: str) -> None:
         """Note that the graph which is recorded holds `value` at its node `name`."""
@@ -158,7 +160,7 @@ class Recorder(TorchFunctionMode):
         to_node = functools.partial(pytree.tree_map_only, torch.Tensor, self.node_of)
         inputs = to_node(tuple(args)), to_node(dict(kwargs))
         node = self.graph.create_node("call_function", target, *inputs, name=op_name(target))
-        node.meta["source"] = source_here()
+        node.meta["source"] = self.source or source_here()
         if (transform := torch._C._functorch.peek_interpreter_stack()) is not None:
             node.meta["transform"] = transform.key().name.lower()
         if isinstance(out, torch.Tensor):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.conversion.dense_model import header
@@ -19,12 +20,14 @@ from upcycle.conversion.workers import HERE, Workers
 from upcycle.data.calibration import Data, given_data
 from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UsageError
+from upcycle.graph.program import example_of, module_of
 from upcycle.ir.ffn import Located
 from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan
 from upcycle.ir.weights import Provenance
-from upcycle.models.dense import Source, open_model
+from upcycle.models.dense import Source
 from upcycle.models.expert_sources import open_sources
+from upcycle.models.named import open_model
 from upcycle.passes.locate.locate import locate_in
 from upcycle.passes.merge import merge
 from upcycle.passes.plan.model_problems import check_model
@@ -33,6 +36,7 @@ from upcycle.recipe.reader import Override, load_recipe
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.checkpoint import Checkpoint, planned_layers
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE
+from upcycle.targets.pt2.export import programs
 from upcycle.util.modules import unwrapped
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.checks import raise_if_failed
@@ -142,6 +146,21 @@ class Conversion:
             )
             return Emission(written, tuple(sorted(path.name for path in directory.iterdir())))
 
+    def programs(
+        self, form: Literal["portable", "fused"] = "portable", *, cache: bool = True
+    ) -> dict[str, ExportedProgram]:
+        """The converted model as programs of `torch.export`: one, called ``model``, or those that
+        generate text with a `cache`.
+
+        Args:
+            form: of the layers, as for `save`.
+            cache: take and return keys and values, where the model generates text.
+
+        Raises:
+            UnsupportedError: torch cannot export the model.
+        """
+        return dict(programs(self.model, self.evaluation.batches[0], form, cache=cache))
+
     def to_dense(self) -> nn.Module:
         """A dense model with the weights that the converted one has now; for splits only.
 
@@ -154,22 +173,25 @@ class Conversion:
         return merge(self.dense, self.model, layers, self.provenance)
 
 
-def locate(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Located:
+def locate(
+    model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None
+) -> Located:
     """Every dense FFN of `model`, and the reason for each near miss; no weight is read.
 
     Args:
         model: any module, also on the meta device; it is left alone. One that was compiled, or made
-            parallel, stands for the module inside.
+            parallel, stands for the module inside. Or a program of `torch.export`.
         example_inputs: keyword arguments or a tuple that its forward accepts; guessed if None.
 
     Raises:
         CaptureError: the forward could not be run on example inputs.
     """
+    model, example_inputs = _as_module(model, example_inputs)
     return locate_in(unwrapped(model), example_inputs)
 
 
 def convert(
-    model: nn.Module | str | Path,
+    model: nn.Module | ExportedProgram | str | Path,
     recipe: str | Path | Recipe,
     example_inputs: ExampleInputs | None = None,
     calibration: Data | None = None,
@@ -186,8 +208,9 @@ def convert(
     """Turn the dense FFNs of `model` into MoE layers.
 
     Args:
-        model: any module, as for `locate`; it is left alone. Or the name of one, as the command
-            line takes it: a directory, a hub id, a GGUF file, ...
+        model: any module, as for `locate`; it is left alone. One that is a graph of torch.fx, or a
+            program of `torch.export`, becomes a graph, in which each layer is one call. Or the name
+            of a model, as the command line takes it: a directory, a hub id, a GGUF file, ...
         recipe: a shipped name, the path of a YAML file, or a `Recipe`.
         example_inputs: inputs that the model accepts; guessed if None.
         calibration: a text, several texts, batches of inputs, or what
@@ -212,9 +235,11 @@ def convert(
         UnsupportedError: the model has no dense FFN, or cannot serve the router.
         VerificationError: the result is further from the dense model than promised.
     """
-    if not isinstance(model, nn.Module):
+    if isinstance(model, str | Path):
         source = _opened(str(model))
         model = source.load()
+        example_inputs = source.example if example_inputs is None else example_inputs
+    model, example_inputs = _as_module(model, example_inputs)
     model = unwrapped(model)
     name = recipe_name or ("custom" if isinstance(recipe, Recipe) else Path(recipe).name)
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -239,6 +264,15 @@ def convert(
                 report = opened.verify_module(report, made)
             raise_if_failed(report)
     return Conversion(converted, made, opened, report)
+
+
+def _as_module(
+    model: nn.Module | ExportedProgram, example: ExampleInputs | None
+) -> tuple[nn.Module, ExampleInputs | None]:
+    """The module, which of a program is its graph, and example inputs."""
+    if not isinstance(model, ExportedProgram):
+        return model, example
+    return module_of(model), example_of(model) if example is None else example
 
 
 def _opened(name: str) -> Source:

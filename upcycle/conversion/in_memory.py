@@ -37,7 +37,7 @@ from upcycle.targets.native.in_place import as_on_disk
 from upcycle.targets.onnx.write import in_float32, write_onnx
 from upcycle.targets.pt2.write import write_programs
 from upcycle.util.copies import tensors_of
-from upcycle.util.modules import eval_mode, model_dtype
+from upcycle.util.modules import class_of, eval_mode, model_dtype
 from upcycle.util.progress import Progress, step
 from upcycle.verification.files import verify_files
 from upcycle.verification.in_memory import verify_module
@@ -85,7 +85,7 @@ class InMemory:
     @property
     def facts(self) -> Facts:
         """For reports."""
-        label = self.source.label if self.source else type(self.dense).__qualname__
+        label = self.source.label if self.source else class_of(self.dense)
         return Facts(
             label,
             model_dtype(self.dense),

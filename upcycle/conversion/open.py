@@ -81,6 +81,13 @@ def open_dense(
     return in_memory(model, plan, given, source=source, options=options, unread=unread)
 
 
+def usual_targets(source: Source | OnnxSource) -> tuple[str, ...]:
+    """What is written if nothing is asked for: weights, and of a program a program, else ONNX."""
+    if isinstance(source, Source) and source.is_program:
+        return ("safetensors", "pt2")
+    return ("safetensors", "onnx")
+
+
 def _planned(
     source: Source, recipe: Recipe, recipe_name: str, options: Options
 ) -> tuple[nn.Module, Plan]:

@@ -72,6 +72,8 @@ def _rewrite(
         if not node.users and node in inside | feeding and node.op != "placeholder":
             feeding.update(node.all_input_nodes)
             graph.erase_node(node)
+    gone = before - _targets(graph)
+    _erase_aliases(model, graph, gone)
     for path, layer in layers.items():
         _put(model, path, layer)
     graph.owning_module = model
@@ -86,6 +88,19 @@ def _rewrite(
 def _targets(graph: fx.Graph) -> set[str]:
     """The modules, parameters and buffers that the graph reads, by name."""
     return {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+
+
+def _erase_aliases(model: nn.Module, graph: fx.Graph, gone: set[str]) -> None:
+    """Erase what reads a weight that is `gone` by another of its names, and hands it to nothing."""
+    weights = {id(_attribute(model, target)) for target in gone}
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users and id(_attribute(model, str(node.target))) in weights:
+            graph.erase_node(node)
+
+
+def _attribute(model: nn.Module, target: str) -> object:
+    path, _, name = target.rpartition(".")
+    return getattr(model.get_submodule(path), name)
 
 
 def _remove(model: nn.Module, target: str) -> None:

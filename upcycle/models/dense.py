@@ -3,34 +3,35 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
+from torch.export import ExportedProgram
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError, is_out_of_memory, one_line
+from upcycle.graph.program import module_of
 from upcycle.ir.report import HubSource
-from upcycle.models import adapter, samples
+from upcycle.models import samples
 from upcycle.models.checkpoint_fit import fit, stored_apart
 from upcycle.models.checkpoint_tensors import has_metadata, has_weights, read_tensors
 from upcycle.models.configuration import (
-    check_dense,
     class_named,
     read_config,
     with_text,
 )
-from upcycle.models.load_options import device_named, dtype_named
-from upcycle.models.places import Fetch, Place, find
-from upcycle.util.named_callable import call_named, inputs_named
-from upcycle.util.progress import Progress, silent, step
+from upcycle.models.places import Fetch
+from upcycle.models.program_file import is_program, open_program
+from upcycle.util.named_callable import call_named
+from upcycle.util.progress import Progress, silent
 from upcycle.util.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from upcycle.models.onnx_file import OnnxSource
+    pass
 
 
 @dataclass
@@ -56,6 +57,12 @@ class Source:
     hub: HubSource | None = None
     weights: Fetch | None = None
 
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """What is in the file of `torch.export`."""
+        trust = {"allow_pickle": self.allow_pickle, "trust": self.trust_remote_code}
+        return open_program(Path(self.name), **trust)
+
     def fetched(self, progress: Progress = silent) -> "Source":
         """With all of it on this machine: downloaded, unpacked or merged if that is to be done."""
         if self.weights is None:
@@ -66,13 +73,20 @@ class Source:
     def paths(self) -> list[Path]:
         """What the model is read from on this machine, and must not be written over."""
         named = [Path(self.name)] if Path(self.name).exists() else []
-        return [self.directory, *named] if self.directory else []
+        return [self.directory, *named] if self.directory else named * self.is_program
+
+    @property
+    def is_program(self) -> bool:
+        """Whether it is a file of `torch.export`."""
+        return self.directory is None and is_program(self.name)
 
     @property
     def label(self) -> str:
         """How reports and cards name it: without the path to it on this machine."""
         if self.hub is not None:
             return self.hub.hub
+        if self.is_program:
+            return Path(self.name).name
         if self.directory is None or self.name.startswith(samples.PREFIX):
             return self.name
         path = Path(self.name).absolute()
@@ -136,7 +150,10 @@ class Source:
         return tuple(n for n in found.unread if not any(re.search(i, n) for i in ignored))
 
     def _called(self) -> nn.Module:
-        """What the callable returns, on the device; a model without weights stays as it is."""
+        """What the callable returns, on the device; a model without weights stays as it is. Of a
+        program, its graph."""
+        if self.is_program:
+            return module_of(self.program)
         module: nn.Module = call_named(self.name, nn.Module, "an nn.Module")
         if self.dtype is not None:
             module = module.to(self.dtype)
@@ -208,76 +225,6 @@ class Source:
                 "`trust_remote_code=True`"
             )
         return found
-
-
-def open_model(
-    model: str,
-    *,
-    inputs: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    progress: Progress = silent,
-) -> "Source | OnnxSource":
-    """Find the model that MODEL names; its weights are neither read nor downloaded.
-
-    Raises:
-        UsageError: there is no such model, or `inputs`, `dtype` or `device` is no good.
-        UnsupportedError: its weights are quantised, or it is a mixture of experts already.
-    """
-    chosen = dtype_named(dtype)
-    if model.endswith(".onnx") and not Path(model).is_dir():
-        from upcycle.models.onnx_file import open_onnx  # onnx is not imported for other models
-
-        example = call_named(inputs, dict, "a dict of tensors or arrays") if inputs else None
-        elsewhere = device not in (None, "cpu")
-        return open_onnx(model, example, {"dtype": dtype, "device": elsewhere})
-    options: dict[str, Any] = {
-        "example": inputs_named(inputs),
-        "dtype": chosen,
-        "device": device_named(device),
-    }
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    place = find(model, progress, **trust)
-    if place is None:
-        return Source(model, None, **options, **trust)
-    if place.adapter is None:
-        return _of(model, place, **options, **trust)
-    base = _base(place.adapter, progress, trust)
-    assert base.directory is not None
-    held = replace(place, directory=base.directory, weights=partial(_merged, place, base))
-    return _of(model, held, **options, **trust)
-
-
-def _of(name: str, place: Place, **options: Any) -> Source:
-    source = Source(name, place.directory, hub=place.hub, weights=place.weights, **options)
-    config = read_config(place.directory, trust_remote_code=source.trust_remote_code)
-    check_dense(place.directory, config)
-    return source
-
-
-def _base(held: adapter.Adapter, progress: Progress, trust: dict[str, bool]) -> Source:
-    """The model that an adapter belongs to."""
-    try:
-        place = find(held.base, progress, **trust)
-        if place is None or place.adapter is not None:
-            raise UsageError(f"{held.base}: it is no whole model; merge the two elsewhere")
-        return _of(held.base, place, **trust)
-    except UpcycleError as error:
-        raise type(error)(f"{held.directory}: the base of this adapter: {error}") from error
-
-
-def _merged(place: Place, base: Source, progress: Progress) -> Path:
-    """The directory with the base and the adapter in one."""
-    assert place.adapter is not None
-    adapter.check_peft()
-    if place.weights is not None:
-        place.weights(progress)
-    whole = base.fetched(progress)
-    assert whole.directory is not None
-    with step(progress, "merging the adapter"):
-        return adapter.merged(place.adapter, whole.directory, whole)
 
 
 def _is_meta(module: nn.Module) -> bool:

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 from upcycle.errors import UsageError
 from upcycle.models.checkpoint_fit import fit, lacking
 from upcycle.models.checkpoint_tensors import read_tensors
-from upcycle.models.dense import Source, open_model
+from upcycle.models.dense import Source
+from upcycle.models.named import open_model
 from upcycle.models.tokenizer import tokenizer_in
 from upcycle.util.copies import copy_of, tensors_of
 from upcycle.util.lazy_tensors import LazyTensors

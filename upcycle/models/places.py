@@ -23,7 +23,7 @@ from upcycle.util.progress import Progress
 
 Fetch = Callable[[Progress], Path]
 MODEL = (
-    "MODEL is a Hugging Face directory, a hub id (org/name), a .gguf or .onnx file, a PEFT "
+    "MODEL is a Hugging Face directory, a hub id (org/name), a .gguf, .onnx or .pt2 file, a PEFT "
     "adapter, sample:NAME or package.module:callable"
 )
 

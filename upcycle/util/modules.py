@@ -5,13 +5,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo import OptimizedModule
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The float dtype of the weights; float32 if there are none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def class_of(model: nn.Module) -> str:
+    """What reports call the class: of a graph, that of the module which it was made from."""
+    kind = type(model)
+    return kind.__name__ if isinstance(model, fx.GraphModule) else kind.__qualname__
 
 
 def device_of(model: nn.Module) -> torch.device:

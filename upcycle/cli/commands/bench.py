@@ -73,7 +73,8 @@ def bench(
         from upcycle.bench.files import bench_files
         from upcycle.cli import tables_of_bench as tables
         from upcycle.errors import UsageError
-        from upcycle.models.dense import Source, open_model
+        from upcycle.models.dense import Source
+        from upcycle.models.named import open_model
         from upcycle.targets.description import made_from
         from upcycle.util.untrusted import names_code
 

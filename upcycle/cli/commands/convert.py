@@ -21,8 +21,8 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     "targets",
     multiple=True,
     type=click.Choice(["safetensors", "onnx", "pt2"]),
-    default=["safetensors", "onnx"],
-    help="What to write; may be repeated.",
+    help="What to write; may be repeated.  [default: safetensors and onnx; of a .pt2 file "
+    "safetensors and pt2]",
 )
 @options.pt2_form
 @click.option(
@@ -116,10 +116,11 @@ def convert(
     """
     with collector_paused():
         from upcycle.cli import tables_of_reports as report
+        from upcycle.conversion.open import usual_targets
         from upcycle.conversion.options import Options
         from upcycle.conversion.pipeline import convert_model
         from upcycle.conversion.workers import Workers
-        from upcycle.models.dense import open_model
+        from upcycle.models.named import open_model
         from upcycle.recipe import reader as recipe_file
 
     if onnx_profile is not None:
@@ -143,7 +144,9 @@ def convert(
             recipe_name=Path(recipe).name,
             out=out,
             options=Options(
-                targets=tuple(dict.fromkeys(targets)), workers=Workers(executor, jobs), **others
+                targets=tuple(dict.fromkeys(targets)) or usual_targets(source),
+                workers=Workers(executor, jobs),
+                **others,
             ),
             progress=progress,
         )

@@ -67,7 +67,8 @@ def export(
         from upcycle.conversion.export import export as write
         from upcycle.errors import UsageError
         from upcycle.ir.report import plain
-        from upcycle.models.dense import Source, open_model
+        from upcycle.models.dense import Source
+        from upcycle.models.named import open_model
         from upcycle.recipe.reader import onnx_options
         from upcycle.targets.gguf.write import GgufType
         from upcycle.util.named_callable import inputs_named

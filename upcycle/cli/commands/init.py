@@ -65,7 +65,7 @@ def init(
         from upcycle.cli.proposals import propose
         from upcycle.cli.tables_of_proposals import heading, next_command, proposals_report
         from upcycle.errors import UsageError
-        from upcycle.models.dense import open_model
+        from upcycle.models.named import open_model
         from upcycle.recipe.rewrite import with_values
         from upcycle.recipe.shipped import recipe_text
         from upcycle.util.text_file import write_text

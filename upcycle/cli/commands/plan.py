@@ -24,7 +24,7 @@ def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bo
         from upcycle.cli import inspection, preview
         from upcycle.cli import tables_of_reports as report
         from upcycle.cli.tables_of_inspection import converted_report, moe_report
-        from upcycle.models.dense import open_model
+        from upcycle.models.named import open_model
 
         directory = inspection.directory_of(Path(model))
         if inspection.is_converted(directory):
@@ -66,7 +66,7 @@ def plan(
     with collector_paused():
         from upcycle.cli import preview
         from upcycle.cli import tables_of_reports as report
-        from upcycle.models.dense import open_model
+        from upcycle.models.named import open_model
         from upcycle.recipe import reader as recipe_file
 
         loaded = recipe_file.load_recipe(recipe, overrides)

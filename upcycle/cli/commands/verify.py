@@ -35,7 +35,7 @@ def verify(
     with collector_paused():
         from upcycle.cli import tables_of_reports as report
         from upcycle.conversion.verify_directory import verify_directory
-        from upcycle.models.dense import open_model
+        from upcycle.models.named import open_model
         from upcycle.targets.description import made_from
         from upcycle.verification.checks import raise_if_failed
 
