@@ -43,4 +43,4 @@ def path_of(node: fx.Node) -> str:
     """The innermost module that the node comes from, as `torch.export` and tracers note it."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     paths = [str(found[0]) for found in stack.values() if isinstance(found, tuple)]
-    return paths[-1] if paths else ""
+    return re.sub(r"^L\['\w+'\]\.?", "", paths[-1]) if paths else ""  # as dynamo begins them
