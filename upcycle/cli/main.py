@@ -12,6 +12,7 @@ from upcycle.cli.commands import (
     export,
     init,
     options,
+    passes,
     plan,
     recipes,
     report,
@@ -49,6 +50,7 @@ for command in (
     recipes.recipes,
     recipes.schema,
     recipes.samples,
+    passes.passes,
     env.env,
 ):
     main.add_command(command)

@@ -156,6 +156,12 @@ class InMemory:
         assert self.converted is not None
         return self.converted
 
+    def _rewritten(self, made: Made) -> nn.Module:
+        """The same, which the watch is told of."""
+        model = self.finish(made)
+        self.options.watch("rewrite", (model, made.plan))
+        return model
+
     def output(self, out: Path) -> AbstractContextManager[Path]:
         """A directory beside `out`."""
         protect = self.source.paths if self.source else []
@@ -164,7 +170,7 @@ class InMemory:
 
     def write(self, directory: Path, scratch: Path, made: Made, progress: Progress) -> Checkpoint:
         """Write the checkpoint, what lies beside the dense weights, and ONNX files."""
-        model, options = self.finish(made), self.options
+        model, options = self._rewritten(made), self.options
         size = sum(t.numel() * t.element_size() for t in tensors_of(model).values())
         check_disk(directory, size)
         if self.source and self.source.directory:  # what it has of its own is not written anew

@@ -206,9 +206,11 @@ class Mapped:
 
         trust = self.source.trust_remote_code
         copy_companions(self.directory, directory, trust_remote_code=trust)
+        skeleton = self._converted_skeleton(plan)
+        self.options.watch("rewrite", (skeleton, plan))
         written = write_checkpoint(
             directory,
-            self._converted_skeleton(plan),
+            skeleton,
             plan,
             content=Content(tensor=tensor, layer=layer),
             max_shard_size=self.options.max_shard_size,

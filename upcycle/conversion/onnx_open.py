@@ -46,6 +46,8 @@ def open_onnx_file(
         )
     if "onnx" not in options.targets:
         raise UsageError("`targets=safetensors`: an ONNX file becomes an ONNX file; leave it out")
+    options.watch("capture", source.found.program)
+    options.watch("locate", source.found.located)
     plan = source.plan(recipe, recipe_name).requiring(options.runtimes, options.architecture)
     onnx_destination(plan)
     for spec in plan.specs:
@@ -55,6 +57,7 @@ def open_onnx_file(
             f"onnx.dtype: {recipe.onnx.dtype}: an ONNX file keeps its type, and its layers compute "
             "in float32; leave it out, or convert the model that the file was exported from"
         )
+    options.watch("plan", plan)
     check_disk(out, costs(plan, *source.size).bytes_on_disk)
     names = [name for spec in plan.specs for name in spec.ffn.parameters]
     weights = source.found.weights

@@ -1,5 +1,6 @@
 """Open a named model: capture, locate, plan, and refuse all that can be refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from upcycle.conversion.dense_model import DenseModel
 from upcycle.conversion.in_memory import InMemory
 from upcycle.conversion.mapped import Mapped
 from upcycle.conversion.options import DEFAULTS, Options
+from upcycle.conversion.passes import UNWATCHED
 from upcycle.data.calibration import CalibrationData, calibration_data, verification_inputs
 from upcycle.data.calibration_files import CalibrationInput, read_calibration
 from upcycle.data.verification_inputs import evaluation_for
@@ -21,7 +23,7 @@ from upcycle.models.checkpoint_tensors import has_weights, read_tensors
 from upcycle.models.dense import Source
 from upcycle.models.expert_sources import Sources, check_sources, merged_tensors, open_sources
 from upcycle.models.onnx_file import OnnxSource
-from upcycle.passes.locate.locate import locate_in
+from upcycle.passes.locate.locate import captured_and_located
 from upcycle.passes.plan.costs import costs, model_size
 from upcycle.passes.plan.model_problems import check_model
 from upcycle.passes.plan.plan import make_plan, needs
@@ -61,7 +63,7 @@ def open_dense(
         with step(progress, "capturing"):
             return open_onnx_file(source, recipe, recipe_name, out, given, options)
     if source.weights is not None:  # nothing is downloaded for what is refused
-        _planned(source, recipe, recipe_name, options)
+        _planned(source, recipe, recipe_name, replace(options, watch=UNWATCHED))
         source = source.fetched(progress)
     with step(progress, "capturing"):
         skeleton, plan = _planned(source, recipe, recipe_name, options)
@@ -93,9 +95,13 @@ def _planned(
 ) -> tuple[nn.Module, Plan]:
     """The model on the meta device, and what becomes of it."""
     skeleton = source.skeleton()
-    plan = make_plan(locate_in(skeleton, source.example), recipe, recipe_name=recipe_name)
+    program, located = captured_and_located(skeleton, source.example)
+    options.watch("capture", program)
+    options.watch("locate", located)
+    plan = make_plan(located, recipe, recipe_name=recipe_name)
     plan = plan.requiring(options.runtimes, options.architecture)
     check_model(skeleton, plan)
+    options.watch("plan", plan)
     destination(skeleton, plan)
     return skeleton, plan
 

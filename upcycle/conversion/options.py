@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from upcycle.conversion.passes import UNWATCHED, Watch
 from upcycle.conversion.workers import HERE, Workers, check_workers
 from upcycle.errors import UsageError
 from upcycle.targets.files.tensor_file import MAX_SHARD_SIZE
@@ -26,6 +27,7 @@ class Options:
         fresh: remove what an interrupted run left.
         workers: what makes the layers.
         pt2_form: of the layers in a program, see `upcycle.targets.pt2.export`.
+        watch: is told what each pass made.
     """
 
     targets: Sequence[str] = ("safetensors",)
@@ -41,6 +43,7 @@ class Options:
     fresh: bool = False
     workers: Workers = HERE
     pt2_form: Literal["portable", "fused"] = "portable"
+    watch: Watch = UNWATCHED
 
 
 DEFAULTS = Options()

@@ -52,10 +52,14 @@ def convert_model(
     with dense.output(out) as directory:
         scratch = directory / SCRATCH
         with making(dense, scratch, options.workers, progress) as made:
+            options.watch("transform", made)
             written = dense.write(directory, scratch, made, progress)
+        options.watch("lower", directory)
         report = replace(header(made.plan, dense.facts), calibration=made.calibration)
         verify, name = dense.verify if options.verify else None, out.absolute().name
-        return finish(dense, made, written, report, directory, name, verify, progress)
+        report = finish(dense, made, written, report, directory, name, verify, progress)
+        options.watch("verify", report)
+        return report
 
 
 def finish(

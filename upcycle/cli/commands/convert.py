@@ -1,5 +1,6 @@
 """``upcycle convert``."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import click
 from upcycle.cli import console
 from upcycle.cli.commands import options
 from upcycle.cli.group import collector_paused, size_in_bytes
+
+# Of `upcycle.conversion.passes`, which takes seconds to import; a test compares the two.
+PASS_NAMES = ("capture", "locate", "plan", "transform", "rewrite", "lower", "verify")
 
 
 @click.command()
@@ -81,6 +85,15 @@ from upcycle.cli.group import collector_paused, size_in_bytes
     default="threads",
     help="Make layers here, or on the Ray cluster of RAY_ADDRESS.",
 )
+@click.option(
+    "--print-after",
+    multiple=True,
+    type=click.Choice(PASS_NAMES),
+    help="Print what a pass made; may be repeated. `upcycle passes` tells of them.",
+)
+@click.option(
+    "--stop-after", type=click.Choice(PASS_NAMES), help="End after a pass, and write nothing."
+)
 @options.as_json
 @options.trust
 @options.pickle
@@ -100,6 +113,8 @@ def convert(
     seed: int | None,
     jobs: int | None,
     executor: str,
+    print_after: tuple[str, ...],
+    stop_after: str | None,
     as_json: bool,
     **others: Any,
 ) -> None:
@@ -116,19 +131,25 @@ def convert(
     """
     with collector_paused():
         from upcycle.cli import tables_of_reports as report
+        from upcycle.cli.tables_of_passes import shown_after
         from upcycle.conversion.open import usual_targets
         from upcycle.conversion.options import Options
+        from upcycle.conversion.passes import StoppedError, Watch
         from upcycle.conversion.pipeline import convert_model
         from upcycle.conversion.workers import Workers
         from upcycle.models.named import open_model
         from upcycle.recipe import reader as recipe_file
 
+    if as_json and print_after:
+        raise click.UsageError("--print-after prints tables; leave --json out")
     if onnx_profile is not None:
         overrides = (*overrides, f"onnx.profile={onnx_profile}")
     if seed is not None:
         overrides = (*overrides, f"seed={seed}")
+    done = None
     loaded = recipe_file.load_recipe(recipe, overrides)
-    with console.progress() as progress:
+    watch = Watch(shown_after(print_after), stop_after)
+    with console.progress() as progress, suppress(StoppedError):
         source = open_model(
             model,
             inputs=inputs,
@@ -146,10 +167,14 @@ def convert(
             options=Options(
                 targets=tuple(dict.fromkeys(targets)) or usual_targets(source),
                 workers=Workers(executor, jobs),
+                watch=watch,
                 **others,
             ),
             progress=progress,
         )
+    if done is None:
+        console.print_result(f"stopped after {stop_after}; nothing was written")
+        return
     files = sorted(path for path in out.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(out)): path.stat().st_size for path in files}
     data = {"out": str(out), "files": sizes, "report": done.to_json()}
