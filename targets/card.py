@@ -45,6 +45,7 @@ def card(
     beside them.
     """
     forms = ("onnx_pair" if is_pair else "onnx",) if "onnx" in targets else ()
+    forms += ("pt2",) if "pt2" in targets and not is_pair else ()
     notes = [*_notes(plan, targets)]
     runtimes: dict[str, str] = {}
     if written is not None:

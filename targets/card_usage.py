@@ -40,7 +40,8 @@ class Usage:
     """What the code depends on.
 
     Attributes:
-        forms: of the files: ``native``, ``remote_code``, ``module``, ``onnx``, ``onnx_pair``.
+        forms: of the files: ``native``, ``remote_code``, ``module``, ``onnx``, ``onnx_pair``,
+            ``pt2``.
         auto_class: of transformers, that loads it.
         has_tokenizer: a tokenizer is in the directory.
     """
@@ -63,6 +64,13 @@ class Usage:
                 "With upcycle; `dense` is an instance of the dense model's class",
                 f'import upcycle\n\nmodel = upcycle.load("{DIRECTORY}", dense)',
             )
+        if form == "pt2":
+            lines = [
+                "import torch\n",
+                f'program = torch.export.load("{DIRECTORY}/model.pt2").module()',
+                "print(program.graph.find_nodes(op='placeholder'))",
+            ]
+            return "With torch alone, as a program of torch.export", "\n".join(lines)
         if form == "onnx_pair":
             lines = [
                 "import onnxruntime\n",

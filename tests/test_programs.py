@@ -290,3 +290,16 @@ def test_what_a_program_keeps_cannot_be_asked_for(tmp_path: Path) -> None:
     refused = run("convert", path, "--recipe", "sparse-upcycling", *every, "--stream", "--out",
                   tmp_path / "moe", code=2)  # fmt: skip
     assert "piece by piece" in refused.output
+
+
+def test_a_mixture_of_transformers_becomes_a_program(tmp_path: Path) -> None:
+    hf: Any = small_models.t
+    config = hf.MixtralConfig(**small_models.DECODER, num_local_experts=4, num_experts_per_tok=2)
+    hf.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    done = upcycle.export(tmp_path / "mixtral", tmp_path / "out", target="pt2", pt2_form="fused")
+    assert done.form == "pt2, fused"
+    assert [check.passed for check in done.checks] == [True, True]
+    assert (tmp_path / "out" / "model.pt2").is_file()
+    refused: Any = run("export", tmp_path / "mixtral", "--out", tmp_path / "o", "--target", "onnx",
+                       "--pt2-form", "fused", code=2)  # fmt: skip
+    assert "pt2_form" in refused.output or "--pt2-form" in refused.output

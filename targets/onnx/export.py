@@ -25,7 +25,7 @@ from upcycle.targets.onnx.share_weights import Store, share_weights, write_weigh
 from upcycle.targets.onnx.trace import quiet, trace
 from upcycle.targets.traced.arguments import apart, arguments_of, identifiers
 from upcycle.targets.traced.axes import Axes, default_axes
-from upcycle.targets.traced.outputs import named_tensors, tensor_outputs
+from upcycle.targets.traced.outputs import as_python, named_tensors, tensor_outputs
 from upcycle.targets.traced.parts import Compute
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def export_onnx(
     Raises:
         UnsupportedError: the model cannot be exported, or not with these dynamic axes.
     """
-    start = time.perf_counter()
+    start, model = time.perf_counter(), as_python(model)
     kind: torch.dtype = getattr(torch, options.half or "float32")
     if options.half:
         model, example_inputs = narrowed(model, kind), cast_floats(example_inputs, kind)

@@ -22,7 +22,7 @@ from upcycle.models.moe_layers import own_experts
 from upcycle.targets.traced.arguments import arguments_of, identifiers
 from upcycle.targets.traced.axes import Axes, default_axes
 from upcycle.targets.traced.cache import without_cache
-from upcycle.targets.traced.outputs import tensor_outputs
+from upcycle.targets.traced.outputs import as_python, tensor_outputs
 from upcycle.targets.traced.parts import Part, parts
 from upcycle.util.modules import eval_mode, model_dtype, no_fast_path, set_within
 from upcycle.util.quiet import quiet_logs
@@ -50,6 +50,7 @@ def programs(
     Raises:
         UnsupportedError: `torch.export` cannot take the model.
     """
+    model = as_python(model)
     given = arguments_of(model, cast_floats(example, model_dtype(model)))
     with without_cache(model), eval_mode(model), experts_as(model, form):
         for part in parts(model, given, cache=cache):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from upcycle.targets.traced.parts import Compute
 
@@ -25,6 +25,25 @@ def named_tensors(result: Any, name: str = "") -> dict[str, torch.Tensor]:
     for key, part in parts:
         found |= named_tensors(part, key)
     return found
+
+
+class _Held(nn.Module):
+    """A graph as a module of Python, with the same modules and weights under the same names.
+
+    `torch.export` reads the code of a graph, and not the forward that was put in its place.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        for kind in ("_modules", "_parameters", "_buffers"):
+            vars(self)[kind].update(vars(graph)[kind])
+        self.training = graph.training
+        vars(self)["forward"] = graph.forward
+
+
+def as_python(model: nn.Module) -> nn.Module:
+    """`model`, or what stands for it if it is a graph: its forward can be replaced."""
+    return _Held(model) if isinstance(model, fx.GraphModule) else model
 
 
 @contextmanager

@@ -17,9 +17,15 @@ from upcycle.cli.group import collector_paused
 )
 @click.option(
     "--target",
-    type=click.Choice(["onnx", "native", "gguf"]),
+    type=click.Choice(["onnx", "native", "gguf", "pt2"]),
     default="onnx",
-    help="An ONNX file; a checkpoint in an MoE architecture of transformers; a file for llama.cpp.",
+    help="An ONNX file; a checkpoint in an MoE architecture of transformers; a file for llama.cpp; "
+    "a program of torch.export.",
+)
+@click.option(
+    "--pt2-form",
+    type=click.Choice(["portable", "fused"]),
+    help="Layers of --target pt2: operations of torch alone, or one node that upcycle runs.",
 )
 @click.option(
     "--gguf-type",
@@ -50,6 +56,7 @@ def export(
     out: Path,
     target: str,
     gguf_type: str | None,
+    pt2_form: str | None,
     overrides: tuple[str, ...],
     runtimes: tuple[str, ...],
     architecture: str | None,
@@ -71,6 +78,7 @@ def export(
         from upcycle.models.named import open_model
         from upcycle.recipe.reader import onnx_options
         from upcycle.targets.gguf.write import GgufType
+        from upcycle.targets.pt2.export import Form
         from upcycle.util.named_callable import inputs_named
 
     model = None
@@ -89,6 +97,7 @@ def export(
             onnx=onnx_options(overrides),
             architecture=architecture,
             gguf_type=cast(GgufType | None, gguf_type),
+            pt2_form=cast(Form | None, pt2_form),
             runtimes=runtimes,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
