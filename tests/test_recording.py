@@ -53,6 +53,11 @@ def summed(x: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
     return torch.zeros([count, x.shape[1]], dtype=x.dtype).index_add(0, index, x)
 
 
+# torch 2.14 says that scripts are deprecated; models that have them are there all the same
+SCRIPTS = pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")
+
+
+@SCRIPTS
 def test_scripted_functions_are_seen_through() -> None:
     act, total = torch.jit.script(squared_relu), torch.jit.script(summed)
 
@@ -64,6 +69,7 @@ def test_scripted_functions_are_seen_through() -> None:
     assert torch.equal(act(torch.tensor([3.0])), torch.tensor([9.0]))  # it is a script again
 
 
+@SCRIPTS
 def test_a_scripted_module_is_told_of() -> None:
     model = Model(lambda m, x: m.norm(m.ffn(x))).eval()
     model.ffn = torch.jit.trace(ffn(), tokens())  # type: ignore[no-untyped-call]

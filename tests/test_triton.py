@@ -253,8 +253,8 @@ def test_tiles_fit_into_shared_memory(gated: bool) -> None:
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from upcycle import triton_source as source
-from upcycle.triton_launch import choose_tiles
+from upcycle.kernels.triton import source
+from upcycle.kernels.triton.launch import choose_tiles
 
 def compile(kernel, types, constants, **options):
     types = {name: types.get(name, "i32") for name in kernel.arg_names}
