@@ -104,6 +104,13 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
     A model whose FFNs reach from one block into the next is captured again with every block. An FFN
     is placed so that the model runs with a layer there.
     """
+    return captured_and_located(model, example)[1]
+
+
+def captured_and_located(
+    model: nn.Module, example: ExampleInputs | None = None
+) -> tuple[Program, Located]:
+    """As `locate_in`, with the program in which the FFNs were found."""
 
     def captured(repeat_blocks: bool) -> tuple[ExampleInputs, Program]:
         if example is None:
@@ -128,7 +135,7 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
         log.debug("FFN %s: %s, %s", ffn.path, ffn.pointwise.name, ffn.placement)
     for miss in located.misses:
         log.debug("no FFN at %s: %s", miss.path, miss.reason)
-    return located
+    return program, located
 
 
 def _live_nodes(graph: fx.Graph) -> set[fx.Node]:

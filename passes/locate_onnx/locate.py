@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from upcycle.capture.recorder import Program
 from upcycle.ir.ffn import FFN, Located, Miss
 from upcycle.onnx.shapes import axis_sizes, infer
 from upcycle.onnx.tensors import tensor_of
@@ -45,8 +46,12 @@ class Region:
 
 @dataclass(frozen=True)
 class OnnxLocated:
-    """What was found in a graph: the FFNs, their places by path, and their weights by name."""
+    """What was found in a graph: the FFNs, their places by path, and their weights by name.
 
+    `program` is the graph as it was read.
+    """
+
+    program: Program
     located: Located
     regions: Mapping[str, tuple[Region, ...]]
     parameters: Mapping[str, Parameter]
@@ -72,7 +77,8 @@ def locate_in_onnx(model: ir.Model) -> OnnxLocated:
     regions = _put_in(reader, regions)
     parameters = reader.parameters
     weights = LazyTensors(parameters, lambda name: _read(name, parameters[name]))
-    return OnnxLocated(Located(ffns, tuple(misses)), regions, parameters, weights)
+    located = Located(ffns, tuple(misses))
+    return OnnxLocated(reader.program, located, regions, parameters, weights)
 
 
 def _put_in(
