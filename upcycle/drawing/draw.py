@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from upcycle.drawing.colours import COLOURS, kind_of
+from upcycle.drawing.colours import COLOURS, DARK, kind_of
 from upcycle.drawing.digraph import DiGraph
 from upcycle.drawing.labels import HEIGHT, PADDING, Line, clean, title_of
 from upcycle.drawing.layout import Box, drawn_edges, layout
@@ -102,19 +102,22 @@ def picture_of(graph: DiGraph, *, by_graphviz: bool = True, headed: bool = True)
 
 def svg(graph: DiGraph) -> str:
     """The graph as an SVG file."""
-    return str(_template("picture.svg.jinja").render(picture=picture_of(graph), colours=COLOURS))
+    return _filled("picture.svg.jinja", graph)
 
 
 def html(graph: DiGraph) -> str:
     """The graph as a page that loads nothing; its script moves and enlarges the picture."""
     script = (TEMPLATES / "move.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = _template("graph.html.jinja")
-    about = {"picture": picture_of(graph), "colours": COLOURS}
-    return str(page.render(**about, script=script, digest=digest))
+    return _filled("graph.html.jinja", graph, script=script, digest=digest)
 
 
-def _node(facts: dict[str, Any], box: Box) -> Shape:
+def _filled(template: str, graph: DiGraph, **more: str) -> str:
+    page = _environment().get_template(template)
+    return page.render(picture=picture_of(graph), colours=COLOURS, dark=DARK, **more)
+
+
+def _node(facts: Mapping[str, Any], box: Box) -> Shape:
     kind = kind_of(facts)
     if facts.get("outside"):
         kind += " outside"
@@ -156,7 +159,3 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _template(name: str) -> Any:
-    return _environment().get_template(name)

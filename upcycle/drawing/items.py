@@ -76,6 +76,7 @@ def items_of(operations: Sequence[Operation], depth: int = 0, path: str = "") ->
 def signature(item: Item) -> Hashable:
     """Equal for items that do the same with tensors of the same shapes, but for their numbers.
 
+    What comes from outside is not compared: one block reads what the block before it makes.
     Of the modules inside it has the names only: several blocks may share one, such as an
     activation, whose path is in the first of them.
     """
