@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     *("errors", "version", "util", "pointwise", "kernels", "compiled", "layers"),
     *("recipes", "recipe", "ir", "capture", "graph", "onnx", "passes", "models", "data", "targets"),
-    *("auto_classes", "verification", "page", "conversion", "bench", "cli", "upcycle", "__main__"),
+    *("auto_classes", "verification", "drawing", "page", "conversion", "bench", "cli", "upcycle"),
+    "__main__",
 ]
 
 # Beside the order, which forbids the other direction: targets know no method, passes no format.

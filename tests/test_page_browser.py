@@ -143,3 +143,18 @@ def _size(picture: Path) -> tuple[int, int]:
 def _first_pixel(picture: Path) -> tuple[int, ...]:
     image = pytest.importorskip("PIL.Image")
     return tuple(image.open(picture).convert("RGB").getpixel((0, 0)))
+
+
+def test_the_page_of_a_graph_moves_by_its_own_script(tmp_path: Path, browse: Browse) -> None:
+    """Its policy lets no other script run."""
+    command = ["graph", "small_models:plain", "--inputs", "small_models:plain_inputs"]
+    file = tmp_path / "graph.html"
+    assert CliRunner().invoke(main, [*command, "--out", str(file)]).exit_code == 0
+    made, console = browse(file, "--dump-dom", "--window-size=1100,800")
+    assert console == []
+    assert '<body class="moves">' in made
+    text = file.read_text("utf-8")
+    file.write_text(text.replace('classList.add("moves")', 'classList.add("moved")'))
+    made, console = browse(file, "--dump-dom")
+    assert "moved" not in made.partition("<script")[0]
+    assert any("Content Security Policy" in line for line in console)

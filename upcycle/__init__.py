@@ -14,6 +14,8 @@ from upcycle.version import __version__
 if _TYPE_CHECKING:
     from upcycle.conversion.api import Conversion, convert, locate
     from upcycle.conversion.export import export
+    from upcycle.drawing.api import graph
+    from upcycle.drawing.write import write_graph
     from upcycle.errors import (
         CaptureError,
         PlanError,
@@ -63,6 +65,7 @@ __all__ = [
     "convert",
     "export",
     "extend",
+    "graph",
     "load",
     "load_recipe",
     "locate",
@@ -71,11 +74,14 @@ __all__ = [
     "register_router",
     "set_new_bias",
     "verify",
+    "write_graph",
 ]
 
 _HOMES = {
     "conversion.api": ("Conversion", "convert", "locate"),
     "conversion.export": ("export",),
+    "drawing.api": ("graph",),
+    "drawing.write": ("write_graph",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "ir.activations": ("register_activation",),
     "ir.ffn": ("FFN", "Located", "Miss"),

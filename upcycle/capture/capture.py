@@ -119,6 +119,10 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
     )
     fakes = leaves_of((args, kwargs))
     recorder = Recorder(tensors, fakes)
+    named = example.items() if isinstance(example, Mapping) else enumerate(example)
+    arguments = [str(name) for name, value in named for _ in leaves_of(value)]
+    for node, argument in zip(recorder.graph.nodes, arguments, strict=True):
+        node.meta["argument"] = argument
     integers = list(zip(fakes, given, strict=True))
     integers += [(tensors[name], buffer) for name, buffer in model.named_buffers()]
     for fake, real in integers:
@@ -184,7 +188,9 @@ def _watch_calls(model: nn.Module, recorder: Recorder, blocks: Mapping[str, Any]
                 and not hooked
                 and all(number > start for number in recorder.changes[done:])
             )
-            call = Call(tuple(inputs), tuple(recorder.nodes_of(out)), plain, replayed)
+            outputs = tuple(recorder.nodes_of(out))
+            span = (start, len(recorder.graph.nodes))
+            call = Call(tuple(inputs), outputs, plain, replayed, span)
             recorder.program.calls.setdefault(path, []).append(call)
             return out
 

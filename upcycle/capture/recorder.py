@@ -26,12 +26,15 @@ class Call:
             else was changed, and no hook watches inside: a module of one tensor can take the place.
             A node of an ONNX file, which is a call of its own, has no `inputs` here.
         replayed: it repeats a recorded call of a block.
+        span: ``(start, stop)`` of the nodes that it recorded, by their place in the graph; empty
+            for a node of an ONNX file.
     """
 
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     plain: bool = True
     replayed: bool = False
+    span: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -43,8 +46,9 @@ class Program:
             innermost module in whose forward it ran, and `source`, the ``file.py:line`` of the
             model that made it; one under torch.func has its
             `transform`; a call that writes in place has `writes`, the nodes of what was in
-            that memory. Parameters and buffers are ``get_attr``. Of a graph that was recorded, see
-        `upcycle.capture.graph_nodes`, `nodes` has the names of its nodes that hold the tensor.
+            that memory. Parameters and buffers are ``get_attr``; a ``placeholder`` has `argument`,
+            what the model calls the input. Of a graph that was recorded, see
+            `upcycle.capture.graph_nodes`, `nodes` has the names of its nodes that hold the tensor.
         calls: module path -> its calls.
         replays: path of a recorded block -> paths of the siblings that repeat it.
     """

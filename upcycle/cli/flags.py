@@ -16,8 +16,8 @@ FLAGS = {
     "targets": "--target",
 }
 SAME = (
-    *("allow_pickle", "architecture", "calibration", "device", "dtype", "engine", "executor"),
-    *("fresh", "gguf_type", "jobs", "out", "overwrite", "resume", "stream", "target"),
+    *("allow_pickle", "architecture", "around", "calibration", "device", "dtype", "engine"),
+    *("executor", "fresh", "gguf_type", "jobs", "out", "overwrite", "resume", "stream", "target"),
     *("trust_remote_code", "verify"),
 )
 ARGUMENT = re.compile(rf"`({'|'.join([*FLAGS, *SAME])})(?:=([^`]*))?`")

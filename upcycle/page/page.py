@@ -15,6 +15,7 @@ from upcycle.ir.report import Report
 from upcycle.page import charts, heat
 from upcycle.page.origins import Kind, Origin, first_split, kinds_of
 from upcycle.page.scale import figure
+from upcycle.page.sites import MOST_SITES, Site, sites_of
 from upcycle.page.speed import FILE as BENCH
 from upcycle.page.speed import Speed, read_speed
 from upcycle.targets.description import read_report
@@ -40,6 +41,7 @@ class Contents:
         kinds: what the experts are made of; empty where an older version wrote no provenance.
         origin: one layer in detail, if its experts are parts of the dense layer.
         speed: if it was measured.
+        sites: where the layers are, in the order in which they run.
     """
 
     report: Report
@@ -47,6 +49,7 @@ class Contents:
     kinds: tuple[Kind, ...] = ()
     origin: Origin | None = None
     speed: Speed | None = None
+    sites: tuple[Site, ...] = ()
 
 
 def read_contents(directory: Path) -> Contents:
@@ -57,10 +60,10 @@ def read_contents(directory: Path) -> Contents:
     """
     report = read_report(directory)
     layers = read_origins(directory) or []
-    kinds = tuple(kinds_of(layers, str(directory / PROVENANCE)))
-    return Contents(
-        report, str(directory), kinds, first_split(layers), read_speed(directory, report)
-    )
+    where = str(directory / PROVENANCE)
+    kinds, sites = tuple(kinds_of(layers, where)), sites_of(layers, where)
+    speed = read_speed(directory, report)
+    return Contents(report, str(directory), kinds, first_split(layers), speed, sites)
 
 
 def page(contents: Contents) -> str:
@@ -99,6 +102,7 @@ def _page(contents: Contents) -> str:
             neurons=heat.neuron_map(contents.origin) if contents.origin else None,
             recipe=yaml.safe_dump(_bounded(report.resolved_recipe), sort_keys=False).splitlines(),
             most=MOST_ROWS,
+            most_sites=MOST_SITES,
             bench_file=BENCH,
             chart=charts,
             heat=heat,
