@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle.graph.install import install
+from upcycle.graphs.install import install
 from upcycle.ir.layer_weights import load_weights
 from upcycle.ir.partial_projection import read_kept
 from upcycle.ir.spec import MoESpec

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from upcycle.errors import UsageError, is_out_of_memory, one_line
-from upcycle.graph.install import install
+from upcycle.graphs.install import install
 from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.models.configuration import check_fields, class_named
 from upcycle.models.load_options import DTYPES

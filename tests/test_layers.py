@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[1]
 # imported by all that comes after it.
 ORDER = [
     *("errors", "version", "util", "pointwise", "kernels", "compiled", "layers"),
-    *("recipes", "recipe", "ir", "capture", "graph", "onnx", "passes", "models", "data", "targets"),
+    *(
+        "recipes",
+        "recipe",
+        "ir",
+        "capture",
+        "graphs",
+        "onnx",
+        "passes",
+        "models",
+        "data",
+        "targets",
+    ),
     *("auto_classes", "verification", "drawing", "page", "conversion", "bench", "cli", "upcycle"),
     "__main__",
 ]

@@ -25,7 +25,7 @@ from upcycle.conversion.passes import (
     is_recorded,
     is_rewritten,
 )
-from upcycle.graph.layer_passes import CallLayers, EraseUnread
+from upcycle.graphs.layer_passes import CallLayers, EraseUnread
 from upcycle.passes.plan.plan import make_plan
 
 X = (torch.randn(4, 8),)

@@ -16,7 +16,7 @@ from upcycle.capture.capture import ExampleInputs, capture
 from upcycle.capture.recorder import Program
 from upcycle.capture.source_lines import source_of
 from upcycle.errors import CaptureError, first_line
-from upcycle.graph.install import install
+from upcycle.graphs.install import install
 from upcycle.ir.ffn import FFN, Located, Miss
 from upcycle.ir.spec import site_of
 from upcycle.layers.config import LayerConfig, RouterConfig, SelectConfig

@@ -20,7 +20,7 @@ from upcycle.conversion.workers import HERE, Workers
 from upcycle.data.calibration import Data, given_data
 from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UsageError
-from upcycle.graph.program import example_of, module_of
+from upcycle.graphs.program import example_of, module_of
 from upcycle.ir.ffn import Located
 from upcycle.ir.report import Report
 from upcycle.ir.spec import Plan

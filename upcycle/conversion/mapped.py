@@ -24,7 +24,7 @@ from upcycle.conversion.options import DEFAULTS, Options
 from upcycle.conversion.spool import Spool
 from upcycle.conversion.workers import local_jobs, single_threads
 from upcycle.data.calibration import CalibrationData
-from upcycle.graph.install import install
+from upcycle.graphs.install import install
 from upcycle.ir.ffn_inputs import FFNInputs
 from upcycle.ir.layer_weights import layer_tensors
 from upcycle.ir.partial_projection import read_kept

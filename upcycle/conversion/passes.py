@@ -111,7 +111,7 @@ PASSES = (
          "makes the layers one after the other", "upcycle.passes.calibrate, .transform", holds),
     Pass("rewrite", "the model and the layers", "a model with layers",
          "puts each layer into the place of its FFN: a module, a tap, or a call in the graph",
-         "upcycle.passes.rewrite, upcycle.graph.layer_passes", is_rewritten),
+         "upcycle.passes.rewrite, upcycle.graphs.layer_passes", is_rewritten),
     Pass("lower", "the model with layers", "files", "writes each target in the forms it knows",
          "upcycle.targets", holds),
     Pass("verify", "the files and the dense model", "a report",

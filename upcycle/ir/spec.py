@@ -112,12 +112,12 @@ class MoESpec:
         )
 
     def site(self) -> dict[str, Any]:
-        """Where the layer goes and what it is, as `upcycle.graph.install` takes it."""
+        """Where the layer goes and what it is, as `upcycle.graphs.install` takes it."""
         return site_of(self.ffn, self.layer_config())
 
 
 def site_of(ffn: FFN, layer: LayerConfig) -> dict[str, Any]:
-    """Where the `layer` of an FFN goes and what it is, as `upcycle.graph.install` takes it."""
+    """Where the `layer` of an FFN goes and what it is, as `upcycle.graphs.install` takes it."""
     modules = {p.module: p for p in ffn.expansions}
     kept: dict[str, Any] = {}
     if ffn.shared:  # what the taps and the contraction go on computing beside the layer

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError, UpcycleError, UsageError, is_out_of_memory, one_line
-from upcycle.graph.program import module_of
+from upcycle.graphs.program import module_of
 from upcycle.ir.report import HubSource
 from upcycle.models import samples
 from upcycle.models.checkpoint_fit import fit, stored_apart

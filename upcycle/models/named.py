@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.graph.program import example_of
+from upcycle.graphs.program import example_of
 from upcycle.models import adapter
 from upcycle.models.configuration import check_dense, read_config
 from upcycle.models.dense import Source

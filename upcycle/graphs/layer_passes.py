@@ -10,7 +10,7 @@ import networkx as nx
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from upcycle.graph.region import between, digraph
+from upcycle.graphs.region import between, digraph
 from upcycle.layers.moe import MoE
 
 Ends = Sequence[Sequence[str]]  # names of the nodes (x, output) of each place of an FFN

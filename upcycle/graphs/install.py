@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
-from upcycle.graph.layer_passes import (
+from upcycle.graphs.layer_passes import (
     CallLayers,
     Ends,
     EraseUnread,
