@@ -30,6 +30,7 @@ from upcycle.passes.locate.name_activation import recognise, swapped
 from upcycle.passes.locate.outside_readers import (
     check_outside_readers,
     read_elsewhere,
+    reads_of_parameters,
     without_tied,
 )
 from upcycle.passes.locate.place import Use, Ways, placed
@@ -85,9 +86,10 @@ def locate(program: Program, ways: Ways = MappingProxyType({})) -> Located:
         except NearMissError as reason:
             misses.append(miss_at(reason.node, str(reason), path=several[0].ffn.contraction.module))
     kept = _drop_overlapping(found, misses)
+    reads = reads_of_parameters(program.graph, live)
     for ffn in list(kept):
         maps = {node for use in uses[ffn.parameters] for node in use.nodes}
-        reader = read_elsewhere(program.graph, ffn, maps, live)
+        reader = read_elsewhere(reads, ffn, maps)
         if reader is not None:
             kept.remove(ffn)
             node, why = reader
