@@ -17,6 +17,7 @@ from upcycle.capture.function_caches import caches_cleared
 from upcycle.capture.guess_inputs import find_example
 from upcycle.capture.recorder import Program, op_name
 from upcycle.ir.ffn import FFN, SHARES, Located, Miss, Projection
+from upcycle.passes.locate.behind import live_nodes
 from upcycle.passes.locate.hidden_tensor import (
     HiddenTensor,
     NearMissError,
@@ -61,7 +62,7 @@ def locate(program: Program, ways: Ways = MappingProxyType({})) -> Located:
     """
     uses: dict[tuple[str, ...], list[Use]] = {}
     misses: list[Miss] = []
-    live = _live_nodes(program.graph)
+    live = live_nodes(program.graph)
     for node in program.graph.nodes:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
             misses.append(miss_at(node, "it is already a mixture of experts"))
@@ -131,21 +132,6 @@ def locate_in(model: nn.Module, example: ExampleInputs | None = None) -> Located
     for miss in located.misses:
         log.debug("no FFN at %s: %s", miss.path, miss.reason)
     return located
-
-
-def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that the output, or an assignment in place, depends on.
-
-    By hand: networkx would copy the graph first, and take ten times as long.
-    """
-    live: set[fx.Node] = set()
-    todo = [n for n in graph.nodes if n.op == "output" or op_name(n.target) == "setitem"]
-    while todo:
-        node = todo.pop()
-        if node not in live:
-            live.add(node)
-            todo.extend(node.all_input_nodes)
-    return live
 
 
 def _use_at(contraction: LinearMap, live: set[fx.Node]) -> Use:
