@@ -32,11 +32,12 @@ FLAGS = {
     | {"--text-field", "--runtime", "--architecture", "--onnx-profile"}
     | {"--dtype", "--seed", "--max-shard-size", "--overwrite", "--verify", "--no-verify"}
     | {"--stream", "--no-stream", "--resume", "--fresh", "--jobs", "--executor", "--json"}
-    | {"--trust-remote-code", "--allow-pickle"},
+    | {"--trust-remote-code", "--allow-pickle", "--pt2-form", "--print-after", "--stop-after"},
     "plan": LOG
     | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"}
     | {"--runtime", "--architecture"},
     "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
+    "passes": LOG | {"--json"},
     "diff": LOG | {"A", "B", "--json", "--allow-pickle"},
     "verify": LOG | {"DENSE", "CONVERTED", "--source", "--inputs", "--json", "--trust-remote-code"},
     "bench": LOG
@@ -44,7 +45,7 @@ FLAGS = {
     | {"--plot", "--inputs", "--json", "--trust-remote-code"},
     "export": LOG
     | {"DIRECTORY", "--out", "--target", "--set", "--dense", "--runtime", "--architecture"}
-    | {"--gguf-type"}
+    | {"--gguf-type", "--pt2-form"}
     | {"--inputs", "--overwrite", "--verify", "--no-verify", "--json", "--trust-remote-code"},
     "init": LOG
     | {"MODEL", "--goal", "--runtime", "--memory", "--source", "--out", "--choose", "--overwrite"}

@@ -1,7 +1,8 @@
 """Where in a graph that was recorded an FFN lies: the nodes that it begins and ends with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -12,18 +13,27 @@ from upcycle.passes.locate.layout import is_stored
 from upcycle.passes.locate.place import Use
 from upcycle.passes.locate.region import VIEWS, common_path
 
+if TYPE_CHECKING:
+    from upcycle.graphs.closed_region import Flow
+
 _VIEWS = VIEWS - {"dropout"}
 
 
-def in_graph(program: Program, uses: Sequence[Use]) -> FFN | None:
+def in_graph(program: Program, uses: Sequence[Use], live: Set[fx.Node]) -> FFN | None:
     """The FFN that is applied at `uses` as regions of a graph, or None if one of them is none.
 
     A view before it, or after, may belong to the region, so that what comes out has the shape of
-    what goes in but for its features.
+    what goes in but for its features. What the walk has not looked at is asked of the whole region:
+    nothing in it is read from outside, and nothing is written across its border.
     """
-    regions = [_ends(use) for use in uses]
     ffn = uses[0].ffn
-    if ffn.shared or not all(regions):
+    if ffn.shared or not any("nodes" in node.meta for node in program.graph.nodes):
+        return None
+    from upcycle.graphs.closed_region import flow_of  # networkx is slow to import
+
+    flow = flow_of(program.graph)
+    regions = [_ends(use, flow, live) for use in uses]
+    if not all(regions):
         return None
     expansions = tuple(_named(p) for p in ffn.expansions)
     contraction = _named(ffn.contraction)
@@ -39,13 +49,17 @@ def in_graph(program: Program, uses: Sequence[Use]) -> FFN | None:
     )
 
 
-def _ends(use: Use) -> tuple[str, str] | None:
+def _ends(use: Use, flow: "Flow", live: Set[fx.Node]) -> tuple[str, str] | None:
+    from upcycle.graphs.closed_region import leaks
+
     for output in reversed(list(_onwards(use.output))):
         for x in reversed(list(_backwards(use.x))):
             shape = list(x.meta["shape"])
             shape[use.ffn.axis] = use.ffn.d_out
             names = x.meta.get("nodes"), output.meta.get("nodes")
-            if tuple(shape) == output.meta["shape"] and names[0] and names[1]:
+            fits = tuple(shape) == output.meta["shape"] and names[0] and names[1]
+            # Where it reads what is not x, that is the same value, as the walk has found.
+            if fits and all(leak.kind == "reads" for leak in leaks(flow, x, output, live)):
                 return names[0][0], names[1][0]
     return None
 

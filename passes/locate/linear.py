@@ -9,6 +9,7 @@ from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from upcycle.capture.recorder import op_name
+from upcycle.passes.locate.behind import behind
 
 # Operations that hand a parameter on without changing its numbers, but for transposition.
 _TRANSPOSES = {"t", "T", "mT", "permute", "transpose"}
@@ -140,14 +141,10 @@ def computed_linear(node: fx.Node) -> LinearMap | None:
 
 def _stored_behind(node: fx.Node) -> list[fx.Node]:
     """The parameters that `node` is computed from; none if it is computed from other data, too."""
-    todo, seen = [node], {node}
-    while todo:
-        sources = todo.pop().all_input_nodes
-        todo += [source for source in sources if source not in seen]
-        seen.update(sources)
-    if any(leaf.op == "placeholder" for leaf in seen):
+    leaves = behind([node])
+    if any(leaf.op == "placeholder" for leaf in leaves):
         return []
-    return [leaf for leaf in seen if leaf.op == "get_attr" and leaf.meta["parameter"]]
+    return [leaf for leaf in leaves if leaf.op == "get_attr" and leaf.meta["parameter"]]
 
 
 def _library(target: Any) -> str:

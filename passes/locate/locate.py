@@ -17,6 +17,7 @@ from upcycle.capture.function_caches import caches_cleared
 from upcycle.capture.guess_inputs import find_example
 from upcycle.capture.recorder import Program, op_name
 from upcycle.ir.ffn import FFN, SHARES, Located, Miss, Projection
+from upcycle.passes.locate.behind import live_nodes
 from upcycle.passes.locate.graph_region import in_graph
 from upcycle.passes.locate.hidden_tensor import (
     HiddenTensor,
@@ -31,6 +32,7 @@ from upcycle.passes.locate.name_activation import recognise, swapped
 from upcycle.passes.locate.outside_readers import (
     check_outside_readers,
     read_elsewhere,
+    reads_of_parameters,
     without_tied,
 )
 from upcycle.passes.locate.place import Use, Ways, placed
@@ -61,7 +63,7 @@ def locate(program: Program, ways: Ways = MappingProxyType({})) -> Located:
     """
     uses: dict[tuple[str, ...], list[Use]] = {}
     misses: list[Miss] = []
-    live = _live_nodes(program.graph)
+    live = live_nodes(program.graph)
     for node in program.graph.nodes:
         if node.op == "call_function" and op_name(node.target) in EXPERT_OPS:
             misses.append(miss_at(node, "it is already a mixture of experts"))
@@ -82,13 +84,14 @@ def locate(program: Program, ways: Ways = MappingProxyType({})) -> Located:
     found: list[FFN] = []
     for several in uses.values():
         try:
-            found.append(in_graph(program, several) or placed(program, several, ways))
+            found.append(in_graph(program, several, live) or placed(program, several, ways))
         except NearMissError as reason:
             misses.append(miss_at(reason.node, str(reason), path=several[0].ffn.contraction.module))
     kept = _drop_overlapping(found, misses)
+    reads = reads_of_parameters(program.graph, live)
     for ffn in list(kept):
         maps = {node for use in uses[ffn.parameters] for node in use.nodes}
-        reader = read_elsewhere(program.graph, ffn, maps, live)
+        reader = read_elsewhere(reads, ffn, maps)
         if reader is not None:
             kept.remove(ffn)
             node, why = reader
@@ -137,21 +140,6 @@ def captured_and_located(
     for miss in located.misses:
         log.debug("no FFN at %s: %s", miss.path, miss.reason)
     return program, located
-
-
-def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that the output, or an assignment in place, depends on.
-
-    By hand: networkx would copy the graph first, and take ten times as long.
-    """
-    live: set[fx.Node] = set()
-    todo = [n for n in graph.nodes if n.op == "output" or op_name(n.target) == "setitem"]
-    while todo:
-        node = todo.pop()
-        if node not in live:
-            live.add(node)
-            todo.extend(node.all_input_nodes)
-    return live
 
 
 def _use_at(contraction: LinearMap, live: set[fx.Node]) -> Use:

@@ -3,7 +3,7 @@
 Converting the FFN would change what reads its weights, or lose them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -88,24 +88,29 @@ def _described(user: fx.Node) -> str:
     return f"read by `{op_name(user.target)}` in " + (f"`{where}`" if where else "the model itself")
 
 
+def reads_of_parameters(graph: fx.Graph, live: set[fx.Node]) -> list[tuple[str, fx.Node]]:
+    """Each parameter and each of its `live` readers, past its views, in the order of the graph."""
+    stored = [(found.name, node) for node in graph.nodes if (found := parameter_of(node))]
+    return [
+        (name, user)
+        for name, node in stored
+        for user in node.users
+        if user in live and parameter_of(user) is None
+    ]
+
+
 def read_elsewhere(
-    graph: fx.Graph, ffn: FFN, maps: set[fx.Node], live: set[fx.Node]
+    reads: Iterable[tuple[str, fx.Node]], ffn: FFN, maps: set[fx.Node]
 ) -> tuple[fx.Node, str] | None:
     """Where and why to refuse `ffn`: a call outside its linear maps reads one of its weights.
 
-    `maps` are its linear maps, at every place where the model applies it, and `live` the nodes that
-    the output depends on.
+    `reads` are those of all parameters, and `maps` its linear maps, at every place where the model
+    applies it.
     """
     weights = {p.weight for p in (*ffn.expansions, ffn.contraction)}
-    for node in graph.nodes:
-        found = parameter_of(node)
-        if found is None or found.name not in weights:
-            continue
-        for user in node.users:
-            if user in live and user not in maps and parameter_of(user) is None:
-                return user, (
-                    f"its weight `{found.name}` is also {_described(user)}: untie them first"
-                )
+    for name, user in reads:
+        if name in weights and user not in maps:
+            return user, f"its weight `{name}` is also {_described(user)}: untie them first"
     return None
 
 

@@ -5,16 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.passes.infra.pass_manager import PassManager
 
-from upcycle.graphs.layer_passes import (
-    CallLayers,
-    Ends,
-    EraseUnread,
-    HoldLayers,
-    regions_inside,
-    targets_of,
-)
 from upcycle.layers import tap
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.moe import MoE
@@ -51,10 +42,19 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
     return [layers[str(s["place"])] if s.get("regions") else next(others) for s in sites]
 
 
-def _rewrite(model: fx.GraphModule, regions: Mapping[str, Ends], layers: Mapping[str, MoE]) -> None:
+def _rewrite(
+    model: fx.GraphModule,
+    regions: Mapping[str, Sequence[Sequence[str]]],
+    layers: Mapping[str, MoE],
+) -> None:
     """Make each of the `regions`, by the path of its layer, a call of that."""
+    # Only graphs need them, and networkx, which is slow to import.
+    from torch.fx.passes.infra.pass_manager import PassManager
+
+    from upcycle.graphs import layer_passes as passes
+
     model.graph = copy.deepcopy(model.graph)  # the one of the model may be read by others
-    calls = CallLayers(regions, layers)
+    calls = passes.CallLayers(regions, layers)
     calls.requires(model)
-    inside, read = regions_inside(model.graph, regions), targets_of(model.graph)
-    PassManager([calls, EraseUnread(inside), HoldLayers(layers, read)])(model)
+    inside, read = passes.regions_inside(model.graph, regions), passes.targets_of(model.graph)
+    PassManager([calls, passes.EraseUnread(inside), passes.HoldLayers(layers, read)])(model)

@@ -10,7 +10,7 @@ import networkx as nx
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from upcycle.graphs.region import between, digraph
+from upcycle.graphs.closed_region import between, flow_of
 from upcycle.layers.moe import MoE
 
 Ends = Sequence[Sequence[str]]  # names of the nodes (x, output) of each place of an FFN
@@ -29,7 +29,7 @@ class CallLayers(PassBase):
             ValueError: it is another graph.
         """
         named = {node.name: node for node in graph_module.graph.nodes}
-        flow = digraph(graph_module.graph)
+        flow = flow_of(graph_module.graph)
         for x, output in self._places():
             if x not in named or output not in named:
                 missing = x if x not in named else output
@@ -110,10 +110,15 @@ class HoldLayers(PassBase):
 
 
 def regions_inside(graph: fx.Graph, regions: Mapping[str, Ends]) -> set[str]:
-    """The names of all nodes of the regions."""
-    named, flow = {node.name: node for node in graph.nodes}, digraph(graph)
-    places = [ends for several in regions.values() for ends in several]
-    return {n.name for x, output in places for n in between(flow, named[x], named[output])}
+    """The names of all nodes of the regions, with those that only look at one and return nothing,
+    as an assertion of its shape."""
+    named, flow = {node.name: node for node in graph.nodes}, flow_of(graph)
+    found: set[fx.Node] = set()
+    for x, output in (ends for several in regions.values() for ends in several):
+        inside = between(flow, named[x], named[output])
+        readers = {reader for node in inside - {named[output]} for reader in node.users} - inside
+        found |= inside | {node for node in readers if node.op != "output" and not node.users}
+    return {node.name for node in found}
 
 
 def targets_of(graph: fx.Graph) -> set[str]:

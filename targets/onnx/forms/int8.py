@@ -8,7 +8,6 @@ Shape suffixes: N rows, K inputs of a row, B blocks of a row.
 
 import hashlib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -180,21 +179,14 @@ def _is_worth(value: ir.Value) -> bool:
 
 def _routers(graph: ir.Graph) -> set[ir.Node]:
     """The nodes between the tokens of each layer and the weights of its experts."""
-    found: set[ir.Node] = set()
-    for layer in [node for node in graph.all_nodes() if (node.domain, node.op_type) == OPAQUE]:
-        x_TD, weights_TE, *_ = layer.inputs
-        found |= _before([weights_TE]) - _before([x_TD])
-    return found
+    import networkx as nx  # what is not rounded does without
 
+    nodes = list(graph.all_nodes())
+    flow = nx.DiGraph((source, node) for node in nodes for source in node.predecessors())
 
-def _before(values: Iterable[ir.Value | None]) -> set[ir.Node]:
-    """All nodes that the values come from."""
-    found: set[ir.Node] = set()
-    left = list(values)
-    while left:
-        value = left.pop()
-        producer = None if value is None else value.producer()
-        if producer is not None and producer not in found:
-            found.add(producer)
-            left += producer.inputs
-    return found
+    def behind(value: ir.Value | None) -> set[ir.Node]:
+        node = None if value is None else value.producer()
+        return set() if node is None else {node} | nx.ancestors(flow, node)
+
+    layers = [node.inputs for node in nodes if (node.domain, node.op_type) == OPAQUE]
+    return set().union(*(behind(weights_TE) - behind(x_TD) for x_TD, weights_TE, *_ in layers))
