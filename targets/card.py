@@ -44,7 +44,7 @@ def card(
     With `is_pair` the ONNX files are an encoder and a decoder; with `has_tokenizer` a tokenizer is
     beside them.
     """
-    forms = ("onnx_pair" if is_pair else "onnx",) if "onnx" in targets else ()
+    forms: tuple[str, ...] = ("onnx_pair" if is_pair else "onnx",) if "onnx" in targets else ()
     forms += ("pt2",) if "pt2" in targets and not is_pair else ()
     notes = [*_notes(plan, targets)]
     runtimes: dict[str, str] = {}

@@ -37,6 +37,8 @@ FLAGS = {
     | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"}
     | {"--runtime", "--architecture"},
     "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
+    "graph": LOG
+    | {"MODEL", "--around", "--out", "--overwrite", "--inputs", "--json", "--trust-remote-code"},
     "passes": LOG | {"--json"},
     "diff": LOG | {"A", "B", "--json", "--allow-pickle"},
     "verify": LOG | {"DENSE", "CONVERTED", "--source", "--inputs", "--json", "--trust-remote-code"},

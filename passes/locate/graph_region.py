@@ -56,11 +56,11 @@ def _ends(use: Use, flow: "Flow", live: Set[fx.Node]) -> tuple[str, str] | None:
         for x in reversed(list(_backwards(use.x))):
             shape = list(x.meta["shape"])
             shape[use.ffn.axis] = use.ffn.d_out
-            names = x.meta.get("nodes"), output.meta.get("nodes")
-            fits = tuple(shape) == output.meta["shape"] and names[0] and names[1]
+            before, after = x.meta.get("nodes", ()), output.meta.get("nodes", ())
+            fits = tuple(shape) == output.meta["shape"] and before and after
             # Where it reads what is not x, that is the same value, as the walk has found.
             if fits and all(leak.kind == "reads" for leak in leaks(flow, x, output, live)):
-                return names[0][0], names[1][0]
+                return before[0], after[0]
     return None
 
 

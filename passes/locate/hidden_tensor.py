@@ -73,6 +73,11 @@ class HiddenTensor:
             taken[index_PC] = True
         return taken.reshape(node.meta["shape"])
 
+    def through_dropout(self, node: fx.Node) -> fx.Node:
+        """What a dropout works on; its probability is noted."""
+        self.dropout = max(self.dropout, dropout_of(node))
+        return data_of(node)
+
     def note_mixing(self, reason: str, node: fx.Node) -> None:
         """Note that the hidden axis is mixed; the first reason stays."""
         self.mixing = self.mixing or NearMissError(reason, node)

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from upcycle.capture.recorder import op_name
+from upcycle.passes.locate.hidden_tensor import NearMissError
 
 ELEMENTS = 2**22  # of an input that is worth trying
 TRIES = 5
@@ -47,6 +48,21 @@ def why_not_linear(node: fx.Node) -> str:
             "zeros; write them as one convolution without groups if that is wanted"
         )
     return f"`{name}` has a kernel larger than one"
+
+
+def elu_of_aten(
+    node: fx.Node, x: Any, alpha: float, scale: float, inner: float = 1.0
+) -> tuple[str, list[Any], float]:
+    """The operation, its arguments and the factor that ATen's ELU is, as SELU and CELU become one.
+
+    Raises:
+        NearMissError: it is none that is known here.
+    """
+    if inner == 1:
+        return "elu", [x, alpha], scale
+    if alpha * inner != 1:
+        raise NearMissError("`elu` has a scale inside that no activation here has", node)
+    return "celu", [x, alpha], scale
 
 
 def _moves_others(node: fx.Node, data: fx.Node) -> bool | None:

@@ -11,8 +11,6 @@ backwards and ask of every producer which of its elements each (p, c) needs:
 - an operation of one tensor that is not pointwise is noted as the reason to refuse, and the walk
   goes on, to see whether the region would be an FFN without it;
 - anything else ends the walk: the region is no FFN, and no near miss.
-
-What remains is one pointwise program that is the same for every column.
 """
 
 from collections.abc import Callable
@@ -30,7 +28,6 @@ from upcycle.passes.locate.hidden_tensor import (
     NearMissError,
     NotAnFFNError,
     data_of,
-    dropout_of,
 )
 from upcycle.passes.locate.layout import (
     Grid,
@@ -41,7 +38,7 @@ from upcycle.passes.locate.layout import (
     source_of_join,
 )
 from upcycle.passes.locate.linear import LinearMap, computed_linear, convolution_of, linear_map
-from upcycle.passes.locate.refused_operations import why_not_linear, why_opaque
+from upcycle.passes.locate.refused_operations import elu_of_aten, why_not_linear, why_opaque
 from upcycle.pointwise import OPS
 
 
@@ -129,7 +126,7 @@ class _Walk:
             assert isinstance(producer, fx.Node)
             self.hidden.visited.add(producer)
             if op_name(producer.target) == "dropout" and item == 0:  # the other is the mask
-                return self._dropout(producer, index_PC)
+                return self.value(self.hidden.through_dropout(producer), index_PC)
             if op_name(producer.target) in operations.LAYOUT:
                 return self._layout(producer, index_PC, lambda out: out[item])
             return self._opaque(producer, node, index_PC)
@@ -139,7 +136,7 @@ class _Walk:
             self.hidden.reshaped = True
             return self.value(*source_of_join(node, index_PC))
         if name == "dropout":
-            return self._dropout(node, index_PC)
+            return self.value(self.hidden.through_dropout(node), index_PC)
         if name in operations.CASTS:
             return self._cast(node, self.value(data_of(node), index_PC))
         if name == "glu":
@@ -195,10 +192,6 @@ class _Walk:
         if dtype == self.hidden.expansions[0].linear.node.meta["dtype"]:
             return self._step("cast_like", (ref, "z0"))
         return self._step("cast", (ref, str(dtype).removeprefix("torch.")))
-
-    def _dropout(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
-        self.hidden.dropout = max(self.hidden.dropout, dropout_of(node))
-        return self.value(data_of(node), index_PC)
 
     def _glu(self, node: fx.Node, index_PC: torch.Tensor) -> _Value:
         source = data_of(node)
@@ -276,23 +269,14 @@ class _Walk:
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "value")}
         if name in operations.INPLACE:
             args = [a for a in args if not isinstance(a, bool)]  # a positional inplace flag
-        if name == "elu" and args[2:]:  # of ATen: alpha, and the scales of SELU and CELU
-            return self._step("mul", (self._elu(node, *args), args[2]))
+        if name == "elu" and args[2:]:
+            name, args, scale = elu_of_aten(node, *args)
+            return self._step("mul", (self._step(name, tuple(args)), scale))
         if name == "rdiv":  # torch computes ``other / x`` like this, too
             return self._step("mul", (self._step("reciprocal", (args[0],)), args[1]))
         if name == "rpow":
             return self._step("pow", (args[1], args[0]))
         return self._step(name, tuple(args), kwargs)
-
-    def _elu(
-        self, node: fx.Node, x: _Value, alpha: float, scale: float, inner: float = 1.0
-    ) -> _Value:
-        """Without its last factor, `scale`."""
-        if inner == 1:
-            return self._step("elu", (x, alpha))
-        if alpha * inner != 1:
-            raise NearMissError("`elu` has a scale inside that no activation here has", node)
-        return self._step("celu", (x, alpha))
 
     def _with_stored(
         self, name: str, node: fx.Node, args: list[Any], stored: list[_Stored]

@@ -10,11 +10,12 @@ from upcycle.drawing.layers import Facts, moe_facts
 from upcycle.drawing.origins import origin_facts
 from upcycle.errors import UsageError
 from upcycle.ir.ffn import Located
-from upcycle.models.dense import Source, open_model
+from upcycle.models.dense import Source
+from upcycle.models.named import open_model
 from upcycle.models.onnx_file import OnnxSource, open_onnx
 from upcycle.passes.locate.locate import captured_and_located
 from upcycle.targets.load import skeleton_of
-from upcycle.targets.onnx.parts import FILES
+from upcycle.targets.onnx.file_names import FILES
 from upcycle.targets.provenance_file import FILE, read_origins
 from upcycle.util.named_callable import inputs_named
 from upcycle.util.progress import Progress

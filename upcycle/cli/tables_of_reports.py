@@ -16,7 +16,7 @@ from upcycle.targets.destination import Destination, grouped
 from upcycle.util.wording import count, short, size
 
 if TYPE_CHECKING:
-    from upcycle.conversion.export import Exported
+    from upcycle.conversion.exports.task import Exported
 
 MAX_LAYERS = 12  # in the table of a verification: the worst ones
 MAX_UNREAD = 4  # names of tensors
