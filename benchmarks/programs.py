@@ -72,6 +72,8 @@ def row(name: str, folder: Path, alone: Any) -> tuple[list[str], bool]:
     import zoo as models
     import zoo_programs
 
+    from upcycle.models.program_file import open_program
+
     try:
         found = zoo_programs.converted(name)
     except Exception as error:  # what torch or a model says is the row
@@ -82,6 +84,7 @@ def row(name: str, folder: Path, alone: Any) -> tuple[list[str], bool]:
         program = found.indirect.programs(cache=False)["model"]
         path, given, out = (folder / file for file in ("p.pt2", "given.pt", "out.pt"))
         torch.export.save(program, path)
+        program = open_program(path)
         inputs = [n.name for n in program.graph.nodes if n.op == "placeholder"]
         inputs = [n for n in inputs if n in program.graph_signature.user_inputs]
         _, kwargs = program.example_inputs or ((), {})

@@ -172,7 +172,7 @@ class InMemory:
         """Write the checkpoint, what lies beside the dense weights, and ONNX files."""
         model, options = self._rewritten(made), self.options
         size = sum(t.numel() * t.element_size() for t in tensors_of(model).values())
-        check_disk(directory, size)
+        check_disk(directory, size * (1 + ("pt2" in options.targets)))  # a program has its own
         if self.source and self.source.directory:  # what it has of its own is not written anew
             trust = self.source.trust_remote_code
             copy_companions(self.source.directory, directory, trust_remote_code=trust)

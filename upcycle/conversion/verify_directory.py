@@ -33,6 +33,7 @@ from upcycle.targets.load import load
 from upcycle.targets.onnx.file_names import FILES as ONNX_FILES
 from upcycle.targets.onnx.write import in_float32
 from upcycle.targets.provenance_file import as_made
+from upcycle.targets.pt2.write import SUFFIX
 from upcycle.util.modules import device_of, model_dtype
 from upcycle.util.progress import Progress, silent
 from upcycle.util.untrusted import names_code
@@ -40,6 +41,7 @@ from upcycle.verification.layers import Origins, layer_checks, stored, verify_la
 from upcycle.verification.onnx.layers import compare_outputs, feeds_for
 from upcycle.verification.onnx.precision import verify_precision
 from upcycle.verification.onnx.rounded_layers import rounded_paths
+from upcycle.verification.programs import form_of, verify_programs
 from upcycle.verification.whole_model import compare_models, end_to_end
 
 
@@ -115,7 +117,8 @@ def _verify_trained(source: Source, directory: Path) -> Report:
 def _compared(
     source: Source, dense: nn.Module, converted: nn.Module, directory: Path, options: Onnx
 ) -> tuple[ModelDistance, OnnxFacts | None, list[Check]]:
-    """The distance of the whole models; facts and checks of the ONNX files in `directory`."""
+    """The distance of the whole models; facts of the ONNX files in `directory`, and checks of
+    these and of programs."""
     evaluation = evaluation_for(
         dense,
         directory=source.directory,
@@ -129,11 +132,17 @@ def _compared(
             f"{directory}: the model in it cannot be run ({one_line(error)}); its files do not fit "
             "together, convert the model again"
         ) from error
-    if not any((directory / name).is_file() for name in ONNX_FILES):
-        return found, None, []
-    single = in_float32(converted)
-    with with_own_experts(single):
-        return found, *verify_precision(directory, single, evaluation, options)
+    facts: OnnxFacts | None = None
+    checks: list[Check] = []
+    if any((directory / name).is_file() for name in ONNX_FILES):
+        single = in_float32(converted)
+        with with_own_experts(single):
+            facts, checks = verify_precision(directory, single, evaluation, options)
+    if programs := sorted(directory.glob(f"*{SUFFIX}")):
+        form, cache = form_of(programs[0]), options.cache
+        with with_own_experts(converted):
+            checks += verify_programs(directory, converted, evaluation, form, cache=cache)
+    return found, facts, checks
 
 
 def _verify_layers(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from upcycle.data.verification_inputs import Evaluation, cast_floats
 from upcycle.ir.measured import Check
 from upcycle.ir.rounding import ROUNDING
+from upcycle.models.program_file import open_program
 from upcycle.targets.pt2.export import Form, experts_as
 from upcycle.targets.pt2.write import SUFFIX
 from upcycle.targets.traced.arguments import arguments_of, identifiers
@@ -37,7 +38,7 @@ def verify_programs(
         given = [arguments_of(model, batch) for batch in batches]
         for part in parts(model, given[0], cache=cache):
             path = directory / f"{part.stem}{SUFFIX}"
-            program = torch.export.load(path).module()
+            program = open_program(path).module()
             for one in given:
                 for feeds, theirs in _runs(model, part, one.tensors):
                     words = identifiers(list(feeds))
@@ -46,6 +47,17 @@ def verify_programs(
                     floats = [n for n, t in theirs.items() if t.is_floating_point() and t.numel()]
                     worst = max(worst, *(distance(ours[n], theirs[n]).relative for n in floats))
     return [check(PROGRAM, worst, ROUNDING[model_dtype(model)])]
+
+
+def form_of(path: Path) -> Form:
+    """The form of the layers in a program.
+
+    Raises:
+        UsageError: the file is damaged, or has something in it that could run.
+    """
+    nodes = open_program(path).graph.nodes
+    is_fused = any(node.target is torch.ops.upcycle.moe.default for node in nodes)
+    return "fused" if is_fused else "portable"
 
 
 def _runs(
