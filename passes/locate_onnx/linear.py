@@ -55,6 +55,7 @@ def _integers_behind(value: ir.Value) -> str:
 
 
 def _constants(value: ir.Value) -> Iterator[ir.TensorProtocol]:
+    """The constants that a value is computed from; by hand, as the walk ends at them."""
     todo, seen = [value], {value}
     while todo:
         current = todo.pop()
