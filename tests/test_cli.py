@@ -279,3 +279,12 @@ def test_the_environment_is_that_of_this_process() -> None:
     assert found["torch"] == version("torch")
     assert str(os.cpu_count()) in found["processor"]
     assert "transformers" in run("env").stdout
+
+
+def test_output_that_nobody_reads_is_no_bug() -> None:
+    command = [Path(sys.executable).with_name("upcycle"), "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, said = process.communicate()
+    assert (process.returncode, said) == (program.UNREAD, b"")

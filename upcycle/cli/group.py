@@ -1,7 +1,7 @@
 """The frame of the command line: every failure becomes a sentence on stderr and an exit code.
 
 0 ok    2 usage or recipe    3 verification failed    4 unsupported    5 disk or memory
-130 interrupted              1 a bug in upcycle
+130 interrupted    141 nobody reads the output    1 a bug in upcycle
 
 ``upcycle diff`` ends with 3, too, if the two models differ.
 """
@@ -24,6 +24,7 @@ from upcycle.cli import console
 from upcycle.errors import UpcycleError, VerificationError, is_out_of_memory
 
 DIFFERENT = VerificationError.exit_code
+UNREAD = 141  # as a shell has it for a program that SIGPIPE ended
 
 
 class CommandGroup(click.Group):
@@ -38,6 +39,10 @@ class CommandGroup(click.Group):
             return super().main(*args, **options)
         try:
             code = super().main(*args, **{**options, "standalone_mode": False})
+        except SystemExit as left:  # click ends with 1 where nobody reads on, as in `... | head -1`
+            cause = left.__context__
+            unread = isinstance(cause, OSError) and cause.errno == errno.EPIPE
+            code = UNREAD if unread else left.code
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             code = error.exit_code
