@@ -56,7 +56,9 @@ def card(
             del runtimes["onnxruntime"]
         if is_tempered(form.target, plan.specs):
             notes += _tempered(report)
-    usage = Usage(forms, written.auto_class if written else "", has_tokenizer)
+    is_module = written is not None and written.destination.form == "module"
+    auto_class = written.auto_class if written is not None and not is_module else ""
+    usage = Usage(forms, auto_class, has_tokenizer)
     return model_card(
         name=name,
         report=report,
@@ -64,7 +66,7 @@ def card(
         numbers=dict(_numbers(plan, report)),
         usage=usage,
         runtimes=runtimes,
-        library="transformers" if written else "onnx",
+        library="pytorch" if is_module else "transformers" if written else "onnx",
         recipe_text=changes_of(plan.recipe),
     )
 
@@ -96,7 +98,7 @@ def _numbers(plan: Plan, report: Report) -> Iterator[tuple[str, str]]:
     layers = report.layers or ()
     for row in layers[:MAX_LAYERS]:
         text = f"relative error {row.relative:.2e}, cosine {_cosines(row)}"
-        yield f"layer `{row.path}`", text
+        yield f"layer `{row.path or '(root)'}`", text
     if len(layers) > MAX_LAYERS:
         yield f"{len(layers) - MAX_LAYERS} more layers", "in report.json"
 
@@ -157,7 +159,7 @@ def model_card(
         *(f"{title}:\n\n" + _fenced("python", code) for title, code in usage.snippets()),
         *_training(report, usage),
         "## What is exact",
-        PROMISES[report.promise],
+        ("Before the weights were rounded: " if report.rounding else "") + PROMISES[report.promise],
         *notes,
         "## In numbers",
         _table(("", ""), list(numbers.items())),

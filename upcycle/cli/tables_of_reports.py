@@ -33,7 +33,9 @@ def located_json(located: Located) -> dict[str, Any]:
 def located_report(located: Located) -> list[RenderableType]:
     """The FFNs of a model, and the places that only look like one."""
     ffns = new_table("FFN", "kind", "shape", "activation", "placement")
-    rows = [(f.path, f.kind, _shape(f), f.pointwise.name, f.placement) for f in located.ffns]
+    rows = [
+        (f.path or "(root)", f.kind, _shape(f), f.pointwise.name, f.placement) for f in located.ffns
+    ]
     add_rows(ffns, rows)
     return [ffns, f"{count(located.ffns, 'dense FFN')} found", *_misses(located)]
 

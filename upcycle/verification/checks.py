@@ -43,6 +43,7 @@ ROUNDED_WEIGHTS = "rounded weights against float ones, in half steps of their sc
 ROUNDED_KERNEL = "rounded experts in ONNX Runtime against PyTorch"
 ROUNDED_LAYER = "rounded experts against float ones, rms over what independent errors give"
 
+ROOT = "(root)"  # a layer that is the model itself
 HALF_STEP = 1 + 2 * 127 * 2**-11  # a scale in float16 is off by 2^-11, and is taken 127 times
 
 
@@ -54,7 +55,7 @@ def check(what: str, error: float, allowed: float) -> Check:
 def worst_at(what: str, errors: Mapping[str, float], allowed: float) -> Check:
     """The largest of the errors by path, and where it is."""
     path = max(errors, key=errors.__getitem__)
-    return check(f"{what}, worst at {path}", errors[path], allowed)
+    return check(f"{what}, worst at {path or ROOT}", errors[path], allowed)
 
 
 def raise_if_failed(report: Report) -> None:
