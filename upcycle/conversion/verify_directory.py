@@ -72,8 +72,8 @@ def verify_directory(
     has_graph = any((directory / name).is_file() for name in ONNX_FILES)
     if has_graph and not is_described(directory) and not any(directory.glob("*.safetensors*")):
         raise UsageError(
-            f"{directory}: it holds an ONNX file and no weights beside it; `upcycle export` compared "
-            "it when it wrote it, and the model that was exported can be verified"
+            f"{directory}: it holds an ONNX file and no weights beside it; `upcycle export` "
+            "compared it when it wrote it, and the model that was exported can be verified"
         )
     if not is_described(directory) and isinstance(source, Source):
         return _verify_trained(source.fetched(progress), directory)
