@@ -182,6 +182,28 @@ def _deep(entries: dict[str, bytes]) -> None:
     entries[PLACE] = b"[" * 200_000
 
 
+def _slashless(entries: dict[str, bytes]) -> None:
+    entries["version"] = b"8.20"
+    entries["serialized_exported_program.json"] = b"{}"
+
+
+def _two_folders(entries: dict[str, bytes]) -> None:
+    entries["other/models/model.json"] = b"{}"
+
+
+def _other_case(entries: dict[str, bytes]) -> None:
+    entries["dense/data/sample_inputs/Model.pt"] = b"x"
+    entries["dense/Data/sample_inputs/model.pt"] = b"x"
+
+
+def _upper(entries: dict[str, bytes]) -> None:
+    entries["dense/Data/sample_inputs/other.pt"] = b"x"
+
+
+def _no_mapping(entries: dict[str, bytes]) -> None:
+    entries["dense/data/weights/model_weights_config.json"] = b'{"config": [1]}'
+
+
 def _lacks_weights(entries: dict[str, bytes]) -> None:
     del entries["dense/data/weights/weight_0"]
 
@@ -194,12 +216,39 @@ def _lacks_weights(entries: dict[str, bytes]) -> None:
         (_object, "an object of a class"),
         (_no_json, "not a program of torch.export"),
         (_deep, "nested too deeply"),
+        (_slashless, "several folders|does not write"),
+        (_two_folders, "several folders"),
+        (_other_case, "one name"),
+        (_upper, "does not write"),
+        (_no_mapping, "not a program"),
         (_lacks_weights, "cannot read this program|not a program"),
     ],
 )
 def test_other_archives(dense: Path, tmp_path: Path, change: Any, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         open_program(changed(dense, tmp_path / "bad.pt2", change))
+
+
+def test_two_files_of_one_name(dense: Path, tmp_path: Path) -> None:
+    """torch would read the first, and a check of the last would say nothing of it."""
+    path = changed(dense, tmp_path / "two.pt2", lambda entries: None)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(PLACE, b"{}")
+    with pytest.raises(UsageError, match="one name"):
+        open_program(path)
+
+
+def test_an_encrypted_archive(dense: Path, tmp_path: Path) -> None:
+    path = changed(dense, tmp_path / "locked.pt2", lambda entries: None)
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flags of each entry
+        place = content.find(mark)
+        while place >= 0:
+            content[place + offset] |= 1
+            place = content.find(mark, place + 4)
+    path.write_bytes(bytes(content))
+    with pytest.raises(UsageError, match=r"not a program of torch\.export"):
+        open_program(path)
 
 
 def test_no_archive(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def test_a_graph_of_any_tracer() -> None:
     done = upcycle.convert(graph, SPLIT_ALL, (x,), overrides=())
     assert [spec.ffn.place for spec in done.plan.specs] == ["second", "w2"]
     assert sorted(name for name, _ in done.model.named_children()) == ["second", "w2"]
-    assert torch.allclose(done.model(x), model(x), rtol=0, atol=1e-5)
+    off = (done.model(x) - model(x)).abs().max() / model(x).abs().max()
+    assert off <= ROUNDING[torch.float32]
     assert "relu" not in done.model.code  # type: ignore[operator]
 
 
@@ -160,7 +161,8 @@ class Joined(nn.Module):
 def test_a_matrix_that_does_more_is_refused_with_the_reason() -> None:
     located = upcycle.locate(exported(Joined(), (torch.randn(4, 8),)))
     assert not located.ffns
-    assert "among other things" in located.misses[0].reason or "raw" in located.misses[0].reason
+    (miss,) = located.misses
+    assert "one matrix also does something else: convert the module" in miss.reason
 
 
 def test_an_assertion_about_the_hidden_tensor_goes_with_it() -> None:

@@ -27,7 +27,7 @@ def in_graph(program: Program, uses: Sequence[Use], live: Set[fx.Node]) -> FFN |
     nothing in it is read from outside, and nothing is written across its border.
     """
     ffn = uses[0].ffn
-    if ffn.shared or not any("nodes" in node.meta for node in program.graph.nodes):
+    if ffn.shared or not program.is_graph:
         return None
     from upcycle.graphs.closed_region import flow_of  # networkx is slow to import
 

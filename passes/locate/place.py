@@ -209,6 +209,11 @@ def _calls_at(program: Program, node: fx.Node, output: fx.Node) -> list[Call]:
 def _raw(program: Program, use: Use, path: str) -> str:
     """Why a linear map that no module applies alone is refused."""
     weights = " and ".join(f"`{name}`" for name in use.ffn.parameters[:2])
+    if program.is_graph:
+        return (
+            f"no call of a layer can stand for what this graph does with its weights {weights}, as "
+            "where one matrix also does something else: convert the module that it was made of"
+        )
     if path:
         return (
             f"`{path}` applies its weights {weights} among other things: move the FFN into a "

@@ -95,7 +95,7 @@ def shape_of(cache: object, part: str = "") -> CacheShape:
         if type(layer) not in _KEPT or keys is None or values is None or keys.dim() != 4:
             raise UnsupportedError(
                 f"layer {i} remembers a {type(layer).__name__} and not keys and values of all "
-                "tokens, which is what an ONNX graph can hand on"
+                "tokens, which is what a graph can hand on"
             )
         heads[i] = ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]))
         dtype = keys.dtype

@@ -62,7 +62,7 @@ class Part:
 
 
 def parts(model: nn.Module, given: Arguments, *, cache: bool = True) -> list[Part]:
-    """The files to write for `model` (float32, on the CPU), which runs once, on one token.
+    """The graphs of `model`, which is on the CPU and runs once, on one token.
 
     With `cache` a model that has a cache keeps it.
 

@@ -130,7 +130,7 @@ def _record(model: nn.Module, example: ExampleInputs, repeat_blocks: bool) -> Pr
             recorder.values.learn(fake, real.detach().cpu().clone())
     _watch_calls(model, recorder, repeated_blocks(model) if repeat_blocks else {})
     if isinstance(model, fx.GraphModule):
-        model = labelled(model, recorder)
+        model, recorder.program.is_graph = labelled(model, recorder), True
     with recording(), fake_mode, recorder:
         out = functional_call(model, tensors, args, kwargs, strict=False)
     recorder.graph.output(tuple(recorder.node_of(tensor) for tensor in results_in(out)))

@@ -51,11 +51,13 @@ class Program:
             `upcycle.capture.graph_nodes`, `nodes` has the names of its nodes that hold the tensor.
         calls: module path -> its calls.
         replays: path of a recorded block -> paths of the siblings that repeat it.
+        is_graph: a graph of torch.fx was recorded.
     """
 
     graph: fx.Graph
     calls: dict[str, list[Call]] = field(default_factory=dict)
     replays: dict[str, list[str]] = field(default_factory=dict)
+    is_graph: bool = False
 
 
 @functools.cache

@@ -32,9 +32,9 @@ atexit.register(gc.freeze)
 def main() -> None:
     """Turn dense networks into sparse Mixtures of Experts.
 
-    MODEL is a Hugging Face directory, a model of the hub (org/name, org/name@revision), a .gguf or
-    .onnx file, the directory of a PEFT adapter, sample:NAME (see `upcycle samples`) or a Python
-    function that returns an nn.Module, as package.module:callable.
+    MODEL is a Hugging Face directory, a model of the hub (org/name, org/name@revision), a .gguf,
+    .onnx or .pt2 file, the directory of a PEFT adapter, sample:NAME (see `upcycle samples`) or a
+    Python function that returns an nn.Module, as package.module:callable.
     """
 
 

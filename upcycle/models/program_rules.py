@@ -9,6 +9,7 @@ import ast
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ _ARITHMETIC = (
     ast.cmpop, ast.keyword,
 )  # fmt: skip
 _LONGEST, _LARGEST_POWER = 2000, 16
+# How reading something that is no such archive fails: it is cut off, encrypted, or of other data.
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, LookupError, TypeError,
+    AttributeError, RuntimeError,
+)  # fmt: skip
 
 
 def check_program(path: Path, *, allow_pickle: bool = False, trust: bool = False) -> None:
@@ -57,7 +63,7 @@ def check_program(path: Path, *, allow_pickle: bool = False, trust: bool = False
     try:
         with zipfile.ZipFile(path) as archive:
             _check_archive(path, archive, allow_pickle=allow_pickle, trust=trust)
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, NotImplementedError) as error:
+    except _DAMAGED as error:
         raise UsageError(
             f"{path}: not a program of torch.export ({type(error).__name__}: {error}); write it "
             "again with torch.export.save"
@@ -67,7 +73,7 @@ def check_program(path: Path, *, allow_pickle: bool = False, trust: bool = False
 def _check_archive(
     path: Path, archive: zipfile.ZipFile, *, allow_pickle: bool, trust: bool
 ) -> None:
-    entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    entries = _entries(archive)
     if sum(info.file_size for info in entries.values()) > 2 * path.stat().st_size:
         raise UsageError(f"{path}: it says that it holds more than it does; download it again")
     compiled = [n for n in entries if "aotinductor" in n or n.endswith((".so", ".dll", ".dylib"))]
@@ -96,6 +102,26 @@ def _check_archive(
             if one.get("use_pickle") and not allow_pickle:
                 name = f"data/{kind}/{one['path_name']}"
                 _check_pickle(path, name, archive.read(entries[name]))
+
+
+def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """What is in the archive by its path in the one folder there, as torch finds it.
+
+    torch takes a name in any case, the first of two, and a file beside the folder for a program of
+    an older version: what is read here could be another file than what torch reads.
+
+    Raises:
+        ValueError: it has any of these.
+    """
+    infos = archive.infolist()
+    folders = {info.filename.partition("/")[0] for info in infos}
+    entries = {info.filename.partition("/")[2]: info for info in infos}
+    known = [name for name in entries if name.lower().startswith(("data/", "models/"))]
+    if len(folders) != 1 or len({name.lower() for name in entries}) < len(infos):
+        raise ValueError("two of its files have one name, or it has several folders")
+    if "" in entries or any(name != name.lower() for name in known):
+        raise ValueError("it has files that torch.export.save does not write")
+    return entries
 
 
 def _check_pickle(path: Path, name: str, content: bytes) -> None:

@@ -173,7 +173,8 @@ def convert(
             progress=progress,
         )
     if done is None:
-        console.print_result(f"stopped after {stop_after}; nothing was written")
+        said = f"stopped after {stop_after}; nothing was written"
+        console.show(as_json, {"stopped_after": stop_after}, lambda: [said])
         return
     files = sorted(path for path in out.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(out)): path.stat().st_size for path in files}
