@@ -119,6 +119,8 @@ def test_bert_tiny_is_converted_trained_and_exported(tmp_path: Path) -> None:
         expected = model(ids_BS).logits
     error = (onnx_logits(tmp_path / "onnx" / "model.onnx", ids_BS) - expected).abs().max()
     assert error / expected.abs().max() <= ROUNDING[torch.float32]
+    refused = run("verify", "sample:bert-tiny", tmp_path / "onnx", code=2).stderr
+    assert "an ONNX file and no weights beside it" in refused
 
 
 def test_inspect_verify_and_bench_know_a_trained_native_model(dense: Path, native: Path) -> None:

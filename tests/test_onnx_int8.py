@@ -231,6 +231,9 @@ def test_an_onnx_file(tmp_path: Path) -> None:
     kinds = [t.data_type for t in initializers(out / "model.onnx").values() if len(t.dims) == 3]
     assert kinds.count(INT8) == 4
     assert path.is_file()
+    again = json.loads(run("verify", layer, out, "--json").stdout)
+    assert again["end_to_end"] == report["end_to_end"]
+    assert "Before the weights were rounded: The outputs" in (out / "README.md").read_text()
 
 
 def test_the_road_of_a_user(tmp_path: Path) -> None:

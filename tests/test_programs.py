@@ -277,6 +277,11 @@ def test_convert_reads_and_writes_programs(tmp_path: Path) -> None:
         "model.pt2",
         "model.safetensors",
     ]
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "library_name: pytorch" in card
+    assert "pipeline_tag" not in card
+    verified: Any = run("verify", path, tmp_path / "moe")
+    assert "exported program loaded again" in verified.output
     inspected: Any = run("inspect", path)
     assert "bert.encoder.layer.{0..2}" in inspected.output
     assert path.is_file()
