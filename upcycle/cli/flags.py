@@ -17,8 +17,8 @@ FLAGS = {
 }
 SAME = (
     *("allow_pickle", "architecture", "around", "calibration", "device", "dtype", "engine"),
-    *("executor", "fresh", "gguf_type", "jobs", "out", "overwrite", "resume", "stream", "target"),
-    *("trust_remote_code", "verify"),
+    *("executor", "fresh", "gguf_type", "jobs", "out", "overwrite", "pt2_form", "resume", "stream"),
+    *("target", "trust_remote_code", "verify"),
 )
 ARGUMENT = re.compile(rf"`({'|'.join([*FLAGS, *SAME])})(?:=([^`]*))?`")
 
