@@ -41,9 +41,10 @@ from upcycle.errors import UnsupportedError
 from upcycle.onnx.run import session
 from upcycle.targets.onnx.decode import OnnxFiles
 from upcycle.targets.onnx.export import export_onnx
-from upcycle.targets.onnx.file_names import DECODER, ENCODER, MODEL, parts
+from upcycle.targets.onnx.file_names import DECODER, ENCODER, MODEL
 from upcycle.targets.traced.arguments import arguments_of
 from upcycle.targets.traced.cache import cache_argument, cache_in, shape_of
+from upcycle.targets.traced.parts import parts
 from upcycle.verification.onnx.files import verify_onnx
 
 pytestmark = pytest.mark.usefixtures("one_thread")

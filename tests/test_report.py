@@ -188,7 +188,7 @@ def test_a_plan_without_layers_has_a_report() -> None:
         (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], ["a.0.{0..1}", "a.1.{0..1}"]),
         (["a", "a"], ["a", "a"]),
         (["x1.a", "x2.a"], ["x1.a", "x2.a"]),
-        ([""], [""]),
+        ([""], ["(root)"]),
     ],
 )
 def test_repeated_layers_are_one_row(paths: list[str], rows: list[str]) -> None:
