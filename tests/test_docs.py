@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ def test_a_printed_command_parses(page: str, command: str) -> None:
         subcommand.make_context(name, arguments)
 
 
+def test_no_two_commands_write_the_same_directory() -> None:
+    """Who follows one page and then another is not refused because it is there already."""
+    # README shows its first command twice, with the environment's path and without.
+    printed = {(page, command.removeprefix(".venv/bin/")) for page, command in commands()}
+    written = [
+        (page, out[0]) for page, line in printed if (out := re.findall(r"(?:--out|-o) (\S+)", line))
+    ]
+    counts = Counter(directory for _, directory in written)
+    twice = [f"{page}: {directory}" for page, directory in written if counts[directory] > 1]
+    assert len(written) > 20
+    assert not twice
+
+
 NOT_RUN = re.compile(r"<!-- not run by the tests: (.+?) -->\n$", flags=re.S)
 
 
@@ -91,7 +105,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = ["convert", model, "--recipe", "sparse-upcycling", "--out", str(folder / name)]
         ran = CliRunner().invoke(main, [*made, *more])
         assert ran.exit_code == 0, ran.output
-    (folder / "bert-onnx").symlink_to(folder / "minilm-moe")
+    for name, made in (
+        ("minilm-code", "minilm-moe"),
+        ("bert-edge", "minilm-moe"),
+        ("bert-copies", "bert-moe"),
+    ):
+        (folder / name).symlink_to(folder / made)
     return folder
 
 

@@ -36,6 +36,8 @@ if _TYPE_CHECKING:
     from upcycle.passes.routers.method import RouterMethod
     from upcycle.recipe.reader import load_recipe
     from upcycle.recipe.schema import Recipe
+    from upcycle.routing.override import override
+    from upcycle.routing.trace import trace
     from upcycle.targets.load import load
     from upcycle.verification.whole_model import verify
 
@@ -69,10 +71,12 @@ __all__ = [
     "load",
     "load_recipe",
     "locate",
+    "override",
     "register_activation",
     "register_expert_method",
     "register_router",
     "set_new_bias",
+    "trace",
     "verify",
     "write_graph",
 ]
@@ -92,6 +96,8 @@ _HOMES = {
     "passes.plugins": ("register_expert_method", "register_router"),
     "passes.routers.method": ("RouterMethod",),
     "recipe.schema": ("Recipe",),
+    "routing.override": ("override",),
+    "routing.trace": ("trace",),
     "recipe.reader": ("load_recipe",),
     "ir.spec": ("MoESpec", "Plan"),
     "verification.whole_model": ("verify",),

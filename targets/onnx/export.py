@@ -20,7 +20,7 @@ from upcycle.targets.files.stored import Stored
 from upcycle.targets.onnx.axes import fixed_sizes, name_axes
 from upcycle.targets.onnx.dtypes import narrowed, widen
 from upcycle.targets.onnx.forms.lower import lower
-from upcycle.targets.onnx.opaque_experts import symbolic_layers
+from upcycle.targets.onnx.layers import for_graph, label, layers_of
 from upcycle.targets.onnx.share_weights import Store, share_weights, write_weights
 from upcycle.targets.onnx.trace import quiet, trace
 from upcycle.targets.traced.arguments import apart, arguments_of, identifiers
@@ -75,7 +75,8 @@ def export_onnx(
     axes = default_axes(example_inputs) if dynamic is None else dynamic
     words = dict(zip(example_inputs, identifiers(list(example_inputs)), strict=True))
     store = Store(path.parent, stored)
-    with symbolic_layers(model, kind) as layers, tensor_outputs(model, compute, words) as outputs:
+    layers = layers_of(model, kind)
+    with for_graph(model), tensor_outputs(model, compute, words) as outputs:
         program = trace(
             model,
             {word: example_inputs[name] for name, word in words.items()},
@@ -85,6 +86,7 @@ def export_onnx(
         with torch.no_grad():
             outputs = list(named_tensors(compute(model, dict(example_inputs))))
     graph: ir.Model = program.model
+    label(graph, layers)
     _rename(graph, graph.graph.inputs, list(words))
     if kind is torch.float32:
         widen(graph)

@@ -18,7 +18,8 @@ from upcycle.ir.layer_weights import empty_layer
 from upcycle.layers.config import LayerConfig
 from upcycle.layers.moe import MoE
 from upcycle.onnx.nodes import Nodes
-from upcycle.targets.onnx.opaque_experts import OPAQUE, symbolic_layers
+from upcycle.targets.onnx.layers import for_graph
+from upcycle.targets.onnx.torch_ops.opaque import OPAQUE
 from upcycle.targets.onnx.trace import quiet, trace
 
 # The leading axes of the example, all distinct and longer than 1, so that none is taken as fixed.
@@ -96,7 +97,7 @@ def _exported(config: str, rank: int) -> bytes:
     sizes.insert(axis, d_model)
     x = torch.zeros(sizes)
     labels = {i: f"axis_{i}" for i in range(rank) if i != axis}
-    with symbolic_layers(layer):
+    with for_graph(layer):
         program = trace(layer, {"x": x}, {"x": labels}, optimize=False)
     model: ir.Model = program.model
     with quiet():

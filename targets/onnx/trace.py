@@ -11,13 +11,15 @@ from torch.export import _trace
 
 from upcycle.errors import UnsupportedError, first_line
 from upcycle.onnx.nodes import OPSET
+from upcycle.targets.onnx.torch_ops import opaque
 from upcycle.targets.onnx.torch_ops.attention import attention
 from upcycle.targets.traced.axes import Axes
 from upcycle.util.modules import no_fast_path
 from upcycle.util.quiet import quiet_logs
 
-ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.scaled_dot_product_attention.default: attention
+_TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    **opaque.TABLE,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
 }
 
 
@@ -47,7 +49,7 @@ def trace(
                 opset_version=OPSET,
                 verbose=False,
                 optimize=optimize,
-                custom_translation_table=ATTENTION,
+                custom_translation_table=_TABLE,
             )
         except torch.onnx.OnnxExporterError as error:
             reason = first_line(error.__cause__ or error)

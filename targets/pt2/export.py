@@ -8,8 +8,8 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,16 @@ from torch.export import Dim, ExportedProgram
 from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import cast_floats
 from upcycle.errors import UnsupportedError, first_line
-from upcycle.models.moe_layers import own_experts
 from upcycle.targets.traced.arguments import arguments_of, identifiers
 from upcycle.targets.traced.axes import Axes, default_axes
 from upcycle.targets.traced.cache import without_cache
+from upcycle.targets.traced.experts import Form, experts_as
 from upcycle.targets.traced.outputs import as_python, tensor_outputs
 from upcycle.targets.traced.parts import Part, parts
-from upcycle.util.modules import eval_mode, model_dtype, no_fast_path, set_within
+from upcycle.util.modules import eval_mode, model_dtype, no_fast_path
 from upcycle.util.quiet import quiet_logs
 
 log = logging.getLogger(__name__)
-Form = Literal["portable", "fused"]
-_IMPLEMENTATIONS = {"portable": "portable", "fused": "upcycle"}
 
 
 def programs(
@@ -55,15 +53,6 @@ def programs(
     with without_cache(model), eval_mode(model), experts_as(model, form):
         for part in parts(model, given, cache=cache):
             yield part.stem, _program(model, part)
-
-
-@contextmanager
-def experts_as(model: nn.Module, form: Form) -> Iterator[None]:
-    """Within it the experts of `model` run as they do in a program of this form."""
-    with ExitStack() as undo:
-        for experts in own_experts(model).values():
-            set_within(undo, experts.config, "_experts_implementation", _IMPLEMENTATIONS[form])
-        yield
 
 
 def _program(model: nn.Module, part: Part) -> ExportedProgram:

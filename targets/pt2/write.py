@@ -7,7 +7,8 @@ from torch import nn
 
 from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UnsupportedError
-from upcycle.targets.pt2.export import Form, programs
+from upcycle.targets.pt2.export import programs
+from upcycle.targets.traced.experts import Form
 from upcycle.util.quiet import quiet_logs
 
 SUFFIX = ".pt2"

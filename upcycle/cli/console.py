@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def start_log(level: int) -> None:
     if not any(isinstance(handler, _Stderr) for handler in log.handlers):
         log.addHandler(_Stderr())
     log.setLevel(level)
+    # torch says it of a registration of its own, wherever a program is read or run.
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec", FutureWarning)
 
 
 def is_verbose() -> bool:

@@ -6,17 +6,17 @@ from itertools import groupby, pairwise
 
 from rich.table import Table
 
+from upcycle.util.spans import span
+
 
 def fold(paths: Sequence[str]) -> str:
-    """``layers.0.mlp`` to ``layers.11.mlp`` as ``layers.{0..11}.mlp``; ``{0..10..2}`` in steps."""
+    """``layers.0.mlp`` to ``layers.11.mlp`` as ``layers.{0..11}.mlp``; see `span`."""
     parts = [path.split(".") for path in paths]
     varying = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
     if not varying:
         return paths[0]
     numbers = [int(part[varying[0]]) for part in parts]
-    step = numbers[1] - numbers[0]
-    text = f"{numbers[0]}..{numbers[-1]}" + (f"..{step}" if step != 1 else "")
-    parts[0][varying[0]] = f"{{{text}}}"
+    parts[0][varying[0]] = f"{{{span(numbers)}}}"
     return ".".join(parts[0])
 
 

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from upcycle.cli.tables import add_rows, new_table
+from upcycle.util.spans import span
 from upcycle.util.wording import count
 
 MAX_ROWS = 24  # of a table that would have one for each expert or tensor
@@ -92,7 +93,7 @@ def _experts(layer: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     both = list(zip(layer["expert_rows"], sources, strict=True))
     for (text, source), group in groupby(range(len(both)), key=lambda e: both[e]):
         experts = list(group)
-        name = f"{experts[0]}..{experts[-1]}" if len(experts) > 1 else f"{experts[0]}"
+        name = span(experts)
         name = f"{name} from {source}" if source else name
         yield layer["path"], name, str(layer["width"]), _cut(text)
     if layer["shared"]:
@@ -152,7 +153,7 @@ def _folded(tensors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         seen = [sorted(set(column)) for column in zip(*found, strict=True)]
         is_whole = math.prod(len(column) for column in seen) == len(found)
         if is_whole and all(column[-1] - column[0] < len(column) for column in seen):
-            spans = [f"{{{c[0]}..{c[-1]}}}" if len(c) > 1 else f"{c[0]}" for c in seen]
+            spans = [f"{{{span(c)}}}" if len(c) > 1 else f"{c[0]}" for c in seen]
             rows.append((_filled(pattern, spans), shape))
         else:
             rows += [(_filled(pattern, map(str, numbers)), shape) for numbers in found]

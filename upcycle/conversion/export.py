@@ -17,7 +17,7 @@ from upcycle.recipe.onnx import ONNX_DEFAULTS, Onnx
 from upcycle.targets.files.staging import check_output, staged
 from upcycle.targets.gguf.write import GgufType
 from upcycle.targets.load import load
-from upcycle.targets.pt2.export import Form
+from upcycle.targets.traced.experts import Form
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.checks import raise_if_any_failed
 

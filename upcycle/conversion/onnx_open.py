@@ -16,7 +16,7 @@ from upcycle.passes.plan.plan import needs
 from upcycle.recipe.schema import Recipe
 from upcycle.targets.destination import onnx_destination
 from upcycle.targets.files.tensor_file import check_disk
-from upcycle.targets.onnx.opaque_experts import check_router
+from upcycle.targets.onnx.layers import check_router
 from upcycle.verification.onnx.layers import feeds_for
 
 

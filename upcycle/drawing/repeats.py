@@ -3,6 +3,8 @@
 import re
 from collections.abc import Hashable, Iterator, Sequence
 
+from upcycle.util.spans import span
+
 LONGEST = 32  # members of a group that repeats
 
 
@@ -38,12 +40,6 @@ def pattern_of(paths: Sequence[str]) -> str:
     if len(differ) > 1 or not all(part.isdigit() for part in columns[differ[0]]):
         return f"{unique[0]} to {unique[-1]}"
     numbers = [int(part) for part in columns[differ[0]]]
-    step = numbers[1] - numbers[0]
-    is_even = numbers == [*range(numbers[0], numbers[-1] + 1, step or 1)]
-    if not is_even or (len(numbers) == 2 and step > 1):
-        span = ",".join(map(str, numbers))
-    else:
-        span = f"{numbers[0]}{'' if step == 1 else f',{numbers[1]}'}..{numbers[-1]}"
     return "".join(
-        column[0] if i != differ[0] else f"{{{span}}}" for i, column in enumerate(columns)
+        column[0] if i != differ[0] else f"{{{span(numbers)}}}" for i, column in enumerate(columns)
     )

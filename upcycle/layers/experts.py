@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from upcycle.kernels import fits_grouped_mm, run_experts, visit_by_all
+from upcycle.kernels import fits_grouped_mm, run_as_one_node, run_experts, visit_by_all
 from upcycle.pointwise import Pointwise
 
 
@@ -45,8 +45,8 @@ class Experts(nn.Module):
     `down_proj` [E, O, I]; optional `*_bias`, of the contraction where each expert is a whole FFN
     (`down_bias`). `program` is the activation as a line of JSON.
     Which kernel runs is ``config._experts_implementation``: ``upcycle``, which is `run_experts` on
-    the CPU and ``grouped_mm`` elsewhere, another name that transformers knows, ``eager``, or
-    ``portable``, which any compiler of torch can take.
+    the CPU and ``grouped_mm`` elsewhere, another name that transformers knows, ``eager``, or one
+    for graphs: ``portable``, which any compiler of torch can take, and ``one_node``.
     """
 
     has_post_expert_norm = False
@@ -120,6 +120,8 @@ class Experts(nn.Module):
         name = self.config._experts_implementation
         if name == "portable":
             return self.sorted_forward(hidden_states, top_k_index, top_k_weights)
+        if name == "one_node":
+            return run_as_one_node(self, hidden_states, top_k_index, top_k_weights)
         if name == "upcycle":
             if hidden_states.device.type != "cpu":
                 name = "grouped_mm"

@@ -20,8 +20,8 @@ from upcycle.onnx.tensors import numbers_of, tensor_of
 from upcycle.targets.onnx.forms.fused import initializer
 from upcycle.targets.onnx.forms.quantise import SMALLEST, Block, quantise
 from upcycle.targets.onnx.forms.unpack import matrix
-from upcycle.targets.onnx.opaque_experts import OPAQUE
 from upcycle.targets.onnx.share_weights import INLINE_BYTES
+from upcycle.targets.onnx.torch_ops.opaque import OPAQUE
 
 BLOCK = 128  # where the recipe leaves it open: the scales are 3 % of the numbers
 SUFFIX = ".int8"  # of an initializer; that of its scales ends with `SUFFIX` + `SCALE`

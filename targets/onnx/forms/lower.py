@@ -21,8 +21,8 @@ from upcycle.targets.onnx.forms.choose import CUDA_SWIGLU, Choice, choose, needs
 from upcycle.targets.onnx.forms.fused import expansion, fused, rounded
 from upcycle.targets.onnx.forms.int8 import int8, registered, round_matrices
 from upcycle.targets.onnx.forms.routed import Routed
-from upcycle.targets.onnx.opaque_experts import OPAQUE
 from upcycle.targets.onnx.share_weights import Store
+from upcycle.targets.onnx.torch_ops.opaque import OPAQUE
 from upcycle.util.installed import installed_version
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,8 @@
     program = torch.export.export(model, arguments)
     torch.onnx.export(program, dynamo=True, custom_translation_table=TABLE)
 
-`upcycle convert --target onnx` needs none of this: it sees the layers before they are operations.
+Each layer becomes standard operations. `upcycle convert --target onnx` knows more of a layer and so
+has other forms of it, for which it begins with `upcycle.targets.onnx.torch_ops.opaque`.
 
 Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts, I expert width,
 G = arity * I.
@@ -16,11 +17,11 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-import upcycle.kernels.torch_operation  # noqa: F401  (defines the operation)
 from upcycle.onnx.nodes import Traced
 from upcycle.onnx.shapes import fixed_size
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms.unrolled import Stack, grouped
+from upcycle.targets.onnx.torch_ops.opaque import by_expert
 
 
 def moe(
@@ -35,10 +36,8 @@ def moe(
     """What ``upcycle::moe`` computes, each expert on its own tokens only, [T, O]."""
     num_experts = fixed_size(up_EGD, 0)
     n = Traced(dtype=up_EGD.dtype or ir.DataType.FLOAT)
-    tokens = n("Shape", x_TD, start=0, end=1)
-    zeros_TE = n("Expand", n.const(0.0), n("Concat", tokens, n.const([num_experts]), axis=0))
-    weights_TK = n("CastLike", weights_TK, zeros_TE)
-    weights_TE = n("ScatterElements", zeros_TE, index_TK, weights_TK, axis=1, reduction="add")
+    weights_TK = n("CastLike", weights_TK, up_EGD)
+    weights_TE = by_expert(n, x_TD, index_TK, weights_TK, num_experts)
     pointwise = Pointwise.from_json(json.loads(program))
     up, down = Stack(up_EGD), Stack(down_EOI)
     return grouped(n, pointwise, num_experts, x_TD, weights_TE, up, up_bias_EG, down)

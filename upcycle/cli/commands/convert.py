@@ -9,12 +9,26 @@ import click
 from upcycle.cli import console
 from upcycle.cli.commands import options
 from upcycle.cli.group import collector_paused, size_in_bytes
+from upcycle.cli.sections import SectionedCommand
 
 # Of `upcycle.conversion.passes`, which takes seconds to import; a test compares the two.
 PASS_NAMES = ("capture", "locate", "plan", "transform", "rewrite", "lower", "verify")
 
 
-@click.command()
+_SECTIONS = {
+    "The recipe": ("recipe", "overrides", "calibration", "text_field", "seed"),
+    "The model": ("inputs", "device", "dtype", "trust_remote_code", "allow_pickle"),
+    "The result": (
+        *("out", "targets", "runtimes", "architecture", "onnx_profile", "pt2_form"),
+        *("max_shard_size", "overwrite"),
+    ),
+    "The run": (
+        *("verify", "stream", "resume", "fresh", "jobs", "executor", "print_after", "stop_after"),
+    ),
+}
+
+
+@click.command(cls=SectionedCommand, sections=_SECTIONS)
 @click.argument("model")
 @options.recipe
 @click.option(

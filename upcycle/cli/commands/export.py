@@ -78,7 +78,7 @@ def export(
         from upcycle.models.named import open_model
         from upcycle.recipe.reader import onnx_options
         from upcycle.targets.gguf.write import GgufType
-        from upcycle.targets.pt2.export import Form
+        from upcycle.targets.traced.experts import Form
         from upcycle.util.named_callable import inputs_named
 
     model = None

@@ -6,8 +6,8 @@ from upcycle.conversion.exports.task import Exported, Task
 from upcycle.data.verification_inputs import outputs_of
 from upcycle.ir.rounding import ROUNDING
 from upcycle.models.moe_layers import with_own_experts
-from upcycle.targets.pt2.export import Form
 from upcycle.targets.pt2.write import write_programs
+from upcycle.targets.traced.experts import Form
 from upcycle.util.modules import model_dtype
 from upcycle.util.progress import step
 from upcycle.verification.checks import EXPERTS, check

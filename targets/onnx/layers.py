@@ -1,12 +1,10 @@
-"""The model as the exporter sees it: the experts of every MoE layer are one opaque node.
+"""The MoE layers of a model on the way into an ONNX graph."""
 
-Shape suffixes: T tokens, D d_model, O d_out, E experts, K chosen experts.
-"""
-
-import functools
-from collections.abc import Iterator
+import ast
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -15,21 +13,18 @@ from upcycle.layers.config import RouterConfig
 from upcycle.layers.experts import Experts
 from upcycle.layers.moe import MoE
 from upcycle.models.moe_layers import moe_layers
+from upcycle.onnx.node_names import SCOPES
 from upcycle.targets.onnx.forms.routed import Routed, given, routed
+from upcycle.targets.onnx.torch_ops.opaque import OPAQUE
+from upcycle.targets.traced.experts import experts_as
 from upcycle.targets.traced.outputs import replaced
 from upcycle.util.modules import eval_mode
 
-OPAQUE = ("upcycle", "MoE")
 
+def layers_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Routed]:
+    """What the forms are told of the MoE layers of `model`, by path.
 
-@contextmanager
-def symbolic_layers(
-    model: nn.Module, dtype: torch.dtype = torch.float32
-) -> Iterator[dict[str, Routed]]:
-    """Within it `model` is in eval mode and the experts of its MoE layers export as opaque nodes.
-
-    The layers are those of upcycle, and others whose experts are `Experts`; the value has what the
-    forms are told of them, by path.
+    The layers are those of upcycle, and others whose experts are `Experts`.
 
     Raises:
         UnsupportedError: experts of another type, or a router that has no place in a graph.
@@ -49,15 +44,7 @@ def symbolic_layers(
             has_ids = ids is not None and ids.position is not None
             check_router(layer.path, block.config.router, has_ids=has_ids)
         layers[layer.path] = routed(block) if isinstance(block, MoE) else given(layer)
-    with eval_mode(model), ExitStack() as undo:
-        for path, found in layers.items():
-            opaque = functools.partial(_forward, found.experts, path)
-            undo.enter_context(replaced(found.experts, "forward", opaque))
-        for router in [m.router for m in model.modules() if isinstance(m, MoE)]:
-            scores = getattr(router, "onnx_scores", None)  # of a router of others
-            if scores is not None:
-                undo.enter_context(replaced(router, "scores", scores))
-        yield layers
+    return layers
 
 
 def check_router(path: str, router: RouterConfig, *, has_ids: bool) -> None:
@@ -81,30 +68,31 @@ def check_router(path: str, router: RouterConfig, *, has_ids: bool) -> None:
         )
 
 
-def _forward(
-    experts: Experts,
-    path: str,
-    x_TD: torch.Tensor,
-    index_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-) -> torch.Tensor:
-    """`Experts.forward` as one node, which gets a weight for each expert: zero if not chosen.
+@contextmanager
+def for_graph(model: nn.Module) -> Iterator[None]:
+    """Within it `model` is in eval mode, and the experts of its layers are one node each."""
+    with eval_mode(model), experts_as(model, "fused"), ExitStack() as undo:
+        for router in [m.router for m in model.modules() if isinstance(m, MoE)]:
+            scores = getattr(router, "onnx_scores", None)  # of a router of others
+            if scores is not None:
+                undo.enter_context(replaced(router, "scores", scores))
+        yield
 
-    So no runtime breaks a tie. Output biases are a product with the weights beside it.
+
+def label(model: ir.Model, layers: Collection[str]) -> None:
+    """Write on every opaque node of `model`, in place, the path of the layer that it came from.
+
+    Raises:
+        UnsupportedError: the experts ran outside of the forward of their layer.
     """
-    weights_TE = weights_TK.new_zeros(index_TK.shape[0], experts.num_experts)
-    weights_TE = weights_TE.scatter(-1, index_TK, weights_TK)
-    inputs = [x_TD, weights_TE, experts.up_EGD, experts.down_proj]
-    if experts.up_bias_EG is not None:
-        inputs.append(experts.up_bias_EG)
-    y_TO: torch.Tensor = torch.onnx.ops.symbolic(
-        "::".join(OPAQUE),
-        inputs,
-        {"layer": path},
-        dtype=x_TD.dtype,
-        shape=(x_TD.shape[0], experts.down_proj.shape[1]),
-        version=1,
-    )
-    if experts.down_bias_EO is not None:
-        y_TO = y_TO + weights_TE.to(x_TD.dtype) @ experts.down_bias_EO
-    return y_TO
+    for node in model.graph.all_nodes():
+        if (node.domain, node.op_type) != OPAQUE:
+            continue
+        *scopes, _ = ast.literal_eval(node.metadata_props[SCOPES])  # the last is the operation
+        path = next((scope for scope in reversed(scopes) if scope in layers), None)
+        if path is None:
+            raise UnsupportedError(
+                f"the experts that {scopes[-1] or 'the model'} calls do not say which layer they "
+                "belong to; call the layer that holds them"
+            )
+        node.attributes["layer"] = ir.AttrString("layer", path)
