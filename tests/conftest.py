@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from upcycle.ir import activations
 from upcycle.layers.config import OTHER_KINDS
 from upcycle.pointwise import OPS
 from upcycle.recipe.methods import EXPERT_METHODS, ROUTER_METHODS
+from upcycle.targets.onnx import export
 from upcycle.util.registry import installed
 
 
@@ -27,6 +29,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_trace() -> Iterator[None]:
+    """Torch traces a model once for all files of it that a module writes: what sets their forms
+    apart comes after that, and the tracing takes most of the time."""
+    made: dict[int, tuple[Any, Any]] = {}
+
+    def once(model: Any, *given: Any, **options: Any) -> Any:
+        if id(model) not in made:
+            made[id(model)] = model, trace(model, *given, **options)  # kept, and so is the id
+        program = made[id(model)][1]
+        return SimpleNamespace(
+            model=program.model.clone(), exported_program=program.exported_program
+        )
+
+    trace = export.trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "trace", once)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -87,8 +87,8 @@ def sample(tokens: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed))
 
 
-def export(layers: list[MoE], folder: Path, options: Onnx) -> Path:
-    model = Side(layers)
+def export(layers: list[MoE] | Side, folder: Path, options: Onnx) -> Path:
+    model = layers if isinstance(layers, Side) else Side(layers)
     path, stored = folder / "model.onnx", save(model, folder)
     return export_onnx(model, (sample(7),), path=path, stored=stored, options=options)
 
@@ -130,11 +130,15 @@ CASES = [("linear", activation) for activation in ACTIVATIONS]
 CASES += [(r, KERNELS[(i + j) % 4]) for i, r in enumerate(list(ROUTER_KINDS)[1:]) for j in (0, 2)]
 
 
+@pytest.fixture(scope="module")
+def side() -> Side:
+    return Side([layer_of(ROUTER_KINDS[r], a, seed=i) for i, (r, a) in enumerate(CASES)])
+
+
 @pytest.fixture(scope="module", params=FORMS)
-def written(request, tmp_path_factory) -> tuple[str, list[MoE], Path]:
-    layers = [layer_of(ROUTER_KINDS[r], a, seed=i) for i, (r, a) in enumerate(CASES)]
-    path = export(layers, tmp_path_factory.mktemp(request.param), FORMS[request.param])
-    return request.param, rounded(layers, path), path
+def written(request, side, one_trace, tmp_path_factory) -> tuple[str, list[MoE], Path]:
+    path = export(side, tmp_path_factory.mktemp(request.param), FORMS[request.param])
+    return request.param, rounded(list(side.layers), path), path
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37])

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLOSE = 1e-5  # of the largest output: what every form promises in float32
 CASES = [(name, activation) for name in MAIN for activation in ACTIVATIONS]
-FILE = 6 * len(ACTIVATIONS)  # cases of one file: the time that torch takes grows with the square
+FILE = 2 * len(ACTIVATIONS)  # cases of one file: the time that torch takes grows with the square
 KERNELS = ("relu", "silu", "gelu_tanh", "swiglu")
 FORMS = ("fused", "function", "unrolled", "dense")
 REFUSED = {"oracle"}
@@ -64,8 +64,7 @@ def product() -> list[MoE]:
     return [layer_of(MAIN[name], act, seed=i) for i, (name, act) in enumerate(CASES)]
 
 
-def export(layers: list[MoE], folder: Path, form: str) -> Path:
-    model = Side(layers)
+def export(model: Side, folder: Path, form: str) -> Path:
     example = (torch.randn(7, D), torch.arange(7))
     path, stored = folder / "model.onnx", save(model, folder)
     dynamic = {"x": {0: "tokens"}, "input_ids": {0: "tokens"}}
@@ -126,12 +125,10 @@ def layers() -> list[MoE]:
 
 
 @pytest.fixture(scope="module")
-def files(layers, tmp_path_factory) -> dict[str, list[Path]]:
+def files(layers, one_trace, tmp_path_factory) -> dict[str, list[Path]]:
+    models = [Side(layers[i : i + FILE]) for i in range(0, len(layers), FILE)]
     made = {
-        form: [
-            export(layers[i : i + FILE], tmp_path_factory.mktemp(form), form)
-            for i in range(0, len(layers), FILE)
-        ]
+        form: [export(model, tmp_path_factory.mktemp(form), form) for model in models]
         for form in ("fused", "unrolled", "dense")
     }
     return {**made, "function": [without_kernel(path) for path in made["fused"]]}
@@ -230,7 +227,7 @@ def test_selections_with_weight_rules_and_kinds(tmp_path: Path, group: str) -> N
     configs = list((RULES if group == "rules" else MIXED).values())
     acts = list(ACTIVATIONS)
     layers = [layer_of(config, acts[i % 6], seed=i) for i, config in enumerate(configs)]
-    path = export(layers, tmp_path, "fused" if group == "rules" else "unrolled")
+    path = export(Side(layers), tmp_path, "fused" if group == "rules" else "unrolled")
     for tried in TOKENS.values():
         wants = [exact(layer, *tried) for layer in layers]
         found = zip(gaps(run([path], *tried), wants), allowed(layers, tried, wants), strict=True)
