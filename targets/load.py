@@ -14,6 +14,7 @@ from upcycle.graphs.install import install
 from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.models.configuration import check_fields, class_named
 from upcycle.models.load_options import DTYPES
+from upcycle.routing.steering import Steering
 from upcycle.targets.checkpoint import UPCYCLE_JSON
 from upcycle.util.json_text import read_json
 from upcycle.util.quiet import quiet_transformers
@@ -21,7 +22,11 @@ from upcycle.util.untrusted import untrusted_code
 
 
 def load(
-    directory: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False
+    directory: str | Path,
+    model: nn.Module | None = None,
+    *,
+    trust_remote_code: bool = False,
+    steering: str | Path | None = None,
 ) -> nn.Module:
     """Load a converted model, in eval mode and in the dtype that it was written in.
 
@@ -34,12 +39,20 @@ def load(
             in place. Models of transformers need none.
         trust_remote_code: run Python code of the directory: needed where the dense model had code
             of its own.
+        steering: a file of `upcycle steer`, by which the model routes from now on.
 
     Raises:
         UsageError: the directory is no output of upcycle or is damaged, or a plain module needs
             `model`, or code would have to run.
     """
-    directory = Path(directory)
+    setting = None if steering is None else Steering.load(steering)
+    loaded = _load(Path(directory), model, trust_remote_code)
+    if setting is not None:
+        setting.attach(loaded)
+    return loaded
+
+
+def _load(directory: Path, model: nn.Module | None, trust_remote_code: bool) -> nn.Module:
     if not directory.is_dir():
         raise UsageError(f"{directory}: there is no such directory")
     if (directory / "config.json").is_file():

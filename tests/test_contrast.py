@@ -10,7 +10,7 @@ import torch
 
 import upcycle
 from upcycle.errors import UnsupportedError, UsageError
-from upcycle.routing.contrast import SelfContrast
+from upcycle.operations.contrast import SelfContrast
 
 TOKENS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(TOKENS)

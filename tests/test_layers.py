@@ -20,10 +20,12 @@ ORDER = [
         "onnx",
         "passes",
         "models",
+        "routing",
         "data",
         "targets",
     ),
-    *("auto_classes", "verification", "drawing", "page", "conversion", "bench", "cli", "upcycle"),
+    *("auto_classes", "verification", "drawing", "page", "conversion", "operations"),
+    *("bench", "cli", "upcycle"),
     "__main__",
 ]
 

@@ -30,6 +30,7 @@ if _TYPE_CHECKING:
     from upcycle.ir.ffn import FFN, Located, Miss
     from upcycle.ir.spec import MoESpec, Plan
     from upcycle.layers.moe import MoE, all_experts
+    from upcycle.operations.contrast import SelfContrast
     from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
     from upcycle.passes.extend import extend, set_new_bias
     from upcycle.passes.plugins import register_expert_method, register_router
@@ -37,7 +38,8 @@ if _TYPE_CHECKING:
     from upcycle.recipe.reader import load_recipe
     from upcycle.recipe.schema import Recipe
     from upcycle.routing.override import override
-    from upcycle.routing.trace import trace
+    from upcycle.routing.steering import Steering
+    from upcycle.routing.trace import Trace, trace
     from upcycle.targets.load import load
     from upcycle.verification.whole_model import verify
 
@@ -58,6 +60,9 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "RouterMethod",
+    "SelfContrast",
+    "Steering",
+    "Trace",
     "UnsupportedError",
     "UpcycleError",
     "UsageError",
@@ -97,7 +102,9 @@ _HOMES = {
     "passes.routers.method": ("RouterMethod",),
     "recipe.schema": ("Recipe",),
     "routing.override": ("override",),
-    "routing.trace": ("trace",),
+    "routing.steering": ("Steering",),
+    "routing.trace": ("Trace", "trace"),
+    "operations.contrast": ("SelfContrast",),
     "recipe.reader": ("load_recipe",),
     "ir.spec": ("MoESpec", "Plan"),
     "verification.whole_model": ("verify",),

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import UsageError
 from upcycle.layers.config import LayerConfig
@@ -11,6 +11,9 @@ from upcycle.targets.description import REPORT, read_report
 from upcycle.targets.onnx.file_names import FILES
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, LayerOrigin, read_origins, rows_of
 from upcycle.util.json_text import read_json
+
+if TYPE_CHECKING:
+    from upcycle.routing.trace import Trace
 
 ROUTER_FACTS = ("weights", "scale", "bias", "tied", "balance")
 
@@ -59,6 +62,25 @@ def inspect_moe(directory: Path, *, trust_remote_code: bool = False) -> dict[str
         "onnx": sorted(path.name for path in directory.glob("*.onnx")),
         "layers": [{name: getattr(row, name) for name in names} for row in moe_layers(model)],
     }
+
+
+def trace_of(directory: Path, file: Path, *, trust_remote_code: bool = False) -> "Trace":
+    """The trace in `file`, which is one of the model in `directory`.
+
+    Raises:
+        UsageError: it is no trace, or that of a model with other layers.
+    """
+    from upcycle.routing.trace import Trace
+
+    found = Trace.load(file)
+    layers = inspect_moe(directory, trust_remote_code=trust_remote_code)["layers"]
+    own = [(layer["path"], layer["num_experts"]) for layer in layers]
+    if own != list(zip(found.paths, found.num_experts, strict=True)):
+        raise UsageError(
+            f"{file}: it is a trace of {len(found.paths)} MoE layers, and those of {directory} are "
+            "others; trace that model"
+        )
+    return found
 
 
 def inspect_converted(directory: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from upcycle.cli.commands import (
     convert,
     env,
     export,
+    generate,
     graph,
     init,
     options,
@@ -17,6 +18,7 @@ from upcycle.cli.commands import (
     plan,
     recipes,
     report,
+    trace,
     verify,
 )
 from upcycle.cli.group import CommandGroup
@@ -48,6 +50,9 @@ for command in (
     verify.verify,
     bench.bench,
     export.export,
+    trace.trace,
+    generate.generate,
+    generate.steer,
     report.report,
     recipes.recipes,
     recipes.schema,

@@ -102,7 +102,7 @@ def load_of(report: Report) -> Load | None:
         words = f"{path}: {end} tokens per expert, the most to expert {most}"
         rows.append((name, end, words))
     idle = sum(int((share == 0).sum()) for share in shares)
-    heat = _heat(shares, rows, LOAD_STEPS)
+    heat = heat_map(shares, rows, LOAD_STEPS)
     return Load(data or "the inputs of the verification", heat, idle, sum(map(len, shares)))
 
 
@@ -113,7 +113,7 @@ def neuron_map(origin: Origin) -> HeatMap:
     for name, share in zip(origin.names, shares, strict=True):
         held = f"{share.mean():.0%}"
         rows.append((name, held, f"{name}: {held} of the dense neurons"))
-    return _heat(shares, rows, NEURON_STEPS, figures=False)
+    return heat_map(shares, rows, NEURON_STEPS, figures=False)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -136,13 +136,15 @@ def _tail(name: str, most: int = 14) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def _heat(
+def heat_map(
     shares: Sequence["np.ndarray[tuple[int], np.dtype[np.float64]]"],
     rows: Sequence[tuple[str, str, str]],
     steps: Sequence[float],
     *,
     figures: bool = True,
 ) -> HeatMap:
+    """A map of `shares`; a row has a name, an end and a title, and `steps` are the upper ends of
+    the colours."""
     longest = max(map(len, shares))
     pooled = -(-longest // MOST_COLUMNS)
     hidden = max(0, len(shares) - MOST_ROWS)

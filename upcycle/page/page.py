@@ -14,6 +14,7 @@ from upcycle.errors import UsageError, one_line
 from upcycle.ir.report import Report
 from upcycle.page import charts, heat
 from upcycle.page.origins import Kind, Origin, first_split, kinds_of
+from upcycle.page.routing import Routing, read_routing
 from upcycle.page.scale import figure
 from upcycle.page.sites import MOST_SITES, Site, sites_of
 from upcycle.page.speed import FILE as BENCH
@@ -42,6 +43,7 @@ class Contents:
         origin: one layer in detail, if its experts are parts of the dense layer.
         speed: if it was measured.
         sites: where the layers are, in the order in which they run.
+        routing: if it was traced.
     """
 
     report: Report
@@ -50,10 +52,12 @@ class Contents:
     origin: Origin | None = None
     speed: Speed | None = None
     sites: tuple[Site, ...] = ()
+    routing: Routing | None = None
 
 
 def read_contents(directory: Path) -> Contents:
-    """What lies in a converted directory: report.json, and provenance.json and bench.json if there.
+    """What lies in a converted directory: report.json, and if they are there provenance.json,
+    bench.json and trace.npz.
 
     Raises:
         UsageError: the directory is no output of upcycle, or a file is damaged.
@@ -63,7 +67,8 @@ def read_contents(directory: Path) -> Contents:
     where = str(directory / PROVENANCE)
     kinds, sites = tuple(kinds_of(layers, where)), sites_of(layers, where)
     speed = read_speed(directory, report)
-    return Contents(report, str(directory), kinds, first_split(layers), speed, sites)
+    split, routing = first_split(layers), read_routing(directory)
+    return Contents(report, str(directory), kinds, split, speed, sites, routing)
 
 
 def page(contents: Contents) -> str:

@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.layers.moe import MoE
 from upcycle.routing.change import Change, Remap
 from upcycle.routing.contract import RoutedLayer, routed_layers
-from upcycle.routing.views import View, opened
+from upcycle.routing.views import View, attach, opened
 
 Number = int | Mapping[int | str, int]  # for all layers, or by layer
 Expert = tuple[int | str, int]  # a layer, by number or path, and an expert of it
@@ -75,12 +76,50 @@ def override(
         UsageError: there is no such layer, expert, rank or k.
         UnsupportedError: the model is compiled, or a router cannot do it.
     """
+    view = _view(
+        model,
+        k=k,
+        ranks=ranks,
+        suppress=suppress,
+        force=force,
+        scale=scale or {},
+        shuffle=shuffle,
+        remap=remap,
+    )
+    has_own = any(isinstance(view.layers[number].block, MoE) for number in view.changes)
+    with opened(model, view):
+        yield Override(view.changes, "routed" if has_own else "same")
+
+
+def steer(
+    model: nn.Module, *, suppress: Collection[Expert] = (), force: Collection[Expert] = ()
+) -> None:
+    """Suppress and force experts as `override` does, for as long as `model` lives, in every thread.
+
+    Raises:
+        UsageError, UnsupportedError: as `override`.
+    """
+    view = _view(model, suppress=suppress, force=force)
+    attach(model, replace(view, lasts=True))
+
+
+def _view(
+    model: nn.Module,
+    *,
+    k: Number | None = None,
+    ranks: Sequence[int] = (),
+    suppress: Collection[Expert] = (),
+    force: Collection[Expert] = (),
+    scale: Mapping[Expert, float] = MappingProxyType({}),
+    shuffle: int | None = None,
+    remap: Remap | None = None,
+) -> View:
     layers = routed_layers(model)
     numbers = {key: layer for layer in layers for key in (layer.number, layer.path)}
     ks = dict.fromkeys(range(len(layers)), k) if isinstance(k, int) else _by_layer(k or {}, numbers)
     forced, gone = _experts(force, numbers, "force"), _experts(suppress, numbers, "suppress")
     factors: dict[int, dict[int, float]] = {}
-    for (layer, expert), factor in (scale or {}).items():
+    for (layer, expert), factor in scale.items():
         ((number, experts),) = _experts([(layer, expert)], numbers, "scale").items()
         factors.setdefault(number, {})[experts[0]] = float(factor)
     changes = {}
@@ -98,10 +137,7 @@ def override(
         )
         if change != Change():
             changes[layer.number] = change
-    has_own = any(isinstance(layers[number].block, MoE) for number in changes)
-    view = View(tuple(layers), changes)
-    with opened(model, view):
-        yield Override(changes, "routed" if has_own else "same")
+    return View(tuple(layers), changes)
 
 
 def _layer(key: int | str, layers: Mapping[int | str, RoutedLayer]) -> RoutedLayer:

@@ -36,6 +36,7 @@ class Trace:
         token: of each layer [T], int64: rows with the same number are the same token, in whatever
             layer; an encoder and a decoder have different ones.
         sequence: of each layer [T], int64: the sequence that a token is of, counted over all calls.
+        classes: of each sequence, if they have any.
     """
 
     paths: tuple[str, ...]
@@ -44,10 +45,12 @@ class Trace:
     weights: tuple[np.ndarray, ...]
     token: tuple[np.ndarray, ...]
     sequence: tuple[np.ndarray, ...]
+    classes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write it as an ``.npz`` file, without pickle."""
         arrays: dict[str, Any] = {"form": _FORM, "paths": self.paths, "experts": self.num_experts}
+        arrays["classes"] = np.array(self.classes, dtype=str)
         for name in _PER_LAYER:
             arrays |= {f"{name}.{i}": array for i, array in enumerate(getattr(self, name))}
         with Path(path).open("wb") as file:
@@ -61,14 +64,14 @@ class Trace:
             UsageError: there is no such file, or it is no trace.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Path(path).open("rb") as held, np.load(held) as file:
                 if int(file["form"]) != _FORM:
                     raise UsageError(f"{path}: a trace of another version; record it again")
                 paths = tuple(map(str, file["paths"]))
                 experts = tuple(map(int, file["experts"]))
                 layers = range(len(paths))
                 lists = [tuple(file[f"{name}.{i}"] for i in layers) for name in _PER_LAYER]
-                found = cls(paths, experts, *lists)
+                found = cls(paths, experts, *lists, tuple(map(str, file["classes"])))
         except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
             raise UsageError(f"{path}: no trace that `upcycle trace` wrote ({error})") from error
         _check(found, path)

@@ -28,11 +28,13 @@ class View:
     Attributes:
         changes: by number of the layer.
         seen: gets the routing after all changes; None if nobody looks on.
+        lasts: it holds in every thread, for as long as the model lives.
     """
 
     layers: tuple[RoutedLayer, ...]
     changes: Mapping[int, Change] = field(default_factory=dict)
     seen: Seen | None = None
+    lasts: bool = False
 
 
 _open: ContextVar[tuple[View, ...]] = ContextVar("upcycle.routing", default=())
@@ -46,24 +48,44 @@ def opened(model: nn.Module, view: View) -> Iterator[None]:
     Raises:
         UnsupportedError: the model is compiled, and would not notice.
     """
-    if model is not unwrapped(model) or any(m._compiled_call_impl for m in model.modules()):
-        raise UnsupportedError(
-            "the model is compiled or spread over devices, and would not notice; give the module "
-            "that it was made from"
-        )
+    _check(model)
     with ExitStack() as undo:
-        for layer in view.layers:
-            if view.seen is None and layer.number not in view.changes:
-                continue
-            hook = partial(_hook, view, layer)
-            with _hooks:
-                handle = layer.router.register_forward_hook(hook)
+        for handle in _hooked(view):
             undo.callback(_remove, handle)
         token = _open.set((*_open.get(), view))
         try:
             yield
         finally:
             _open.reset(token)
+
+
+def attach(model: nn.Module, view: View) -> None:
+    """Every forward of `model` sees the `view` from now on, before all that are opened.
+
+    Raises:
+        UnsupportedError: the model is compiled, and would not notice.
+    """
+    _check(model)
+    assert view.lasts
+    for _ in _hooked(view):
+        pass
+
+
+def _check(model: nn.Module) -> None:
+    if model is not unwrapped(model) or any(m._compiled_call_impl for m in model.modules()):
+        raise UnsupportedError(
+            "the model is compiled or spread over devices, and would not notice; give the module "
+            "that it was made from"
+        )
+
+
+def _hooked(view: View) -> Iterator[Any]:
+    """Hook the layers of a view; yields what removes each hook."""
+    for layer in view.layers:
+        if view.seen is not None or layer.number in view.changes:
+            with _hooks:
+                handle = layer.router.register_forward_hook(partial(_hook, view, layer))
+            yield handle
 
 
 def is_open(view: View) -> bool:
@@ -79,22 +101,19 @@ def _remove(handle: Any) -> None:
 def _hook(
     view: View, layer: RoutedLayer, router: nn.Module, args: tuple[Any, ...], output: Any
 ) -> Routing | None:
-    """Of all open views on this router the first one acts, for all of them."""
-    found = [(v, own) for v in _open.get() if (own := _layer_of(v, router)) is not None]
+    """Of all views on this router that hold here the first one acts, for all of them."""
+    with _hooks:
+        hooks = [hook for hook in router._forward_hooks.values() if isinstance(hook, partial)]
+    hooked: list[tuple[View, RoutedLayer]] = [h.args[:2] for h in hooks if h.func is _hook]
+    found = [(v, own) for v, own in hooked if v.lasts]
+    found += [(v, own) for v in _open.get() for w, own in hooked if v is w]
     if not found or found[0][0] is not view:
         return None
     changes = [v.changes[own.number] for v, own in found if own.number in v.changes]
     routing = as_routing(layer, output)
     if changes:
         routing = changed(layer, args, routing, changes)
-    for other, own in found:
-        if other.seen is not None:
-            other.seen(own, routing)
+    for v, own in found:
+        if v.seen is not None:
+            v.seen(own, routing)
     return routing if changes else None
-
-
-def _layer_of(view: View, router: nn.Module) -> RoutedLayer | None:
-    """The layer of `view` with this router, if its hook is there."""
-    own = next((layer for layer in view.layers if layer.router is router), None)
-    has_hook = own is not None and (view.seen is not None or own.number in view.changes)
-    return own if has_hook else None

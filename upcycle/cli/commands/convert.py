@@ -49,12 +49,7 @@ _SECTIONS = {
     metavar="PATH",
     help="Data for recipes that need it: text, .jsonl, images, tensors. Several are domains.",
 )
-@click.option(
-    "--text-field",
-    default="text",
-    metavar="NAME",
-    help="Field of a .jsonl record, or column of a data set, with the text.",
-)
+@options.text_field
 @options.runtimes
 @options.inputs
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: cpu]")

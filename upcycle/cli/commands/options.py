@@ -48,6 +48,12 @@ inputs = click.option(
     help="A function that returns example inputs, for a model whose inputs cannot be guessed.",
 )
 
+text_field = click.option(
+    "--text-field",
+    default="text",
+    metavar="NAME",
+    help="Field of a .jsonl record, or column of a data set, with the text.",
+)
 pt2_form = click.option(
     "--pt2-form",
     type=click.Choice(["portable", "fused"]),

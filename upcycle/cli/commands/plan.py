@@ -11,11 +11,19 @@ from upcycle.cli.group import collector_paused
 
 @click.command()
 @click.argument("model")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="What `upcycle trace` recorded of MODEL: load, balance, and who is chosen with whom.",
+)
 @options.inputs
 @options.as_json
 @options.trust
 @options.log
-def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bool) -> None:
+def inspect(
+    model: str, trace: Path | None, inputs: str | None, as_json: bool, trust_remote_code: bool
+) -> None:
     """List the dense FFNs of MODEL, and what only looks like one.
 
     Of a mixture of experts: its layers, and if upcycle wrote it, the dense neurons behind them.
@@ -26,6 +34,12 @@ def inspect(model: str, inputs: str | None, as_json: bool, trust_remote_code: bo
         from upcycle.cli.tables_of_inspection import converted_report, moe_report
         from upcycle.models.named import open_model
 
+        if trace is not None:
+            from upcycle.cli.tables_of_routing import routing_json, routing_report
+
+            recorded = inspection.trace_of(Path(model), trace, trust_remote_code=trust_remote_code)
+            console.show(as_json, routing_json(recorded), lambda: routing_report(recorded))
+            return
         directory = inspection.directory_of(Path(model))
         if inspection.is_converted(directory):
             found = inspection.inspect_converted(directory)

@@ -1,0 +1,1 @@
+"""What is done with a mixture of experts that is there: decode, trace."""

@@ -1,0 +1,70 @@
+"""Trace a model on data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.data.calibration import calibration_data
+from upcycle.data.calibration_files import CalibrationInput
+from upcycle.passes.calibrate.sites import run_batch
+from upcycle.recipe.reader import load_recipe
+from upcycle.routing.trace import Trace, trace
+from upcycle.targets.traced.arguments import apart
+from upcycle.util.modules import eval_mode
+
+
+@torch.no_grad()
+def traced(
+    model: nn.Module,
+    given: CalibrationInput | None,
+    *,
+    directory: Path | None = None,
+    tokens: int = 16384,
+    length: int = 512,
+    trust_remote_code: bool = False,
+    done: Callable[[int, int], None] = lambda at, of: None,
+) -> Trace:
+    """The visits of the tokens of `given` to the experts of `model`.
+
+    Args:
+        model: with MoE layers.
+        given: as `upcycle.data.calibration_files.read_calibration` reads it; its domains become the
+            classes of the trace. None for the default text.
+        directory: where the tokenizer is.
+        tokens, length: at most so many, in sequences of that length.
+        done: is told of each batch.
+
+    Raises:
+        UsageError: the data is too short, or not of the kind that the model reads.
+    """
+    recipe = load_recipe(
+        "split-all", [f"calibration.tokens={tokens}", f"calibration.length={length}"]
+    )
+    data = calibration_data(
+        model, recipe, given, directory=directory, trust_remote_code=trust_remote_code
+    )
+    with eval_mode(model), trace(model) as seen:
+        for at, batch in enumerate(data.batches):
+            run_batch(model, batch)
+            done(at + 1, len(data.batches))
+    return replace(seen.result(), classes=_classes(given, data.domains))
+
+
+def named_classes(given: CalibrationInput | None, paths: Sequence[str]) -> CalibrationInput | None:
+    """What several files gave, with their names for domains instead of numbers."""
+    if given is None or len(paths) < 2:
+        return given
+    names = apart(Path(path).stem for path in paths)
+    return replace(given, domains=tuple(names[int(domain)] for domain in given.domains))
+
+
+def _classes(given: CalibrationInput | None, domains: Any) -> tuple[str, ...]:
+    """The class of each sequence; none without domains."""
+    if given is None or domains is None:
+        return ()
+    kinds: Sequence[str] = sorted(set(given.domains))
+    return tuple(kinds[number] for number in torch.cat(list(domains)).tolist())
