@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from upcycle.kernels import fits_grouped_mm, run_as_one_node, run_experts, visit_by_all
+from upcycle.kernels import fits_grouped_mm, run_experts, visit_by_all
+from upcycle.kernels.torch_operation import run_as_one_node
 from upcycle.pointwise import Pointwise
 
 

@@ -87,7 +87,8 @@ class SelfContrast(LogitsProcessor):
         best_B1 = scores.max(-1, keepdim=True).values
         log_alpha = math.log(self.alpha) if self.alpha else -math.inf
         contrast_BV = (1 + self.beta) * scores - self.beta * weak_BV
-        return contrast_BV.masked_fill(scores < best_B1 + log_alpha, -math.inf)
+        is_out_BV = scores < best_B1 + log_alpha
+        return torch.where(is_out_BV, -math.inf, contrast_BV)
 
     def _new(self, input_ids: Tensor) -> dict[str, Any]:
         """The arguments of the second pass: tokens that it has not read yet."""

@@ -71,7 +71,9 @@ def generate(
             stack.enter_context(override(model, k=k, suppress=suppress, force=force))
         if contrast is not None:
             more["logits_processor"] = [SelfContrast(model, inputs, **vars(contrast))]
-        made = model.generate(**inputs, max_new_tokens=max_new_tokens, **more)
+        made = model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=max_new_tokens, **more
+        )
     first = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     texts: list[str] = tokenizer.batch_decode(made[:, first:], skip_special_tokens=True)
     return texts

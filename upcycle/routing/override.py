@@ -115,12 +115,13 @@ def _view(
     remap: Remap | None = None,
 ) -> View:
     layers = routed_layers(model)
-    numbers = {key: layer for layer in layers for key in (layer.number, layer.path)}
+    numbers: dict[int | str, RoutedLayer] = {layer.path: layer for layer in layers}
+    numbers |= {layer.number: layer for layer in layers}
     ks = dict.fromkeys(range(len(layers)), k) if isinstance(k, int) else _by_layer(k or {}, numbers)
     forced, gone = _experts(force, numbers, "force"), _experts(suppress, numbers, "suppress")
     factors: dict[int, dict[int, float]] = {}
-    for (layer, expert), factor in scale.items():
-        ((number, experts),) = _experts([(layer, expert)], numbers, "scale").items()
+    for (key, expert), factor in scale.items():
+        ((number, experts),) = _experts([(key, expert)], numbers, "scale").items()
         factors.setdefault(number, {})[experts[0]] = float(factor)
     changes = {}
     for layer in layers:

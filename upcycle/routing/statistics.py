@@ -84,7 +84,7 @@ def coselection(trace: Trace, layer: int) -> np.ndarray:
     visits_TE = visits(trace, layer)
     together_EE = visits_TE.T @ visits_TE
     count_E1 = np.diag(together_EE)[:, None]
-    return np.divide(together_EE, count_E1, out=np.zeros_like(together_EE), where=count_E1 > 0)
+    return _divided(together_EE, count_E1)
 
 
 def transitions(trace: Trace, layer: int) -> np.ndarray:
@@ -98,10 +98,9 @@ def transitions(trace: Trace, layer: int) -> np.ndarray:
     for number, rows in ((layer, here), (layer + 1, there)):
         weights_TE = np.abs(visits(trace, number, weighted=True)[rows])
         total_T1 = weights_TE.sum(1, keepdims=True)
-        parts.append(
-            np.divide(weights_TE, total_T1, out=np.zeros_like(weights_TE), where=total_T1 > 0)
-        )
-    return parts[0].T @ parts[1]
+        parts.append(_divided(weights_TE, total_T1))
+    moved_EF: np.ndarray = parts[0].T @ parts[1]
+    return moved_EF
 
 
 def affinity(trace: Trace, layer: int) -> np.ndarray:
@@ -111,7 +110,13 @@ def affinity(trace: Trace, layer: int) -> np.ndarray:
     """
     moved_EF = transitions(trace, layer)
     total_E1 = moved_EF.sum(1, keepdims=True)
-    return np.divide(moved_EF, total_E1, out=np.zeros_like(moved_EF), where=total_E1 > 0)
+    return _divided(moved_EF, total_E1)
+
+
+def _divided(array: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Zero where it is divided by zero."""
+    found: np.ndarray = np.divide(array, by, out=np.zeros_like(array), where=by > 0)
+    return found
 
 
 def activations(trace: Trace, layer: int, *, weighted: bool = False) -> np.ndarray:

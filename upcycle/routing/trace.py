@@ -70,8 +70,10 @@ class Trace:
                 paths = tuple(map(str, file["paths"]))
                 experts = tuple(map(int, file["experts"]))
                 layers = range(len(paths))
-                lists = [tuple(file[f"{name}.{i}"] for i in layers) for name in _PER_LAYER]
-                found = cls(paths, experts, *lists, tuple(map(str, file["classes"])))
+                arrays: dict[str, Any] = {
+                    name: tuple(file[f"{name}.{i}"] for i in layers) for name in _PER_LAYER
+                }
+                found = cls(paths, experts, **arrays, classes=tuple(map(str, file["classes"])))
         except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
             raise UsageError(f"{path}: no trace that `upcycle trace` wrote ({error})") from error
         _check(found, path)
@@ -120,10 +122,11 @@ class Recorder:
             parts = [(_padded(index, k, -1), _padded(w, k, 0), *more) for index, w, *more in rows]
             for name, column in zip(_PER_LAYER, zip(*parts, strict=True), strict=True):
                 lists[name].append(torch.cat(column).numpy())
+        arrays: dict[str, Any] = {name: tuple(lists[name]) for name in _PER_LAYER}
         return Trace(
             tuple(layer.path for layer in self.layers),
             tuple(layer.num_experts for layer in self.layers),
-            *(tuple(lists[name]) for name in _PER_LAYER),
+            **arrays,
         )
 
     def begin(self, masks: list[Tensor], *, goes_on: bool) -> None:

@@ -10,10 +10,10 @@ from upcycle.data.verification_inputs import Evaluation, cast_floats
 from upcycle.ir.measured import Check
 from upcycle.ir.rounding import ROUNDING
 from upcycle.models.program_file import open_program
-from upcycle.targets.pt2.export import Form, experts_as
 from upcycle.targets.pt2.write import SUFFIX
 from upcycle.targets.traced.arguments import arguments_of, identifiers
 from upcycle.targets.traced.cache import PAST, PRESENT, without_cache
+from upcycle.targets.traced.experts import Form, experts_as
 from upcycle.targets.traced.outputs import named_tensors
 from upcycle.targets.traced.parts import Part, parts
 from upcycle.util.modules import eval_mode, model_dtype

@@ -3,6 +3,9 @@
 Shape suffixes: those of `upcycle.kernels`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
@@ -28,6 +31,8 @@ _SCHEMA = OpSchema(
     ],
     outputs=[OpSchema.FormalParameter("y", "T")],
     type_constraints=[("T", _FLOATS, ""), ("W", _FLOATS, "")],
+    # What sets apart nodes of equal inputs, which would become one.
+    attributes=[OpSchema.Attribute("program", OpSchema.AttrType.STRING)],
 )
 _NODE = Op(Opset(OPAQUE[0], 1), OPAQUE[1], _SCHEMA)
 
@@ -43,12 +48,12 @@ def opaque(
 ) -> ir.Value:
     """The experts as one node, [T, O], which gets a weight for each expert: zero if not chosen.
 
-    So no runtime breaks a tie. What the experts compute, `program`, is read from the layer.
+    So no runtime breaks a tie. `program` is what the experts compute.
     """
     n = Traced(dtype=weights_TK.dtype or ir.DataType.FLOAT)
     weights_TE = by_expert(n, x_TD, index_TK, weights_TK, fixed_size(up_EGD, 0))
     bias = [] if up_bias_EG is None else [up_bias_EG]
-    y_TO: ir.Value = _NODE(x_TD, weights_TE, up_EGD, down_EOI, *bias)
+    y_TO: ir.Value = _NODE(x_TD, weights_TE, up_EGD, down_EOI, *bias, program=program)
     return y_TO
 
 
@@ -61,4 +66,4 @@ def by_expert(
     return n("ScatterElements", zeros_TE, index_TK, weights_TK, axis=1)
 
 
-TABLE = {torch.ops.upcycle.moe.default: opaque}
+TABLE: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.upcycle.moe.default: opaque}

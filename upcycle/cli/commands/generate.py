@@ -11,7 +11,7 @@ from upcycle.cli.commands import options
 from upcycle.cli.group import collector_paused
 
 
-class _Expert(click.ParamType):
+class _Expert(click.ParamType):  # type: ignore[type-arg]
     """``7:3``, or ``model.layers.7.mlp:3``."""
 
     name = "expert"
