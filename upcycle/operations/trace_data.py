@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.data.calibration import calibration_data
+from upcycle.data.calibration import CalibrationData, calibration_data
 from upcycle.data.calibration_files import CalibrationInput
 from upcycle.passes.calibrate.sites import run_batch
 from upcycle.recipe.reader import load_recipe
@@ -41,17 +41,36 @@ def traced(
     Raises:
         UsageError: the data is too short, or not of the kind that the model reads.
     """
-    recipe = load_recipe(
-        "split-all", [f"calibration.tokens={tokens}", f"calibration.length={length}"]
-    )
-    data = calibration_data(
-        model, recipe, given, directory=directory, trust_remote_code=trust_remote_code
+    data = batches_of(
+        model,
+        given,
+        directory=directory,
+        tokens=tokens,
+        length=length,
+        trust_remote_code=trust_remote_code,
     )
     with eval_mode(model), trace(model) as seen:
         for at, batch in enumerate(data.batches):
             run_batch(model, batch)
             done(at + 1, len(data.batches))
     return replace(seen.result(), classes=_classes(given, data.domains))
+
+
+def batches_of(
+    model: nn.Module,
+    given: CalibrationInput | None,
+    *,
+    directory: Path | None = None,
+    tokens: int = 16384,
+    length: int = 512,
+    trust_remote_code: bool = False,
+) -> CalibrationData:
+    """Inputs of `model` out of what `given` holds, or out of the default text."""
+    sizes = [f"calibration.tokens={tokens}", f"calibration.length={length}"]
+    recipe = load_recipe("split-all", sizes)  # of which these two numbers are read
+    return calibration_data(
+        model, recipe, given, directory=directory, trust_remote_code=trust_remote_code
+    )
 
 
 def named_classes(given: CalibrationInput | None, paths: Sequence[str]) -> CalibrationInput | None:

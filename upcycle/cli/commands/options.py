@@ -48,6 +48,15 @@ inputs = click.option(
     help="A function that returns example inputs, for a model whose inputs cannot be guessed.",
 )
 
+data = click.option(
+    "--data",
+    "--text",
+    "data",
+    multiple=True,
+    metavar="PATH",
+    help="Text, .jsonl, images, tensors; several texts are classes, named by their files.  "
+    "[default: the text of the verification]",
+)
 text_field = click.option(
     "--text-field",
     default="text",

@@ -11,15 +11,7 @@ from upcycle.cli.group import collector_paused
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    "--text",
-    "data",
-    multiple=True,
-    metavar="PATH",
-    help="Text, .jsonl, images, tensors; several texts are classes, named by their files.  "
-    "[default: the text of the verification]",
-)
+@options.data
 @options.text_field
 @click.option("--tokens", type=click.IntRange(min=1), default=16384, help="Tokens in all, at most.")
 @click.option("--length", type=click.IntRange(min=1), default=512, help="Tokens of a sequence.")

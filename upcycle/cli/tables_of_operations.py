@@ -1,0 +1,46 @@
+"""What operations on a mixture of experts did, as tables."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import RenderableType
+
+from upcycle.cli.tables import add_rows, new_table
+from upcycle.operations.placement import Placement
+from upcycle.operations.rewritten import Rewritten
+from upcycle.util.spans import span
+
+
+def rewritten_json(done: Rewritten) -> dict[str, Any]:
+    """As plain data."""
+    return {"out": str(done.out), "distance": asdict(done.before)}
+
+
+def rewritten_report(done: Rewritten, left: Mapping[str, tuple[int, ...]]) -> list[RenderableType]:
+    """The experts that are left, and how far the outputs moved."""
+    table = new_table("layer", "experts left")
+    add_rows(table, [(path, span(experts)) for path, experts in left.items()])
+    return [table, "", *_distance(done), f"written to {done.out}"]
+
+
+def placement_report(found: Placement, done: Rewritten) -> list[RenderableType]:
+    """What the placement costs beside others."""
+    table = new_table("placement", "hops of a token, by layer")
+    kind = "placed (the best there is)" if found.is_best else "placed"
+    table.add_row(kind, f"{found.cost:.3f}")
+    table.add_row("contiguous, as before", f"{found.contiguous:.3f}")
+    table.add_row("random", f"{found.random:.3f}")
+    return [table, "", *_distance(done), f"written to {done.out}"]
+
+
+def _distance(done: Rewritten) -> list[RenderableType]:
+    before = done.before
+    lines: list[RenderableType] = [f"Outputs moved by {before.relative:.1e} ({before.inputs})."]
+    words = before.language_model
+    if words is not None:
+        lines.append(
+            f"Perplexity {words.converted_perplexity:.4g} (before {words.dense_perplexity:.4g}), "
+            f"the same next word in {words.top1_agreement:.1%} of the places."
+        )
+    return lines

@@ -1,0 +1,96 @@
+"""A directory of a mixture of experts, written again after an operation on the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from upcycle.data.verification_inputs import evaluation_for
+from upcycle.errors import UnsupportedError, UsageError, VerificationError
+from upcycle.ir.measured import ModelDistance
+from upcycle.ir.rounding import ROUNDING
+from upcycle.models.companions import copy_companions
+from upcycle.models.moe_layers import moe_layers
+from upcycle.targets.files.staging import check_output, staged
+from upcycle.targets.load import load
+from upcycle.util.modules import eval_mode, model_dtype
+from upcycle.util.progress import Progress, silent, step
+from upcycle.verification.whole_model import compare_models
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What was written.
+
+    Attributes:
+        out: the directory.
+        before: the distance of what was written from the model before.
+    """
+
+    out: Path
+    before: ModelDistance
+
+
+def rewrite(
+    directory: Path,
+    out: Path,
+    change: Callable[[nn.Module], nn.Module],
+    *,
+    exact: bool,
+    beside: Callable[[Path], None] = lambda folder: None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Rewritten:
+    """Write ``change(model)`` to `out`, for the mixture of experts in `directory`.
+
+    It is loaded again from there, and compared with the changed model and with that before.
+
+    Args:
+        directory: of a converted model of transformers, or of a native one.
+        change: gets the model, which it may change, and returns what is to be written.
+        exact: the change promises to leave the outputs as they are, to rounding.
+        beside: writes more files into the directory.
+
+    Raises:
+        UsageError: there is no such model, it is dense, or `out` exists.
+        UnsupportedError: it is a plain module, which has no code in its directory.
+        VerificationError: what is loaded again is not what was written, or the change is not exact
+            as it promises.
+    """
+    check_output(out, overwrite=overwrite, protect=[directory])
+    if not (directory / "config.json").is_file():
+        raise UnsupportedError(
+            f"{directory}: no config.json is here; this works on models of transformers"
+        )
+    with step(progress, "loading"):
+        before: Any = load(directory, trust_remote_code=trust_remote_code)
+        model: Any = load(directory, trust_remote_code=trust_remote_code)
+    if not moe_layers(model):
+        raise UsageError(f"{directory}: no layer of it is a mixture of experts; convert it first")
+    evaluation = evaluation_for(before, directory=directory, trust_remote_code=trust_remote_code)
+    with step(progress, "changing"):
+        changed: Any = change(model)
+    with staged(out, overwrite=overwrite, protect=[directory]) as folder:
+        with step(progress, "writing"):
+            copy_companions(directory, folder, trust_remote_code=trust_remote_code)
+            changed.save_pretrained(folder)
+            beside(folder)
+        with step(progress, "loading again"):
+            again = load(folder, trust_remote_code=trust_remote_code)
+        allowed = ROUNDING[model_dtype(changed)]
+        with eval_mode(before, changed, again):
+            same = compare_models(changed, again, evaluation, predictions=False)
+            if not same.relative <= allowed:
+                raise VerificationError(
+                    f"{out}: loaded again it is {same.relative:.1e} off what was written, and "
+                    f"{allowed:.1e} is allowed"
+                )
+            found = compare_models(before, changed, evaluation)
+        if exact and not found.relative <= allowed:
+            raise VerificationError(
+                f"{out}: the outputs moved by {found.relative:.1e}, and {allowed:.1e} is allowed"
+            )
+    return Rewritten(out, found)
