@@ -169,7 +169,7 @@ def test_experts_without_their_router_rows_compute_something_else() -> None:
 
 
 def test_routers_without_rows_are_refused() -> None:
-    model = converted("moefication", "router.top_k=4")
+    model = converted("moefication", "router.top_k=4", "router.method=mlp")
     order = tuple(np.arange(8) // 4 for _ in routed_layers(model))
     with pytest.raises(UnsupportedError, match="no row for each expert"):
         renumber(model, Placement(order, 0, 0, 0, True))
