@@ -125,6 +125,10 @@ def _with_all_between(operations: list[Operation], layer: str) -> list[Operation
             before.add(operation.name)
             before.update(operation.inputs)
     between = after & before
+    read = {name for operation in operations for name in operation.inputs}
+    for operation in (operations[i] for i in window):  # what nobody reads is of what it reads
+        if operation.name not in read and operation.inputs and between.issuperset(operation.inputs):
+            between.add(operation.name)
     return [replace(o, layer=layer) if o.name in between else o for o in operations]
 
 

@@ -20,16 +20,11 @@ from upcycle.pointwise import Pointwise
 def run_as_one_node(
     experts: Any, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """``upcycle::moe`` of an `upcycle.layers.experts.Experts`, and its output biases."""
+    """``upcycle::moe`` of an `upcycle.layers.experts.Experts`."""
     parameters = (experts.up_EGD, experts.up_bias_EG, experts.down_proj, experts.program)
-    y_TO: torch.Tensor = torch.ops.upcycle.moe(x_TD, index_TK, weights_TK, *parameters)
-    bias_EO = experts.down_bias_EO
-    if bias_EO is None:
-        return y_TO
-    # Where the weight is zero the index may be that of an expert of another process.
-    bias_TKO = bias_EO[index_TK.clamp(0, len(bias_EO) - 1)].to(weights_TK.dtype)
-    added_TO: torch.Tensor = (weights_TK[..., None] * bias_TKO).sum(1)
-    return y_TO + added_TO.to(y_TO.dtype)
+    given = (x_TD, index_TK, weights_TK, *parameters, experts.down_bias_EO)
+    y_TO: torch.Tensor = torch.ops.upcycle.moe(*given)
+    return y_TO
 
 
 @lru_cache(maxsize=256)
@@ -51,13 +46,15 @@ def moe(
     up_bias_EG: torch.Tensor | None,
     down_EOI: torch.Tensor,
     program: str,
+    down_bias_EO: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What ``torch.ops.upcycle.moe`` computes; `program` is the activation, see `activation`.
 
     Returns:
         [T, O], in the dtype of `x_TD`.
     """
-    weights = KernelWeights(up_EGD, up_bias_EG, down_EOI, None, *activation(program), None)
+    biases = (up_bias_EG, down_EOI, down_bias_EO)
+    weights = KernelWeights(up_EGD, *biases, *activation(program), None)
     return visit(weights, x_TD, index_TK, weights_TK)
 
 
@@ -79,28 +76,31 @@ def moe_backward(grad_TO: torch.Tensor, *given: Any) -> list[torch.Tensor]:
 
 
 def _moe_shape(x_TD: torch.Tensor, *given: Any) -> torch.Tensor:
-    *_, down_EOI, _ = given
+    down_EOI = given[4]
     return x_TD.new_empty(x_TD.shape[0], down_EOI.shape[1])
 
 
-def _backward_shapes(grad_TO: torch.Tensor, x_TD: torch.Tensor, *given: Any) -> list[torch.Tensor]:
-    _, *parameters, _ = given
-    return [t.new_empty(t.shape) for t in (x_TD, *parameters) if t is not None]
+def _backward_shapes(grad_TO: torch.Tensor, *given: Any) -> list[torch.Tensor]:
+    tensors = [t for t in given if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return [t.new_empty(t.shape) for t in tensors]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, ctx.program = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.program, down_bias_EO = inputs
+    ctx.save_for_backward(*tensors, down_bias_EO)
 
 
 def _gradients(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    x, weights, up, *bias, down = torch.ops.upcycle.moe_backward(grad_TO, *saved, ctx.program)
-    return x, None, weights, up, *(bias or [None]), down, None
+    *tensors, down_bias_EO = ctx.saved_tensors
+    given = (*tensors, ctx.program, down_bias_EO)
+    found = iter(torch.ops.upcycle.moe_backward(grad_TO, *given))
+    floats = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in given]
+    return tuple(next(found) if is_float else None for is_float in floats)
 
 
 _GIVEN = (
-    "Tensor x, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, str program"
+    "Tensor x, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, str program, "
+    "Tensor? down_bias=None"
 )
 
 if not hasattr(torch.ops.upcycle, "moe"):  # the file of a converted model has this text, too

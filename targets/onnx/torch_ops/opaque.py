@@ -45,16 +45,29 @@ def opaque(
     up_bias_EG: ir.Value | None,
     down_EOI: ir.Value,
     program: str,
+    down_bias_EO: ir.Value | None = None,
 ) -> ir.Value:
     """The experts as one node, [T, O], which gets a weight for each expert: zero if not chosen.
 
-    So no runtime breaks a tie. `program` is what the experts compute.
+    So no runtime breaks a tie. `program` is what the experts compute. Output biases are a product
+    with the weights beside it.
     """
     n = Traced(dtype=weights_TK.dtype or ir.DataType.FLOAT)
     weights_TE = by_expert(n, x_TD, index_TK, weights_TK, fixed_size(up_EGD, 0))
     bias = [] if up_bias_EG is None else [up_bias_EG]
     y_TO: ir.Value = _NODE(x_TD, weights_TE, up_EGD, down_EOI, *bias, program=program)
-    return y_TO
+    return with_bias(n, y_TO, weights_TE, down_bias_EO)
+
+
+def with_bias(
+    n: Nodes, y_TO: ir.Value, weights_TE: ir.Value, down_bias_EO: ir.Value | None
+) -> ir.Value:
+    """The output with those of the output biases that the weights choose, [T, O]."""
+    if down_bias_EO is None:
+        return y_TO
+    if down_bias_EO.dtype not in (None, n.dtype):
+        weights_TE = n("CastLike", weights_TE, down_bias_EO)
+    return n("Add", y_TO, n("MatMul", weights_TE, down_bias_EO))
 
 
 def by_expert(

@@ -21,7 +21,7 @@ from upcycle.onnx.nodes import Traced
 from upcycle.onnx.shapes import fixed_size
 from upcycle.pointwise import Pointwise
 from upcycle.targets.onnx.forms.unrolled import Stack, grouped
-from upcycle.targets.onnx.torch_ops.opaque import by_expert
+from upcycle.targets.onnx.torch_ops.opaque import by_expert, with_bias
 
 
 def moe(
@@ -32,6 +32,7 @@ def moe(
     up_bias_EG: ir.Value | None,
     down_EOI: ir.Value,
     program: str,
+    down_bias_EO: ir.Value | None = None,
 ) -> ir.Value:
     """What ``upcycle::moe`` computes, each expert on its own tokens only, [T, O]."""
     num_experts = fixed_size(up_EGD, 0)
@@ -40,7 +41,8 @@ def moe(
     weights_TE = by_expert(n, x_TD, index_TK, weights_TK, num_experts)
     pointwise = Pointwise.from_json(json.loads(program))
     up, down = Stack(up_EGD), Stack(down_EOI)
-    return grouped(n, pointwise, num_experts, x_TD, weights_TE, up, up_bias_EG, down)
+    y_TO = grouped(n, pointwise, num_experts, x_TD, weights_TE, up, up_bias_EG, down)
+    return with_bias(n, y_TO, weights_TE, down_bias_EO)
 
 
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.upcycle.moe.default: moe}
