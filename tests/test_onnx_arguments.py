@@ -202,14 +202,30 @@ def test_what_a_graph_cannot_have_is_refused() -> None:
         arguments_of(Scaled(), {"xs": drawn(2, D)})
 
 
-def test_a_refusal_of_the_exporter_comes_alone(tmp_path: Path, capfd: Any) -> None:
+def test_sizes_that_depend_on_the_data(tmp_path: Path) -> None:
+    """Torch exports it by reading the code, after it could not by running it."""
+
     class Counted(Model):
         def forward(self, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
             size = int(group.max()) + 1
             return torch.zeros(size, D).index_add_(0, group, self.ffn(x))
 
+    model, inputs = Counted(), (drawn(5, D), torch.tensor([0, 0, 1, 1, 1]))
+    changes = ["experts.count=4"]
+    result = upcycle.convert(model, "split-all", example_inputs=inputs, overrides=changes)
+    result.save(tmp_path / "out", targets=["safetensors", "onnx"])
+    other = (drawn(5, D), torch.tensor([0, 1, 2, 2, 0]))
+    (made,) = outputs(tmp_path / "out" / "model.onnx", *other)
+    assert is_close(made, model(*other).detach())
+
+
+def test_a_refusal_of_the_exporter_comes_alone(tmp_path: Path, capfd: Any) -> None:
+    class Branching(Model):
+        def forward(self, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+            return self.ffn(x) if int(group.max()) > 0 else x
+
     inputs, changes = (drawn(5, D), torch.tensor([0, 0, 1, 1, 1])), ["experts.count=4"]
-    result = upcycle.convert(Counted(), "split-all", example_inputs=inputs, overrides=changes)
+    result = upcycle.convert(Branching(), "split-all", example_inputs=inputs, overrides=changes)
     capfd.readouterr()
     with pytest.raises(UnsupportedError, match="cannot export this model"):
         result.save(tmp_path / "out", targets=["safetensors", "onnx"])

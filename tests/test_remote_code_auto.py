@@ -187,8 +187,8 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/custom-code.md, with a small model in the place of MiniLM."""
     monkeypatch.chdir(tmp_path)
     dense = t.BertModel(t.BertConfig(**remote_models.TEXT)).eval()
-    convert(dense, "sparse-upcycling", verify=False).save("minilm-moe", verify=False)
-    small_models.tokenizer().save_pretrained("minilm-moe")
+    convert(dense, "sparse-upcycling", verify=False).save("minilm-code", verify=False)
+    small_models.tokenizer().save_pretrained("minilm-code")
     page = Path(__file__).parents[1] / "docs" / "custom-code.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
     namespace: dict[str, Any] = {}

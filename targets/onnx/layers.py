@@ -89,10 +89,20 @@ def label(model: ir.Model, layers: Collection[str]) -> None:
         if (node.domain, node.op_type) != OPAQUE:
             continue
         *scopes, _ = ast.literal_eval(node.metadata_props[SCOPES])  # the last is the operation
-        path = next((scope for scope in reversed(scopes) if scope in layers), None)
+        named = (_layer(scope, layers) for scope in reversed(scopes))
+        path = next((name for name in named if name is not None), None)
         if path is None:
             raise UnsupportedError(
                 f"the experts that {scopes[-1] or 'the model'} calls do not say which layer they "
                 "belong to; call the layer that holds them"
             )
         node.attributes["layer"] = ir.AttrString("layer", path)
+
+
+def _layer(scope: str, layers: Collection[str]) -> str | None:
+    """The layer with this scope; where torch has read the code, more comes before the path."""
+    if scope in layers:
+        return scope
+    return max(
+        (path for path in layers if path and scope.endswith(f".{path}")), key=len, default=None
+    )
