@@ -16,7 +16,16 @@ FLAGS = {
     "targets": "--target",
 }
 SAME = (
-    *("allow_pickle", "architecture", "around", "calibration", "device", "dtype", "engine"),
+    *(
+        "against",
+        "allow_pickle",
+        "architecture",
+        "around",
+        "calibration",
+        "device",
+        "dtype",
+        "engine",
+    ),
     *("executor", "fresh", "gguf_type", "jobs", "out", "overwrite", "pt2_form", "resume", "stream"),
     *("target", "trust_remote_code", "verify"),
 )

@@ -187,4 +187,4 @@ def _advice(
         )
     if level in ("changed", "far"):
         return "Train it before it is used."
-    return "`upcycle bench` measures its speed; tell it the dense model with `against`."
+    return "`upcycle bench` measures its speed; `against=MODEL` names the dense model."
