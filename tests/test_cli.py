@@ -36,7 +36,22 @@ FLAGS = {
     "plan": LOG
     | {"MODEL", "--recipe", "--set", "--inputs", "--json", "--trust-remote-code"}
     | {"--runtime", "--architecture"},
-    "inspect": LOG | {"MODEL", "--inputs", "--json", "--trust-remote-code"},
+    "inspect": LOG | {"MODEL", "--trace", "--inputs", "--json", "--trust-remote-code"},
+    "trace": LOG
+    | {"DIRECTORY", "--data", "--text", "--text-field", "--tokens", "--length", "--out"}
+    | {"--overwrite", "--json", "--trust-remote-code", "--allow-pickle"},
+    "generate": LOG
+    | {"DIRECTORY", "--prompt", "--max-new-tokens", "--temperature", "--seed", "--k"}
+    | {"--suppress", "--force", "--steer", "--contrast", "--json", "--trust-remote-code"},
+    "steer": LOG
+    | {"DIRECTORY", "--toward", "--others", "--text-field", "--top", "--action", "--about"}
+    | {"--out", "--overwrite", "--json", "--trust-remote-code"},
+    "place": LOG
+    | {"DIRECTORY", "--trace", "--devices", "--nodes", "--seed", "--out", "--overwrite"}
+    | {"--json", "--trust-remote-code"},
+    "prune": LOG
+    | {"DIRECTORY", "--keep", "--by", "--data", "--text", "--text-field", "--out", "--overwrite"}
+    | {"--json", "--trust-remote-code", "--allow-pickle"},
     "graph": LOG
     | {"MODEL", "--around", "--out", "--overwrite", "--inputs", "--json", "--trust-remote-code"},
     "passes": LOG | {"--json"},

@@ -50,17 +50,16 @@ def take(layer: RoutedLayer, experts: Sequence[int]) -> None:
     """
     check_order(layer)
     count, chosen = layer.num_experts, torch.tensor(list(experts))
-    for name, tensor in list(layer.experts.named_parameters(recurse=False)):
-        if tensor.shape[0] == count:
-            _put(layer.experts, name, tensor[chosen.to(tensor.device)])
+    for name, stack in list(layer.experts.named_parameters(recurse=False)):
+        if stack.shape[0] == count:
+            _put(layer.experts, name, stack[chosen.to(stack.device)])
     config = _own_config(layer)
     nulls = 0 if config is None else config.router.nulls
     moved = 0
     for module in layer.router.modules():
-        for name, tensor in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ):
+        own: dict[str, Tensor] = dict(module.named_buffers(recurse=False))
+        own |= dict(module.named_parameters(recurse=False))
+        for name, tensor in own.items():
             axis = _axis(tensor, count + nulls, count)
             if axis is None:
                 continue

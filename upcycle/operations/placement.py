@@ -108,8 +108,8 @@ def place(trace: Trace, devices: int, nodes: int = 1, *, seed: int = 0) -> Place
 def _matrices(graph: "nx.DiGraph[tuple[int, int]]", num_experts: Sequence[int]) -> list[np.ndarray]:
     """The tokens between neighbouring layers, [E, F] each."""
     moved = [np.zeros(pair) for pair in pairwise(num_experts)]
-    for (layer, e), (_, f), tokens in graph.edges(data="tokens"):
-        moved[layer][e, f] = tokens
+    for (layer, e), (_, f), known in graph.edges(data=True):
+        moved[layer][e, f] = known["tokens"]
     return moved
 
 
