@@ -236,6 +236,23 @@ def test_a_pruned_model_is_smaller_and_goes_on(model: Any, tmp_path: Path) -> No
     assert float((logits(again) - logits(model)).abs().max()) <= ROUNDING
 
 
+def test_a_model_that_returns_its_router_logits(tmp_path: Path) -> None:
+    """As training with a balance loss leaves it."""
+    model = native_moes.native("Mixtral", output_router_logits=True)
+    model.save_pretrained(tmp_path / "moe")
+    out = tmp_path / "pruned"
+    torch.save({"input_ids": TOKENS}, tmp_path / "ids.pt")
+    data = ("--data", tmp_path / "ids.pt", "--allow-pickle")
+    result = run("prune", tmp_path / "moe", "--keep", 3, *data, "--out", out)
+    assert result.exit_code == 0, result.output
+    again: Any = upcycle.load(out)
+    found = again(input_ids=TOKENS, labels=TOKENS)
+    assert found.router_logits[0].shape == (TOKENS.numel(), 3)
+    assert found.loss.isfinite()
+    prune(model, batches(), keep=3)
+    assert model(input_ids=TOKENS, labels=TOKENS).loss.isfinite()
+
+
 @pytest.mark.parametrize("keep", [1, 9])
 def test_as_many_as_a_token_visits_are_left(keep: int) -> None:
     with pytest.raises(UsageError, match=f"keep: {keep}: .* choose 2 to 8"):

@@ -112,6 +112,9 @@ def _tell(layer: RoutedLayer, config: LayerConfig | None, count: int) -> None:
 
 def tell_model(model: nn.Module, layers: Sequence[RoutedLayer], count: int) -> None:
     """Write the number of experts into the configuration, from which a loaded model is built."""
+    for name in _COUNTS:  # from which the balance loss is computed
+        if isinstance(vars(model).get(name), int):
+            setattr(model, name, count)
     config: Any = getattr(model, "config", None)
     if config is None:
         return

@@ -1,6 +1,7 @@
 """A directory of a mixture of experts, written again after an operation on the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from upcycle.models.companions import copy_companions
 from upcycle.models.moe_layers import moe_layers
 from upcycle.targets.files.staging import check_output, staged
 from upcycle.targets.load import load
-from upcycle.util.modules import eval_mode, model_dtype
+from upcycle.util.modules import eval_mode, model_dtype, set_within
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.whole_model import compare_models
 
@@ -81,7 +82,7 @@ def rewrite(
         with step(progress, "loading again"):
             again = load(folder, trust_remote_code=trust_remote_code)
         allowed = ROUNDING[model_dtype(changed)]
-        with eval_mode(before, changed, again):
+        with eval_mode(before, changed, again), _without_router_logits(before, changed, again):
             same = compare_models(changed, again, evaluation, predictions=False)
             if not same.relative <= allowed:
                 raise VerificationError(
@@ -94,3 +95,13 @@ def rewrite(
                 f"{out}: the outputs moved by {found.relative:.1e}, and {allowed:.1e} is allowed"
             )
     return Rewritten(out, found)
+
+
+@contextmanager
+def _without_router_logits(*models: Any) -> Iterator[None]:
+    """They are as many as there are experts, and no output that is to stay."""
+    with ExitStack() as undo:
+        for model in models:
+            if getattr(model.config, "output_router_logits", False):
+                set_within(undo, model.config, "output_router_logits", False)
+        yield
