@@ -133,6 +133,10 @@ def test_every_pass_of_a_graph_has_conditions() -> None:
         CallLayers({"mlp": [("_2", "_0")]}, {}).requires(graph)
     with pytest.raises(AssertionError, match="still read"):
         CallLayers({"mlp": [("input_1", "_2")]}, {}).ensures(graph)
+    (output,) = graph.graph.find_nodes(op="output")
+    with graph.graph.inserting_before(output):
+        unread = graph.graph.call_function(torch.relu, tuple(output.all_input_nodes))
     with pytest.raises(AssertionError, match="still there"):
-        EraseUnread({"_1"}).ensures(graph)
+        EraseUnread({unread.name}).ensures(graph)
+    EraseUnread({"_1"}).ensures(graph)  # which others read
     assert all(one.does for one in PASSES)
