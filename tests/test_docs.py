@@ -107,6 +107,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert ran.exit_code == 0, ran.output
     for name, made in (
         ("minilm-code", "minilm-moe"),
+        ("minilm-fast", "minilm-moe"),
         ("bert-edge", "minilm-moe"),
         ("bert-copies", "bert-moe"),
     ):

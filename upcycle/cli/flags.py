@@ -22,6 +22,7 @@ SAME = (
         "architecture",
         "around",
         "calibration",
+        "data",
         "device",
         "dtype",
         "engine",

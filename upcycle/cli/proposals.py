@@ -174,7 +174,9 @@ def _quality(plan: Plan, *, reads: bool) -> str:
     _, value = min(points, key=lambda point: abs(point[0] - share))
     if reads:
         return f"perplexity {value:.3g} times that of the dense model on {kind.model}"
-    return f"embeddings {value:.2f} alike (cosine) on {kind.model}"
+    return (
+        f"embeddings {value:.2f} alike (cosine) on {kind.model}, on text of the calibration's kind"
+    )
 
 
 def _active(plan: Plan) -> float:

@@ -119,6 +119,10 @@ def verification_report(report: Report) -> list[RenderableType]:
         distances = new_table(what, "relative error", "cosine min", "mean")
         add_rows(distances, rows)
         parts += ["", distances]
+        if shown := sorted({row.inputs for row in report.layers or () if row.inputs}):
+            parts.append(
+                f"Layers were compared on {', '.join(shown)}, and not inside of the model."
+            )
         if others := (report.layers or ())[MAX_LAYERS:]:
             parts.append(f"{count(others, 'layer')} with smaller errors in report.json")
     if report.end_to_end and report.end_to_end.language_model:

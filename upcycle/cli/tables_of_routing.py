@@ -38,13 +38,14 @@ def routing_report(trace: Trace) -> list[RenderableType]:
     """Load and balance of each layer, who is chosen with whom, where tokens go, and by class."""
     table = new_table(
         *("layer", "tokens", "experts per token", "cv", "utilization", "dead_expert_frac"),
-        *("expert_diversity", "most together", "stays on its way"),
+        *("expert_diversity", "most", "least", "most together", "stays on its way"),
     )
     rows = []
     for layer, path in enumerate(trace.paths):
         if not statistics.load(trace, layer).any():
-            rows.append((path, "0", *[""] * 7))
+            rows.append((path, "0", *[""] * 9))
             continue
+        share_E = statistics.load(trace, layer) / statistics.load(trace, layer).sum()
         b = statistics.balance(trace, layer)
         rows.append(
             (
@@ -55,6 +56,8 @@ def routing_report(trace: Trace) -> list[RenderableType]:
                 f"{b.utilization_min:.2f} to {b.utilization_max:.2f}",
                 f"{b.dead_expert_frac:.2f}",
                 f"{b.expert_diversity:.2f}",
+                f"{share_E.argmax()}: {share_E.max():.0%}",
+                f"{share_E.argmin()}: {share_E.min():.1%}",
                 _together(trace, layer),
                 _on_its_way(trace, layer),
             )
@@ -63,6 +66,7 @@ def routing_report(trace: Trace) -> list[RenderableType]:
     parts: list[RenderableType] = [table]
     for name in _kinds(trace):
         found = statistics.resonance(trace, trace.classes, name)[:_MOST]
+        found = [one for one in found if one.value > 0]
         kinds = new_table("layer", "expert", f"tokens of a sequence more, {name}")
         for one in found:
             kinds.add_row(trace.paths[one.layer], str(one.expert), f"{one.value:.1f}")

@@ -113,6 +113,7 @@ class Report:
             self.end_to_end,
             dtype=self.dtype,
             recipe=self.recipe,
+            fitted=bool((self.resolved_recipe.get("compensate") or {}).get("refit")),
             equal_layers=self.promise == "exact" and bool(self.layers) and passed,
             unmeasured="Convert it in memory (`stream=False`) and with verification to know.",
         )

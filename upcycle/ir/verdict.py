@@ -49,6 +49,7 @@ def verdict(
     *,
     dtype: str,
     recipe: str,
+    fitted: bool = False,
     equal_layers: bool = False,
     unmeasured: str = "`upcycle convert` measures it.",
 ) -> Verdict:
@@ -60,6 +61,7 @@ def verdict(
         found: the distance of the whole model from the dense one, if it was measured.
         dtype: of the dense weights, such as ``float32``.
         recipe: its name.
+        fitted: it fits what is left out to calibration data, as the recipe upcycle does.
         equal_layers: every layer was measured to equal its dense FFN, and the whole was not run.
         unmeasured: the advice if nothing is known.
     """
@@ -70,7 +72,9 @@ def verdict(
         headline=_headline(level, promise, work, recipe),
         quality=_quality(level, promise, found, equal_layers=equal_layers),
         work=_work(costs, work),
-        advice=_advice(level, promise, costs, work, recipe, unmeasured),
+        advice=_advice(
+            level, promise, costs, work, recipe, unmeasured, fitted=fitted or recipe == "upcycle"
+        ),
     )
 
 
@@ -165,6 +169,8 @@ def _advice(
     work: float | None,
     recipe: str,
     unmeasured: str,
+    *,
+    fitted: bool,
 ) -> str:
     grows = costs is not None and costs.parameters_after > 1.1 * costs.parameters_before
     saves = work is not None and work < 0.95
@@ -176,9 +182,10 @@ def _advice(
         return unmeasured
     if recipe == TRAINED:
         return "It was trained after its conversion: judge it by your task, not by the dense model."
-    if level in ("changed", "far") and recipe == "upcycle":
+    if level in ("changed", "far") and fitted:
         return (
-            "More calibration text (`calibration`), or wider experts (experts.width), bring it "
+            "It was fitted to text and measured on text of the same kind, and on other text it is "
+            "further off: give your own (`calibration`). Wider experts (experts.width) bring it "
             "nearer without training; training does the rest."
         )
     if level in ("changed", "far") and saves:

@@ -77,7 +77,11 @@ def place(trace: Trace, devices: int, nodes: int = 1, *, seed: int = 0) -> Place
     """
     wrong = next((e for e in trace.num_experts if devices < 2 or e % devices), None)
     if wrong is not None:
-        raise UsageError(f"devices: {devices}: {wrong} experts cannot be shared out evenly to them")
+        fitting = [c for c in range(2, wrong + 1) if wrong % c == 0]
+        raise UsageError(
+            f"devices: {devices}: {wrong} experts cannot be shared out evenly to them; choose from "
+            f"{', '.join(map(str, fitting))}, or prune to another number of experts first"
+        )
     if nodes < 1 or devices % nodes:
         raise UsageError(f"nodes: {nodes}: {devices} devices cannot be shared out evenly to them")
     graph = affinities(trace)

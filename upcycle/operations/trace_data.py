@@ -10,6 +10,7 @@ from torch import nn
 
 from upcycle.data.calibration import CalibrationData, calibration_data
 from upcycle.data.calibration_files import CalibrationInput
+from upcycle.errors import UsageError
 from upcycle.passes.calibrate.sites import run_batch
 from upcycle.recipe.reader import load_recipe
 from upcycle.routing.trace import Trace, trace
@@ -68,9 +69,13 @@ def batches_of(
     """Inputs of `model` out of what `given` holds, or out of the default text."""
     sizes = [f"calibration.tokens={tokens}", f"calibration.length={length}"]
     recipe = load_recipe("split-all", sizes)  # of which these two numbers are read
-    return calibration_data(
-        model, recipe, given, directory=directory, trust_remote_code=trust_remote_code
-    )
+    try:
+        return calibration_data(
+            model, recipe, given, directory=directory, trust_remote_code=trust_remote_code
+        )
+    except UsageError as error:  # it calls them by their name in a conversion
+        sentence = str(error).replace("`calibration`", "`data`").replace("calibration.", "")
+        raise UsageError(sentence) from error
 
 
 def named_classes(given: CalibrationInput | None, paths: Sequence[str]) -> CalibrationInput | None:
