@@ -56,9 +56,10 @@ def renumber(model: nn.Module, placement: Placement) -> None:
 def _in_float64(layer: RoutedLayer) -> torch.Tensor:
     """What the layer computes of random tokens, [1, T, O]."""
     block: Any = copy.deepcopy(layer.block).double().cpu().eval()
-    found = next(module for module in block.children() if type(module) is type(layer.experts))
+    found: Any = next(module for module in block.children() if type(module) is type(layer.experts))
     found.config._experts_implementation = "eager"
-    d_model = getattr(layer.experts, "hidden_dim", None) or layer.experts.hidden_size
+    own: Any = layer.experts
+    d_model: int = getattr(own, "hidden_dim", None) or own.hidden_size
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, _TOKENS, d_model, generator=generator, dtype=torch.float64)
     made = block.tokens(tokens[0]) if hasattr(block, "tokens") else block(tokens)
