@@ -201,6 +201,7 @@ def test_a_file_that_is_no_steering_is_refused(text: str, tmp_path: Path) -> Non
         (["trace", "DENSE", "--out", "OUT"], "no MoE layer"),
         (["trace", "MOE", "--text", "nowhere.txt", "--out", "OUT"], "no such text file"),
         (["trace", "MOE", "--out", "THERE"], "it exists"),
+        (["trace", "MOE", "--out", "nowhere/t.npz"], "there is no directory nowhere"),
         (
             ["steer", "MOE", "--toward", "A", "--others", "A", "--out", "OUT"],
             "no expert is visited",

@@ -185,13 +185,12 @@ def steer(
     Example: upcycle steer smollm2-moe --toward refused.txt --others answered.txt --out steer.json
     """
     with collector_paused():
+        from upcycle.cli.new_file import check_new_file
         from upcycle.cli.tables import new_table
-        from upcycle.errors import UsageError
         from upcycle.operations.prompts import read_prompts, steering
         from upcycle.targets.load import load
 
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out}: it exists; give another --out, or --overwrite")
+    check_new_file(out, overwrite=overwrite)
     sets = {name: read_prompts(path, text_field) for name, path in (("a", toward), ("b", others))}
     model = load(directory, trust_remote_code=trust_remote_code)
     with console.progress() as progress:

@@ -46,14 +46,13 @@ def trace(
     Example: upcycle trace minilm-moe --text law.txt --text code.txt --out minilm-trace.npz
     """
     with collector_paused():
+        from upcycle.cli.new_file import check_new_file
         from upcycle.cli.tables_of_routing import routing_json, routing_report
         from upcycle.data.calibration_files import read_calibration
-        from upcycle.errors import UsageError
         from upcycle.operations.trace_data import named_classes, traced
         from upcycle.targets.load import load
 
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out}: it exists; give another --out, or --overwrite")
+    check_new_file(out, overwrite=overwrite)
     given = read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
     model = load(directory, trust_remote_code=trust_remote_code)
     with console.progress() as progress:
