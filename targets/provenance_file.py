@@ -159,6 +159,34 @@ def read_origins(directory: Path) -> list[LayerOrigin] | None:
         ) from error
 
 
+def provenance_in(directory: Path) -> dict[str, Provenance]:
+    """The dense neurons behind each layer, by path of its FFN; none where the file is not.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    found = {}
+    for layer in read_origins(directory) or ():
+        try:
+            found[layer["path"]] = _provenance(layer)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(directory, error) from error
+    return found
+
+
+def _provenance(layer: LayerOrigin) -> Provenance:
+    experts, shared = rows_of(layer)
+    return Provenance(
+        torch.tensor(experts, dtype=torch.int64), torch.tensor(shared, dtype=torch.int64)
+    )
+
+
+def _damaged(directory: Path, error: Exception) -> UsageError:
+    return UsageError(
+        f"{directory / FILE}: not what upcycle writes ({one_line(error)}); convert the model again"
+    )
+
+
 def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
     """The plan with the widths that the layers in `directory` have, and their provenance.
 
@@ -181,15 +209,9 @@ def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:
             there.append((layer["path"], *facts))
             found = {"width": made["width"], "shared": made["shared"]}
             sizes.append({**found, "expert_bias": made.get("expert_bias", False)})
-            experts, shared = rows_of(layer)
-            provenance[layer["path"]] = Provenance(
-                torch.tensor(experts, dtype=torch.int64), torch.tensor(shared, dtype=torch.int64)
-            )
+            provenance[layer["path"]] = _provenance(layer)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{directory / FILE}: not what upcycle writes ({one_line(error)}); convert the model "
-            "again"
-        ) from error
+        raise _damaged(directory, error) from error
     planned = [(s.ffn.path, s.ffn.d_ff, s.ffn.d_model, s.num_experts) for s in plan.specs]
     if there != planned:
         raise UsageError(

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from upcycle.cli.main import main
 from upcycle.passes.experts import EXPERTS
 from upcycle.passes.experts.method import DenseLayer
-from upcycle.passes.transform.transform import merge_to_dense
+from upcycle.passes.merge import merge_to_dense
 from upcycle.recipe.reader import recipe_schema
 from upcycle.recipe.schema import Recipe
 from upcycle.recipe.shipped import recipe_names

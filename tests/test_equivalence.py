@@ -13,8 +13,9 @@ from upcycle.ir.spec import MoESpec
 from upcycle.ir.weights import FFNWeights, MoEWeights
 from upcycle.layers.config import WeightRule
 from upcycle.layers.moe import MoE, all_experts
+from upcycle.passes.merge import merge_to_dense
 from upcycle.passes.plan.plan import make_plan
-from upcycle.passes.transform.transform import merge_to_dense, transform
+from upcycle.passes.transform.transform import transform
 from upcycle.recipe.schema import Recipe
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

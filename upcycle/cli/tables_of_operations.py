@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from upcycle.cli.tables import add_rows, new_table
+from upcycle.operations.merge import Merged
 from upcycle.operations.placement import Placement
 from upcycle.operations.rewritten import Rewritten
 from upcycle.util.spans import span
@@ -33,6 +34,18 @@ def placement_report(found: Placement, done: Rewritten) -> list[RenderableType]:
     table.add_row("random", f"{found.random:.3f}")
     same = "Every layer computes the same, checked in float64."
     return [table, "", same, *_distance(done), f"written to {done.out}"]
+
+
+_KINDS = {
+    "split": "Each FFN is the sum of all experts at weight one; a token visited some of them.",
+    "copies": "Each FFN computes what its layer does: the experts are the same.",
+    "mean": "Each FFN is a mean of experts that differ: train it, or read what it costs.",
+}
+
+
+def merged_report(found: Merged, done: Rewritten) -> list[RenderableType]:
+    """What the dense model is to the mixture."""
+    return [_KINDS[found.kind], "", *_distance(done), f"written to {done.out}"]
 
 
 def _distance(done: Rewritten) -> list[RenderableType]:

@@ -39,7 +39,7 @@ def plan_found(located: Located, layers: Sequence[MoELayer]) -> Plan:
     """
     specs = []
     for ffn in located.ffns:
-        layer = next((layer for layer in layers if _is_at(layer, ffn)), None)
+        layer = next((layer for layer in layers if is_at(layer, ffn)), None)
         if layer is not None:
             specs.append(_spec(ffn, layer))
     if not specs:
@@ -77,8 +77,11 @@ def planned(
     return plan, header(plan, Facts(source.label, model_dtype(model), model_size(dense)))
 
 
-def _is_at(layer: MoELayer, ffn: FFN) -> bool:
-    """A native block may have another name than the FFN, in the same module."""
+def is_at(layer: MoELayer, ffn: FFN) -> bool:
+    """Whether `ffn` became `layer`.
+
+    A native block may have another name than the FFN, in the same module.
+    """
     if layer.is_own:
         return layer.path == ffn.place
     same_block = layer.path.rpartition(".")[0] == ffn.path.rpartition(".")[0]
@@ -152,18 +155,27 @@ def as_converted(model: nn.Module) -> tuple[nn.Module, Plan]:
     Raises:
         UnsupportedError: it has no layers of upcycle.
     """
-    if not isinstance(model, UpcycledModel):
-        raise UnsupportedError(
-            f"{type(model).__name__} is an architecture of transformers already, and no class that "
-            "upcycle extended"
-        )
-    dense_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, UpcycledModel))
-    config = _dense_config(model)
+    dense_class, config = dense_class_of(model)
     with torch.device("meta"):
         skeleton = dense_class(config)
     view: Any = copy.copy(model)  # the same modules, under the class that they were put into
     view.__class__, view.config = dense_class, config
     return view, plan_found(locate_in(skeleton), moe_layers(model))
+
+
+def dense_class_of(model: nn.Module) -> tuple[Any, Any]:
+    """The dense class that a model of custom code extends, and its configuration.
+
+    Raises:
+        UnsupportedError: it extends none.
+    """
+    if not isinstance(model, UpcycledModel):
+        raise UnsupportedError(
+            f"{type(model).__name__} is an architecture of transformers already, and no class that "
+            "upcycle extended"
+        )
+    dense_class = next(c for c in type(model).__mro__ if not issubclass(c, UpcycledModel))
+    return dense_class, _dense_config(model)
 
 
 def _dense_config(model: Any) -> Any:

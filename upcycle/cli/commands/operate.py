@@ -9,11 +9,6 @@ from upcycle.cli import console
 from upcycle.cli.commands import options
 from upcycle.cli.group import collector_paused
 
-_out = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Directory for the result."
-)
-_overwrite = click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
-
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
@@ -26,8 +21,8 @@ _overwrite = click.option("--overwrite", is_flag=True, help="Replace --out if it
 )
 @options.data
 @options.text_field
-@_out
-@_overwrite
+@options.out
+@options.overwrite
 @options.as_json
 @options.trust
 @options.pickle
@@ -91,8 +86,8 @@ def prune(
 @click.option("--devices", required=True, type=click.IntRange(min=2), help="Devices in all.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, help="Nodes that they are in.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the starts.")
-@_out
-@_overwrite
+@options.out
+@options.overwrite
 @options.as_json
 @options.trust
 @options.log

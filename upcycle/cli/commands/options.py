@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -57,6 +58,10 @@ data = click.option(
     help="Text, .jsonl, images, tensors; several texts are classes, named by their files.  "
     "[default: the text of the verification]",
 )
+out = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory for the result."
+)
+overwrite = click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 text_field = click.option(
     "--text-field",
     default="text",
