@@ -42,7 +42,15 @@ FLAGS = {
     | {"--overwrite", "--json", "--trust-remote-code", "--allow-pickle"},
     "generate": LOG
     | {"DIRECTORY", "--prompt", "--max-new-tokens", "--temperature", "--seed", "--k"}
-    | {"--suppress", "--force", "--steer", "--contrast", "--json", "--trust-remote-code"},
+    | {
+        "--suppress",
+        "--force",
+        "--steer",
+        "--contrast",
+        "--adapter",
+        "--json",
+        "--trust-remote-code",
+    },
     "steer": LOG
     | {"DIRECTORY", "--toward", "--others", "--text-field", "--top", "--action", "--about"}
     | {"--out", "--overwrite", "--json", "--trust-remote-code"},
@@ -55,6 +63,9 @@ FLAGS = {
     "merge": LOG
     | {"DIRECTORY", "--by", "--data", "--text", "--text-field", "--out", "--overwrite"}
     | {"--json", "--trust-remote-code", "--allow-pickle"},
+    "esft": LOG
+    | {"DIRECTORY", "--data", "--text", "--text-field", "--p", "--by", "--like", "--out"}
+    | {"--overwrite", "--json", "--trust-remote-code", "--allow-pickle"},
     "graph": LOG
     | {"MODEL", "--around", "--out", "--overwrite", "--inputs", "--json", "--trust-remote-code"},
     "passes": LOG | {"--json"},

@@ -30,7 +30,9 @@ if _TYPE_CHECKING:
     from upcycle.ir.ffn import FFN, Located, Miss
     from upcycle.ir.spec import MoESpec, Plan
     from upcycle.layers.moe import MoE, all_experts
+    from upcycle.operations.adapters import adapters
     from upcycle.operations.contrast import SelfContrast
+    from upcycle.operations.expert_adapter import ExpertAdapter
     from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
     from upcycle.passes.extend import extend, set_new_bias
     from upcycle.passes.plugins import register_expert_method, register_router
@@ -48,6 +50,7 @@ __all__ = [
     "CaptureError",
     "Conversion",
     "DenseLayer",
+    "ExpertAdapter",
     "ExpertMethod",
     "Located",
     "Miss",
@@ -68,6 +71,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "adapters",
     "all_experts",
     "convert",
     "export",
@@ -104,7 +108,9 @@ _HOMES = {
     "routing.override": ("override",),
     "routing.steering": ("Steering",),
     "routing.trace": ("Trace", "trace"),
+    "operations.adapters": ("adapters",),
     "operations.contrast": ("SelfContrast",),
+    "operations.expert_adapter": ("ExpertAdapter",),
     "recipe.reader": ("load_recipe",),
     "ir.spec": ("MoESpec", "Plan"),
     "verification.whole_model": ("verify",),

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
 from upcycle.cli.tables import add_rows, new_table
+from upcycle.operations.expert_adapter import ExpertAdapter
 from upcycle.operations.merge import Merged
 from upcycle.operations.placement import Placement
 from upcycle.operations.rewritten import Rewritten
@@ -46,6 +48,23 @@ _KINDS = {
 def merged_report(found: Merged, done: Rewritten) -> list[RenderableType]:
     """What the dense model is to the mixture."""
     return [_KINDS[found.kind], "", *_distance(done), f"written to {done.out}"]
+
+
+def adapter_report(
+    made: ExpertAdapter, shares: Mapping[str, float], part: float, out: Path
+) -> list[RenderableType]:
+    """The experts of an adapter, and what they have of the score of their layers."""
+    table = new_table("layer", "experts", "share")
+    rows = [
+        (
+            path,
+            f"{span(sorted(experts))} of {made.of[path]}",
+            f"{shares[path]:.1%}" if shares else "",
+        )
+        for path, experts in made.experts.items()
+    ]
+    add_rows(table, rows)
+    return [table, "", f"It has {part:.1%} of the parameters of the model.", f"written to {out}"]
 
 
 def _distance(done: Rewritten) -> list[RenderableType]:

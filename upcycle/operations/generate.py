@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from upcycle.errors import UnsupportedError
+from upcycle.operations.adapters import adapters as served
 from upcycle.operations.contrast import SelfContrast
+from upcycle.operations.expert_adapter import ExpertAdapter
 from upcycle.routing.override import Expert, override
 from upcycle.routing.steering import Steering
 from upcycle.util.modules import device_of, eval_mode
@@ -37,6 +39,8 @@ def generate(
     force: Sequence[Expert] = (),
     steering: Steering | None = None,
     contrast: Contrast | None = None,
+    adapters: Sequence[ExpertAdapter] = (),
+    adapter_ids: Sequence[int] = (0,),
 ) -> list[str]:
     """What `model` writes after each of the prompts, which are read together.
 
@@ -47,6 +51,7 @@ def generate(
         seed: of the samples.
         k, suppress, force: as for `upcycle.override`.
         contrast: decode by it.
+        adapters, adapter_ids: as for `upcycle.adapters`, an id for each prompt.
 
     Raises:
         UnsupportedError: the model does not generate.
@@ -69,6 +74,8 @@ def generate(
             stack.enter_context(steering.on(model))
         if k is not None or suppress or force:
             stack.enter_context(override(model, k=k, suppress=suppress, force=force))
+        if adapters:
+            stack.enter_context(served(model, adapters, adapter_ids))
         if contrast is not None:
             more["logits_processor"] = [SelfContrast(model, inputs, **vars(contrast))]
         made = model.generate(  # type: ignore[operator]

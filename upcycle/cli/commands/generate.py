@@ -85,6 +85,13 @@ def _contrast(
     metavar="ranks=2,beta=0.5",
     help="Decode by the contrast with the experts of other ranks; alpha=0.1 too.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FILE",
+    help="A file of `upcycle esft`; repeated, one for each prompt, `base` for none.",
+)
 @options.as_json
 @options.trust
 @options.log
@@ -99,6 +106,7 @@ def generate(
     force: tuple[tuple[int | str, int], ...],
     steering: Path | None,
     contrast: dict[str, Any] | None,
+    adapters: tuple[str, ...],
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
@@ -108,12 +116,20 @@ def generate(
     Example: upcycle generate smollm2-moe --prompt "The sea is" --contrast ranks=2,beta=0.5
     """
     with collector_paused():
+        from upcycle.operations.expert_adapter import ExpertAdapter
         from upcycle.operations.generate import Contrast
         from upcycle.operations.generate import generate as write
         from upcycle.routing.steering import Steering
         from upcycle.targets.load import load
 
+    if len(adapters) not in (0, 1, len(prompts)):
+        raise click.UsageError(
+            f"--adapter: {len(adapters)} of them for {len(prompts)} prompts; give one, or one for "
+            "each prompt (`base` for none)"
+        )
     setting = None if steering is None else Steering.load(steering)
+    files = [file for file in dict.fromkeys(adapters) if file != "base"]
+    beside = [ExpertAdapter.load(file) for file in files]
     model: Any = load(directory, trust_remote_code=trust_remote_code)
     texts = write(
         model,
@@ -127,6 +143,8 @@ def generate(
         force=force,
         steering=setting,
         contrast=None if contrast is None else Contrast(**contrast),
+        adapters=beside,
+        adapter_ids=[files.index(file) if file != "base" else -1 for file in adapters] or [0],
     )
     data = [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)]
     console.show(as_json, data, lambda: [one["prompt"] + one["text"] for one in data])
