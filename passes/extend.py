@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from upcycle.passes.calibrate.sites import run_batch
 from upcycle.util.copies import copy_of
 from upcycle.util.modules import eval_mode
 
+Like = Literal["visited", "mean"]
+
 
 @torch.no_grad()
 def extend(
@@ -25,9 +27,10 @@ def extend(
     batches: Sequence[ExampleInputs],
     *,
     layers: Sequence[str] | None = None,
+    like: Like = "visited",
     bias: float = -math.inf,
 ) -> nn.Module:
-    """Add to each layer a copy of the expert that `batches` visit most, with a copy of its row.
+    """Add to each layer of upcycle a copy of the expert that `batches` visit most, and of its row.
 
     Equal rows would be chosen together wherever the copied expert is the best one, and push out
     the second best. So the logit of the new expert gets a `bias` of minus infinity, with which the
@@ -37,6 +40,7 @@ def extend(
         model: a converted model, loaded or in memory; left alone.
         batches: keyword arguments or tuples that its forward accepts, of the new data.
         layers: paths of the layers to extend; all if None.
+        like: ``mean`` adds the mean of the experts, and of their rows, instead.
         bias: of the new expert's logit; old experts without one get 0.
 
     Returns:
@@ -67,7 +71,7 @@ def extend(
     for path, layer in found.items():
         if not loads[path].any():
             raise UsageError(f"{path}: the data never reach this layer; leave it out of `layers`")
-        _add_expert(layer, int(loads[path].argmax()), bias)
+        _add_expert(layer, int(loads[path].argmax()) if like == "visited" else None, bias)
     _tell_config(extended, found)
     return extended
 
@@ -112,14 +116,15 @@ def _loads(
     return loads
 
 
-def _add_expert(layer: Any, like: int, bias: float) -> None:
+def _add_expert(layer: Any, like: int | None, bias: float) -> None:
+    """A copy of the expert `like`, or the mean of all."""
     router, experts = layer.router, layer.experts
     if router.bias is None:
         router.bias = nn.Parameter(router.weight.new_zeros(router.num_experts))
     for module in (router, experts):
         for name, tensor in list(module.named_parameters(recurse=False)):
-            grown = torch.cat([tensor, tensor[like : like + 1]])
-            setattr(module, name, nn.Parameter(grown, tensor.requires_grad))
+            new = tensor.mean(0, keepdim=True) if like is None else tensor[like : like + 1]
+            setattr(module, name, nn.Parameter(torch.cat([tensor, new]), tensor.requires_grad))
     router.bias[-1] = bias
     count = router.num_experts + 1
     router.num_experts = experts.num_experts = count

@@ -63,6 +63,9 @@ FLAGS = {
     "merge": LOG
     | {"DIRECTORY", "--by", "--data", "--text", "--text-field", "--out", "--overwrite"}
     | {"--json", "--trust-remote-code", "--allow-pickle"},
+    "extend": LOG
+    | {"DIRECTORY", "--data", "--text", "--text-field", "--layers", "--like", "--nulls"}
+    | {"--out", "--overwrite", "--json", "--trust-remote-code", "--allow-pickle"},
     "esft": LOG
     | {"DIRECTORY", "--data", "--text", "--text-field", "--p", "--by", "--like", "--out"}
     | {"--overwrite", "--json", "--trust-remote-code", "--allow-pickle"},

@@ -33,8 +33,9 @@ if _TYPE_CHECKING:
     from upcycle.operations.adapters import adapters
     from upcycle.operations.contrast import SelfContrast
     from upcycle.operations.expert_adapter import ExpertAdapter
+    from upcycle.operations.extend import extend
     from upcycle.passes.experts.method import DenseLayer, ExpertMethod, Parts
-    from upcycle.passes.extend import extend, set_new_bias
+    from upcycle.passes.extend import set_new_bias
     from upcycle.passes.plugins import register_expert_method, register_router
     from upcycle.passes.routers.method import RouterMethod
     from upcycle.recipe.reader import load_recipe
@@ -100,7 +101,8 @@ _HOMES = {
     "ir.ffn": ("FFN", "Located", "Miss"),
     "targets.load": ("load",),
     "layers.moe": ("MoE", "all_experts"),
-    "passes.extend": ("extend", "set_new_bias"),
+    "operations.extend": ("extend",),
+    "passes.extend": ("set_new_bias",),
     "passes.experts.method": ("DenseLayer", "ExpertMethod", "Parts"),
     "passes.plugins": ("register_expert_method", "register_router"),
     "passes.routers.method": ("RouterMethod",),

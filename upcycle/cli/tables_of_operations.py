@@ -1,6 +1,6 @@
 """What operations on a mixture of experts did, as tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,21 @@ _KINDS = {
 def merged_report(found: Merged, done: Rewritten) -> list[RenderableType]:
     """What the dense model is to the mixture."""
     return [_KINDS[found.kind], "", *_distance(done), f"written to {done.out}"]
+
+
+def extended_report(
+    done: Rewritten, layers: Sequence[str], nulls: int | None
+) -> list[RenderableType]:
+    """Which layers have more experts now."""
+    added = "one more expert" if nulls is None else f"{nulls} experts that do nothing"
+    kinds = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+    said = f"Added to {kinds} ({_first_and_last(layers)}): {added} in each."
+    return [said, *_distance(done), f"written to {done.out}"]
+
+
+def _first_and_last(paths: Sequence[str]) -> str:
+    """The first and the last of them."""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}"
 
 
 def adapter_report(

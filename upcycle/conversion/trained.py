@@ -41,7 +41,7 @@ def plan_found(located: Located, layers: Sequence[MoELayer]) -> Plan:
     for ffn in located.ffns:
         layer = next((layer for layer in layers if is_at(layer, ffn)), None)
         if layer is not None:
-            specs.append(_spec(ffn, layer))
+            specs.append(spec_of(ffn, layer))
     if not specs:
         raise UnsupportedError(
             f"the dense model has no FFN where one of the {len(layers)} MoE layers is; is it the "
@@ -88,7 +88,8 @@ def is_at(layer: MoELayer, ffn: FFN) -> bool:
     return same_block and ffn.placement == "module" and layer.d_model == ffn.d_model
 
 
-def _spec(ffn: FFN, layer: MoELayer) -> MoESpec:
+def spec_of(ffn: FFN, layer: MoELayer) -> MoESpec:
+    """The spec by which `ffn` would become `layer`; how its weights were made is unknown."""
     config = layer.block.config if isinstance(layer.block, MoE) else _native_config(ffn, layer)
     facts, select = config.router, config.router.select
     has_bias = ffn.contraction.bias is not None and not (config.expert_bias and not config.shared)

@@ -12,8 +12,11 @@ from upcycle.data.verification_inputs import evaluation_for
 from upcycle.errors import UnsupportedError, UsageError, VerificationError
 from upcycle.ir.measured import ModelDistance
 from upcycle.ir.rounding import ROUNDING
+from upcycle.layers.moe import MoE
+from upcycle.layers.pretrained import UpcycledModel
 from upcycle.models.companions import copy_companions
 from upcycle.models.moe_layers import moe_layers
+from upcycle.operations.as_own import write_own
 from upcycle.targets.files.staging import check_output, staged
 from upcycle.targets.load import load
 from upcycle.util.modules import eval_mode, model_dtype, set_within
@@ -74,7 +77,10 @@ def rewrite(
     with staged(out, overwrite=overwrite, protect=[directory]) as folder:
         with step(progress, "writing"):
             copy_companions(directory, folder, trust_remote_code=trust_remote_code)
-            changed.save_pretrained(folder)
+            if _is_made_here(changed):
+                write_own(changed, folder)
+            else:
+                changed.save_pretrained(folder)
             beside(folder)
         with step(progress, "loading again"):
             again = load(folder, trust_remote_code=trust_remote_code)
@@ -88,6 +94,12 @@ def rewrite(
                 )
             found = compare_models(before, changed, evaluation)
     return Rewritten(out, found)
+
+
+def _is_made_here(model: nn.Module) -> bool:
+    """Whether layers of upcycle are in a class that has no code for them yet."""
+    has_own = any(isinstance(module, MoE) for module in model.modules())
+    return has_own and not isinstance(model, UpcycledModel)
 
 
 @contextmanager
