@@ -64,7 +64,7 @@ def _own_layer(layer: RoutedLayer) -> MoE:
     experts = as_experts(layer.experts, layer.path)
     rows = [p for p in layer.router.parameters() if p.shape[:1] == (layer.num_experts,)]
     beside = [name for name, _ in layer.block.named_children() if "shared" in name]
-    if len(rows) != 1 or rows[0].dim() != 2 or beside or list(layer.router.buffers()):
+    if len(rows) != 1 or rows[0].dim() != 2 or beside or dict(layer.router.named_buffers()):
         raise UnsupportedError(
             f"{layer.path}: {type(layer.block).__name__} has more than experts and a linear router"
         )

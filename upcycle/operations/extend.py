@@ -140,9 +140,9 @@ def _with_biases(
             raise UsageError(f"{layer.path}: the data never reach this layer")
         take(layer, [*range(layer.num_experts), int(load_E.argmax())])
         if like == "mean":
-            for tensor in (*layer.experts.parameters(recurse=False), *layer.router.parameters()):
-                if len(tensor) == layer.num_experts + 1:
-                    tensor[-1] = tensor[:-1].mean(0)
+            for own in (*layer.experts.parameters(recurse=False), *layer.router.parameters()):
+                if len(own) == layer.num_experts + 1:
+                    own[-1] = own[:-1].mean(0)
         for name, tensor in _router_tensors(layer).items():
             if name.endswith("bias"):
                 tensor.reshape(-1)[-1] = bias
