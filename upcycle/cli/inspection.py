@@ -53,14 +53,17 @@ def inspect_moe(directory: Path, *, trust_remote_code: bool = False) -> dict[str
     from upcycle.targets.load import skeleton_of
 
     model: Any = skeleton_of(directory, trust_remote_code=trust_remote_code)
-    names = ("path", "num_experts", "width", "top_k", "shared", "router", "d_model")
+    names = ("num_experts", "width", "top_k", "shared", "router", "d_model")
+    layers = moe_layers(model)
     return {
         "directory": str(directory),
         "architecture": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "is_own": "upcycle" in vars(model.config),
         "onnx": sorted(path.name for path in directory.glob("*.onnx")),
-        "layers": [{name: getattr(row, name) for name in names} for row in moe_layers(model)],
+        "layers": [
+            {"path": row.name, **{name: getattr(row, name) for name in names}} for row in layers
+        ],
     }
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from upcycle.errors import UnsupportedError
 from upcycle.layers.config import LayerConfig
-from upcycle.layers.tap import place_of
 from upcycle.routing.contract import RoutedLayer
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts")
@@ -122,7 +121,7 @@ def tell_model(model: nn.Module, layers: Sequence[RoutedLayer], count: int) -> N
     if described:
         own = {layer.path: _own_config(layer) for layer in layers}
         for site in described["sites"]:
-            found = own.get(place_of(site))
+            found = own.get(str(site["path"]))
             if found is not None:
                 site["layer"] = found.to_json()
         return
