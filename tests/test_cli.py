@@ -50,8 +50,8 @@ FLAGS = {
     | {"DIRECTORY", "--trace", "--devices", "--nodes", "--seed", "--out", "--overwrite"}
     | {"--json", "--trust-remote-code"},
     "prune": LOG
-    | {"DIRECTORY", "--keep", "--by", "--data", "--text", "--text-field", "--out", "--overwrite"}
-    | {"--json", "--trust-remote-code", "--allow-pickle"},
+    | {"DIRECTORY", "--keep", "--below", "--by", "--data", "--text", "--text-field", "--out"}
+    | {"--overwrite", "--json", "--trust-remote-code", "--allow-pickle"},
     "graph": LOG
     | {"MODEL", "--around", "--out", "--overwrite", "--inputs", "--json", "--trust-remote-code"},
     "passes": LOG | {"--json"},

@@ -114,6 +114,7 @@ def calibration_data(
     trust_remote_code: bool = False,
     example: ExampleInputs | None = None,
     domains: int = 1,
+    whole: bool = False,
 ) -> CalibrationData:
     """Inputs for `model`, from what verification does not read.
 
@@ -127,6 +128,7 @@ def calibration_data(
         trust_remote_code: run code that the tokenizer brings.
         example: inputs that the user gave for the capture, which are better than random ones.
         domains: how many the methods want, if they want any.
+        whole: also what verification reads of `given`.
 
     Raises:
         UsageError: the data is too short, or not of the kind that the model reads.
@@ -139,7 +141,8 @@ def calibration_data(
         return _placed(model, [example], EXAMPLE)
     if given is None and tokenizer is None:
         return _placed(model, evaluation_for(model, seed=1000 + recipe.seed).batches, RANDOM)
-    given = for_calibration(given, with_code=is_language_model(model))
+    if given is None or not whole:
+        given = for_calibration(given, with_code=is_language_model(model))
     if given.batches:
         return _placed(model, given.batches, given.what)
     if given.tensors is not None or given.images:

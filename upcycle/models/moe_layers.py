@@ -107,7 +107,7 @@ def _native(path: str, block: nn.Module, experts: Any) -> MoELayer:
     matrices = 3 if experts.has_gate else 2
     return MoELayer(
         path=path,
-        name=path,
+        name=getattr(block, "ffn_path", "") or path,  # of upcycle, in a file of its own
         block=block,
         experts=experts,
         num_experts=count,

@@ -1,6 +1,7 @@
 """Trace a model on data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 
 from upcycle.data.calibration import CalibrationData, calibration_data
-from upcycle.data.calibration_files import CalibrationInput
+from upcycle.data.calibration_files import HELD_OUT, CalibrationInput
+from upcycle.data.default_data import RANDOM
+from upcycle.data.verification_inputs import MIN_CHARACTERS, Evaluation, evaluation_for
 from upcycle.errors import UsageError
 from upcycle.passes.calibrate.sites import run_batch
 from upcycle.recipe.reader import load_recipe
@@ -49,6 +52,7 @@ def traced(
         tokens=tokens,
         length=length,
         trust_remote_code=trust_remote_code,
+        whole=True,
     )
     with eval_mode(model), trace(model) as seen:
         for at, batch in enumerate(data.batches):
@@ -65,15 +69,73 @@ def batches_of(
     tokens: int = 16384,
     length: int = 512,
     trust_remote_code: bool = False,
+    whole: bool = False,
 ) -> CalibrationData:
-    """Inputs of `model` out of what `given` holds, or out of the default text."""
+    """Inputs of `model` out of what `given` holds, or out of the default text.
+
+    Args:
+        whole: all of it; else without the quarter that `held_out` gives.
+
+    Raises:
+        UsageError: the data is too short, or not of the kind that the model reads.
+    """
     sizes = [f"calibration.tokens={tokens}", f"calibration.length={length}"]
     recipe = load_recipe("split-all", sizes)  # of which these two numbers are read
-    try:
-        return calibration_data(
-            model, recipe, given, directory=directory, trust_remote_code=trust_remote_code
+    with _named_data():
+        found = calibration_data(
+            model,
+            recipe,
+            given,
+            directory=directory,
+            trust_remote_code=trust_remote_code,
+            whole=whole,
         )
-    except UsageError as error:  # it calls them by their name in a conversion
+    return replace(found, what="random inputs") if found.what == RANDOM else found
+
+
+def held_out(
+    model: nn.Module,
+    given: CalibrationInput,
+    *,
+    directory: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Of what `given` holds the quarter that `batches_of` leaves out, to compare two models on.
+
+    Fewer than four images, examples or batches serve both.
+
+    Raises:
+        UsageError: the data is too short, or not of the kind that the model reads.
+    """
+    held = given.parts()[0]
+    if not held.texts:
+        data = batches_of(
+            model, held, directory=directory, trust_remote_code=trust_remote_code, whole=True
+        )
+        what = f"{given.what} (a quarter of four or more is held out)"
+        return Evaluation([data.batches[0]], what=what)
+    size, least = sum(map(len, given.texts)), HELD_OUT * MIN_CHARACTERS
+    if size < least:
+        raise UsageError(
+            f"`data`: the text has {size} characters; give at least {least}, of which a quarter is "
+            "held out to compare on"
+        )
+    with _named_data():
+        found = evaluation_for(
+            model,
+            directory=directory,
+            trust_remote_code=trust_remote_code,
+            text="\n\n".join(held.texts),
+        )
+    return replace(found, what=f"the quarter of {given.what} that was held out")
+
+
+@contextmanager
+def _named_data() -> Iterator[None]:
+    """Within it sentences call the data by its name here, and not by that in a conversion."""
+    try:
+        yield
+    except UsageError as error:
         sentence = str(error).replace("`calibration`", "`data`").replace("calibration.", "")
         raise UsageError(sentence) from error
 
