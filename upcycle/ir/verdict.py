@@ -5,6 +5,7 @@ from typing import Literal
 
 from upcycle.ir.measured import Costs, Distance, ModelDistance
 from upcycle.ir.rounding import is_rounding
+from upcycle.util.wording import size
 
 TRAINED = "trained"  # in the place of a recipe, where the model was trained after its conversion
 Level = Literal["equal", "near", "changed", "far", "unknown"]
@@ -28,6 +29,7 @@ class Verdict:
             on the task), ``far`` (not for use before training), or ``unknown``.
         headline: one clause.
         quality, work, advice: a sentence each.
+        size: a sentence on a file with rounded weights, if there is one.
     """
 
     level: Level
@@ -35,11 +37,12 @@ class Verdict:
     quality: str
     work: str
     advice: str
+    size: str = ""
 
     @property
     def lines(self) -> tuple[str, ...]:
         """The sentences that are there, in order."""
-        return tuple(line for line in (self.quality, self.work, self.advice) if line)
+        return tuple(line for line in (self.quality, self.work, self.size, self.advice) if line)
 
 
 def verdict(
@@ -51,6 +54,7 @@ def verdict(
     recipe: str,
     fitted: bool = False,
     equal_layers: bool = False,
+    rounded_bytes: int | None = None,
     unmeasured: str = "`upcycle convert` measures it.",
 ) -> Verdict:
     """The verdict on a result, or, without measurements, on a plan.
@@ -62,6 +66,7 @@ def verdict(
         dtype: of the dense weights, such as ``float32``.
         recipe: its name.
         fitted: it fits what is left out to calibration data, as the recipe upcycle does.
+        rounded_bytes: of the ONNX files on disk, if their weights are rounded.
         equal_layers: every layer was measured to equal its dense FFN, and the whole was not run.
         unmeasured: the advice if nothing is known.
     """
@@ -73,8 +78,16 @@ def verdict(
         quality=_quality(level, promise, found, equal_layers=equal_layers),
         work=_work(costs, work),
         advice=_advice(
-            level, promise, costs, work, recipe, unmeasured, fitted=fitted or recipe == "upcycle"
+            level,
+            promise,
+            costs,
+            work,
+            recipe,
+            unmeasured,
+            fitted=fitted or recipe == "upcycle",
+            rounded=rounded_bytes is not None,
         ),
+        size=_size(costs, rounded_bytes),
     )
 
 
@@ -154,12 +167,22 @@ def likeness(found: ModelDistance, other: str, digits: int = 2) -> str:
 def _work(costs: Costs | None, work: float | None) -> str:
     if costs is None or work is None:
         return ""
-    size = costs.parameters_after / costs.parameters_before
+    factor = costs.parameters_after / costs.parameters_before
     active = costs.active_parameters / costs.parameters_after
     return (
-        f"The converted FFNs do {work:.2f} times the work for each token; the model has {size:.2f} "
-        f"times the parameters, {active:.0%} of them active."
+        f"The converted FFNs do {work:.2f} times the work for each token; the model has "
+        f"{factor:.2f} times the parameters, {active:.0%} of them active."
     )
+
+
+def _size(costs: Costs | None, rounded_bytes: int | None) -> str:
+    if rounded_bytes is None:
+        return ""
+    dense = ""
+    if costs is not None and costs.bytes_before:
+        part = rounded_bytes / costs.bytes_before
+        dense = f", {part:.2f} times the {size(costs.bytes_before)} of the dense weights"
+    return f"With its rounded weights the ONNX file takes {size(rounded_bytes)} on disk{dense}."
 
 
 def _advice(
@@ -171,11 +194,14 @@ def _advice(
     unmeasured: str,
     *,
     fitted: bool,
+    rounded: bool = False,
 ) -> str:
     grows = costs is not None and costs.parameters_after > 1.1 * costs.parameters_before
     saves = work is not None and work < 0.95
     if (level == "equal" and grows) or (level == "unknown" and promise == "exact" and grows):
         return "Train it: until its experts differ it is the dense model at a higher price."
+    if level == "equal" and not saves and rounded:
+        return "It saves bytes and no work; for less work take the recipe upcycle."
     if level == "equal" and not saves:
         return "It saves nothing by itself: it is a start for training, or a check of a split."
     if level == "unknown" and promise != "exact":
