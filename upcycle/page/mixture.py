@@ -12,8 +12,8 @@ from upcycle.targets.provenance_file import FILE, read_origins
 
 UNKNOWN = (
     "There is no report.json here: the model was trained since its conversion, or upcycle did not "
-    "convert it. So nothing is said of its distance from a dense model; `upcycle verify DENSE DIR` "
-    "measures it, and `upcycle bench DIR --against DENSE` the speed."
+    "convert it. So nothing is said of its distance from a dense model: `upcycle verify DENSE DIR` "
+    "measures it, and `upcycle bench` the speed."
 )
 
 
