@@ -67,7 +67,7 @@ FLAGS = {
     "init": LOG
     | {"MODEL", "--goal", "--runtime", "--memory", "--source", "--out", "--choose", "--overwrite"}
     | {"--inputs", "--json", "--trust-remote-code"},
-    "report": LOG | {"DIRECTORY", "--out", "--open", "--json"},
+    "report": LOG | {"DIRECTORY", "--out", "--open", "--json", "--trust-remote-code"},
     "env": LOG | {"--json"},
     "recipes": LOG | {"[NAME]", "--goal", "--json"},
     "schema": LOG | {"--report"},
