@@ -56,7 +56,9 @@ FLAGS = {
     | {"MODEL", "--around", "--out", "--overwrite", "--inputs", "--json", "--trust-remote-code"},
     "passes": LOG | {"--json"},
     "diff": LOG | {"A", "B", "--json", "--allow-pickle"},
-    "verify": LOG | {"DENSE", "CONVERTED", "--source", "--inputs", "--json", "--trust-remote-code"},
+    "verify": LOG
+    | {"DENSE", "CONVERTED", "--source", "--data", "--text", "--text-field", "--inputs", "--json"}
+    | {"--trust-remote-code", "--allow-pickle"},
     "bench": LOG
     | {"CONVERTED", "--against", "--engine", "--tokens", "--layers", "--threads", "--seconds"}
     | {"--plot", "--inputs", "--json", "--trust-remote-code"},

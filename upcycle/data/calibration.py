@@ -5,7 +5,8 @@ Shape suffixes: N sequences in all, B of one batch, L places of a sequence.
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ def given_data(data: Data | None) -> CalibrationInput | None:
     raise UsageError(
         "calibration: give a text, several texts, or batches, each a dict or a tuple of tensors"
     )
+
+
+@contextmanager
+def called_data() -> Iterator[None]:
+    """Within it sentences call the data `data`, which in a conversion is `calibration`."""
+    try:
+        yield
+    except UsageError as error:
+        sentence = str(error).replace("`calibration`", "`data`").replace("`calibration=", "`data=")
+        raise UsageError(sentence.replace("calibration.", "")) from error
 
 
 def needs_domains(recipe: Recipe) -> bool:

@@ -7,6 +7,7 @@ from upcycle.ir.measured import Costs, Distance, ModelDistance
 from upcycle.ir.rounding import is_rounding
 from upcycle.util.wording import size
 
+BUILT_IN = ("the documentation of Python", "random inputs")  # what is read where nothing is given
 TRAINED = "trained"  # in the place of a recipe, where the model was trained after its conversion
 Level = Literal["equal", "near", "changed", "far", "unknown"]
 
@@ -53,6 +54,7 @@ def verdict(
     dtype: str,
     recipe: str,
     fitted: bool = False,
+    merged: bool = False,
     equal_layers: bool = False,
     rounded_bytes: int | None = None,
     unmeasured: str = "`upcycle convert` measures it.",
@@ -66,6 +68,7 @@ def verdict(
         dtype: of the dense weights, such as ``float32``.
         recipe: its name.
         fitted: it fits what is left out to calibration data, as the recipe upcycle does.
+        merged: its experts come from several models.
         rounded_bytes: of the ONNX files on disk, if their weights are rounded.
         equal_layers: every layer was measured to equal its dense FFN, and the whole was not run.
         unmeasured: the advice if nothing is known.
@@ -75,7 +78,7 @@ def verdict(
     return Verdict(
         level=level,
         headline=_headline(level, promise, work, recipe),
-        quality=_quality(level, promise, found, equal_layers=equal_layers),
+        quality=_quality(level, promise, found, equal_layers=equal_layers, merged=merged),
         work=_work(costs, work),
         advice=_advice(
             level,
@@ -85,6 +88,7 @@ def verdict(
             recipe,
             unmeasured,
             fitted=fitted or recipe == "upcycle",
+            merged=merged,
             rounded=rounded_bytes is not None,
         ),
         size=_size(costs, rounded_bytes),
@@ -127,7 +131,14 @@ def _headline(level: Level, promise: str, work: float | None, recipe: str) -> st
     return f"{said}, with {work:.2f} times the FFN work of a token"
 
 
-def _quality(level: Level, promise: str, found: ModelDistance | None, *, equal_layers: bool) -> str:
+def _quality(
+    level: Level,
+    promise: str,
+    found: ModelDistance | None,
+    *,
+    equal_layers: bool,
+    merged: bool,
+) -> str:
     if found is None:
         if equal_layers:
             return "Every layer equals its dense FFN, up to rounding; the whole model was not run."
@@ -139,7 +150,11 @@ def _quality(level: Level, promise: str, found: ModelDistance | None, *, equal_l
             "The outputs equal those of the dense model, up to rounding (largest error "
             f"{found.relative:.1e} of the largest value)."
         )
-    return likeness(found, "the dense model")
+    said = likeness(found, "the dense model")
+    if not (merged and found.inputs in BUILT_IN):
+        return said
+    text = "" if "random" in found.inputs else "That text says little of what the sources know. "
+    return f"{said} {text}`upcycle verify` compares on your own (`data`)."
 
 
 def likeness(found: ModelDistance, other: str, digits: int = 2) -> str:
@@ -194,7 +209,8 @@ def _advice(
     unmeasured: str,
     *,
     fitted: bool,
-    rounded: bool = False,
+    merged: bool,
+    rounded: bool,
 ) -> str:
     grows = costs is not None and costs.parameters_after > 1.1 * costs.parameters_before
     saves = work is not None and work < 0.95
@@ -208,6 +224,8 @@ def _advice(
         return unmeasured
     if recipe == TRAINED:
         return "It was trained after its conversion: judge it by your task, not by the dense model."
+    if level in ("changed", "far") and merged:
+        return "Train it before it is used, its routers at least: they send tokens anywhere."
     if level in ("changed", "far") and fitted:
         return (
             "It was fitted to text and measured on text of the same kind, and on other text it is "

@@ -1,7 +1,6 @@
 """Trace a model on data."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.data.calibration import CalibrationData, calibration_data
+from upcycle.data.calibration import CalibrationData, calibration_data, called_data
 from upcycle.data.calibration_files import HELD_OUT, CalibrationInput
 from upcycle.data.default_data import RANDOM
 from upcycle.data.verification_inputs import MIN_CHARACTERS, Evaluation, evaluation_for
@@ -81,7 +80,7 @@ def batches_of(
     """
     sizes = [f"calibration.tokens={tokens}", f"calibration.length={length}"]
     recipe = load_recipe("split-all", sizes)  # of which these two numbers are read
-    with _named_data():
+    with called_data():
         found = calibration_data(
             model,
             recipe,
@@ -120,7 +119,7 @@ def held_out(
             f"`data`: the text has {size} characters; give at least {least}, of which a quarter is "
             "held out to compare on"
         )
-    with _named_data():
+    with called_data():
         found = evaluation_for(
             model,
             directory=directory,
@@ -128,16 +127,6 @@ def held_out(
             text="\n\n".join(held.texts),
         )
     return replace(found, what=f"the quarter of {given.what} that was held out")
-
-
-@contextmanager
-def _named_data() -> Iterator[None]:
-    """Within it sentences call the data by its name here, and not by that in a conversion."""
-    try:
-        yield
-    except UsageError as error:
-        sentence = str(error).replace("`calibration`", "`data`").replace("calibration.", "")
-        raise UsageError(sentence) from error
 
 
 def named_classes(given: CalibrationInput | None, paths: Sequence[str]) -> CalibrationInput | None:

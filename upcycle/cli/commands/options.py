@@ -55,7 +55,7 @@ data = click.option(
     multiple=True,
     metavar="PATH",
     help="Text, .jsonl, images, tensors; several texts are classes, named by their files.  "
-    "[default: the text of the verification]",
+    "[default: built-in text, the documentation of Python]",
 )
 text_field = click.option(
     "--text-field",
