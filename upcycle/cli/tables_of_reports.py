@@ -245,7 +245,7 @@ def _calibrated(report: Report) -> list[RenderableType]:
     figures = ("tokens", "per expert", "dead experts", "entropy", "captured mass")
     table = new_table("calibrated", *figures)
     add_rows(table, [usage.cells() for usage in report.calibration.layers])
-    return [table, f"on {report.calibration.data}", ""]
+    return [table, f"counted on the calibration data: {report.calibration.data}", ""]
 
 
 def _misses(located: Located) -> list[RenderableType]:

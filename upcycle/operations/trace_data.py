@@ -57,7 +57,7 @@ def traced(
         for at, batch in enumerate(data.batches):
             run_batch(model, batch)
             done(at + 1, len(data.batches))
-    return replace(seen.result(), classes=_classes(given, data.domains))
+    return replace(seen.result(), classes=_classes(given, data.domains), data=data.what)
 
 
 def batches_of(
