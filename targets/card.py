@@ -84,7 +84,8 @@ def _numbers(plan: Plan, report: Report) -> Iterator[tuple[str, str]]:
         for usage in calibration.layers[:MAX_LAYERS]:
             path, tokens, load, dead, entropy, mass = usage.cells()
             text = f"{load} of {tokens} tokens per expert, {dead} experts without any"
-            yield f"load of `{path}`", f"{text}, entropy {entropy}, captured mass {mass}"
+            text += f", entropy {entropy}, captured mass {mass}"
+            yield f"load of `{path}`, on the calibration data", text
     for output, found in report.tempered.outputs.items() if report.tempered else ():
         text = f"relative error {found.relative:.2e}, cosine {_cosines(found)}"
         yield f"{output}: these files and the model before its routers were tempered", text

@@ -44,7 +44,10 @@ def read_report(directory: Path) -> Report:
     """
     path = directory / REPORT
     if not path.is_file():
-        raise UsageError(f"{directory}: no report.json, so this is not an output of upcycle")
+        raise UsageError(
+            f"{directory}: no report.json, so this is not an output of upcycle; `upcycle inspect` "
+            "shows what it is"
+        )
     return Report.from_json(read_json(path, "convert the model again"), str(path))
 
 

@@ -6,11 +6,11 @@ written as runs, in their order: ``0-383 500 zero*2 new*3`` are the dense neuron
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -28,7 +28,11 @@ _WORDS = {PADDING: "zero", DRAWN: "new"}
 
 
 class LayerOrigin(TypedDict):
-    """A layer in the file."""
+    """A layer in the file.
+
+    Where experts were removed or renumbered afterwards, `was` has the number of each of them in the
+    conversion.
+    """
 
     path: str
     dense_neurons: int
@@ -40,6 +44,7 @@ class LayerOrigin(TypedDict):
     sources: list[str]
     experts: list[str]
     shared: str
+    was: NotRequired[list[int]]
 
 
 _LAYERS = TypeAdapter(list[LayerOrigin])
@@ -118,11 +123,11 @@ def rows_of(layer: LayerOrigin) -> tuple[list[list[int]], list[int]]:
 
 def write_origins(directory: Path, plan: Plan, provenance: Mapping[str, Provenance]) -> None:
     """Write the file, one line for each layer; `provenance` is by FFN path."""
-    lines = []
+    layers: list[LayerOrigin] = []
     for spec in plan.specs:
         origin = provenance[spec.ffn.path]
         names = spec.experts.sources
-        layer = {
+        layer: LayerOrigin = {
             "path": spec.ffn.path,
             "dense_neurons": spec.ffn.d_ff,
             "method": spec.experts.method,
@@ -134,7 +139,13 @@ def write_origins(directory: Path, plan: Plan, provenance: Mapping[str, Provenan
             "experts": [runs(row) for row in origin.expert_EI.tolist()],
             "shared": runs(origin.shared_S.tolist()),
         }
-        lines.append(json.dumps(layer))
+        layers.append(layer)
+    write_layers(directory, layers)
+
+
+def write_layers(directory: Path, layers: Iterable[LayerOrigin]) -> None:
+    """Write the file, one line for each layer."""
+    lines = map(json.dumps, layers)
     text = '{"version": 1, "layers": [\n' + ",\n".join(lines) + "\n]}\n"
     (directory / FILE).write_text(text, encoding="utf-8")
 
@@ -185,6 +196,37 @@ def _damaged(directory: Path, error: Exception) -> UsageError:
     return UsageError(
         f"{directory / FILE}: not what upcycle writes ({one_line(error)}); convert the model again"
     )
+
+
+def with_experts(
+    layers: Sequence[LayerOrigin], chosen: Mapping[str, Sequence[int]]
+) -> list[LayerOrigin] | None:
+    """The layers with these of their experts, in this order; `chosen` is by path.
+
+    None if the file is one of other layers. A layer that loses experts is ``approximate``.
+    """
+    if len(layers) != len(chosen):
+        return None
+    paths = [layer["path"] for layer in layers]
+    # A native block may have another name than the FFN that it was made of, in the same order.
+    known = [chosen[p] for p in paths] if set(paths) == set(chosen) else [*chosen.values()]
+    both = list(zip(layers, known, strict=True))
+    if any(max(experts) >= len(layer["experts"]) for layer, experts in both):
+        return None
+    return [_with_experts(layer, experts) for layer, experts in both]
+
+
+def _with_experts(layer: LayerOrigin, experts: Sequence[int]) -> LayerOrigin:
+    made, count = layer["layer"], len(experts)
+    was = layer.get("was") or range(len(layer["experts"]))
+    return {
+        **layer,
+        "promise": layer["promise"] if count == len(layer["experts"]) else "approximate",
+        "layer": made | {"num_experts": count, "router": made["router"] | {"num_experts": count}},
+        "sources": [layer["sources"][e] for e in experts] if layer["sources"] else [],
+        "experts": [layer["experts"][e] for e in experts],
+        "was": [was[e] for e in experts],
+    }
 
 
 def as_made(plan: Plan, directory: Path) -> tuple[Plan, dict[str, Provenance]]:

@@ -13,11 +13,9 @@ UNEVEN = [0.0, 0.1, 0.3, 0.35, 1.0]
 EXACT = pytest.approx
 
 
-def six(
-    found: Readings, latencies: list[float] | None = None, **changes: object
-) -> dict[str, float | None]:
+def six(found: Readings | None, latency: float = 1.0, **changes: object) -> dict[str, float | None]:
     given: dict[str, object] = {"sizes": (8, 8), "quality": (1.0, 1.0)}
-    return six_metrics(found, latencies or [1.0], 10, **(given | changes))  # type: ignore[arg-type]
+    return six_metrics(found, latency, 10, **(given | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [0.25, 40.0])
@@ -55,10 +53,12 @@ def test_compression_of_the_identity_is_one() -> None:
     assert six(found, sizes=(8, 2), quality=(0.5, 0.25))["MCR"] == 2
 
 
-def test_throughput_does_not_depend_on_how_requests_are_split() -> None:
-    found = Readings([0.0, 1.0], [0.5, 0.5])
-    assert six(found, [1.0])["TT"] == six(found, [0.25] * 4)["TT"] == 10
-    assert six(found, [0.25] * 4)["AL"] == 0.25
+def test_throughput_is_the_tokens_of_a_request_over_its_time() -> None:
+    """Also where the model could not be measured by itself."""
+    for found in (Readings([0.0, 1.0], [0.5, 0.5]), None):
+        assert six(found, 0.25)["TT"] == 40
+        assert six(found, 0.25)["AL"] == 0.25
+    assert six(None)["AMU"] is six(None)["PCU"] is None
 
 
 def test_what_has_no_meter_is_none_and_not_zero() -> None:

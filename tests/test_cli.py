@@ -58,8 +58,8 @@ FLAGS = {
     | {"DIRECTORY", "--trace", "--devices", "--nodes", "--seed", "--out", "--overwrite"}
     | {"--json", "--trust-remote-code"},
     "prune": LOG
-    | {"DIRECTORY", "--keep", "--by", "--data", "--text", "--text-field", "--out", "--overwrite"}
-    | {"--json", "--trust-remote-code", "--allow-pickle"},
+    | {"DIRECTORY", "--keep", "--below", "--by", "--data", "--text", "--text-field", "--out"}
+    | {"--overwrite", "--json", "--trust-remote-code", "--allow-pickle"},
     "merge": LOG
     | {"DIRECTORY", "--by", "--data", "--text", "--text-field", "--out", "--overwrite"}
     | {"--json", "--trust-remote-code", "--allow-pickle"},
@@ -73,7 +73,9 @@ FLAGS = {
     | {"MODEL", "--around", "--out", "--overwrite", "--inputs", "--json", "--trust-remote-code"},
     "passes": LOG | {"--json"},
     "diff": LOG | {"A", "B", "--json", "--allow-pickle"},
-    "verify": LOG | {"DENSE", "CONVERTED", "--source", "--inputs", "--json", "--trust-remote-code"},
+    "verify": LOG
+    | {"DENSE", "CONVERTED", "--source", "--data", "--text", "--text-field", "--inputs", "--json"}
+    | {"--trust-remote-code", "--allow-pickle"},
     "bench": LOG
     | {"CONVERTED", "--against", "--engine", "--tokens", "--layers", "--threads", "--seconds"}
     | {"--plot", "--inputs", "--json", "--trust-remote-code"},
@@ -84,7 +86,7 @@ FLAGS = {
     "init": LOG
     | {"MODEL", "--goal", "--runtime", "--memory", "--source", "--out", "--choose", "--overwrite"}
     | {"--inputs", "--json", "--trust-remote-code"},
-    "report": LOG | {"DIRECTORY", "--out", "--open", "--json"},
+    "report": LOG | {"DIRECTORY", "--out", "--open", "--json", "--trust-remote-code"},
     "env": LOG | {"--json"},
     "recipes": LOG | {"[NAME]", "--goal", "--json"},
     "schema": LOG | {"--report"},

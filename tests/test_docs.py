@@ -12,6 +12,7 @@ import pytest
 import small_models
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from upcycle.cli.main import main
 from upcycle.passes.experts import EXPERTS
@@ -105,6 +106,15 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = ["convert", model, "--recipe", "sparse-upcycling", "--out", str(folder / name)]
         ran = CliRunner().invoke(main, [*made, *more])
         assert ran.exit_code == 0, ran.output
+    merged = tmp_path_factory.mktemp("merged")
+    for seed, name in enumerate(("base", "law", "code")):
+        torch.manual_seed(seed)
+        small_models.llama(vocab_size=256).save_pretrained(merged / name)
+    sources = f"experts.sources=[base,{merged / 'law'},{merged / 'code'}]"
+    made = ["convert", str(merged / "base"), "--recipe", "btx", "--set", sources]
+    made += ["--set", "experts.count=3", "--target", "safetensors"]
+    ran = CliRunner().invoke(main, [*made, "--out", str(folder / "experts-moe")])
+    assert ran.exit_code == 0, ran.output
     for name, made in (
         ("minilm-code", "minilm-moe"),
         ("minilm-fast", "minilm-moe"),
@@ -128,6 +138,12 @@ def test_the_python_of_a_page_runs(
     for block, reason in python_of(page):
         if reason is None:
             exec(compile(block, page.name, "exec"), namespace)
+    if page.name == "training.md":
+        before, after = (
+            load_file(f"{name}/model.safetensors") for name in ("experts-moe", "experts-trained")
+        )
+        moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+        assert moved == {name for name in before if name.endswith(".gate.weight")}
 
 
 @pytest.mark.usefixtures("own_registries")

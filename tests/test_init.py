@@ -28,7 +28,8 @@ def test_the_recipe_it_writes_converts(llama: Path, tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "moe"
     said = run("init", llama, "--goal", "train", "--out", recipe).stdout
     assert said.splitlines()[-1] == (
-        f"  upcycle convert {llama} --recipe {recipe} --target safetensors --out llama-moe"
+        f"  upcycle convert {llama} --recipe {recipe} --target safetensors "
+        "--out llama-sparse-upcycling"
     )
     assert load_recipe(str(recipe)) == load_recipe("sparse-upcycling")
     text = recipe.read_text()
@@ -77,12 +78,15 @@ def test_merging_names_the_others(llama: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     refused = run("init", llama, "--goal", "merge", "--out", recipe, code=2)
     assert "name the other models" in refused.stderr
+    assert "PEFT adapters" in refused.stderr
     assert "--source" in refused.stderr
     other = small_models.saved("llama", tmp_path / "other")
     third = small_models.saved("llama", tmp_path / "third")
     recipe = tmp_path / "new" / "recipe.yaml"  # folders are made
     named = ("--source", other, "--source", third)
-    run("init", llama, "--goal", "merge", *named, "--out", recipe)
+    said = run("init", llama, "--goal", "merge", *named, "--out", recipe).stdout
+    assert "PEFT adapter" in said
+    assert "--out llama-btx" in said
     made = load_recipe(str(recipe)).experts
     assert (made.sources, made.count) == (("base", str(other), str(third)), 3)
     quick = ("--target", "safetensors", "--set", "verify.max_relative_error=9")
@@ -145,7 +149,10 @@ def test_a_value_is_replaced_in_its_section_alone() -> None:
 def test_smaller_is_fewer_bytes_than_the_dense_model(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     made = run("init", "sample:bert-tiny", "--goal", "smaller", "--json", "--out", recipe)
-    for proposal in json.loads(made.stdout)["proposals"]:
+    found = json.loads(made.stdout)
+    assert found["proposals"][0]["recipe"] == "split-all"  # exact, but for the rounding
+    assert found["next"].endswith("--out bert-tiny-split-all-int8")
+    for proposal in found["proposals"]:
         assert proposal["overrides"] == ["onnx.weights=int8"]
         assert proposal["bytes_rounded"] < proposal["costs"]["bytes_before"]
     assert load_recipe(str(recipe)).onnx.weights == "int8"

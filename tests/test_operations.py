@@ -5,7 +5,6 @@ Shape suffixes: L layers, E experts, C devices.
 
 import copy
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import numpy as np
 import pytest
 import small_models
 import torch
-from click.testing import CliRunner, Result
+from command_line import run
 from transformers import LlamaForCausalLM
 
 import upcycle
-from upcycle.cli.main import main
 from upcycle.errors import UnsupportedError, UsageError
 from upcycle.operations import placement
 from upcycle.operations.placement import Placement, place
@@ -222,7 +220,7 @@ def _index(model: Any, tokens: torch.Tensor) -> tuple[np.ndarray, ...]:
 
 def test_a_pruned_model_is_smaller_and_goes_on(model: Any, tmp_path: Path) -> None:
     before = copy.deepcopy(model)
-    left = prune(model, batches(), keep=4)
+    left = prune(model, batches(), keep=4).left
     for layer in routed_layers(model):
         assert layer.num_experts == 4
         kept = list(left[layer.path])
@@ -243,8 +241,7 @@ def test_a_model_that_returns_its_router_logits(tmp_path: Path) -> None:
     out = tmp_path / "pruned"
     torch.save({"input_ids": TOKENS}, tmp_path / "ids.pt")
     data = ("--data", tmp_path / "ids.pt", "--allow-pickle")
-    result = run("prune", tmp_path / "moe", "--keep", 3, *data, "--out", out)
-    assert result.exit_code == 0, result.output
+    run("prune", tmp_path / "moe", "--keep", 3, *data, "--out", out)
     again: Any = upcycle.load(out)
     found = again(input_ids=TOKENS, labels=TOKENS)
     assert found.router_logits[0].shape == (TOKENS.numel(), 3)
@@ -257,79 +254,3 @@ def test_a_model_that_returns_its_router_logits(tmp_path: Path) -> None:
 def test_as_many_as_a_token_visits_are_left(keep: int) -> None:
     with pytest.raises(UsageError, match=f"keep: {keep}: .* choose 2 to 8"):
         prune(native_moes.native("Mixtral"), batches(), keep)
-
-
-# From directory to directory
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("operations")
-    dense = small_models.saved("llama", folder / "llama", with_tokenizer=True)
-    sets = ["experts.count=4", "router.std=1", "verify.max_relative_error=99"]
-    options = [part for value in sets for part in ("--set", value)]
-    target = ("--target", "safetensors")
-    bert = small_models.saved("bert", folder / "bert", with_tokenizer=True)
-    for made_of, name in ((dense, "moe"), (bert, "own")):
-        convert = ("convert", made_of, "--recipe", "drop-upcycling", "--out", folder / name)
-        result = run(*convert, *options, *target)
-        assert result.exit_code == 0, result.output
-    (folder / "text.txt").write_text(" ".join("abcxyz" * 200))
-    return folder
-
-
-@pytest.mark.parametrize("name", ["moe", "own"])
-def test_the_road_of_a_user(name: str, folder: Path, tmp_path: Path) -> None:
-    """Trace, place, prune; each directory is one that the next command takes."""
-    trace, data = tmp_path / "t.npz", ("--text", folder / "text.txt")
-    for arguments in (
-        ("trace", folder / name, *data, "--length", 16, "--out", trace),
-        ("place", folder / name, "--trace", trace, "--devices", 2, "--out", tmp_path / "placed"),
-        ("prune", tmp_path / "placed", "--keep", 3, *data, "--out", tmp_path / "pruned"),
-        ("inspect", tmp_path / "pruned"),
-    ):
-        result = run(*arguments)
-        assert result.exit_code == 0, result.output
-    plan = json.loads((tmp_path / "placed" / "placement.json").read_text())
-    hops = plan["hops_per_token_and_layer"]
-    assert hops["placed"] <= hops["contiguous"]
-    for layer in plan["layers"].values():
-        assert sorted(layer["was"]) == [0, 1, 2, 3]
-        assert layer["devices"] == [[0, 1], [2, 3]]
-    pruned: Any = upcycle.load(tmp_path / "pruned")
-    assert {layer.num_experts for layer in routed_layers(pruned)} == {3}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["prune", "DENSE", "--keep", "2", "--out", "OUT"], "no layer of it is a mixture"),
-        (["prune", "MOE", "--keep", "1", "--out", "OUT"], "keep: 1: "),
-        (["prune", "MOE", "--keep", "3", "--out", "MOE"], "it exists already"),
-        (["place", "MOE", "--trace", "nowhere", "--devices", "2", "--out", "OUT"], "no trace"),
-        (["place", "MOE", "--trace", "TRACE", "--devices", "3", "--out", "OUT"], "devices: 3"),
-        (["place", "OWN", "--trace", "TRACE", "--devices", "2", "--out", "OUT"], "are others"),
-    ],
-)
-def test_what_is_wrong_is_one_sentence(
-    arguments: list[str], said: str, folder: Path, tmp_path: Path
-) -> None:
-    places = {
-        "DENSE": folder / "llama",
-        "MOE": folder / "moe",
-        "OWN": folder / "own",
-        "OUT": tmp_path / "out",
-        "TRACE": tmp_path / "t.npz",
-    }
-    if "TRACE" in arguments:
-        text = ("--text", folder / "text.txt")
-        run("trace", folder / "moe", *text, "--length", 16, "--out", tmp_path / "t.npz")
-    result = run(*(places.get(argument, argument) for argument in arguments))
-    assert result.exit_code in (2, 4), result.output
-    assert said in result.stderr
-    assert "Traceback" not in result.output
-    assert not (tmp_path / "out").exists()

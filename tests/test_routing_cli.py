@@ -58,10 +58,16 @@ def recorded(folder: Path) -> Path:
 def test_a_trace_has_the_tokens_and_their_classes(folder: Path, recorded: Path) -> None:
     trace = Trace.load(recorded)
     assert set(trace.classes) == {"a", "z"}
+    assert trace.data == "the given text; the given text"
     assert trace.paths == ("model.layers.0.mlp", "model.layers.1.mlp")
     assert len(trace.classes) == trace.sequence[0].max() + 1
     printed = ran("inspect", folder / "moe", "--trace", recorded)
-    for word in ("dead_expert_frac", "tokens of a sequence more, a", "stays on its way"):
+    for word in (
+        "dead_expert_frac",
+        "counted on the given text",
+        "tokens of a sequence more, a",
+        "stays on its way",
+    ):
         assert word in printed
     found = json.loads(ran("inspect", folder / "moe", "--trace", recorded, "--json"))
     assert sum(found["layers"][0]["load"]) == trace.index[0].size
@@ -93,6 +99,7 @@ def test_the_page_shows_a_trace_that_lies_beside_the_model(folder: Path, recorde
     assert ran("report", folder / "moe") == before
     page = (folder / "moe" / "report.html").read_text()
     assert "Routing of traced tokens" in page
+    assert "tokens of the given text; the given text that" in page
     assert "Chosen together in model.layers." in page
     assert "From model.layers.0.mlp to model.layers.1.mlp" in page
     beside.write_bytes(b"no trace")

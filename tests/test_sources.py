@@ -281,3 +281,31 @@ def test_a_router_that_needs_data_sees_one_model_only(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 2
     assert "cannot be calibrated on the merge" in result.stderr
+
+
+def test_verify_has_the_rows_of_the_conversion(tmp_path: Path) -> None:
+    """Each source, and each layer on the same tokens; or all of it on data of the user."""
+    dense = small_models.saved("llama", tmp_path / "base", with_tokenizer=True)
+    small_models.build("llama", seed=1).save_pretrained(tmp_path / "law")
+    out, sources = tmp_path / "moe", f"experts.sources=[base, {tmp_path / 'law'}]"
+    options = ("--set", sources, "--set", "experts.count=2", "--target", "safetensors")
+    made = CliRunner().invoke(
+        main, [*map(str, ("convert", dense, "--recipe", "btx", *options, "--out", out))]
+    )
+    assert made.exit_code == 0, made.output
+    assert "That text says little of what the sources know." in made.stdout
+    again = CliRunner().invoke(main, ["verify", str(dense), str(out)])
+    rows = made.stdout[made.stdout.index("compared with the dense") :].splitlines()
+    repeated = again.stdout[again.stdout.index("compared with the dense") :].splitlines()
+    names = [row.split("  ")[0] for row in rows]
+    assert [row.split("  ")[0] for row in repeated[:7]] == names[:7]
+    assert [name for name in names if "source" in name][:2] == ["source 0 (base)", "source 1 (law)"]
+    assert "measured on the documentation of Python; each layer on the tokens" in again.stdout
+    (tmp_path / "own.txt").write_text("a b c x y z " * 200)
+    given = ("--data", str(tmp_path / "own.txt"))
+    own = CliRunner().invoke(main, ["verify", str(dense), str(out), *given])
+    assert "measured on the given text; each layer on" in own.stdout
+    assert "says little" not in own.stdout
+    none = CliRunner().invoke(main, ["verify", str(dense), str(out), "--data", "nowhere.txt"])
+    assert none.exit_code == 2
+    assert "--data nowhere.txt: there is no such text" in none.stderr

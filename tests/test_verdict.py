@@ -88,6 +88,27 @@ def test_the_sentences() -> None:
     assert "`upcycle convert` measures it." in planned.lines
 
 
+def test_rounded_weights_save_bytes(tmp_path: Path) -> None:
+    """Where all experts run, and only there the old sentence would be wrong."""
+    same = measured(8e-7, 1.0)
+    equal = replace(SAVES, flops_after=SAVES.flops_before)
+    given = {"dtype": "float32", "recipe": "split-all"}
+    plain = verdict("exact", equal, same, **given)
+    assert plain.advice.startswith("It saves nothing by itself")
+    assert plain.size == ""
+    rounded = verdict("exact", equal, same, rounded_bytes=equal.bytes_before // 4, **given)
+    assert "0.25 times the" in rounded.size
+    assert rounded.advice.startswith("It saves bytes and no work")
+    assert rounded.lines == (rounded.quality, rounded.work, rounded.size, rounded.advice)
+    out = tmp_path / "out"
+    options = ("--set", "onnx.weights=int8", "--recipe", "split-all", "--out", out)
+    said = run("convert", "sample:bert-tiny", *options).stdout
+    files = sum(path.stat().st_size for path in out.glob("model.onnx*"))
+    assert json.loads((out / "report.json").read_text())["onnx"]["bytes"] == files
+    assert "saves nothing" not in said
+    assert "With its rounded weights the ONNX file takes" in said
+
+
 def test_a_command_ends_with_it_and_the_report_has_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     target = ("--target", "safetensors")

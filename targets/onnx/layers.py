@@ -35,14 +35,14 @@ def layers_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str,
         assert isinstance(experts, Experts)
         if experts.down_proj.dtype != dtype:
             raise UnsupportedError(
-                f"{layer.path}: the graph is to be in {dtype} and the experts are "
+                f"{layer.name}: the graph is to be in {dtype} and the experts are "
                 f"{experts.down_proj.dtype}; export model.float() for float32, the stored weights "
                 "may stay as they are"
             )
         if isinstance(block, MoE):
             ids = getattr(block.router, "given", None)
             has_ids = ids is not None and ids.position is not None
-            check_router(layer.path, block.config.router, has_ids=has_ids)
+            check_router(layer.name, block.config.router, has_ids=has_ids)
         layers[layer.path] = routed(block) if isinstance(block, MoE) else given(layer)
     return layers
 

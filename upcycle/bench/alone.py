@@ -38,9 +38,8 @@ class Job:
     most: int
 
 
-def measured_alone(job: Job) -> tuple[Readings, list[float]] | None:
-    """The meters while it runs, and the seconds of each call; None, and a warning in the log, if
-    the process fails."""
+def measured_alone(job: Job) -> Readings | None:
+    """The meters while it runs; None, and a warning in the log, if the process fails."""
     with TemporaryDirectory() as folder:
         given, found = Path(folder) / "job", Path(folder) / "found"
         with given.open("wb") as file:
@@ -52,7 +51,7 @@ def measured_alone(job: Job) -> tuple[Readings, list[float]] | None:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             log.warning("a model by itself was not measured: %s", lines[-1] if lines else "killed")
             return None
-        result: tuple[Readings, list[float]] = pickle.loads(found.read_bytes())
+        result: Readings = pickle.loads(found.read_bytes())
         return result
 
 
@@ -64,8 +63,8 @@ def _run(given: Path, found: Path) -> None:
     torch.set_num_threads(threads)
     call = job.use(job.make(), job.inputs)
     with readings() as meters:
-        times = interleaved({"it": call}, seconds=job.seconds, least=1, most=job.most)["it"]
-    found.write_bytes(pickle.dumps((meters, times)))
+        interleaved({"it": call}, seconds=job.seconds, least=1, most=job.most)
+    found.write_bytes(pickle.dumps(meters))
 
 
 if __name__ == "__main__":

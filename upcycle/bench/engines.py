@@ -18,6 +18,7 @@ from upcycle.data.text import is_language_model
 from upcycle.data.verification_inputs import Evaluation
 from upcycle.errors import UsageError
 from upcycle.ir.spec import MoESpec
+from upcycle.onnx.external_data import stored_bytes
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.file_names import ENCODER, MODEL
 from upcycle.targets.traced.cache import cache_argument
@@ -37,6 +38,7 @@ class Engine:
         writer: a model and ids [B, L] of a prompt -> a call that writes the next token; None if
             they write no text.
         last_logits_only: reading a text makes the logits of its last token alone.
+        disk: bytes of the files of each model, if they are others than those of the checkpoint.
     """
 
     pairs: list[Pair]
@@ -45,6 +47,7 @@ class Engine:
     reader: Callable[[Any, ExampleInputs], Call]
     writer: Callable[[Any, torch.Tensor], Call] | None
     last_logits_only: bool
+    disk: Mapping[str, int] | None = None
 
     def read(self, inputs: ExampleInputs) -> Calls:
         """Calls that run both models on `inputs`."""
@@ -108,7 +111,8 @@ def onnx_engine(
         else:
             pairs.append(replace(pair(dense, converted, spec), dense=before, converted=after))
     writer = onnx_models.writer if all(map(onnx_models.has_cache, runners.values())) else None
-    return Engine(pairs, runners, makers, onnx_models.reader, writer, last_logits_only=False)
+    disk = {name: stored_bytes(path) for name, path in files.items()}
+    return Engine(pairs, runners, makers, onnx_models.reader, writer, False, disk)
 
 
 def check_file(directory: Path) -> None:

@@ -15,6 +15,7 @@ from upcycle.bench.run import Wanted
 from upcycle.bench.timing import compared, interleaved
 from upcycle.errors import UsageError
 from upcycle.models.onnx_file import OnnxSource
+from upcycle.onnx.external_data import stored_bytes
 from upcycle.onnx.inputs import Array
 from upcycle.passes.plan.costs import costs
 from upcycle.targets.description import read_report, recipe_of
@@ -58,6 +59,7 @@ def bench_files(
         rows.append({"tokens": count} | compared(found, {"dense": None, "converted": None}))
     progress("measuring", len(sizes), len(sizes))
     size = costs(plan, *dense.size)
+    disk = {"dense": stored_bytes(dense.path), "converted": stored_bytes(file)}
     return {
         "model": report.model,
         "recipe": report.recipe,
@@ -65,7 +67,8 @@ def bench_files(
         "unit": "examples",
         "machine": asdict(measure(torch.float32)),
         "costs": size.to_json(),
-        "memory": {"dense": _bytes(dense.path.parent, dense.path), "converted": _bytes(converted)},
+        "memory": disk,
+        "disk": disk,
         "layers": [],
         "reading": rows,
         "writing": None,
@@ -85,10 +88,3 @@ def _has_batch(dense: OnnxSource, feeds: Mapping[str, Array]) -> bool:
 
 def _tiled(array: Array, count: int) -> Array:
     return np.resize(array, (count, *array.shape[1:]))
-
-
-def _bytes(folder: Path, file: Path | None = None) -> int:
-    """Of the weights: the file and what lies beside it under its name, or all of a directory."""
-    names = [p for p in folder.iterdir() if file is None or p.name.startswith(file.name)]
-    kept = [p for p in names if p.suffix in (".onnx", ".data", ".safetensors") or p == file]
-    return sum(path.stat().st_size for path in kept)

@@ -11,7 +11,7 @@ from upcycle.bench.alone import Job, measured_alone
 from upcycle.bench.engines import Calls, Engine
 from upcycle.bench.floor import Floor
 from upcycle.bench.layers import inputs_of
-from upcycle.bench.meters import SIX, six_metrics
+from upcycle.bench.meters import six_metrics
 from upcycle.bench.timing import MOST, compared, interleaved
 from upcycle.bench.whole import PROMPT, text_of
 from upcycle.data.text import longest
@@ -100,37 +100,33 @@ def _prompt(subject: Subject) -> tuple[torch.Tensor | None, int]:
 
 
 def six(
-    subject: Subject, last: Mapping[str, Any], size: Costs, report: Report, tick: Tick
+    subject: Subject, timed: Mapping[str, Any], size: Costs, report: Report, tick: Tick
 ) -> dict[str, dict[str, float | None]]:
-    """EfficientLLM's metrics of each model in a process of its own, writing text, or reading if it
-    writes none.
+    """EfficientLLM's metrics of each model writing text, or reading if it writes none.
 
-    `last` is the row of the longest text that was read; the perplexities are those in `report`.
+    Seconds and tokens are those of `timed`, the row of what is written or else of the longest text
+    that was read, in which both models took turns. Memory, load and power are those of each model
+    in a process of its own. The perplexities are those in `report`.
     """
     engine, (ids_1L, most) = subject.engine, _prompt(subject)
     use: Any = engine.writer
     inputs: Any = ids_1L
-    tokens: int | None = 1
     if use is None or ids_1L is None:
-        ids_BL = text_of(subject.dense, subject.evaluation, last["tokens"] or 1)
-        tokens, use, most = None if ids_BL is None else ids_BL.numel(), engine.reader, MOST
+        ids_BL = text_of(subject.dense, subject.evaluation, timed["tokens"] or 1)
+        use, most = engine.reader, MOST
         inputs = subject.evaluation.batches[0] if ids_BL is None else {"input_ids": ids_BL}
     sizes = {"dense": size.bytes_before, "converted": size.bytes_on_disk}
     found: dict[str, dict[str, float | None]] = {}
     for name, make in engine.makers.items():
-        alone = measured_alone(Job(make, use, inputs, subject.seconds, most))
-        if alone is None:
-            found[name] = dict.fromkeys(SIX)
-            continue
-        meters, times = alone
+        meters = measured_alone(Job(make, use, inputs, subject.seconds, most))
         quality = None
         if report.end_to_end and (text := report.end_to_end.language_model):
             perplexities = {"dense": text.dense_perplexity, "converted": text.converted_perplexity}
             quality = 1 / text.dense_perplexity, 1 / perplexities[name]
         found[name] = six_metrics(
             meters,
-            times,
-            None if tokens is None else tokens * len(times),
+            timed[name]["median"],
+            timed["tokens"],
             sizes=(size.bytes_before, sizes[name]),
             quality=quality,
         )

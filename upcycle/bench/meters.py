@@ -94,8 +94,8 @@ def mean_over_time(seconds: Sequence[float], values: Sequence[float | None]) -> 
 
 
 def six_metrics(
-    found: Readings,
-    latencies: Sequence[float],
+    found: Readings | None,
+    latency: float,
     tokens: int | None,
     *,
     sizes: tuple[int, int],
@@ -104,9 +104,9 @@ def six_metrics(
     """The figures of the paper, by their names there, and the energy.
 
     Args:
-        found: the meters of the whole run.
-        latencies: seconds of each request.
-        tokens: of all requests together; None if they have none.
+        found: the meters of a run of this model by itself; None if there was none.
+        latency: seconds of a request, where both models ran in turn.
+        tokens: of a request; None if it has none.
         sizes: bytes of the dense weights and of this model's.
         quality: of the dense model and of this one, larger is better; None if not measured.
 
@@ -116,12 +116,13 @@ def six_metrics(
         ``AEC`` watts, ``MCR`` the compression rate times the part of the quality that is left; and
         ``energy`` in joules.
     """
+    found = found or Readings([0.0, 1.0], [None, None])
     duration = found.seconds[-1] - found.seconds[0]
     return {
         "AMU": mean_over_time(found.seconds, found.memory),
         "PCU": None if found.busy is None else found.busy / duration,
-        "AL": sum(latencies) / len(latencies),
-        "TT": None if tokens is None else tokens / sum(latencies),
+        "AL": latency,
+        "TT": None if tokens is None else tokens / latency,
         "AEC": None if found.energy is None else found.energy / duration,
         "MCR": None if quality is None else sizes[0] / sizes[1] * (quality[1] / quality[0]),
         "energy": found.energy,

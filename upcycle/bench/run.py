@@ -52,7 +52,8 @@ def bench(
     """Measure a converted model, trained since or not, beside the dense one, on the CPU.
 
     Returns:
-        ``machine``, ``costs``, ``memory`` (bytes of the weights in the computation); the times of
+        ``machine``, ``costs``, ``memory`` (bytes of the weights in the computation), ``disk``
+        (bytes of the files that the engine reads); the times of
         both models and their ratio for ``layers``, ``reading``, and ``writing``, which is None for
         a model that writes no text; and ``six``, the metrics of EfficientLLM. What cannot be
         measured is None.
@@ -102,6 +103,7 @@ def bench(
         total = (len(engine.pairs) + 1) * len(wanted.tokens) + 3
         tick = _ticker(progress, total)
         reading = reading_rows(subject, wanted.tokens, tick)
+        writing = writing_row(subject, tick)
         found = {
             "model": report.model,
             "recipe": report.recipe,
@@ -109,10 +111,11 @@ def bench(
             "machine": asdict(machine),
             "costs": size.to_json(),
             "memory": floor.weight_bytes(size.parameters_before),
+            "disk": engine.disk or {"dense": size.bytes_before, "converted": size.bytes_on_disk},
             "layers": layer_rows(subject, wanted.tokens, tick),
             "reading": reading,
-            "writing": writing_row(subject, tick),
-            "six": six(subject, reading[-1], size, report, tick),
+            "writing": writing,
+            "six": six(subject, writing or reading[-1], size, report, tick),
         }
         progress("measuring", total, total)
         return found

@@ -27,7 +27,18 @@ SAME = (
         "dtype",
         "engine",
     ),
-    *("executor", "fresh", "gguf_type", "jobs", "out", "overwrite", "pt2_form", "resume", "stream"),
+    *(
+        "executor",
+        "fresh",
+        "gguf_type",
+        "goal",
+        "jobs",
+        "out",
+        "overwrite",
+        "pt2_form",
+        "resume",
+        "stream",
+    ),
     *("target", "trust_remote_code", "verify"),
 )
 ARGUMENT = re.compile(rf"`({'|'.join([*FLAGS, *SAME])})(?:=([^`]*))?`")

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import UsageError
+from upcycle.ir.report import plain
 from upcycle.layers.config import LayerConfig
 from upcycle.models.configuration import count_of_experts
 from upcycle.targets.description import REPORT, read_report
+from upcycle.targets.history_file import read_history, sentences
 from upcycle.targets.onnx.file_names import FILES
 from upcycle.targets.provenance_file import DRAWN, FILE, PADDING, LayerOrigin, read_origins, rows_of
 from upcycle.util.json_text import read_json
@@ -24,9 +26,7 @@ def directory_of(path: Path) -> Path:
 
 
 def is_converted(directory: Path) -> bool:
-    """Whether upcycle wrote the directory."""
-    if (directory / FILE).is_file():
-        return True
+    """Whether the report of a conversion describes the directory."""
     path = directory / REPORT
     try:
         return path.is_file() and "resolved_recipe" in read_json(path)
@@ -46,6 +46,10 @@ def is_moe(directory: Path) -> bool:
 def inspect_moe(directory: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The MoE layers of a directory that no report describes, as after training; as plain data.
 
+    `history` is what operations did since the conversion, `told` the same in sentences, and
+    `origins` what the experts are made
+    of, as in `inspect_converted`; each is None where no file tells of it.
+
     Raises:
         UsageError: its files are damaged.
     """
@@ -53,14 +57,21 @@ def inspect_moe(directory: Path, *, trust_remote_code: bool = False) -> dict[str
     from upcycle.targets.load import skeleton_of
 
     model: Any = skeleton_of(directory, trust_remote_code=trust_remote_code)
-    names = ("path", "num_experts", "width", "top_k", "shared", "router", "d_model")
+    names = ("num_experts", "width", "top_k", "shared", "router", "d_model")
+    layers, origins = moe_layers(model), read_origins(directory)
+    history = read_history(directory)
     return {
         "directory": str(directory),
         "architecture": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "is_own": "upcycle" in vars(model.config),
         "onnx": sorted(path.name for path in directory.glob("*.onnx")),
-        "layers": [{name: getattr(row, name) for name in names} for row in moe_layers(model)],
+        "layers": [
+            {"path": row.name, **{name: getattr(row, name) for name in names}} for row in layers
+        ],
+        "history": plain(history),
+        "told": sentences(history) if history else [],
+        "origins": None if origins is None else [_layer(directory, layer) for layer in origins],
     }
 
 
@@ -136,6 +147,7 @@ def _layer(directory: Path, stored: LayerOrigin) -> dict[str, Any]:
             "sources": stored["sources"],
             "expert_rows": stored["experts"],
             "shared_rows": stored["shared"],
+            "was": stored.get("was"),
             "rows": _count(stored, stored["dense_neurons"]),
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -52,7 +52,31 @@ def bench_report(found: Mapping[str, Any]) -> list[RenderableType]:
         values = (found["six"][model][name] for model in MODELS)
         shown = ("not measured" if value is None else f"{value:.4g}" for value in values)
         six.add_row(name, metric, *shown, unit)
-    return [*parts, "", whole, "", six, "", LEGEND]
+    return [*parts, "", whole, "", six, "", LEGEND, "", conclusion(found)]
+
+
+def conclusion(found: Mapping[str, Any]) -> str:
+    """What was measured, in one sentence."""
+    last = found["reading"][-1]
+    unit = found.get("unit", "tokens")
+    what = "one batch" if last["tokens"] is None else f"{last['tokens']} {unit}"
+    clauses = [f"Reading {what} it {_speed(last)}"]
+    if found["writing"]:
+        clauses.append(f"writing it {_speed(found['writing'])}")
+    factor = found["disk"]["converted"] / found["disk"]["dense"]
+    return f"{'; '.join(clauses)}; on disk it takes {factor:.2f} times the bytes."
+
+
+def _speed(row: Mapping[str, Any]) -> str:
+    low, middle, high = (row["ratio"][key] for key in ("low", "median", "high"))
+    if low <= 1 <= high:
+        return (
+            f"is as fast as the dense model, within the spread of the rounds ({low:.2f} to "
+            f"{high:.2f} of its time)"
+        )
+    if middle < 1:
+        return f"is {1 / middle:.2f} times as fast as the dense model"
+    return f"is slower: it takes {middle:.2f} times as long as the dense model"
 
 
 def _sizes(found: Mapping[str, Any]) -> RenderableType:
@@ -64,6 +88,7 @@ def _sizes(found: Mapping[str, Any]) -> RenderableType:
     flops = (f"{short(costs[key])}FLOP" for key in ("flops_before", "flops_after"))
     table.add_row("a token in the converted FFNs", *flops)
     table.add_row("weights in memory", *(size(int(memory[model])) for model in MODELS))
+    table.add_row("bytes on disk", *(size(int(found["disk"][model])) for model in MODELS))
     return table
 
 

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from upcycle.cli.tables import add_rows, new_table
+from upcycle.targets.provenance_file import runs
 from upcycle.util.spans import span
 from upcycle.util.wording import count
 
@@ -32,17 +33,21 @@ def converted_report(found: dict[str, Any]) -> list[RenderableType]:
         return [*head, f"no provenance.json: an older upcycle wrote this directory; {advice}"]
     layers = new_table("layer", "experts", "router", "shared", "compensation", "dense neurons")
     add_rows(layers, [_layer(layer) for layer in found["layers"]])
-    each = [list(_experts(layer)) for layer in found["layers"]]
+    return [*head, "", layers, "", *_origins(found["layers"])]
+
+
+def _origins(layers: Sequence[dict[str, Any]]) -> Iterator[RenderableType]:
+    """What the experts are made of."""
+    each = [list(_experts(layer)) for layer in layers]
     experts = new_table("layer", "expert", "rows", "dense neurons behind them")
     rows = [row for layer in each for row in layer]
     shown = rows if len(rows) <= MAX_ROWS else each[0][:MAX_ROWS]
     if all([row[1:] for row in layer] == [row[1:] for row in each[0]] for layer in each):
         shown = [row for alike in zip(*each, strict=True) for row in alike]
     add_rows(experts, shown)
-    parts: list[RenderableType] = [*head, "", layers, "", experts]
+    yield experts
     if len(shown) < len(rows) or any("..." in row[3] for row in shown):
-        parts.append("all of them with --json")
-    return parts
+        yield "all of them with --json"
 
 
 def moe_report(found: dict[str, Any]) -> list[RenderableType]:
@@ -50,17 +55,22 @@ def moe_report(found: dict[str, Any]) -> list[RenderableType]:
     kind = "layers of upcycle" if found["is_own"] else "an architecture of transformers"
     onnx = "".join(f", {name}" for name in found["onnx"])
     layers = new_table("layer", "experts", "top_k", "shared", "router", "d_model")
-    for row in found["layers"]:
-        experts = f"{row['num_experts']} of {row['width']}"
-        cells = (row["path"], experts, row["top_k"], row["shared"] or "none", row["router"])
-        layers.add_row(*map(str, cells), str(row["d_model"]))
+    add_rows(layers, [_moe_layer(row) for row in found["layers"]])
+    unknown = "no report.json: trained since its conversion, or not converted by upcycle"
     return [
         f"{found['directory']}: {found['architecture']} ({kind}), {found['dtype']}{onnx}",
-        "no report.json: trained since its conversion, or not converted by upcycle",
+        *(found["told"] or [unknown]),
         "",
         layers,
         f"{count(found['layers'], 'MoE layer')} found",
+        *(["", *_origins(found["origins"])] if found["origins"] else []),
     ]
+
+
+def _moe_layer(row: dict[str, Any]) -> tuple[str, ...]:
+    experts = f"{row['num_experts']} of {row['width']}"
+    cells = (row["path"], experts, row["top_k"], row["shared"] or "none", row["router"])
+    return (*map(str, cells), str(row["d_model"]))
 
 
 def _layer(layer: dict[str, Any]) -> tuple[str, ...]:
@@ -94,7 +104,8 @@ def _experts(layer: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for (text, source), group in groupby(range(len(both)), key=lambda e: both[e]):
         experts = list(group)
         name = span(experts)
-        name = f"{name} from {source}" if source else name
+        name += f" (was {runs(layer['was'][e] for e in experts)})" if layer["was"] else ""
+        name += f" from {source}" if source else ""
         yield layer["path"], name, str(layer["width"]), _cut(text)
     if layer["shared"]:
         yield layer["path"], "shared", str(layer["shared"]), _cut(layer["shared_rows"])

@@ -1,6 +1,6 @@
 """What operations on a mixture of experts did, as tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,23 +8,75 @@ from typing import Any
 from rich.console import RenderableType
 
 from upcycle.cli.tables import add_rows, new_table
+from upcycle.ir.measured import ModelDistance
 from upcycle.operations.expert_adapter import ExpertAdapter
 from upcycle.operations.merge import Merged
 from upcycle.operations.placement import Placement
+from upcycle.operations.prune import Pruned
 from upcycle.operations.rewritten import Rewritten
 from upcycle.util.spans import span
+
+MAX_ROWS = 24  # of a table that has one for each expert
+MAX_REMOVED = 6  # experts of a layer that are named with their shares
 
 
 def rewritten_json(done: Rewritten) -> dict[str, Any]:
     """As plain data."""
-    return {"out": str(done.out), "distance": asdict(done.before)}
+    given = {} if done.given is None else {"distance_on_data": asdict(done.given)}
+    return {"out": str(done.out), "distance": asdict(done.before), **given}
 
 
-def rewritten_report(done: Rewritten, left: Mapping[str, tuple[int, ...]]) -> list[RenderableType]:
-    """The experts that are left, and how far the outputs moved."""
-    table = new_table("layer", "experts left")
-    add_rows(table, [(path, span(experts)) for path, experts in left.items()])
-    return [table, "", *_distance(done), f"written to {done.out}"]
+def pruned_json(done: Rewritten, found: Pruned) -> dict[str, Any]:
+    """The same with the experts that are left, and the share of each one before."""
+    shares = {path: share_E.tolist() for path, share_E in found.shares.items()}
+    left = {path: list(experts) for path, experts in found.left.items()}
+    return {**rewritten_json(done), "experts": left, "shares": shares}
+
+
+def pruned_report(
+    done: Rewritten, found: Pruned, *, by: str, data: str, below: float | None
+) -> list[RenderableType]:
+    """The share of each expert and whether it is left, and how far the outputs moved."""
+    parts: list[RenderableType] = []
+    if sum(map(len, found.shares.values())) <= MAX_ROWS:
+        table = new_table("layer", "expert", f"share ({by})", "")
+        for path, share_E in found.shares.items():
+            for expert, share in enumerate(share_E.tolist()):
+                kept = "kept" if expert in found.left[path] else "removed"
+                table.add_row(path, str(expert), f"{share:.1%}", kept)
+        parts.append(table)
+    else:
+        table = new_table("layer", "experts left", f"least share left ({by})", "removed")
+        add_rows(table, [_folded(path, found) for path in found.shares])
+        parts += [table, "the share of every expert is in --json"]
+    less = ", which say little: give data" if "random" in data else ""
+    parts.append(f"Shares were counted on {data}{less}.")
+    if found.widest is not None:
+        parts.append(
+            f"All layers have {len(found.left[found.widest])} experts, as {found.widest} needs so "
+            "many and this architecture has one number for all layers."
+        )
+    elif below is not None and (path := _at_least(found, below)):
+        parts.append(
+            f"{path} keeps experts below {below:g}, as a token visits {len(found.left[path])}."
+        )
+    return [*parts, "", *_distances(done), f"written to {done.out}"]
+
+
+def _at_least(found: Pruned, below: float) -> str | None:
+    """The first layer that keeps experts with a smaller share."""
+    left = found.left.items()
+    return next((path for path, e in left if min(found.shares[path][list(e)]) < below), None)
+
+
+def _folded(path: str, found: Pruned) -> tuple[str, ...]:
+    share_E, left = found.shares[path].tolist(), found.left[path]
+    gone = sorted(set(range(len(share_E))) - set(left), key=lambda e: -share_E[e])
+    named = [f"{e}: {share_E[e]:.1%}" for e in gone[:MAX_REMOVED]]
+    more = [f"{len(gone) - MAX_REMOVED} more with less"] if len(gone) > MAX_REMOVED else []
+    least = min(share_E[e] for e in left)
+    of = f"{len(left)} of {len(share_E)}: {span(left)}"
+    return path, of, f"{least:.1%}", ", ".join([*named, *more]) or "none"
 
 
 def placement_report(found: Placement, done: Rewritten) -> list[RenderableType]:
@@ -35,7 +87,7 @@ def placement_report(found: Placement, done: Rewritten) -> list[RenderableType]:
     table.add_row("contiguous, as before", f"{found.contiguous:.3f}")
     table.add_row("random", f"{found.random:.3f}")
     same = "Every layer computes the same, checked in float64."
-    return [table, "", same, *_distance(done), f"written to {done.out}"]
+    return [table, "", same, *_distances(done), f"written to {done.out}"]
 
 
 _KINDS = {
@@ -47,7 +99,7 @@ _KINDS = {
 
 def merged_report(found: Merged, done: Rewritten) -> list[RenderableType]:
     """What the dense model is to the mixture."""
-    return [_KINDS[found.kind], "", *_distance(done), f"written to {done.out}"]
+    return [_KINDS[found.kind], "", *_distances(done), f"written to {done.out}"]
 
 
 def extended_report(
@@ -57,7 +109,7 @@ def extended_report(
     added = "one more expert" if nulls is None else f"{nulls} experts that do nothing"
     kinds = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
     said = f"Added to {kinds} ({_first_and_last(layers)}): {added} in each."
-    return [said, *_distance(done), f"written to {done.out}"]
+    return [said, *_distances(done), f"written to {done.out}"]
 
 
 def _first_and_last(paths: Sequence[str]) -> str:
@@ -82,13 +134,18 @@ def adapter_report(
     return [table, "", f"It has {part:.1%} of the parameters of the model.", f"written to {out}"]
 
 
-def _distance(done: Rewritten) -> list[RenderableType]:
-    before = done.before
-    lines: list[RenderableType] = [f"Outputs moved by {before.relative:.1e} ({before.inputs})."]
-    words = before.language_model
+def _distances(done: Rewritten) -> Sequence[RenderableType]:
+    lines = [*_distance(done.before)]
+    if done.given is not None:
+        lines += _distance(done.given)
+    return lines
+
+
+def _distance(found: ModelDistance) -> Iterator[str]:
+    yield f"On {found.inputs} outputs moved by {found.relative:.1e}."
+    words = found.language_model
     if words is not None:
-        lines.append(
-            f"Perplexity {words.converted_perplexity:.4g} (before {words.dense_perplexity:.4g}), "
+        yield (
+            f"  Perplexity {words.converted_perplexity:.4g} (before {words.dense_perplexity:.4g}), "
             f"the same next word in {words.top1_agreement:.1%} of the places."
         )
-    return lines

@@ -10,6 +10,14 @@ from upcycle.cli.proposals import Proposal
 from upcycle.cli.tables import new_table
 from upcycle.util.wording import short, size
 
+NOTES = {
+    "smaller": (
+        "`onnx.weights: int8` in the recipe gives all weights of the ONNX file 8 bits;",
+        "`--set onnx.weights=float --set onnx.quantise=8` those of the experts alone.",
+    ),
+    "merge": ("A directory with a PEFT adapter may be a source, too: it is merged into its base.",),
+}
+
 
 def proposals_report(found: Sequence[Proposal], refused: Mapping[str, str]) -> list[RenderableType]:
     """The proposals side by side, and why others are not there."""
@@ -20,15 +28,16 @@ def proposals_report(found: Sequence[Proposal], refused: Mapping[str, str]) -> l
     parts: list[RenderableType] = [f"{p.recipe}: {p.title}" for p in found]
     parts += ["", table]
     parts += [f"not {name}: {reason}" for name, reason in refused.items()]
+    parts += ["", *NOTES[found[0].goal]] if found[0].goal in NOTES else []
     return parts
 
 
 def _rows(proposal: Proposal) -> dict[str, str]:
     costs = proposal.costs
     work = costs.flops_after / max(costs.flops_before, 1)
-    disk = size(costs.bytes_on_disk)
+    disk = f"{size(costs.bytes_before)} -> {size(proposal.bytes_rounded or costs.bytes_on_disk)}"
     if proposal.bytes_rounded is not None:
-        disk = f"{size(proposal.bytes_rounded)} in ONNX, in 8 bits"
+        disk += " in ONNX, in 8 bits"
     return {
         "promise": proposal.promise,
         "parameters": f"{short(costs.parameters_before)} -> {short(costs.parameters_after)}",
@@ -51,9 +60,11 @@ def heading(model: str, goal: str, proposal: Proposal) -> list[str]:
 
 
 def next_command(model: str, out: Path, proposal: Proposal) -> str:
-    """What to type next."""
+    """What to type next; the directory has the recipe in its name, as others may be tried."""
     name = model.rstrip("/").rpartition("/")[2].rpartition(":")[2].partition("@")[0]
     words = ["upcycle", "convert", model, "--recipe", str(out)]
     if proposal.goal in ("train", "merge"):  # other formats are written after training
         words += ["--target", "safetensors"]
-    return shlex.join([*words, "--out", f"{name.removesuffix('.onnx')}-moe"])
+    rounded = "-int8" if proposal.goal == "smaller" else ""
+    made = f"{name.removesuffix('.onnx')}-{proposal.recipe}{rounded}"
+    return shlex.join([*words, "--out", made])

@@ -119,10 +119,7 @@ def verification_report(report: Report) -> list[RenderableType]:
         distances = new_table(what, "relative error", "cosine min", "mean")
         add_rows(distances, rows)
         parts += ["", distances]
-        if shown := sorted({row.inputs for row in report.layers or () if row.inputs}):
-            parts.append(
-                f"Layers were compared on {', '.join(shown)}, and not inside of the model."
-            )
+        parts.append(_measured_on(report))
         if others := (report.layers or ())[MAX_LAYERS:]:
             parts.append(f"{count(others, 'layer')} with smaller errors in report.json")
     if report.end_to_end and report.end_to_end.language_model:
@@ -136,6 +133,16 @@ def verification_report(report: Report) -> list[RenderableType]:
     if report.checks:
         parts.append(f"{count(report.checks, 'check')}: {found}")
     return parts if failed else [*parts, "", *verdict_lines(report.verdict)]
+
+
+def _measured_on(report: Report) -> str:
+    """What the figures of the layers and of the whole model are of."""
+    drawn = sorted({row.inputs for row in report.layers or () if row.inputs})
+    layers = "on the tokens that it gets there"
+    if drawn:
+        layers = f"by itself, on {', '.join(drawn)}"
+    whole = f"measured on {report.end_to_end.inputs}" if report.end_to_end else "measured"
+    return whole if not report.layers else f"{whole}; each layer {layers}"
 
 
 def onnx_lines(facts: OnnxFacts | None) -> list[RenderableType]:
@@ -238,7 +245,7 @@ def _calibrated(report: Report) -> list[RenderableType]:
     figures = ("tokens", "per expert", "dead experts", "entropy", "captured mass")
     table = new_table("calibrated", *figures)
     add_rows(table, [usage.cells() for usage in report.calibration.layers])
-    return [table, f"on {report.calibration.data}", ""]
+    return [table, f"counted on the calibration data: {report.calibration.data}", ""]
 
 
 def _misses(located: Located) -> list[RenderableType]:

@@ -31,7 +31,7 @@ def routing_json(trace: Trace) -> dict[str, Any]:
         name: [asdict(found) for found in statistics.resonance(trace, trace.classes, name)[:50]]
         for name in _kinds(trace)
     }
-    return {"layers": layers, "resonance": resonances}
+    return {"data": trace.data, "layers": layers, "resonance": resonances}
 
 
 def routing_report(trace: Trace) -> list[RenderableType]:
@@ -64,6 +64,8 @@ def routing_report(trace: Trace) -> list[RenderableType]:
         )
     add_rows(table, rows)
     parts: list[RenderableType] = [table]
+    if trace.data:
+        parts.append(f"counted on {trace.data}")
     for name in _kinds(trace):
         found = statistics.resonance(trace, trace.classes, name)[:_MOST]
         found = [one for one in found if one.value > 0]

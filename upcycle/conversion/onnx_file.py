@@ -21,6 +21,7 @@ from upcycle.ir.report import Report
 from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import FFNWeights, read_ffn
 from upcycle.models.onnx_file import OnnxSource
+from upcycle.onnx.external_data import stored_bytes
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.open_file import open_graph
 from upcycle.onnx.run import run
@@ -141,7 +142,9 @@ class OnnxFile:
                 matrices, more = verify_matrices([path], dense)
                 checks += more
             if rounded or matrices:
-                rounding = OnnxFacts(layers=tuple(rounded) or None, matrices=matrices)
+                rounding = OnnxFacts(
+                    layers=tuple(rounded) or None, matrices=matrices, bytes=stored_bytes(path)
+                )
         if rounding is None:  # else the outputs are off by more than the recipe says, which is told
             checks.append(end_to_end(found, made.plan.recipe, self.dtype))
         every = (*report.checks, *checks)

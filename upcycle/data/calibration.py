@@ -5,7 +5,8 @@ Shape suffixes: N sequences in all, B of one batch, L places of a sequence.
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,16 @@ def given_data(data: Data | None) -> CalibrationInput | None:
     )
 
 
+@contextmanager
+def called_data() -> Iterator[None]:
+    """Within it sentences call the data `data`, which in a conversion is `calibration`."""
+    try:
+        yield
+    except UsageError as error:
+        sentence = str(error).replace("`calibration`", "`data`").replace("`calibration=", "`data=")
+        raise UsageError(sentence.replace("calibration.", "")) from error
+
+
 def needs_domains(recipe: Recipe) -> bool:
     """Whether the methods read the domain of the text that a token is from."""
     experts = recipe.experts
@@ -114,6 +125,7 @@ def calibration_data(
     trust_remote_code: bool = False,
     example: ExampleInputs | None = None,
     domains: int = 1,
+    whole: bool = False,
 ) -> CalibrationData:
     """Inputs for `model`, from what verification does not read.
 
@@ -127,6 +139,7 @@ def calibration_data(
         trust_remote_code: run code that the tokenizer brings.
         example: inputs that the user gave for the capture, which are better than random ones.
         domains: how many the methods want, if they want any.
+        whole: also what verification reads of `given`.
 
     Raises:
         UsageError: the data is too short, or not of the kind that the model reads.
@@ -139,7 +152,8 @@ def calibration_data(
         return _placed(model, [example], EXAMPLE)
     if given is None and tokenizer is None:
         return _placed(model, evaluation_for(model, seed=1000 + recipe.seed).batches, RANDOM)
-    given = for_calibration(given, with_code=is_language_model(model))
+    if given is None or not whole:
+        given = for_calibration(given, with_code=is_language_model(model))
     if given.batches:
         return _placed(model, given.batches, given.what)
     if given.tensors is not None or given.images:

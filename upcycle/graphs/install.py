@@ -35,6 +35,7 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
     layers = {}
     for site in regions:
         layer = MoE(LayerConfig.from_json(site["layer"]))
+        layer.ffn_path = str(site["path"])
         layers[str(site["place"])] = layer.train(model.training)
     if isinstance(model, fx.GraphModule) and regions:
         _rewrite(model, {str(site["place"]): site["regions"] for site in regions}, layers)

@@ -228,6 +228,7 @@ class OnnxFacts:
         layers: rounded experts.
         matrices: what else is rounded.
         outputs: the files, as ONNX Runtime runs them, against the model in float32.
+        bytes: of the files with rounded weights, on disk.
     """
 
     relative: Number | None = None
@@ -235,3 +236,4 @@ class OnnxFacts:
     not_run: str | None = None
     matrices: Matrices | None = None
     outputs: ModelDistance | None = None
+    bytes: int | None = None

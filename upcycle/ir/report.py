@@ -107,6 +107,7 @@ class Report:
     def verdict(self) -> Verdict:
         """What the figures mean for the user."""
         passed = all(check.passed for check in self.checks)
+        facts = self.onnx or self.rounding
         return verdict(
             self.promise,
             self.costs,
@@ -115,6 +116,8 @@ class Report:
             recipe=self.recipe,
             fitted=bool((self.resolved_recipe.get("compensate") or {}).get("refit")),
             equal_layers=self.promise == "exact" and bool(self.layers) and passed,
+            merged=bool((self.resolved_recipe.get("experts") or {}).get("sources")),
+            rounded_bytes=facts.bytes if facts else None,
             unmeasured="Convert it in memory (`stream=False`) and with verification to know.",
         )
 

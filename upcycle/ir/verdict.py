@@ -5,7 +5,9 @@ from typing import Literal
 
 from upcycle.ir.measured import Costs, Distance, ModelDistance
 from upcycle.ir.rounding import is_rounding
+from upcycle.util.wording import size
 
+BUILT_IN = ("the documentation of Python", "random inputs")  # what is read where nothing is given
 TRAINED = "trained"  # in the place of a recipe, where the model was trained after its conversion
 Level = Literal["equal", "near", "changed", "far", "unknown"]
 
@@ -28,6 +30,7 @@ class Verdict:
             on the task), ``far`` (not for use before training), or ``unknown``.
         headline: one clause.
         quality, work, advice: a sentence each.
+        size: a sentence on a file with rounded weights, if there is one.
     """
 
     level: Level
@@ -35,11 +38,12 @@ class Verdict:
     quality: str
     work: str
     advice: str
+    size: str = ""
 
     @property
     def lines(self) -> tuple[str, ...]:
         """The sentences that are there, in order."""
-        return tuple(line for line in (self.quality, self.work, self.advice) if line)
+        return tuple(line for line in (self.quality, self.work, self.size, self.advice) if line)
 
 
 def verdict(
@@ -50,7 +54,9 @@ def verdict(
     dtype: str,
     recipe: str,
     fitted: bool = False,
+    merged: bool = False,
     equal_layers: bool = False,
+    rounded_bytes: int | None = None,
     unmeasured: str = "`upcycle convert` measures it.",
 ) -> Verdict:
     """The verdict on a result, or, without measurements, on a plan.
@@ -62,6 +68,8 @@ def verdict(
         dtype: of the dense weights, such as ``float32``.
         recipe: its name.
         fitted: it fits what is left out to calibration data, as the recipe upcycle does.
+        merged: its experts come from several models.
+        rounded_bytes: of the ONNX files on disk, if their weights are rounded.
         equal_layers: every layer was measured to equal its dense FFN, and the whole was not run.
         unmeasured: the advice if nothing is known.
     """
@@ -70,11 +78,20 @@ def verdict(
     return Verdict(
         level=level,
         headline=_headline(level, promise, work, recipe),
-        quality=_quality(level, promise, found, equal_layers=equal_layers),
+        quality=_quality(level, promise, found, equal_layers=equal_layers, merged=merged),
         work=_work(costs, work),
         advice=_advice(
-            level, promise, costs, work, recipe, unmeasured, fitted=fitted or recipe == "upcycle"
+            level,
+            promise,
+            costs,
+            work,
+            recipe,
+            unmeasured,
+            fitted=fitted or recipe == "upcycle",
+            merged=merged,
+            rounded=rounded_bytes is not None,
         ),
+        size=_size(costs, rounded_bytes),
     )
 
 
@@ -114,7 +131,14 @@ def _headline(level: Level, promise: str, work: float | None, recipe: str) -> st
     return f"{said}, with {work:.2f} times the FFN work of a token"
 
 
-def _quality(level: Level, promise: str, found: ModelDistance | None, *, equal_layers: bool) -> str:
+def _quality(
+    level: Level,
+    promise: str,
+    found: ModelDistance | None,
+    *,
+    equal_layers: bool,
+    merged: bool,
+) -> str:
     if found is None:
         if equal_layers:
             return "Every layer equals its dense FFN, up to rounding; the whole model was not run."
@@ -126,7 +150,11 @@ def _quality(level: Level, promise: str, found: ModelDistance | None, *, equal_l
             "The outputs equal those of the dense model, up to rounding (largest error "
             f"{found.relative:.1e} of the largest value)."
         )
-    return likeness(found, "the dense model")
+    said = likeness(found, "the dense model")
+    if not (merged and found.inputs in BUILT_IN):
+        return said
+    text = "" if "random" in found.inputs else "That text says little of what the sources know. "
+    return f"{said} {text}`upcycle verify` compares on your own (`data`)."
 
 
 def likeness(found: ModelDistance, other: str, digits: int = 2) -> str:
@@ -154,12 +182,22 @@ def likeness(found: ModelDistance, other: str, digits: int = 2) -> str:
 def _work(costs: Costs | None, work: float | None) -> str:
     if costs is None or work is None:
         return ""
-    size = costs.parameters_after / costs.parameters_before
+    factor = costs.parameters_after / costs.parameters_before
     active = costs.active_parameters / costs.parameters_after
     return (
-        f"The converted FFNs do {work:.2f} times the work for each token; the model has {size:.2f} "
-        f"times the parameters, {active:.0%} of them active."
+        f"The converted FFNs do {work:.2f} times the work for each token; the model has "
+        f"{factor:.2f} times the parameters, {active:.0%} of them active."
     )
+
+
+def _size(costs: Costs | None, rounded_bytes: int | None) -> str:
+    if rounded_bytes is None:
+        return ""
+    dense = ""
+    if costs is not None and costs.bytes_before:
+        part = rounded_bytes / costs.bytes_before
+        dense = f", {part:.2f} times the {size(costs.bytes_before)} of the dense weights"
+    return f"With its rounded weights the ONNX file takes {size(rounded_bytes)} on disk{dense}."
 
 
 def _advice(
@@ -171,17 +209,23 @@ def _advice(
     unmeasured: str,
     *,
     fitted: bool,
+    merged: bool,
+    rounded: bool,
 ) -> str:
     grows = costs is not None and costs.parameters_after > 1.1 * costs.parameters_before
     saves = work is not None and work < 0.95
     if (level == "equal" and grows) or (level == "unknown" and promise == "exact" and grows):
         return "Train it: until its experts differ it is the dense model at a higher price."
+    if level == "equal" and not saves and rounded:
+        return "It saves bytes and no work; for less work take the recipe upcycle."
     if level == "equal" and not saves:
         return "It saves nothing by itself: it is a start for training, or a check of a split."
     if level == "unknown" and promise != "exact":
         return unmeasured
     if recipe == TRAINED:
         return "It was trained after its conversion: judge it by your task, not by the dense model."
+    if level in ("changed", "far") and merged:
+        return "Train it before it is used, its routers at least: they send tokens anywhere."
     if level in ("changed", "far") and fitted:
         return (
             "It was fitted to text and measured on text of the same kind, and on other text it is "

@@ -35,6 +35,8 @@ class MoE(nn.Module):
     added once it is right under every routing rule. Experts that are whole FFNs have one each.
     """
 
+    ffn_path = ""  # of the FFN that it was made of, by which people know the layer
+
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self._config = config

@@ -117,8 +117,9 @@ def moved(model: nn.Module, site: Mapping[str, Any]) -> dict[str, Any]:
                 return name
         raise ValueError(f"{type(model).__name__} has no {path}, where the file has an MoE layer")
 
+    site = {**site, "path": path_in(site["path"])}
     if site["placement"] == "module":
-        return {**site, "path": path_in(site["path"])}
+        return site
     expansions = [path_in(path) for path in site["expansions"]]
     return {**site, "expansions": expansions, "contraction": path_in(site["contraction"])}
 

@@ -221,6 +221,7 @@ def install(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[MoE]:
             layer = TappedMoE(config, columns=kept["columns"], hidden=kept["hidden"])
             for path, tap in _taps(layer, site):
                 put(path, tap.train(model.training))
+        layer.ffn_path = str(site["path"])
         put(place_of(site), layer)
         layers[place_of(site)] = layer.train(model.training)
     tell_routers(model, {path: layer.router for path, layer in layers.items()})

@@ -31,6 +31,8 @@ class MoELayer:
 
     Attributes:
         path: of the module that has router and experts.
+        name: the path that people read: of the FFN that it was made of, as every table has it; of
+            a layer that upcycle did not make, `path`.
         block: that module.
         experts: the module of the experts in it.
         num_experts, width, d_model: E, I, D.
@@ -41,6 +43,7 @@ class MoELayer:
     """
 
     path: str
+    name: str
     block: nn.Module
     experts: nn.Module
     num_experts: int
@@ -79,6 +82,7 @@ def _own(path: str, layer: MoE) -> MoELayer:
     config, router = layer.config, layer.config.router
     return MoELayer(
         path=path,
+        name=layer.ffn_path or path,
         block=layer,
         experts=layer.experts,
         num_experts=config.num_experts,
@@ -103,6 +107,7 @@ def _native(path: str, block: nn.Module, experts: Any) -> MoELayer:
     matrices = 3 if experts.has_gate else 2
     return MoELayer(
         path=path,
+        name=getattr(block, "ffn_path", "") or path,  # of upcycle, in a file of its own
         block=block,
         experts=experts,
         num_experts=count,
@@ -129,7 +134,7 @@ def with_own_experts(model: nn.Module) -> Iterator[None]:
         for layer in moe_layers(model):
             if not isinstance(layer.experts, Experts):
                 (name,) = (n for n, m in layer.block.named_children() if m is layer.experts)
-                set_within(undo, layer.block, name, as_experts(layer.experts, layer.path))
+                set_within(undo, layer.block, name, as_experts(layer.experts, layer.name))
         yield
 
 

@@ -32,6 +32,19 @@ def external_files(
         yield from _file(path, tensor)
 
 
+def stored_bytes(*paths: Path) -> int:
+    """Bytes of ONNX files and of the files that their weights lie in, each counted once.
+
+    Raises:
+        UsageError: as `external_files`.
+    """
+    files = {path.resolve() for path in paths}
+    for path in paths:
+        model = onnx.load(path, load_external_data=False)
+        files |= {file for _, file in external_files(path, model)}
+    return sum(file.stat().st_size for file in files)
+
+
 def _file(
     path: Path, tensor: onnx.TensorProto
 ) -> Iterator[tuple[onnx.StringStringEntryProto, Path]]:

@@ -110,8 +110,17 @@ def _tell(layer: RoutedLayer, config: LayerConfig | None, count: int) -> None:
         )
 
 
-def tell_model(model: nn.Module, layers: Sequence[RoutedLayer], count: int) -> None:
-    """Write the number of experts into the configuration, from which a loaded model is built."""
+def is_own(layer: RoutedLayer) -> bool:
+    """Whether the layer has a configuration of its own, so that it may differ from others."""
+    return _own_config(layer) is not None
+
+
+def tell_model(model: nn.Module, layers: Sequence[RoutedLayer]) -> None:
+    """Write the numbers of experts into the configuration, from which a loaded model is built.
+
+    Layers that are not of upcycle have as many as the first.
+    """
+    count = layers[0].num_experts
     for name in _COUNTS:  # from which the balance loss is computed
         if isinstance(vars(model).get(name), int):
             setattr(model, name, count)
@@ -122,7 +131,8 @@ def tell_model(model: nn.Module, layers: Sequence[RoutedLayer], count: int) -> N
     if described:
         own = {layer.path: _own_config(layer) for layer in layers}
         for site in described["sites"]:
-            found = own.get(place_of(site))
+            # Code that an older upcycle wrote does not know the FFN.
+            found = own.get(str(site["path"])) or own.get(place_of(site))
             if found is not None:
                 site["layer"] = found.to_json()
         return

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, E experts, K chosen experts.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,13 +14,14 @@ from upcycle.capture.capture import ExampleInputs
 from upcycle.errors import UsageError
 from upcycle.layers.experts import Experts
 from upcycle.models.moe_layers import as_experts
-from upcycle.operations.experts import check_order, take, tell_model
+from upcycle.operations.experts import check_order, is_own, take, tell_model
 from upcycle.passes.calibrate.sites import run_batch
 from upcycle.routing.contract import RoutedLayer, Routing, routed_layers
 from upcycle.routing.views import View, opened
 from upcycle.util.modules import eval_mode
 
 By = Literal["frequency", "mass", "norm"]
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @torch.no_grad()
@@ -80,39 +82,86 @@ def _lengths(experts: Experts, x_TD: torch.Tensor, routing: Routing) -> torch.Te
     return found
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed.
+
+    Attributes:
+        left: the experts that are left, by path, in their old numbers.
+        shares: of each expert before, [E] by path: its part of the importance of its layer.
+        widest: the layer that needs most experts, if all have as many because the architecture has
+            one number for all of them.
+    """
+
+    left: dict[str, tuple[int, ...]]
+    shares: dict[str, torch.Tensor]
+    widest: str | None = None
+
+
 def prune(
-    model: nn.Module, batches: Sequence[ExampleInputs], keep: int, *, by: By = "norm"
-) -> dict[str, tuple[int, ...]]:
-    """Leave the `keep` experts of each layer that matter most on `batches`, in place.
+    model: nn.Module,
+    batches: Sequence[ExampleInputs],
+    keep: int | None = None,
+    *,
+    below: float | None = None,
+    by: By = "norm",
+) -> Pruned:
+    """Remove the experts of each layer that matter least on `batches`, in place.
 
     Routers choose among those that are left, and weights that sum to one by rule still do. It is
     not exact, but where the data and all later inputs visit no removed expert.
 
     Args:
         model: with layers of upcycle whose routers are linear, or a native one.
+        keep: so many are left in each layer; or
+        below: those with a smaller share of the importance of their layer go, but as many stay as a
+            token visits. Layers of upcycle may have different numbers; a native architecture has
+            one, which is then the largest need.
         by: see `importance`.
 
-    Returns:
-        The experts that are left, by path, in their old numbers.
-
     Raises:
-        UsageError: `keep` is less than a token visits, or more than there are.
+        UsageError: neither or both of `keep` and `below` are given, one of them is out of range, or
+            the data never reach a layer.
         UnsupportedError: a router cannot follow.
     """
     layers = routed_layers(model)
+    _check(layers, keep, below)
+    found = importance(model, batches, by)
+    shares = {path: score_E / score_E.sum().clamp(min=_TINY) for path, score_E in found.items()}
+    if keep is not None:
+        counts = {layer.path: keep for layer in layers}
+    else:
+        empty = [path for path, score_E in found.items() if not score_E.any()]
+        if empty:
+            raise UsageError(f"{empty[0]}: the data never reach this layer; give other data")
+        counts = {
+            layer.path: max(int((shares[layer.path] >= below).sum()), layer.top_k or 1)
+            for layer in layers
+        }
+    widest = None
+    if len(set(counts.values())) > 1 and not all(is_own(layer) for layer in layers):
+        widest = max(counts, key=lambda path: counts[path])
+        counts = dict.fromkeys(counts, counts[widest])
+    left = {}
+    for layer in layers:
+        best = found[layer.path].topk(counts[layer.path]).indices.sort().values.tolist()
+        take(layer, best)
+        left[layer.path] = tuple(best)
+    tell_model(model, routed_layers(model))
+    return Pruned(left, shares, widest)
+
+
+def _check(layers: Sequence[RoutedLayer], keep: int | None, below: float | None) -> None:
+    """Refuse what no layer can be pruned to, before anything is run."""
+    if (keep is None) == (below is None):
+        raise UsageError("give one of keep and below")
+    if below is not None and not 0 < below < 1:
+        raise UsageError(f"below: {below} is no share of a layer; choose more than 0 and below 1")
     for layer in layers:
         least = layer.top_k or 1
-        if not least <= keep <= layer.num_experts:
+        if keep is not None and not least <= keep <= layer.num_experts:
             raise UsageError(
                 f"keep: {keep}: {layer.path} has {layer.num_experts} experts, of which a token "
                 f"visits {least}; choose {least} to {layer.num_experts}"
             )
         check_order(layer)
-    scores = importance(model, batches, by)
-    left = {}
-    for layer in layers:
-        best = scores[layer.path].topk(keep).indices.sort().values.tolist()
-        take(layer, best)
-        left[layer.path] = tuple(best)
-    tell_model(model, routed_layers(model), keep)
-    return left

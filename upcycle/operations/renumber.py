@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from upcycle.errors import UsageError, VerificationError
-from upcycle.operations.experts import check_order, take, tell_model
+from upcycle.operations.experts import check_order, take
 from upcycle.operations.placement import Placement
 from upcycle.routing.contract import RoutedLayer, routed_layers
 from upcycle.routing.trace import Trace
@@ -47,9 +47,6 @@ def renumber(model: nn.Module, placement: Placement) -> None:
                 f"{layer.path}: renumbered it is {moved:.1e} off, and {SAME:.0e} is allowed; "
                 "please report it"
             )
-    counts = {layer.num_experts for layer in layers}
-    if len(counts) == 1:
-        tell_model(model, routed_layers(model), counts.pop())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """A directory of a mixture of experts, written again after an operation on the model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from upcycle.data.verification_inputs import evaluation_for
+from upcycle.data.verification_inputs import Evaluation, evaluation_for
 from upcycle.errors import UnsupportedError, UsageError, VerificationError
 from upcycle.ir.measured import ModelDistance
 from upcycle.ir.rounding import ROUNDING
@@ -18,9 +18,12 @@ from upcycle.models.companions import copy_companions
 from upcycle.models.moe_layers import moe_layers
 from upcycle.operations.as_own import write_own
 from upcycle.targets.files.staging import check_output, staged
+from upcycle.targets.history_file import write_history
 from upcycle.targets.load import load
+from upcycle.targets.provenance_file import read_origins, with_experts, write_layers
 from upcycle.util.modules import eval_mode, model_dtype, set_within
 from upcycle.util.progress import Progress, silent, step
+from upcycle.util.quiet import quiet_transformers
 from upcycle.verification.whole_model import compare_models
 
 
@@ -31,10 +34,15 @@ class Rewritten:
     Attributes:
         out: the directory.
         before: the distance of what was written from the model before.
+        given: the same on data of the user, if there is any.
     """
 
     out: Path
     before: ModelDistance
+    given: ModelDistance | None = None
+
+
+Record = Callable[[Path, ModelDistance], None]
 
 
 def rewrite(
@@ -43,6 +51,8 @@ def rewrite(
     change: Callable[[nn.Module], nn.Module],
     *,
     beside: Callable[[Path], None] = lambda folder: None,
+    record: Record = lambda folder, found: None,
+    judge: Callable[[nn.Module], Evaluation | None] = lambda model: None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -55,6 +65,8 @@ def rewrite(
         directory: of a converted model of transformers, or of a native one.
         change: gets the model, which it may change, and returns what is to be written.
         beside: writes more files into the directory.
+        record: writes those that tell of the distance; see `recording`.
+        judge: data of the user as inputs of the model, on which the distance is measured, too.
 
     Raises:
         UsageError: there is no such model, it is dense, or `out` exists.
@@ -72,6 +84,7 @@ def rewrite(
     if not moe_layers(model):
         raise UsageError(f"{directory}: no layer of it is a mixture of experts; convert it first")
     evaluation = evaluation_for(before, directory=directory, trust_remote_code=trust_remote_code)
+    data = judge(before)
     with step(progress, "changing"):
         changed: Any = change(model)
     with staged(out, overwrite=overwrite, protect=[directory]) as folder:
@@ -80,7 +93,8 @@ def rewrite(
             if _is_made_here(changed):
                 write_own(changed, folder)
             else:
-                changed.save_pretrained(folder)
+                with quiet_transformers():
+                    changed.save_pretrained(folder)
             beside(folder)
         with step(progress, "loading again"):
             again = load(folder, trust_remote_code=trust_remote_code)
@@ -93,7 +107,31 @@ def rewrite(
                     f"{allowed:.1e} is allowed"
                 )
             found = compare_models(before, changed, evaluation)
-    return Rewritten(out, found)
+            given = None if data is None else compare_models(before, changed, data)
+        record(folder, found if given is None else given)
+    return Rewritten(out, found, given)
+
+
+def recording(
+    directory: Path, name: str, settings: Mapping[str, Any], chosen: Mapping[str, Sequence[int]]
+) -> Record:
+    """Keeps what stays true of the conversion: where each of the experts comes from; and tells what
+    was done since.
+
+    Args:
+        directory: of the model before.
+        name: of the operation; `settings` are those it was done with.
+        chosen: the experts of each layer by path, in their old numbers; read when they are known.
+    """
+
+    def record(folder: Path, found: ModelDistance) -> None:
+        origins = read_origins(directory)
+        kept = with_experts(origins, chosen) if origins else None
+        if kept is not None:
+            write_layers(folder, kept)
+        write_history(folder, directory, name, settings, found)
+
+    return record
 
 
 def _is_made_here(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from upcycle.errors import UsageError, one_line
-from upcycle.targets.provenance_file import DRAWN, MOST, PADDING, LayerOrigin, runs_of
+from upcycle.targets.provenance_file import DRAWN, MOST, PADDING, LayerOrigin, runs, runs_of
 
 BINS = 96  # of the dense neurons, in the picture
 MOST_EXPERTS = 16  # in the picture
@@ -20,6 +20,7 @@ class Kind:
     Attributes:
         paths: the layers.
         extra: neurons of the experts that are none of the dense layer, in words.
+        was: the numbers of the experts in the conversion, if they have others now.
         parts: what became of the dense neurons: a name, and the least and largest share of them.
     """
 
@@ -28,6 +29,7 @@ class Kind:
     experts: str
     sources: tuple[str, ...]
     extra: str
+    was: str = ""
     paths: tuple[str, ...] = ()
     parts: tuple[tuple[str, float, float], ...] = ()
 
@@ -106,6 +108,7 @@ def _told(layer: LayerOrigin) -> tuple[Kind, dict[str, float]]:
         experts=experts + (f", a linear map of rank {low_rank}" if low_rank else ""),
         sources=tuple(dict.fromkeys(layer["sources"])),
         extra=", ".join(extra),
+        was=runs(map(int, layer.get("was", []))),
     )
     return kind, {name: float(n) / neurons for name, n in parts if n}
 

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from upcycle.errors import UsageError, one_line
 from upcycle.ir.report import Report
 from upcycle.page import charts, heat
+from upcycle.page.mixture import Mixture
 from upcycle.page.origins import Kind, Origin, first_split, kinds_of
 from upcycle.page.routing import Routing, read_routing
 from upcycle.page.scale import figure
@@ -26,6 +27,7 @@ from upcycle.targets.runtimes.support import Support
 from upcycle.util.text_file import write_text
 from upcycle.util.untrusted import printable
 from upcycle.util.wording import short, size
+from upcycle.version import __version__
 
 FILE = "report.html"
 MOST_CHARACTERS = 300  # of a text; a recipe is shown line by line
@@ -71,12 +73,14 @@ def read_contents(directory: Path) -> Contents:
     return Contents(report, str(directory), kinds, split, speed, sites, routing)
 
 
-def page(contents: Contents) -> str:
+def page(contents: Contents | Mixture) -> str:
     """The page as HTML: one file that loads nothing. The same contents give the same text.
 
     Raises:
         UsageError: the report has figures that no conversion has.
     """
+    if isinstance(contents, Mixture):
+        return _of_mixture(contents)
     try:
         return _page(contents)
     except (ArithmeticError, ValueError) as error:  # of a damaged file: what divides is zero, ...
@@ -86,6 +90,22 @@ def page(contents: Contents) -> str:
         ) from error
 
 
+def _of_mixture(contents: Mixture) -> str:
+    template = _environment().get_template("mixture.html.jinja")
+    return template.render(version=__version__, contents=contents, **_pictures(contents.origin))
+
+
+def _pictures(origin: Origin | None) -> dict[str, Any]:
+    """What both pages draw with."""
+    return {
+        "neurons": heat.neuron_map(origin) if origin else None,
+        "most": MOST_ROWS,
+        "most_sites": MOST_SITES,
+        "chart": charts,
+        "heat": heat,
+    }
+
+
 def _page(contents: Contents) -> str:
     report = contents.report
     runtimes = report.checkpoint.runtimes if report.checkpoint else {}
@@ -93,6 +113,7 @@ def _page(contents: Contents) -> str:
         _environment()
         .get_template("page.html.jinja")
         .render(
+            version=report.upcycle,
             contents=contents,
             runtimes=[
                 (name, _SUPPORT.validate_python(held).text()) for name, held in runtimes.items()
@@ -104,13 +125,9 @@ def _page(contents: Contents) -> str:
             layers=charts.layer_chart(report),
             load=heat.load_of(report),
             quality=charts.quality_chart(report),
-            neurons=heat.neuron_map(contents.origin) if contents.origin else None,
             recipe=yaml.safe_dump(_bounded(report.resolved_recipe), sort_keys=False).splitlines(),
-            most=MOST_ROWS,
-            most_sites=MOST_SITES,
             bench_file=BENCH,
-            chart=charts,
-            heat=heat,
+            **_pictures(contents.origin),
         )
     )
 
@@ -120,7 +137,7 @@ def page_file(directory: Path) -> Path:
     return directory / FILE
 
 
-def write_page(contents: Contents, file: Path) -> Path:
+def write_page(contents: Contents | Mixture, file: Path) -> Path:
     """Write the page to `file`; returns that.
 
     Raises:

@@ -30,12 +30,14 @@ class Routing:
 
     Attributes:
         tokens: in all.
+        data: what they are of; empty if that is not known.
         load: a row for each layer; an even share is 1.
         balance: of each layer that tokens reached, with its path.
         pairs: of the layers where experts are tied most.
     """
 
     tokens: int
+    data: str
     load: HeatMap
     balance: tuple[tuple[str, statistics.Balance], ...]
     pairs: tuple[Pairs, ...]
@@ -63,7 +65,7 @@ def read_routing(directory: Path) -> Routing | None:
         rows.append((name, end, f"{path_of}: {end} tokens per expert, cv {b.cv:.2f}"))
     heat = heat_map([load_E / load_E.mean() for load_E in loads], rows, LOAD_STEPS)
     tokens = max(len(trace.index[i]) for i in layers)
-    return Routing(tokens, heat, tuple(balance), tuple(_pairs(trace, layers)))
+    return Routing(tokens, trace.data, heat, tuple(balance), tuple(_pairs(trace, layers)))
 
 
 def _pairs(trace: Trace, layers: list[int]) -> list[Pairs]:

@@ -23,7 +23,8 @@ class RoutedLayer:
 
     Attributes:
         number: its place among the MoE layers of the model, from 0.
-        path: of the module that has router and experts.
+        path: of the FFN that it was made of, as every table has it; of a layer that upcycle did not
+            make, of the module that has router and experts.
         num_experts: E.
         top_k: experts of a token, at most; None if the model does not say.
     """
@@ -50,11 +51,11 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
         router = next((children[name] for name in ("router", "gate") if name in children), None)
         if router is None:
             raise UnsupportedError(
-                f"{layer.path}: {type(layer.block).__name__} has no module that routes, so nothing "
+                f"{layer.name}: {type(layer.block).__name__} has no module that routes, so nothing "
                 "can be seen of its routing, and nothing changed"
             )
         parts = (layer.block, router, layer.experts)
-        found.append(RoutedLayer(number, layer.path, *parts, layer.num_experts, layer.top_k))
+        found.append(RoutedLayer(number, layer.name, *parts, layer.num_experts, layer.top_k))
     if not found:
         raise UsageError("the model has no MoE layer; give one that was converted, or a native one")
     return found

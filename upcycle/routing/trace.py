@@ -37,6 +37,7 @@ class Trace:
             layer; an encoder and a decoder have different ones.
         sequence: of each layer [T], int64: the sequence that a token is of, counted over all calls.
         classes: of each sequence, if they have any.
+        data: what the tokens are of, in a few words, if that is known.
     """
 
     paths: tuple[str, ...]
@@ -46,11 +47,12 @@ class Trace:
     token: tuple[np.ndarray, ...]
     sequence: tuple[np.ndarray, ...]
     classes: tuple[str, ...] = ()
+    data: str = ""
 
     def save(self, path: str | Path) -> None:
         """Write it as an ``.npz`` file, without pickle."""
         arrays: dict[str, Any] = {"form": _FORM, "paths": self.paths, "experts": self.num_experts}
-        arrays["classes"] = np.array(self.classes, dtype=str)
+        arrays |= {"classes": np.array(self.classes, dtype=str), "data": self.data}
         for name in _PER_LAYER:
             arrays |= {f"{name}.{i}": array for i, array in enumerate(getattr(self, name))}
         with Path(path).open("wb") as file:
@@ -73,7 +75,9 @@ class Trace:
                 arrays: dict[str, Any] = {
                     name: tuple(file[f"{name}.{i}"] for i in layers) for name in _PER_LAYER
                 }
-                found = cls(paths, experts, **arrays, classes=tuple(map(str, file["classes"])))
+                classes = tuple(map(str, file["classes"]))
+                data = str(file["data"]) if "data" in file else ""  # the first version had none
+                found = cls(paths, experts, **arrays, classes=classes, data=data)
         except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
             raise UsageError(f"{path}: no trace that `upcycle trace` wrote ({error})") from error
         _check(found, path)

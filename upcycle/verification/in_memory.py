@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from upcycle.capture.capture import ExampleInputs
 from upcycle.data.verification_inputs import Evaluation, outputs_of
 from upcycle.ir.measured import Distance
 from upcycle.ir.report import Report
@@ -17,6 +19,7 @@ from upcycle.ir.spec import MoESpec, Plan
 from upcycle.ir.weights import Provenance
 from upcycle.layers.moe import MoE
 from upcycle.models.expert_sources import NO_SOURCES, Sources, merged
+from upcycle.models.moe_layers import moe_layers
 from upcycle.targets.checkpoint import planned_layers
 from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.util.trees import leaves_of
@@ -52,14 +55,14 @@ def verify_module(
 
         rows = verify_layers(plan.specs, case, Origins(parameters, provenance, sources.tensors))
         found = compare_models(dense, converted, evaluation)
-        apart = _source_distances(dense, converted, sources, evaluation)
+        apart = source_distances(dense, converted, sources, evaluation)
     coarsest = max(dtypes, key=ROUNDING.__getitem__)
     checks = (*layer_checks(rows, dtype), end_to_end(found, plan.recipe, coarsest))
     every = (*report.checks, *checks)
     return replace(report, layers=rows, end_to_end=found, sources=apart or None, checks=every)
 
 
-def _source_distances(
+def source_distances(
     model: nn.Module, converted: nn.Module, sources: Sources, evaluation: Evaluation
 ) -> dict[str, Distance]:
     """The distance of the worst output of `converted` from that of each source."""
@@ -70,6 +73,37 @@ def _source_distances(
         worst = max(outputs.values(), key=lambda output: output.relative)
         found[f"source {i} ({Path(name).name})"] = worst
     return found
+
+
+def tokens_of_layers(
+    model: nn.Module, plan: Plan, inputs: ExampleInputs
+) -> dict[str, torch.Tensor]:
+    """The tokens [T, D] that the layers of a loaded model get, by FFN path.
+
+    Those of a native architecture are found by the module that they are in.
+    """
+    found = {layer.name: layer for layer in moe_layers(model)}
+    beside = {layer.path.rpartition(".")[0]: layer for layer in found.values() if not layer.is_own}
+    seen: dict[str, torch.Tensor] = {}
+
+    def remember(path: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        tensors = [t for t in (*args, *named.values()) if isinstance(t, torch.Tensor)]
+        seen[path] = tensors[0].detach().reshape(-1, tensors[0].shape[-1])
+
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
+        for path in (spec.ffn.path for spec in plan.specs):
+            layer = found.get(path) or beside.get(path.rpartition(".")[0])
+            if layer is None:
+                continue
+            # A layer of upcycle may be called with something else than its tokens.
+            reads: Any = layer.block.router if layer.is_own else layer.block
+            hooks.enter_context(
+                reads.register_forward_pre_hook(
+                    lambda _, args, named, path=path: remember(path, args, named), with_kwargs=True
+                )
+            )
+        outputs_of(model, inputs)
+    return seen
 
 
 @contextmanager

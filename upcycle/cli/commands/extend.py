@@ -63,7 +63,7 @@ def extend(
         from upcycle.data.calibration_files import read_calibration
         from upcycle.operations.extend import add_nulls, layers_by_shift, layers_named
         from upcycle.operations.extend import extend as extended
-        from upcycle.operations.rewritten import rewrite
+        from upcycle.operations.rewritten import recording, rewrite
         from upcycle.operations.trace_data import batches_of, traced
 
     given = read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
@@ -71,6 +71,7 @@ def extend(
         raise click.UsageError("--layers shift compares --data with the default text; give --data")
     where: dict[str, Any] = {"directory": directory, "trust_remote_code": trust_remote_code}
     done_to: list[str] = []
+    settings = {"layers": layers} | ({"like": like} if nulls is None else {"nulls": nulls})
 
     def change(model: Any) -> Any:
         batches = batches_of(model, given, **where).batches
@@ -94,6 +95,7 @@ def extend(
             directory,
             out,
             change,
+            record=recording(directory, "extend", settings, {}),
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -30,7 +30,10 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     "--memory", metavar="SIZE", callback=_size, help="What the weights of the result may take."
 )
 @click.option(
-    "--source", "sources", multiple=True, metavar="MODEL", help="merge: another model; repeat it."
+    *("--source", "sources"),
+    multiple=True,
+    metavar="MODEL",
+    help="merge: another model, or a PEFT adapter of MODEL; repeat it.",
 )
 @click.option(
     "--out",

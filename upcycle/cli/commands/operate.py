@@ -12,7 +12,13 @@ from upcycle.cli.group import collector_paused
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--keep", required=True, type=click.IntRange(min=1), help="Experts left of a layer.")
+@click.option("--keep", type=click.IntRange(min=1), help="Experts left of each layer; or:")
+@click.option(
+    "--below",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Remove those with a smaller share of their layer, such as 0.01.",
+)
 @click.option(
     "--by",
     type=click.Choice(["frequency", "mass", "norm"]),
@@ -29,7 +35,8 @@ from upcycle.cli.group import collector_paused
 @options.log
 def prune(
     directory: Path,
-    keep: int,
+    keep: int | None,
+    below: float | None,
     by: str,
     data: tuple[str, ...],
     text_field: str,
@@ -41,38 +48,58 @@ def prune(
 ) -> None:
     """Write DIRECTORY without the experts that matter least on some data.
 
-    It prints how far the outputs move.
+    It prints the share of each expert, and how far the outputs move.
 
     \b
     Example: upcycle prune smollm2-drop --keep 6 --text sample.txt --out smollm2-pruned
+             upcycle prune smollm2-drop --below 0.01 --by mass --out smollm2-pruned
     """
     with collector_paused():
-        from upcycle.cli.tables_of_operations import rewritten_json, rewritten_report
+        from upcycle.cli.tables_of_operations import pruned_json, pruned_report
         from upcycle.data.calibration_files import read_calibration
-        from upcycle.operations.prune import By
+        from upcycle.operations.prune import By, Pruned
         from upcycle.operations.prune import prune as pruned
-        from upcycle.operations.rewritten import rewrite
-        from upcycle.operations.trace_data import batches_of
+        from upcycle.operations.rewritten import recording, rewrite
+        from upcycle.operations.trace_data import batches_of, held_out
 
+    if (keep is None) == (below is None):
+        raise click.UsageError("give one of --keep and --below")
     given = read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
+    seen: dict[str, Any] = {}
+    settings: dict[str, Any] = {"by": by} | ({"keep": keep} if keep else {"below": below})
     left: dict[str, tuple[int, ...]] = {}
 
     def change(model: Any) -> Any:
-        found = batches_of(model, given, directory=directory, trust_remote_code=trust_remote_code)
-        left.update(pruned(model, found.batches, keep, by=cast(By, by)))
+        seen["data"] = batches_of(
+            model, given, directory=directory, trust_remote_code=trust_remote_code
+        )
+        seen["pruned"] = pruned(model, seen["data"].batches, keep, below=below, by=cast(By, by))
+        settings["on"] = seen["data"].what
+        left.update(seen["pruned"].left)
         return model
+
+    def judge(model: Any) -> Any:
+        if given is None:
+            return None
+        return held_out(model, given, directory=directory, trust_remote_code=trust_remote_code)
 
     with console.progress() as progress:
         done = rewrite(
             directory,
             out,
             change,
+            record=recording(directory, "prune", settings, left),
+            judge=judge,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    data_of = {**rewritten_json(done), "experts": {path: list(e) for path, e in left.items()}}
-    console.show(as_json, data_of, lambda: rewritten_report(done, left))
+    found: Pruned = seen["pruned"]
+    console.show(
+        as_json,
+        pruned_json(done, found),
+        lambda: pruned_report(done, found, by=by, data=seen["data"].what, below=below),
+    )
 
 
 @click.command()
@@ -115,10 +142,11 @@ def place(
         from upcycle.cli.tables_of_operations import placement_report, rewritten_json
         from upcycle.operations.placement import place as placed
         from upcycle.operations.renumber import FILE, renumber, write_plan
-        from upcycle.operations.rewritten import rewrite
+        from upcycle.operations.rewritten import recording, rewrite
 
     recorded = inspection.trace_of(directory, trace, trust_remote_code=trust_remote_code)
     found = placed(recorded, devices, nodes, seed=seed)
+    order = {path: found.order(at).tolist() for at, path in enumerate(recorded.paths)}
 
     def change(model: Any) -> Any:
         renumber(model, found)
@@ -130,6 +158,7 @@ def place(
             out,
             change,
             beside=lambda folder: write_plan(folder / FILE, recorded, found, devices, nodes),
+            record=recording(directory, "place", {"devices": devices, "nodes": nodes}, order),
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -56,7 +56,7 @@ data = click.option(
     multiple=True,
     metavar="PATH",
     help="Text, .jsonl, images, tensors; several texts are classes, named by their files.  "
-    "[default: the text of the verification]",
+    "[default: built-in text, the documentation of Python]",
 )
 out = click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Directory for the result."

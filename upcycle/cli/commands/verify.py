@@ -19,26 +19,42 @@ from upcycle.cli.group import DIFFERENT, collector_paused
     metavar="MODEL",
     help="Where experts come from, if that is Python code; once for each, in their order.",
 )
+@options.data
+@options.text_field
 @options.inputs
 @options.as_json
 @options.trust
+@options.pickle
 @options.log
 def verify(
     dense: str,
     converted: Path,
     sources: tuple[str, ...],
+    data: tuple[str, ...],
+    text_field: str,
+    allow_pickle: bool,
     inputs: str | None,
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Compare CONVERTED with the DENSE model that it was made from."""
+    """Compare CONVERTED with the DENSE model that it was made from.
+
+    \b
+    Example: upcycle verify base experts-moe --data law.txt
+    """
     with collector_paused():
         from upcycle.cli import tables_of_reports as report
         from upcycle.conversion.verify_directory import verify_directory
+        from upcycle.data.calibration import called_data
+        from upcycle.data.calibration_files import read_calibration
         from upcycle.models.named import open_model
         from upcycle.targets.description import made_from
         from upcycle.verification.checks import raise_if_failed
 
+    with called_data():
+        given = (
+            read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
+        )
     _, found = made_from(converted)
     if found is not None and dense == found.hub:  # the commit that it was converted from
         dense = found.name
@@ -46,7 +62,9 @@ def verify(
         source = open_model(
             dense, inputs=inputs, trust_remote_code=trust_remote_code, progress=progress
         )
-        checked = verify_directory(source, converted, sources=sources, progress=progress)
+        checked = verify_directory(
+            source, converted, sources=sources, given=given, progress=progress
+        )
     console.show(as_json, checked.to_json(), lambda: report.verification_report(checked))
     raise_if_failed(checked)
 

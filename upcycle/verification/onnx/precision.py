@@ -14,6 +14,7 @@ from upcycle.ir.measured import Check, OnnxFacts, Rounded
 from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.experts import Experts
 from upcycle.models.moe_layers import own_experts
+from upcycle.onnx.external_data import stored_bytes
 from upcycle.onnx.inputs import draw_inputs
 from upcycle.pointwise import Pointwise
 from upcycle.recipe.onnx import Onnx
@@ -62,7 +63,13 @@ def verify_precision(
     if not rows and matrices is None and options.half is None and options.gelu == "exact":
         return None, verify_onnx(directory, model, evaluation)
     found = compare_onnx(directory, model, evaluation, as_served=True)
-    facts = OnnxFacts(found.relative, tuple(rows) or None, matrices=matrices, outputs=found)
+    facts = OnnxFacts(
+        found.relative,
+        tuple(rows) or None,
+        matrices=matrices,
+        outputs=found,
+        bytes=stored_bytes(*paths) if options.rounds else None,
+    )
     if options.half is None and any(map(rounds_tokens, paths)):
         return facts, checks
     with _as_written(model, layers, paths):
