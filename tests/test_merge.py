@@ -282,7 +282,7 @@ def test_the_command_refuses_and_says_what_a_mean_costs(folder: Path, tmp_path: 
     done = run("merge", folder / "drop", "--out", tmp_path / "out", "--by", "mean")
     assert done.exit_code == 0, done.output
     assert "train it" in done.stdout
-    assert "Outputs moved by" in done.stdout
+    assert "outputs moved by" in done.stdout
     dense = run("merge", folder / "dense", "--out", tmp_path / "other")
     assert dense.exit_code == 2
     assert "no layer of it is a mixture of experts" in dense.stderr

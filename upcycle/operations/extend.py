@@ -146,7 +146,7 @@ def _with_biases(
         for name, tensor in _router_tensors(layer).items():
             if name.endswith("bias"):
                 tensor.reshape(-1)[-1] = bias
-    tell_model(extended, routed_layers(extended), layers[0].num_experts + 1)
+    tell_model(extended, routed_layers(extended))
     if bias == NEVER:
         with eval_mode(model, extended):
             inputs = Evaluation(list(batches[:1]))
@@ -206,5 +206,5 @@ def add_nulls(model: nn.Module, nulls: int, inputs: Sequence[ExampleInputs] = ()
             setattr(block.router, name, nn.Parameter(rows, tensor.requires_grad))
         chosen = replace(facts.select, rule="null", k=k + (k - 1) * copies, nulls=nulls)
         block.config = replace(block.config, router=replace(facts, select=chosen, nulls=nulls))
-    tell_model(extended, routed_layers(extended), layers[0].num_experts)
+    tell_model(extended, routed_layers(extended))
     return extended
