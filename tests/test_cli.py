@@ -77,7 +77,16 @@ FLAGS = {
     | {"DENSE", "CONVERTED", "--source", "--data", "--text", "--text-field", "--inputs", "--json"}
     | {"--trust-remote-code", "--allow-pickle"},
     "bench": LOG
-    | {"CONVERTED", "--against", "--engine", "--tokens", "--layers", "--threads", "--seconds"}
+    | {
+        "CONVERTED",
+        "--against",
+        "--engine",
+        "--tokens",
+        "--layers",
+        "--threads",
+        "--seconds",
+        "--training",
+    }
     | {"--plot", "--inputs", "--json", "--trust-remote-code"},
     "export": LOG
     | {"DIRECTORY", "--out", "--target", "--set", "--dense", "--runtime", "--architecture"}

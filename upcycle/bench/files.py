@@ -38,6 +38,7 @@ def bench_files(
     Raises:
         UsageError: the directory holds no converted file, or that of another model.
     """
+    wanted.check_no_training()
     file = converted / MODEL
     if not file.is_file():
         raise UsageError(f"{converted}: no {MODEL} is here")

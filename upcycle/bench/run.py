@@ -15,9 +15,11 @@ from upcycle.bench.engines import check_file, onnx_engine, torch_engine
 from upcycle.bench.floor import floor_of
 from upcycle.bench.machine import measure
 from upcycle.bench.measures import Subject, Tick, layer_rows, reading_rows, six, writing_row
+from upcycle.bench.training import training_row
 from upcycle.capture.capture import ExampleInputs
 from upcycle.conversion.trained import planned
 from upcycle.data.verification_inputs import evaluation_for
+from upcycle.errors import UsageError
 from upcycle.models.dense import Source
 from upcycle.models.load_options import DTYPES
 from upcycle.passes.plan.costs import costs, model_size
@@ -36,6 +38,7 @@ class Wanted:
         layers: number of converted layers, from the middle outwards; 0 is all.
         seconds: for each figure, at least five rounds.
         threads: of the engine; None leaves them as they are.
+        training: measure training steps, too, in torch.
     """
 
     tokens: Sequence[int] = (1, 16, 256, 2048)
@@ -43,6 +46,16 @@ class Wanted:
     seconds: float = 2.0
     engine: Literal["torch", "onnx"] = "torch"
     threads: int | None = None
+    training: bool = False
+
+    def check_no_training(self) -> None:
+        """Refuse to train what only ONNX Runtime runs.
+
+        Raises:
+            UsageError: training is wanted.
+        """
+        if self.training:
+            raise UsageError("training: ONNX Runtime trains nothing here; measure it in torch")
 
 
 @torch.no_grad()
@@ -53,9 +66,9 @@ def bench(
 
     Returns:
         ``machine``, ``costs``, ``memory`` (bytes of the weights in the computation), ``disk``
-        (bytes of the files that the engine reads); the times of
-        both models and their ratio for ``layers``, ``reading``, and ``writing``, which is None for
-        a model that writes no text; and ``six``, the metrics of EfficientLLM. What cannot be
+        (bytes of the files that the engine reads); the times of both models and their ratio for
+        ``layers``, ``reading``, ``writing``, which is None for a model that writes no text, and
+        ``training``, None unless wanted; and ``six``, the metrics of EfficientLLM. What cannot be
         measured is None.
 
     Raises:
@@ -64,6 +77,7 @@ def bench(
     """
     if wanted.engine == "onnx":
         check_file(converted)
+        wanted.check_no_training()
     dense = dense.fetched(progress)
     with ExitStack() as stack:
         stack.enter_context(_threads(wanted.threads))
@@ -100,10 +114,15 @@ def bench(
             evaluation = replace(evaluation, batches=batches)
         size = costs(plan, *model_size(reference))
         subject = Subject(reference, evaluation, engine, floor, wanted.seconds)
-        total = (len(engine.pairs) + 1) * len(wanted.tokens) + 3
+        total = (len(engine.pairs) + 1) * len(wanted.tokens) + 3 + wanted.training
         tick = _ticker(progress, total)
         reading = reading_rows(subject, wanted.tokens, tick)
         writing = writing_row(subject, tick)
+        parameters = {
+            "dense": size.parameters_before,
+            "converted": size.parameters_after,
+            "active": size.active_parameters,
+        }
         found = {
             "model": report.model,
             "recipe": report.recipe,
@@ -115,6 +134,9 @@ def bench(
             "layers": layer_rows(subject, wanted.tokens, tick),
             "reading": reading,
             "writing": writing,
+            "training": training_row(subject, max(wanted.tokens), parameters, tick)
+            if wanted.training
+            else None,
             "six": six(subject, writing or reading[-1], size, report, tick),
         }
         progress("measuring", total, total)

@@ -52,6 +52,12 @@ def bench_report(found: Mapping[str, Any]) -> list[RenderableType]:
         values = (found["six"][model][name] for model in MODELS)
         shown = ("not measured" if value is None else f"{value:.4g}" for value in values)
         six.add_row(name, metric, *shown, unit)
+    training = found.get("training") or {}
+    if "per_parameter" in training:
+        names = {"dense": "dense", "converted": "converted", "active": "converted, by active ones"}
+        rates = training["per_parameter"]
+        said = ", ".join(f"{names[name]} {rate:.3g}" for name, rate in rates.items())
+        six.caption = f"training, tokens per second and parameter: {said}"
     return [*parts, "", whole, "", six, "", LEGEND, "", conclusion(found)]
 
 
@@ -63,6 +69,8 @@ def conclusion(found: Mapping[str, Any]) -> str:
     clauses = [f"Reading {what} it {_speed(last)}"]
     if found["writing"]:
         clauses.append(f"writing it {_speed(found['writing'])}")
+    if found.get("training"):
+        clauses.append(f"training it {_speed(found['training'])}")
     factor = found["disk"]["converted"] / found["disk"]["dense"]
     return f"{'; '.join(clauses)}; on disk it takes {factor:.2f} times the bytes."
 
@@ -103,6 +111,9 @@ def _whole(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield "reads", count, *_times(row)
     if found["writing"]:
         yield "writes", "1", *_times(found["writing"])
+    if found.get("training"):
+        row = found["training"]
+        yield "trains", str(row["tokens"] or "one batch"), *_times(row)
 
 
 def _times(row: Mapping[str, Any]) -> Iterator[str]:

@@ -48,6 +48,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, given: str) -> tuple[in
     default=2.0,
     help="Time for each figure; five rounds at least.",
 )
+@click.option("--training", is_flag=True, help="Measure a training step, too, in torch.")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
