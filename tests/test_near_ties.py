@@ -11,10 +11,12 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 import upcycle
 from upcycle.data.verification_inputs import Evaluation
+from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.config import SelectConfig
 from upcycle.layers.moe import MoE
 from upcycle.layers.selection import select as chosen_by
 from upcycle.recipe.schema import Recipe
+from upcycle.verification import files
 from upcycle.verification.checks import ONNX, ONNX_TIES, RELOADED, TIES
 from upcycle.verification.near_ties import choices_of, following
 from upcycle.verification.onnx.files import verify_onnx
@@ -163,3 +165,34 @@ def mask(chosen: tuple[torch.Tensor, torch.Tensor | None], count: int) -> torch.
     index_TK, kept_TK = chosen
     kept_TK = torch.ones_like(index_TK, dtype=torch.bool) if kept_TK is None else kept_TK
     return torch.zeros(len(index_TK), count, dtype=torch.bool).scatter(-1, index_TK, kept_TK)
+
+
+@pytest.fixture
+def near_rounding(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A converted model in whose place files would be refused for any rounding at all: as if it
+    magnified it."""
+    sets = ["experts.count=4", "router.top_k=2", "verify.max_relative_error=99"]
+    done = upcycle.convert(small_models.build("llama"), "drop-upcycling", overrides=sets)
+    monkeypatch.setitem(ROUNDING, torch.float32, 1e-10)
+    return done
+
+
+def test_rounding_that_the_model_magnifies_is_not_held_against_its_files(
+    near_rounding: Any, tmp_path: Path
+) -> None:
+    found = checks(near_rounding, tmp_path / "out", "safetensors")[RELOADED]
+    assert found.passed
+    assert 1e-10 < found.error <= found.allowed < 1e-5
+
+
+def test_wrong_weights_in_the_files_of_such_a_model_are(
+    near_rounding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*args: Any, **options: Any) -> Any:
+        model: Any = upcycle.load(*args, **options)
+        model.model.layers[0].mlp.experts.down_proj.data.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(files, "load", damaged)
+    with pytest.raises(upcycle.VerificationError, match=RELOADED):
+        near_rounding.save(tmp_path / "out", targets=["safetensors"])

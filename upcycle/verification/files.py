@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from upcycle.data.verification_inputs import Evaluation, outputs_of
@@ -24,6 +25,14 @@ from upcycle.util.modules import eval_mode, model_dtype
 from upcycle.verification.checks import ELSEWHERE, GREEDY, RELOADED, TEMPERED, TIES, check
 from upcycle.verification.near_ties import NearTies, choices_of, following
 from upcycle.verification.whole_model import compare_models, same_greedy_text
+
+# In which type a model is compared with itself, and how far off that can excuse: a wrong expert is
+# off by 1e-2 and more, which sums of half types can be, too.
+_WIDER = {
+    torch.float16: (torch.float32, 1.0),
+    torch.bfloat16: (torch.float32, 1.0),
+    torch.float32: (torch.float64, 1e-3),
+}
 
 
 def verify_files(
@@ -58,8 +67,8 @@ def _reloaded(
 ) -> list[Check]:
     """The files give the model back, and if exact generate the text of the dense model.
 
-    Else the model follows their choices, as `upcycle.verification.near_ties` describes; in a half
-    type it may then be twice as far from them as from itself in float32.
+    Else the model follows their choices, as `upcycle.verification.near_ties` describes; if it
+    magnifies rounding, it may then be twice as far from them as from itself in a wider type.
     """
     skeleton = None if isinstance(model, PreTrainedModel) else copy_of(dense)
     loaded = load(directory, model=skeleton, trust_remote_code=True)
@@ -73,17 +82,24 @@ def _reloaded(
     checks = [check(RELOADED, found, allowed)]
     if found > allowed and (followed := _followed(model, loaded, evaluation, plan)):
         (found, ties), most, near = followed, allowed, allowed
-        if model_dtype(model).itemsize == 2:
-            noise = _followed(copy_of(model).float(), model, evaluation, plan)
+        wider, cap = _WIDER.get(model_dtype(model), (None, allowed))
+        if wider is not None and max(found, ties.apart) > allowed and _reads_no_floats(evaluation):
+            noise = _followed(copy_of(model).to(wider), model, evaluation, plan)
             assert noise is not None
             off = (noise[0], noise[1].apart)
-            most, near = (min(max(allowed, 2 * error), 1.0) for error in off)
+            most, near = (min(max(allowed, 2 * error), cap) for error in off)
         checks = [check(RELOADED, found, most), ties.check(TIES, near)]
     if plan.promise == "exact" and allowed <= ROUNDING[torch.float32]:
         same = same_greedy_text(dense, loaded, evaluation)
         if same is not None:
             checks.append(check(GREEDY, float(not same), 0))
     return checks
+
+
+def _reads_no_floats(evaluation: Evaluation) -> bool:
+    """Whether a model in another type reads the same inputs."""
+    leaves = pytree.tree_leaves(evaluation.batches)
+    return not any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in leaves)
 
 
 def _followed(
