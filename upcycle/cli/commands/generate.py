@@ -108,11 +108,13 @@ def generate(
     Example: upcycle generate smollm2-moe --prompt "The sea is" --contrast ranks=2,beta=0.5
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.operations.generate import Contrast
         from upcycle.operations.generate import generate as write
         from upcycle.routing.steering import Steering
         from upcycle.targets.load import load
 
+    check_mixture(directory)
     setting = None if steering is None else Steering.load(steering)
     model: Any = load(directory, trust_remote_code=trust_remote_code)
     texts = write(
@@ -185,12 +187,14 @@ def steer(
     Example: upcycle steer smollm2-moe --toward refused.txt --others answered.txt --out steer.json
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.cli.new_file import check_new_file
         from upcycle.cli.tables import new_table
         from upcycle.operations.prompts import read_prompts, steering
         from upcycle.targets.load import load
 
     check_new_file(out, overwrite=overwrite)
+    check_mixture(directory)
     sets = {name: read_prompts(path, text_field) for name, path in (("a", toward), ("b", others))}
     model = load(directory, trust_remote_code=trust_remote_code)
     with console.progress() as progress:
