@@ -60,7 +60,7 @@ def test_the_road_of_a_user(name: str, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["prune", "DENSE", "--keep", "2", "--out", "OUT"], "no layer of it is a mixture"),
+        (["prune", "DENSE", "--keep", "2", "--out", "OUT"], "it is a dense model"),
         (["prune", "MOE", "--keep", "1", "--out", "OUT"], "keep: 1: "),
         (["prune", "MOE", "--keep", "3", "--out", "MOE"], "it exists already"),
         (["place", "MOE", "--trace", "nowhere", "--devices", "2", "--out", "OUT"], "no trace"),

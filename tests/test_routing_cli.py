@@ -196,7 +196,6 @@ def test_a_file_that_is_no_steering_is_refused(text: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["generate", "DENSE", "--prompt", "a", "--k", "1"], "no MoE layer"),
         (["generate", "MOE", "--prompt", "a", "--k", "9"], "k: 9: "),
         (["generate", "MOE", "--prompt", "a", "--suppress", "9:1"], "layer 9: "),
         (["generate", "MOE", "--prompt", "a", "--suppress", "one"], "no LAYER:EXPERT"),
@@ -205,7 +204,6 @@ def test_a_file_that_is_no_steering_is_refused(text: str, tmp_path: Path) -> Non
         (["generate", "MOE", "--prompt", "a", "--contrast", "ranks=7"], "ranks: 7: "),
         (["generate", "NATIVE", "--prompt", "a"], "no tokenizer"),
         (["generate", "nowhere", "--prompt", "a"], "there is no such directory"),
-        (["trace", "DENSE", "--out", "OUT"], "no MoE layer"),
         (["trace", "MOE", "--text", "nowhere.txt", "--out", "OUT"], "no such text file"),
         (["trace", "MOE", "--out", "THERE"], "it exists"),
         (["trace", "MOE", "--out", "nowhere/t.npz"], "there is no directory nowhere"),
@@ -226,7 +224,6 @@ def test_what_is_wrong_is_one_sentence(
     (tmp_path / "there.npz").write_text("")
     (tmp_path / "empty.txt").write_text("\n\n")
     places = {
-        "DENSE": folder / "llama",
         "MOE": folder / "moe",
         "NATIVE": folder / "native",
         "OUT": tmp_path / "out",
@@ -240,3 +237,32 @@ def test_what_is_wrong_is_one_sentence(
     assert said in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("sample:smollm2", "`upcycle convert sample:smollm2 --recipe NAME --out DIR` makes one"),
+        ("org/name", "`hf download org/name --local-dir DIR` fetches one of the hub"),
+        ("nowhere", "`upcycle convert MODEL --recipe NAME --out DIR` makes one"),
+        ("llama", "it is a dense model, and this command wants a directory with a mixture"),
+        ("moe/config.json", "and this is a file; give "),
+    ],
+)
+def test_a_model_that_is_no_mixture_is_refused_with_what_to_do(
+    named: str, said: str, folder: Path
+) -> None:
+    there = folder / named if (folder / named).exists() else named
+    out = ("--out", folder / "none")
+    prompts = ("--toward", folder / "toward.txt", "--others", folder / "others.txt")
+    for command in (
+        ("generate", there, "--prompt", "a"),
+        ("trace", there, *out),
+        ("steer", there, *prompts, *out),
+        ("prune", there, "--keep", 2, *out),
+        ("place", there, "--trace", folder / "t.npz", "--devices", 2, *out),
+    ):
+        ended = run(*command)
+        assert ended.exit_code == 2, ended.output
+        assert said in ended.stderr
+        assert ended.stderr.count("\n") == 1

@@ -60,6 +60,7 @@ def esft(
     Example: upcycle esft smollm2-moe --data law.txt --p 0.2 --out law.safetensors
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.cli.new_file import check_new_file
         from upcycle.cli.tables_of_operations import adapter_report
         from upcycle.data.calibration_files import read_calibration
@@ -69,6 +70,7 @@ def esft(
         from upcycle.targets.load import load
 
     check_new_file(out, overwrite=overwrite)
+    check_mixture(directory)
     given = read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
     wanted = None if like is None else ExpertAdapter.load(like)
     model = load(directory, trust_remote_code=trust_remote_code)

@@ -59,6 +59,7 @@ def extend(
     Example: upcycle extend smollm2-moe --data law.txt --out smollm2-extended
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.cli.tables_of_operations import extended_report, rewritten_json
         from upcycle.data.calibration_files import read_calibration
         from upcycle.operations.extend import add_nulls, layers_by_shift, layers_named
@@ -66,6 +67,7 @@ def extend(
         from upcycle.operations.rewritten import recording, rewrite
         from upcycle.operations.trace_data import batches_of, traced
 
+    check_mixture(directory)
     given = read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
     if layers == "shift" and given is None:
         raise click.UsageError("--layers shift compares --data with the default text; give --data")

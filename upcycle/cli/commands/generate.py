@@ -116,6 +116,7 @@ def generate(
     Example: upcycle generate smollm2-moe --prompt "The sea is" --contrast ranks=2,beta=0.5
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.operations.expert_adapter import ExpertAdapter
         from upcycle.operations.generate import Contrast
         from upcycle.operations.generate import generate as write
@@ -127,6 +128,7 @@ def generate(
             f"--adapter: {len(adapters)} of them for {len(prompts)} prompts; give one, or one for "
             "each prompt (`base` for none)"
         )
+    check_mixture(directory)
     setting = None if steering is None else Steering.load(steering)
     files = [file for file in dict.fromkeys(adapters) if file != "base"]
     beside = [ExpertAdapter.load(file) for file in files]
@@ -203,12 +205,14 @@ def steer(
     Example: upcycle steer smollm2-moe --toward refused.txt --others answered.txt --out steer.json
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.cli.new_file import check_new_file
         from upcycle.cli.tables import new_table
         from upcycle.operations.prompts import read_prompts, steering
         from upcycle.targets.load import load
 
     check_new_file(out, overwrite=overwrite)
+    check_mixture(directory)
     sets = {name: read_prompts(path, text_field) for name, path in (("a", toward), ("b", others))}
     model = load(directory, trust_remote_code=trust_remote_code)
     with console.progress() as progress:

@@ -46,6 +46,7 @@ def merge(
     Example: upcycle merge minilm-emoe --out minilm-dense
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.cli.tables_of_operations import merged_report, rewritten_json
         from upcycle.data.calibration_files import read_calibration
         from upcycle.data.verification_inputs import evaluation_for
@@ -55,6 +56,7 @@ def merge(
         from upcycle.operations.trace_data import traced
         from upcycle.targets.provenance_file import provenance_in
 
+    check_mixture(directory)
     given = read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
     found: list[Merged] = []
 

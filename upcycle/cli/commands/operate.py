@@ -55,6 +55,7 @@ def prune(
              upcycle prune smollm2-drop --below 0.01 --by mass --out smollm2-pruned
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.cli.tables_of_operations import pruned_json, pruned_report
         from upcycle.data.calibration_files import read_calibration
         from upcycle.operations.prune import By, Pruned
@@ -64,6 +65,7 @@ def prune(
 
     if (keep is None) == (below is None):
         raise click.UsageError("give one of --keep and --below")
+    check_mixture(directory)
     given = read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
     seen: dict[str, Any] = {}
     settings: dict[str, Any] = {"by": by} | ({"keep": keep} if keep else {"below": below})
@@ -139,11 +141,13 @@ def place(
     """
     with collector_paused():
         from upcycle.cli import inspection
+        from upcycle.cli.mixture import check_mixture
         from upcycle.cli.tables_of_operations import placement_report, rewritten_json
         from upcycle.operations.placement import place as placed
         from upcycle.operations.renumber import FILE, renumber, write_plan
         from upcycle.operations.rewritten import recording, rewrite
 
+    check_mixture(directory)
     recorded = inspection.trace_of(directory, trace, trust_remote_code=trust_remote_code)
     found = placed(recorded, devices, nodes, seed=seed)
     order = {path: found.order(at).tolist() for at, path in enumerate(recorded.paths)}

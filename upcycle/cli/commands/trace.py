@@ -46,6 +46,7 @@ def trace(
     Example: upcycle trace minilm-moe --text law.txt --text code.txt --out minilm-trace.npz
     """
     with collector_paused():
+        from upcycle.cli.mixture import check_mixture
         from upcycle.cli.new_file import check_new_file
         from upcycle.cli.tables_of_routing import routing_json, routing_report
         from upcycle.data.calibration_files import read_calibration
@@ -53,6 +54,7 @@ def trace(
         from upcycle.targets.load import load
 
     check_new_file(out, overwrite=overwrite)
+    check_mixture(directory)
     given = read_calibration(data, field=text_field, allow_pickle=allow_pickle) if data else None
     model = load(directory, trust_remote_code=trust_remote_code)
     with console.progress() as progress:
