@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle.targets.onnx.forms.quantise import SMALLEST, adaptive_group, dequantise, quantise
+from upcycle.ir.quantise import SMALLEST, adaptive_group, dequantise, quantise
 
 EPS = torch.finfo(torch.float32).eps
 
