@@ -56,6 +56,7 @@ for command in (
     generate.steer,
     operate.prune,
     operate.place,
+    operate.quantise,
     report.report,
     recipes.recipes,
     recipes.schema,

@@ -128,8 +128,10 @@ def common_group(
 
 def largest_of(weight: torch.Tensor, group: int) -> torch.Tensor:
     """The largest magnitude of each group, [..., K] -> [..., G]."""
-    padded = torch.nn.functional.pad(weight.abs(), (0, -weight.shape[-1] % group))
-    largest: torch.Tensor = padded.reshape(*weight.shape[:-1], -1, group).amax(-1)
+    if rest := weight.shape[-1] % group:
+        weight = torch.nn.functional.pad(weight, (0, group - rest))
+    groups = weight.reshape(*weight.shape[:-1], -1, group)
+    largest: torch.Tensor = torch.linalg.vector_norm(groups, torch.inf, dim=-1)
     return largest
 
 

@@ -13,9 +13,11 @@ from upcycle.errors import UnsupportedError, UsageError, VerificationError
 from upcycle.ir.measured import ModelDistance
 from upcycle.ir.rounding import ROUNDING
 from upcycle.models.companions import copy_companions
+from upcycle.models.configuration import check_floats
 from upcycle.models.moe_layers import moe_layers
 from upcycle.targets.files.staging import check_output, staged
 from upcycle.targets.load import load
+from upcycle.util.json_text import read_json
 from upcycle.util.modules import eval_mode, model_dtype, set_within
 from upcycle.util.progress import Progress, silent, step
 from upcycle.verification.whole_model import compare_models
@@ -28,10 +30,13 @@ class Rewritten:
     Attributes:
         out: the directory.
         before: the distance of what was written from the model before.
+        bytes_before, bytes_after: of the files with weights.
     """
 
     out: Path
     before: ModelDistance
+    bytes_before: int
+    bytes_after: int
 
 
 def rewrite(
@@ -40,6 +45,7 @@ def rewrite(
     change: Callable[[nn.Module], nn.Module],
     *,
     beside: Callable[[Path], None] = lambda folder: None,
+    dense: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -51,22 +57,26 @@ def rewrite(
     Args:
         directory: of a converted model of transformers, or of a native one.
         change: gets the model, which it may change, and returns what is to be written.
-        beside: writes more files into the directory.
+        beside: writes more files into the directory, or changes those of the model.
+        dense: the model may be a dense one.
 
     Raises:
-        UsageError: there is no such model, it is dense, or `out` exists.
+        UsageError: there is no such model, it is dense, quantised, or `out` exists.
         UnsupportedError: it is a plain module, which has no code in its directory.
         VerificationError: what is loaded again is not what was written.
     """
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: there is no such directory")
     check_output(out, overwrite=overwrite, protect=[directory])
     if not (directory / "config.json").is_file():
         raise UnsupportedError(
             f"{directory}: no config.json is here; this works on models of transformers"
         )
+    check_floats(directory, read_json(directory / "config.json").get("quantization_config"))
     with step(progress, "loading"):
         before: Any = load(directory, trust_remote_code=trust_remote_code)
         model: Any = load(directory, trust_remote_code=trust_remote_code)
-    if not moe_layers(model):
+    if not (dense or moe_layers(model)):
         raise UsageError(f"{directory}: no layer of it is a mixture of experts; convert it first")
     evaluation = evaluation_for(before, directory=directory, trust_remote_code=trust_remote_code)
     with step(progress, "changing"):
@@ -87,7 +97,11 @@ def rewrite(
                     f"{allowed:.1e} is allowed"
                 )
             found = compare_models(before, changed, evaluation)
-    return Rewritten(out, found)
+    return Rewritten(out, found, _bytes(directory), _bytes(out))
+
+
+def _bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 @contextmanager
