@@ -8,6 +8,7 @@ group size for all of a model, and of other linear maps in the first forward.
 Shape suffixes: N rows, K inputs of a row, W words of a row.
 """
 
+import importlib
 import json
 import math
 import shutil
@@ -18,11 +19,10 @@ from typing import Any
 
 import torch
 
-from upcycle.errors import UsageError
+from upcycle.errors import UsageError, one_line
 from upcycle.ir.quantise import Quantised
 from upcycle.models.checkpoint_tensors import read_tensors
 from upcycle.targets.files.tensor_file import TensorEntry, write_tensors
-from upcycle.util.installed import installed_version
 from upcycle.util.json_text import read_json
 
 WORD = torch.int32
@@ -45,12 +45,14 @@ class Packed:
 
 
 def check_reader() -> None:
-    """Raise UsageError if the package by which such files are loaded is not installed."""
-    if installed_version("compressed-tensors") is None:
+    """Raise UsageError if the package by which such files are loaded cannot be imported."""
+    try:
+        importlib.import_module("compressed_tensors")
+    except ImportError as error:
         raise UsageError(
-            "quantised weights are loaded by compressed-tensors, which is not installed; "
-            "`pip install 'upcycle[quantised]'`"
-        )
+            "quantised weights are loaded by compressed-tensors, which cannot be imported "
+            f"({one_line(error)}); `pip install compressed-tensors`"
+        ) from error
 
 
 def tensors_of(matrix: Packed) -> dict[str, torch.Tensor]:

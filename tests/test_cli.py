@@ -52,6 +52,9 @@ FLAGS = {
     "prune": LOG
     | {"DIRECTORY", "--keep", "--by", "--data", "--text", "--text-field", "--out", "--overwrite"}
     | {"--json", "--trust-remote-code", "--allow-pickle"},
+    "quantise": LOG
+    | {"DIRECTORY", "--bits", "--alpha", "--min-group", "--out", "--overwrite", "--json"}
+    | {"--trust-remote-code"},
     "graph": LOG
     | {"MODEL", "--around", "--out", "--overwrite", "--inputs", "--json", "--trust-remote-code"},
     "passes": LOG | {"--json"},

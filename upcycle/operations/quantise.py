@@ -57,7 +57,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A model after `quantise_model`.
+    """A model after `quantise`.
 
     Attributes:
         matrices: one row for each, in the order of the model.
@@ -69,9 +69,9 @@ class Rounded:
     _packed: dict[str, Packed] = field(repr=False)
     _kept_maps: tuple[str, ...] = field(repr=False)
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: str | Path) -> None:
         """Put the rounded numbers into the files that the model was just saved to."""
-        write_packed(directory, self._packed, self._kept_maps)
+        write_packed(Path(directory), self._packed, self._kept_maps)
 
 
 @torch.no_grad()

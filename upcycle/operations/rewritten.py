@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from upcycle.data.verification_inputs import evaluation_for
-from upcycle.errors import UnsupportedError, UsageError, VerificationError
+from upcycle.errors import UnsupportedError, UsageError, VerificationError, reason_of
 from upcycle.ir.measured import ModelDistance
 from upcycle.ir.rounding import ROUNDING
 from upcycle.models.companions import copy_companions
@@ -20,6 +20,7 @@ from upcycle.targets.load import load
 from upcycle.util.json_text import read_json
 from upcycle.util.modules import eval_mode, model_dtype, set_within
 from upcycle.util.progress import Progress, silent, step
+from upcycle.util.quiet import quiet_transformers
 from upcycle.verification.whole_model import compare_models
 
 
@@ -62,7 +63,8 @@ def rewrite(
 
     Raises:
         UsageError: there is no such model, it is dense, quantised, or `out` exists.
-        UnsupportedError: it is a plain module, which has no code in its directory.
+        UnsupportedError: it is a plain module, which has no code in its directory, or transformers
+            cannot load the result.
         VerificationError: what is loaded again is not what was written.
     """
     if not directory.is_dir():
@@ -84,10 +86,11 @@ def rewrite(
     with staged(out, overwrite=overwrite, protect=[directory]) as folder:
         with step(progress, "writing"):
             copy_companions(directory, folder, trust_remote_code=trust_remote_code)
-            changed.save_pretrained(folder)
+            with quiet_transformers():
+                changed.save_pretrained(folder)
             beside(folder)
         with step(progress, "loading again"):
-            again = load(folder, trust_remote_code=trust_remote_code)
+            again = _loaded_again(folder, directory, trust_remote_code)
         allowed = ROUNDING[model_dtype(changed)]
         with eval_mode(before, changed, again), _without_router_logits(before, changed, again):
             same = compare_models(changed, again, evaluation, predictions=False)
@@ -98,6 +101,15 @@ def rewrite(
                 )
             found = compare_models(before, changed, evaluation)
     return Rewritten(out, found, _bytes(directory), _bytes(out))
+
+
+def _loaded_again(folder: Path, directory: Path, trust_remote_code: bool) -> nn.Module:
+    try:
+        return load(folder, trust_remote_code=trust_remote_code)
+    except UsageError as error:
+        raise UnsupportedError(
+            f"{directory}: transformers cannot load what is made of it: {reason_of(error)}"
+        ) from error
 
 
 def _bytes(directory: Path) -> int:
