@@ -69,6 +69,9 @@ FLAGS = {
     "esft": LOG
     | {"DIRECTORY", "--data", "--text", "--text-field", "--p", "--by", "--like", "--out"}
     | {"--overwrite", "--json", "--trust-remote-code", "--allow-pickle"},
+    "quantise": LOG
+    | {"DIRECTORY", "--bits", "--alpha", "--min-group", "--out", "--overwrite", "--json"}
+    | {"--trust-remote-code"},
     "graph": LOG
     | {"MODEL", "--around", "--out", "--overwrite", "--inputs", "--json", "--trust-remote-code"},
     "passes": LOG | {"--json"},

@@ -26,7 +26,7 @@ from upcycle.recipe.onnx import Onnx
 from upcycle.targets.onnx.export import export_onnx
 from upcycle.targets.onnx.forms.int8 import SCALE, SUFFIX, int8
 from upcycle.targets.onnx.write import write_onnx
-from upcycle.verification.onnx.matrices import matrices_of, verify_matrices
+from upcycle.verification.onnx.matrices import matrices_of, rounded_matrices, verify_matrices
 from upcycle.verification.onnx.precision import verify_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +73,7 @@ def operations(path: Path) -> list[str]:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 5), st.integers(1, 70), st.sampled_from(["row", "adaptive", 16, 64]),
+    st.integers(1, 5), st.integers(1, 70), st.sampled_from(["auto", "row", "adaptive", 16, 64]),
     st.integers(0, 99),
 )  # fmt: skip
 def test_no_element_is_off_by_more_than_half_a_step(rows, columns, block, seed) -> None:
@@ -132,6 +132,27 @@ def test_quantise_rounds_experts_whatever_they_compute(
     experts = [t.data_type for n, t in tensors.items() if "experts" in n and n.endswith(SUFFIX)]
     assert len(experts) == 2
     assert tensors["table.weight"].data_type == FLOAT  # experts alone
+
+
+def test_adaptive_blocks_are_what_each_matrix_asks_for(tmp_path: Path) -> None:
+    model = Tokens("relu").eval()
+    with torch.no_grad():
+        model.mixed.weight[:, ::16] *= 30
+        model.table.weight.sign_()  # magnitudes that are alike
+    found = {}
+    for block in ("auto", "adaptive", 16):
+        options = Onnx(weights="int8", block=block, **DECODER)  # type: ignore[arg-type]
+        folder = tmp_path / str(block)
+        folder.mkdir()
+        ids = torch.arange(12).reshape(2, 6)
+        path = export_onnx(model, (ids,), path=folder / "m.onnx", stored={}, options=options)
+        found[block] = {len(m.numbers): m.block for _, m in rounded_matrices(path)}  # by rows
+        _, checks = verify_matrices([path], matrices_of(model))
+        assert all(check.passed for check in checks)
+    table, mixed = 90, 32
+    assert found["auto"] == {table: 32, mixed: 32}
+    assert found["adaptive"] == {table: 32, mixed: 16}
+    assert found[16] == {table: 16, mixed: 16}
 
 
 def test_a_token_at_a_time_takes_the_node(tmp_path: Path) -> None:

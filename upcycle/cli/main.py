@@ -62,6 +62,7 @@ for command in (
     extend.extend,
     merge.merge,
     esft.esft,
+    operate.quantise,
     report.report,
     recipes.recipes,
     recipes.schema,

@@ -11,13 +11,13 @@ from upcycle.util.spans import span
 
 def fold(paths: Sequence[str]) -> str:
     """``layers.0.mlp`` to ``layers.11.mlp`` as ``layers.{0..11}.mlp``; see `span`."""
-    parts = [path.split(".") for path in paths]
-    varying = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
-    if not varying:
-        return paths[0]
-    numbers = [int(part[varying[0]]) for part in parts]
-    parts[0][varying[0]] = f"{{{span(numbers)}}}"
-    return ".".join(parts[0])
+    columns = [
+        [*dict.fromkeys(parts)] for parts in zip(*(p.split(".") for p in paths), strict=True)
+    ]
+    return ".".join(
+        words[0] if len(words) == 1 else f"{{{span([int(word) for word in words])}}}"
+        for words in columns
+    )
 
 
 def new_table(*columns: str) -> Table:

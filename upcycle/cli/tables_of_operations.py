@@ -23,7 +23,8 @@ MAX_REMOVED = 6  # experts of a layer that are named with their shares
 def rewritten_json(done: Rewritten) -> dict[str, Any]:
     """As plain data."""
     given = {} if done.given is None else {"distance_on_data": asdict(done.given)}
-    return {"out": str(done.out), "distance": asdict(done.before), **given}
+    sizes = {"bytes_before": done.bytes_before, "bytes_after": done.bytes_after}
+    return {"out": str(done.out), "distance": asdict(done.before), **sizes, **given}
 
 
 def pruned_json(done: Rewritten, found: Pruned) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def pruned_report(
         parts.append(
             f"{path} keeps experts below {below:g}, as a token visits {len(found.left[path])}."
         )
-    return [*parts, "", *_distances(done), f"written to {done.out}"]
+    return [*parts, "", *distances(done), f"written to {done.out}"]
 
 
 def _at_least(found: Pruned, below: float) -> str | None:
@@ -87,7 +88,7 @@ def placement_report(found: Placement, done: Rewritten) -> list[RenderableType]:
     table.add_row("contiguous, as before", f"{found.contiguous:.3f}")
     table.add_row("random", f"{found.random:.3f}")
     same = "Every layer computes the same, checked in float64."
-    return [table, "", same, *_distances(done), f"written to {done.out}"]
+    return [table, "", same, *distances(done), f"written to {done.out}"]
 
 
 _KINDS = {
@@ -99,7 +100,7 @@ _KINDS = {
 
 def merged_report(found: Merged, done: Rewritten) -> list[RenderableType]:
     """What the dense model is to the mixture."""
-    return [_KINDS[found.kind], "", *_distances(done), f"written to {done.out}"]
+    return [_KINDS[found.kind], "", *distances(done), f"written to {done.out}"]
 
 
 def extended_report(
@@ -109,7 +110,7 @@ def extended_report(
     added = "one more expert" if nulls is None else f"{nulls} experts that do nothing"
     kinds = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
     said = f"Added to {kinds} ({_first_and_last(layers)}): {added} in each."
-    return [said, *_distances(done), f"written to {done.out}"]
+    return [said, *distances(done), f"written to {done.out}"]
 
 
 def _first_and_last(paths: Sequence[str]) -> str:
@@ -134,7 +135,8 @@ def adapter_report(
     return [table, "", f"It has {part:.1%} of the parameters of the model.", f"written to {out}"]
 
 
-def _distances(done: Rewritten) -> Sequence[RenderableType]:
+def distances(done: Rewritten) -> Sequence[RenderableType]:
+    """How far the outputs moved, on each kind of data."""
     lines = [*_distance(done.before)]
     if done.given is not None:
         lines += _distance(done.given)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upcycle.layers.config import RouterConfig
@@ -34,7 +36,7 @@ class UpcycledConfig:
 class UpcycledModel(nn.Module):
     """Puts the layers that ``config.upcycle`` describes in place when the model is built.
 
-    To be named before the dense class, which it changes in four ways:
+    To be named before the dense class, which it changes in five ways:
 
     - ``experts_implementation`` may be ``upcycle`` (the default: its own kernels on the CPU, else
       ``grouped_mm``), ``grouped_mm`` (layers that torch's kernel does not fit run one expert after
@@ -45,6 +47,8 @@ class UpcycledModel(nn.Module):
       the loss.
     - the experts can be spread over processes: ``DistributedConfig(ep_size=...)``.
     - the routers stay in float32.
+    - files may have the matrices of experts one by one (``experts.0.down_proj.weight``), as
+      quantised ones do; saved are stacks.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -69,10 +73,14 @@ class UpcycledModel(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._keep_in_fp32_modules_strict = {"router", *(cls._keep_in_fp32_modules_strict or ())}
+        kind = cls.config_class.model_type
+        register_checkpoint_conversion_mapping(kind, stacking(), overwrite=True)
         if "forward" not in cls.__dict__:
             cls.forward = with_router_logits(cls.forward)
 
+    config_class: Any
     _keep_in_fp32_modules_strict: Any = None
+    _weight_conversions: Any = ()  # of a model that was not loaded: it is saved as it is
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -94,6 +102,14 @@ class UpcycledModel(nn.Module):
                 "experts compute; choose upcycle, eager, grouped_mm or batched_mm"
             )
         return requested
+
+
+def stacking() -> list[WeightConverter]:
+    """How transformers makes stacks of matrices that a file has one by one."""
+    return [
+        WeightConverter(f"experts.*.{name}.weight", f"experts.{name}", [MergeModulelist(dim=0)])
+        for name in ("gate_up_proj", "up_proj", "down_proj")
+    ]
 
 
 def check_format(config: Any) -> None:

@@ -89,17 +89,22 @@ def check_files(directory: Path) -> None:
 
 def check_dense(directory: Path, config: Any) -> None:
     """Raise UnsupportedError for quantised weights and for a mixture of experts."""
-    if quantised := getattr(config, "quantization_config", None):
+    check_floats(directory, getattr(config, "quantization_config", None))
+    for field, count in count_of_experts(partial(_field, config)).items():
+        raise UnsupportedError(
+            f"{directory}: it is already a mixture of experts ({field} = {count}), and a "
+            "conversion starts from a dense model; `upcycle export` writes other formats of it"
+        )
+
+
+def check_floats(directory: Path, quantised: Any) -> None:
+    """Raise UnsupportedError if a configuration says how its weights are quantised."""
+    if quantised:
         data = quantised if isinstance(quantised, dict) else quantised.to_dict()
         method = data.get("quant_method", "unknown method")
         raise UnsupportedError(
             f"{directory}: its weights are quantised ({method}); dequantise them and save the "
             "model first"
-        )
-    for field, count in count_of_experts(partial(_field, config)).items():
-        raise UnsupportedError(
-            f"{directory}: it is already a mixture of experts ({field} = {count}), and a "
-            "conversion starts from a dense model; `upcycle export` writes other formats of it"
         )
 
 

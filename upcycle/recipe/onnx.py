@@ -39,10 +39,11 @@ class Onnx(Section):
         description="bits of an expert's weight: all experts are rounded, by the quantised form, "
         "or unrolled with 8 bits where ONNX Runtime has no node for them",
     )
-    block: Literal["adaptive", "row", 16, 32, 64, 128, 256] = Field(
-        "adaptive",
-        description="inputs that share one scale of a quantised row: all, so many, or as few as "
-        "the matrix needs",
+    block: Literal["auto", "adaptive", "row", 16, 32, 64, 128, 256] = Field(
+        "auto",
+        description="inputs that share one scale of a rounded row: so many, all of an expert's "
+        "(row), or as few as a matrix needs, in the quantised form one of its layer (adaptive); "
+        "auto: adaptive there, else 128",
     )
     weights: Literal["float", "int8"] = Field(
         "float",

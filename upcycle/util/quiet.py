@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from tqdm import tqdm
 
 
 @contextmanager
@@ -29,9 +30,16 @@ def quiet_transformers() -> Iterator[None]:
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
+    made = tqdm.__init__  # compressed-tensors has bars of its own, and no switch for them
+
+    def hidden(bar: Any, *args: Any, **kwargs: Any) -> None:
+        made(bar, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = hidden
     try:
         yield
     finally:
+        tqdm.__init__ = made
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()

@@ -7,13 +7,13 @@ import onnx_ir as ir
 import onnx_ir.tensor_adapters
 import torch
 
+from upcycle.ir.quantise import quantise
 from upcycle.onnx.nodes import Nodes
 from upcycle.onnx.tensors import numbers_of, tensor_of
 from upcycle.recipe.onnx import Onnx
 from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms import functions as bodies
 from upcycle.targets.onnx.forms.choose import Kernel
-from upcycle.targets.onnx.forms.quantise import quantise
 from upcycle.targets.onnx.forms.routed import Routed
 from upcycle.targets.onnx.share_weights import Store
 
@@ -64,13 +64,13 @@ def rounded(n: Nodes, node: ir.Node, layer: Routed, kernel: Kernel, options: Onn
     up, down = numbers_of(up_EGD), numbers_of(down_EDI)
     if kernel.gated:
         up = interleaved(up, 2)
-    stacks = quantise([up.float(), down.float()], options.bits, options.block)
+    stacks = quantise([up, down], options.bits, options.block)
     values: list[ir.Value] = []
     for value, stack in zip((up_EGD, down_EDI), stacks, strict=True):
         assert value is not None
         stem = f"{value.name}.int{options.bits}"
         values.append(initializer(node.graph, stem, stack.packed))
-        values.append(initializer(node.graph, f"{stem}.scale", stack.scale.to(up.dtype)))
+        values.append(initializer(node.graph, f"{stem}.scale", stack.scale))
     packed_up, scale_up, packed_down, scale_down = values
     bias_EG = _alternating(n, bias[0], layer, kernel) if bias else None
     weights_TE = n("CastLike", weights_TE, x_TD) if n.is_half else weights_TE

@@ -14,11 +14,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 
+from upcycle.ir.quantise import SMALLEST, Block, common_group, quantise
 from upcycle.onnx.node_names import SCOPES
 from upcycle.onnx.nodes import Nodes
 from upcycle.onnx.tensors import numbers_of, tensor_of
 from upcycle.targets.onnx.forms.fused import initializer
-from upcycle.targets.onnx.forms.quantise import SMALLEST, Block, quantise
 from upcycle.targets.onnx.forms.unpack import matrix
 from upcycle.targets.onnx.share_weights import INLINE_BYTES
 from upcycle.targets.onnx.torch_ops.opaque import OPAQUE
@@ -63,15 +63,19 @@ def block_of(columns: int, blocks: int) -> int:
 def int8(weight: torch.Tensor, block: Block) -> Int8:
     """Round matrices [..., N, K] to 8 bits, in blocks that divide their rows.
 
-    `block` is a group size or a word, which stands for `BLOCK`; rows that no power of two from
-    `SMALLEST` on divides have one scale.
+    `block` is a group size, ``adaptive`` for what the matrices ask for, or another word, which
+    stands for `BLOCK`. Blocks are powers of two, of which ONNX Runtime makes ``MatMulNBits``; rows
+    that none from `SMALLEST` on divides have one scale.
     """
     columns = weight.shape[-1]
-    size = min(math.gcd(columns, 2**30), block if isinstance(block, int) else BLOCK)
-    flat = weight.float().reshape(1, -1, columns)
+    wanted = block if isinstance(block, int) else BLOCK
+    if block == "adaptive":
+        wanted = common_group(weight.reshape(-1, *weight.shape[-2:])) or columns
+    size = min(math.gcd(columns, 2**30), wanted)
+    flat = weight.reshape(1, -1, columns)
     (found,) = quantise([flat], 8, size if size >= SMALLEST else "row")
     numbers = (found.packed ^ 128).view(torch.int8).reshape(weight.shape)
-    return Int8(numbers, found.scale.reshape(*weight.shape[:-1], -1).to(weight.dtype))
+    return Int8(numbers, found.scale.reshape(*weight.shape[:-1], -1))
 
 
 def registered(graph: ir.Graph | ir.Function | None, name: str, found: Int8) -> list[ir.Value]:

@@ -1,4 +1,4 @@
-"""``upcycle prune`` and ``upcycle place``: fewer experts, or the same in another order."""
+"""``upcycle prune``, ``place`` and ``quantise``: write a directory that is there in another way."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -170,3 +170,71 @@ def place(
     hops = {"placed": found.cost, "contiguous": found.contiguous, "random": found.random}
     data = {**rewritten_json(done), "hops": hops, "is_best": found.is_best}
     console.show(as_json, data, lambda: placement_report(found, done))
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--bits", required=True, type=click.Choice([8, 4]), help="Of a weight.")
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    help="A group is halved as long as its range shrinks to less than this; 0: one for each row.",
+)
+@click.option(
+    "--min-group",
+    type=click.Choice([16, 32, 64, 128, 256]),
+    default=64,
+    help="Weights of the smallest group.",
+)
+@options.out
+@options.overwrite
+@options.as_json
+@options.trust
+@options.log
+def quantise(
+    directory: Path,
+    bits: int,
+    alpha: float,
+    min_group: int,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Write DIRECTORY with 8 or 4 bits for each weight of linear maps and experts.
+
+    DIRECTORY holds a dense model or a mixture of experts. transformers loads the result, for which
+    it needs the package compressed-tensors. It prints the error of every matrix, and how far the
+    outputs move.
+
+    \b
+    Example: upcycle quantise smollm2-moe --bits 8 --out smollm2-int8
+    """
+    with collector_paused():
+        from upcycle.cli.tables_of_rounding import quantised_json, quantised_report
+        from upcycle.operations.quantise import Rounded
+        from upcycle.operations.quantise import quantise as quantised
+        from upcycle.operations.rewritten import rewrite
+        from upcycle.targets.compressed import check_reader
+
+    check_reader()
+    found: list[Rounded] = []
+
+    def change(model: Any) -> Any:
+        found.append(quantised(model, bits, alpha=alpha, min_group=min_group))
+        return model
+
+    with console.progress() as progress:
+        done = rewrite(
+            directory,
+            out,
+            change,
+            beside=lambda folder: found[0].write(folder),
+            dense=True,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    data = quantised_json(done, found[0])
+    console.show(as_json, data, lambda: quantised_report(done, found[0]))

@@ -11,13 +11,13 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from upcycle.ir.quantise import Quantised, dequantise, steps_of
 from upcycle.onnx.tensors import numbers_of
 from upcycle.pointwise import Pointwise
 from upcycle.targets.native.fold_layer import interleaved
 from upcycle.targets.onnx.forms.choose import kernel_named
 from upcycle.targets.onnx.forms.functions import MS, OWN
 from upcycle.targets.onnx.forms.int8 import Int8
-from upcycle.targets.onnx.forms.quantise import Quantised, dequantise, steps_of
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from upcycle.ir.measured import Check, Rounded
+from upcycle.ir.quantise import largest_of, spread
 from upcycle.ir.rounding import ROUNDING
 from upcycle.layers.experts import Experts
 from upcycle.onnx.inputs import Array
 from upcycle.onnx.run import run
 from upcycle.pointwise import Pointwise
-from upcycle.targets.onnx.forms.quantise import largest_of, spread
 from upcycle.verification.checks import (
     HALF_STEP,
     ROUNDED_KERNEL,
