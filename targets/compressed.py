@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,11 @@ def _entries(
             found = tensors_of(matrices[name]).items()
             parts = {f"{stem}weight_{part}": tensor for part, tensor in found}
         for part, tensor in parts.items():
-            yield TensorEntry(part, tuple(tensor.shape), tensor.dtype, lambda t=tensor: t)
+            yield TensorEntry(part, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def quantization_config(matrices: Mapping[str, Packed], kept: Sequence[str]) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def pruned_report(
             f"All layers have {len(found.left[found.widest])} experts, as {found.widest} needs so "
             "many and this architecture has one number for all layers."
         )
-    elif below is not None and (path := _at_least(found, below)):
+    elif below is not None and (least := _at_least(found, below)):
         parts.append(
-            f"{path} keeps experts below {below:g}, as a token visits {len(found.left[path])}."
+            f"{least} keeps experts below {below:g}, as a token visits {len(found.left[least])}."
         )
     return [*parts, "", *distances(done), f"written to {done.out}"]
 

@@ -74,7 +74,7 @@ class UpcycledModel(nn.Module):
         super().__init_subclass__(**kwargs)
         cls._keep_in_fp32_modules_strict = {"router", *(cls._keep_in_fp32_modules_strict or ())}
         kind = cls.config_class.model_type
-        register_checkpoint_conversion_mapping(kind, stacking(), overwrite=True)
+        register_checkpoint_conversion_mapping(kind, [*stacking()], overwrite=True)
         if "forward" not in cls.__dict__:
             cls.forward = with_router_logits(cls.forward)
 

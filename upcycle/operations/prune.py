@@ -131,6 +131,7 @@ def prune(
     if keep is not None:
         counts = {layer.path: keep for layer in layers}
     else:
+        assert below is not None
         empty = [path for path, score_E in found.items() if not score_E.any()]
         if empty:
             raise UsageError(f"{empty[0]}: the data never reach this layer; give other data")
