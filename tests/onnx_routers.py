@@ -53,7 +53,7 @@ def router(kind: str, rule: str, weights: str, **more: Any) -> dict[str, Any]:
     } | more
 
 
-# Every kind, selection, weight rule and variant; each is combined with all activations.
+# Every kind, selection, weight rule and variant; each is combined with several activations.
 MAIN = {
     **{f"top_k {w}": router("linear", "top_k", w) for w in WEIGHTS},
     "all softmax": router("linear", "all", "softmax"),

@@ -118,10 +118,11 @@ BUILD: dict[str, Callable[..., Any]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> Any:
-    """The model of that name, in eval mode; the same seed gives the same weights."""
+def build(name: str, seed: int = 0, **changes: Any) -> Any:
+    """The model of that name, in eval mode; the same seed gives the same weights. `changes` are
+    keys of a llama's configuration."""
     torch.manual_seed(seed)
-    return BUILD[name]().eval()
+    return BUILD[name](**changes).eval()
 
 
 def tokenizer() -> Any:
@@ -136,9 +137,9 @@ def tokenizer() -> Any:
     )
 
 
-def saved(name: str, directory: Path, *, with_tokenizer: bool = False) -> Path:
+def saved(name: str, directory: Path, *, with_tokenizer: bool = False, **changes: Any) -> Path:
     """The model as a Hugging Face directory."""
-    build(name).save_pretrained(directory)
+    build(name, **changes).save_pretrained(directory)
     if with_tokenizer:
         tokenizer().save_pretrained(directory)
     return directory

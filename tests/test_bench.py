@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from upcycle.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "one_machine")
 
 QUICK = ("--tokens", "1,3", "--seconds", "0")
 SPLIT = [
@@ -66,6 +66,7 @@ def check_rows(found: dict[str, Any]) -> None:
         assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
 def test_a_native_decoder(dense: Path, native: Path, engine: str) -> None:
     found = measured(native, "--against", dense, "--engine", engine)
@@ -85,6 +86,7 @@ def test_a_native_decoder(dense: Path, native: Path, engine: str) -> None:
     assert found["memory"]["converted"] == 4 * found["costs"]["parameters_after"]
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_all_layers(dense: Path, native: Path) -> None:
     found = measured(native, "--against", dense, "--layers", 0)
     assert {row["path"] for row in found["layers"]} == {
@@ -93,9 +95,10 @@ def test_all_layers(dense: Path, native: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_an_encoder_with_its_own_code(tmp_path: Path) -> None:
     bert = small_models.saved("bert", tmp_path / "bert")
-    moe = convert(bert, tmp_path / "moe", "emoe", *SPLIT)
+    moe = convert(bert, tmp_path / "moe", "emoe", *SPLIT, *WEIGHTS)
     found = measured(moe, "--against", bert)
     check_rows(found)
     assert [row["tokens"] for row in found["layers"]] == [1, 3]
@@ -103,6 +106,7 @@ def test_an_encoder_with_its_own_code(tmp_path: Path) -> None:
     assert found["writing"] is None
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_vision_model_reads_one_batch(tmp_path: Path) -> None:
     vit = small_models.saved("vit", tmp_path / "vit")
     moe = convert(vit, tmp_path / "moe", "emoe", *SPLIT)
@@ -118,9 +122,10 @@ def test_a_vision_model_reads_one_batch(tmp_path: Path) -> None:
         assert bool(found["layers"]) == (engine == "torch")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_plain_module(tmp_path: Path) -> None:
     given = ("--inputs", "small_models:plain_inputs")
-    moe = convert("small_models:plain", tmp_path / "moe", "emoe", *SPLIT, *given)
+    moe = convert("small_models:plain", tmp_path / "moe", "emoe", *SPLIT, *WEIGHTS, *given)
     named = run("bench", moe, *given, *QUICK)  # the report names the callable, which is not run
     assert "name the dense model with --against" in named.stderr
     found = measured(moe, "--against", "small_models:plain", *given)
@@ -128,6 +133,7 @@ def test_a_plain_module(tmp_path: Path) -> None:
     assert [row["tokens"] for row in found["reading"]] == [None]
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_layers_of_different_widths(dense: Path, tmp_path: Path) -> None:
     """`experts.adaptive` decides the widths on data: the benchmark takes them from the result."""
     options = ("--set", "experts.adaptive=true", "--set", "router.top_k=1", *WEIGHTS)
@@ -156,6 +162,7 @@ def test_the_six_metrics(dense: Path, native: Path) -> None:
         assert (six[model]["AEC"] is None) == (six[model]["energy"] is None)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_tables_and_plots(dense: Path, native: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "speed.svg"
@@ -194,6 +201,7 @@ def test_what_is_refused(dense: Path, native: Path, tmp_path: Path) -> None:
         assert len(errors) == 1
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_an_encoder_decoder_reads_one_batch(tmp_path: Path) -> None:
     t5 = small_models.saved("t5", tmp_path / "t5")
     moe = convert(t5, tmp_path / "moe", "sparse-upcycling", *WEIGHTS)

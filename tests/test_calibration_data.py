@@ -16,6 +16,7 @@ from upcycle.cli.main import main
 from upcycle.data import default_data
 from upcycle.data.calibration import calibration_data, given_data, verification_inputs
 from upcycle.data.calibration_files import CalibrationInput, read_calibration
+from upcycle.data.text import sequences
 from upcycle.errors import UsageError
 from upcycle.passes.calibrate.usage import usage
 from upcycle.recipe.reader import load_recipe
@@ -107,6 +108,33 @@ def test_running_text_for_a_language_model(llama: Path) -> None:
     assert tokens.flatten().tolist() == expected[:256]
     assert len(data.batches) <= 16
     assert data.domains is None
+
+
+class Counting:
+    """A tokenizer that notes how many characters it has read."""
+
+    def __init__(self) -> None:
+        self.inner, self.read = small_models.tokenizer(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
+        self.read += sum(map(len, [text] if isinstance(text, str) else text))
+        return self.inner(text, **options)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_of_a_long_text_no_more_is_tokenised_than_is_wanted(is_running: bool) -> None:
+    texts = ("", "a short one", default_data.default_text(), "not read")
+    for length, most in ((16, 256), (64, 1)):
+        tokenizer = Counting()
+        found = sequences(tokenizer, texts, length, most=most, is_running=is_running)
+        assert len(found) == max(1, most // length)
+        assert tokenizer.read < len(texts[2]) / 10
+        every = sequences(tokenizer.inner, texts, length, most=10**9, is_running=is_running)
+        assert found == every[: len(found)]
+        assert len(every) > 100_000 // length  # all of it, where that is wanted
 
 
 def test_sentences_for_another_model(tmp_path: Path) -> None:

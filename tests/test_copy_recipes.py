@@ -16,6 +16,10 @@ from upcycle.recipe.shipped import recipe_names
 SOURCES = {"btx": 4, "clip-moe": 4, "uni-moe": 4, "medplib": 2}
 ALTERED = ["drop-upcycling", "noise-upcycling", *SOURCES]
 EXACT = ["residual-moe", "moe-llava"]
+# A graph has the sizes and the weight rule of a recipe, and not where its weights are from: one
+# recipe with two renormalised experts, one with the softmax of one, one with an expert that every
+# token visits, and one that leaves a layer dense.
+WITH_ONNX = {"drop-upcycling", "medplib", "residual-moe", "moe-llava"}
 
 
 @pytest.mark.parametrize("name", [*ALTERED, *EXACT, "sepit"])
@@ -27,7 +31,8 @@ def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path)
     assert done.plan.promise == ("exact" if name in EXACT else "approximate")
     relative = done.report.end_to_end.relative
     assert relative < 1e-5 if name in EXACT else relative > 1e-3
-    done.save(tmp_path / name, targets=["safetensors", "onnx"])  # tiers T3 and T4
+    targets = ["safetensors", "onnx"] if name in WITH_ONNX else ["safetensors"]
+    done.save(tmp_path / name, targets=targets)  # tiers T3 and T4
     assert all(check.passed for check in done.report.checks)
     assert done.report.checkpoint.form == "native", done.report.checkpoint
     loaded = upcycle.load(tmp_path / name)

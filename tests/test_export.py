@@ -123,6 +123,7 @@ def test_bert_tiny_is_converted_trained_and_exported(tmp_path: Path) -> None:
     assert "an ONNX file and no weights beside it" in refused
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_inspect_verify_and_bench_know_a_trained_native_model(dense: Path, native: Path) -> None:
     found = json.loads(run("inspect", native, "--json").stdout)
     assert found["architecture"] == "mixtral"

@@ -57,33 +57,40 @@ def checks(done: Any, directory: Path, *targets: str) -> dict[str, Any]:
     return {check.what: check for check in done.report.checks}
 
 
-def test_onnx_files_may_decide_near_ties_otherwise(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[MoE], Path, dict[str, Any]]:
+    """A conversion, its layers, its directory and the checks; the tests leave it as it is."""
     done, layers = converted(recipe())
     tie(layers)
-    found = checks(done, tmp_path / "out", "safetensors", "onnx")
+    directory = tmp_path_factory.mktemp("tied") / "out"
+    return done, layers, directory, checks(done, directory, "safetensors", "onnx")
+
+
+def test_onnx_files_may_decide_near_ties_otherwise(tied: Any) -> None:
+    found = tied[3]
     assert found[ONNX].passed
     assert 0 < found[ONNX_TIES].elsewhere < found[ONNX_TIES].tokens
     assert 0 < found[ONNX_TIES].error <= NEAR
 
 
-def test_another_router_is_no_near_tie(tmp_path: Path) -> None:
-    done, layers = converted(recipe())
-    tie(layers)
-    checks(done, tmp_path / "out", "safetensors", "onnx")
+def test_another_router_is_no_near_tie(tied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, layers, directory, _ = tied
     evaluation = Evaluation([{"input_ids": torch.arange(40)[None]}])
-    layers[1].router.weight.data.mul_(-1)
-    found = {c.what: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
+    weight = layers[1].router.weight
+    monkeypatch.setattr(weight, "data", -weight.data)
+    found = {c.what: c for c in verify_onnx(directory, done.model, evaluation)}
     assert not found[ONNX_TIES].passed
     assert found[ONNX_TIES].error > 1e-2
 
 
-def test_other_weights_of_the_same_experts_are_no_near_tie(tmp_path: Path) -> None:
-    done, layers = converted(recipe())
-    tie(layers)
-    checks(done, tmp_path / "out", "safetensors", "onnx")
+def test_other_weights_of_the_same_experts_are_no_near_tie(
+    tied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, layers, directory, _ = tied
     evaluation = Evaluation([{"input_ids": torch.arange(40)[None]}])
-    layers[1].experts.down_proj.data.mul_(1.01)
-    found = {c.what: c for c in verify_onnx(tmp_path / "out", done.model, evaluation)}
+    weight = layers[1].experts.down_proj
+    monkeypatch.setattr(weight, "data", 1.01 * weight.data)
+    found = {c.what: c for c in verify_onnx(directory, done.model, evaluation)}
     assert found[ONNX_TIES].passed
     assert not found[ONNX].passed
 

@@ -71,6 +71,12 @@ def tokens(batch: int, length: int, *, padding: int = 0) -> dict[str, torch.Tens
     }
 
 
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    """Both, for tests that leave them as they are; with `one_trace` each is traced once."""
+    return {"bert": bert(), "llama": llama()}
+
+
 SIZES = [tokens(1, 1), tokens(3, 7), tokens(2, 30), tokens(4, 9, padding=4)]
 
 
@@ -91,9 +97,9 @@ def external(path: Path) -> dict[str, dict[str, str]]:
     return {i.name: {e.key: e.value for e in i.external_data} for i in initializers}
 
 
-@pytest.mark.parametrize("make", [bert, llama])
-def test_model(tmp_path, make) -> None:
-    model = make()
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_model(tmp_path, name, models, one_trace) -> None:
+    model = models[name]
     stored = save(model, tmp_path)
     path = export(model, tmp_path, stored)
     assert_same(path, model)
@@ -110,8 +116,8 @@ def test_model(tmp_path, make) -> None:
     onnx.checker.check_model(path, full_check=True)
 
 
-def test_names_and_axes(tmp_path) -> None:
-    model = bert()
+def test_names_and_axes(tmp_path, models, one_trace) -> None:
+    model = models["bert"]
     path = export(model, tmp_path, save(model, tmp_path))
     file = onnx.load(path, load_external_data=False)
     assert [i.name for i in file.graph.input] == ["input_ids", "attention_mask"]
@@ -147,8 +153,8 @@ def test_tapped_layer(tmp_path) -> None:
     assert all(d.max_abs_error <= TOLERANCE * d.max_reference for d in found)
 
 
-def test_inputs_in_order(tmp_path) -> None:
-    model = bert()
+def test_inputs_in_order(tmp_path, models, one_trace) -> None:
+    model = models["bert"]
     path = export_onnx(
         model,
         tuple(tokens(2, 5).values()),
@@ -163,9 +169,9 @@ def test_inputs_in_order(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("form", ["fused", "unrolled"])
-def test_experts_one_by_one_on_disk(tmp_path, form) -> None:
+def test_experts_one_by_one_on_disk(tmp_path, form, models, one_trace) -> None:
     """Mixtral's layout: a 2-D tensor for each expert and matrix, those of a kind in a row."""
-    model = llama()
+    model = models["llama"]
     tensors = {
         k: v for k, v in model.state_dict().items() if ".experts." not in k and "lm_head" not in k
     }
@@ -205,8 +211,8 @@ def test_narrow_weights_on_disk(tmp_path) -> None:
     assert_same(path, model)
 
 
-def test_what_is_not_on_disk(tmp_path, caplog) -> None:
-    model = bert()
+def test_what_is_not_on_disk(tmp_path, caplog, models, one_trace) -> None:
+    model = models["bert"]
     stored = save(model, tmp_path)
     del stored["encoder.layer.0.intermediate.experts.down_proj"]
     path = tmp_path / "model.onnx"
@@ -257,7 +263,8 @@ def test_without_onnx_runtime(tmp_path, monkeypatch) -> None:
 def test_weights_that_a_native_file_holds_scaled_are_not_written_again(
     recipe: str, architecture: str, tmp_path: Path
 ) -> None:
-    done = upcycle.convert(small_models.build("llama"), recipe, overrides=["experts.count=4"])
+    dense = small_models.build("llama", num_hidden_layers=1)
+    done = upcycle.convert(dense, recipe, overrides=["experts.count=4"])
     before = {key: tensor.clone() for key, tensor in done.model.state_dict().items()}
     done.save(tmp_path / "moe", targets=["safetensors", "onnx"])
     assert done.report.checkpoint.architecture == architecture

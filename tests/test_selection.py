@@ -353,31 +353,37 @@ def test_every_kernel_leaves_experts_out(rule: str, weights: str, kernel: str) -
     torch.testing.assert_close(y_TO.double(), reference(layer, x_TD), **CLOSE)
 
 
+class Side(nn.Module):
+    """Layers side by side: one file tests them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(uneven(rule, weights) for rule, weights in UNEVEN).eval()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+@pytest.fixture(scope="module")
+def side() -> Side:
+    return Side().eval()
+
+
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("form", ["fused", "unrolled"])
-def test_onnx_leaves_experts_out(form: Any, tmp_path: Path) -> None:
-    layers = nn.ModuleList(uneven(rule, weights) for rule, weights in UNEVEN).eval()
-
-    class Side(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = layers
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(layer(x) for layer in self.layers)
-
-    model = Side()
+def test_onnx_leaves_experts_out(form: Any, side: Side, tmp_path: Path) -> None:
     example = (numerics.random_tokens(5, 16, torch.float32, seed=9),)
     path = export_onnx(
-        model,
+        side,
         example,
         path=tmp_path / "m.onnx",
-        stored=save(model, tmp_path),
+        stored=save(side, tmp_path),
         options=Onnx(form=form),
     )
     for tokens in (1, 37):
         x_TD = numerics.random_tokens(tokens, 16, torch.float32)
         got = session(path).run(None, {"x": x_TD.numpy()})
-        for case, layer, y in zip(UNEVEN, layers, got, strict=True):
+        for case, layer, y in zip(UNEVEN, side.layers, got, strict=True):
             with torch.no_grad():
                 expected = reference(layer, x_TD)
             torch.testing.assert_close(

@@ -23,7 +23,9 @@ SMALL = ["calibration.tokens=4096", "calibration.length=64", "verify.max_relativ
 
 @pytest.mark.parametrize("name", PROMISES)
 def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path) -> None:
-    source = open_model(str(small_models.saved("llama", tmp_path / "dense", with_tokenizer=True)))
+    size = {"num_hidden_layers": 2 if name == "expertweaver" else 1}  # it looks at all layers
+    dense = small_models.saved("llama", tmp_path / "dense", with_tokenizer=True, **size)
+    source = open_model(str(dense))
     text = default_data.default_text()[:60_000]
     done = upcycle.convert(source.load(), name, calibration=text, source=source, overrides=SMALL)
     assert done.plan.promise == PROMISES[name]
@@ -39,7 +41,7 @@ def test_a_recipe_becomes_files_that_compute_the_same(name: str, tmp_path: Path)
         expected = done.model(input_ids=tokens).logits
         for other in (loaded, again.eval()):
             found = other(input_ids=tokens).logits
-            # Two layers of sums of at most 128 products, in another order.
+            # One or two layers of sums of at most 128 products, in another order.
             bound = 300 * torch.finfo(torch.float32).eps * expected.abs().max()
             assert (found - expected).abs().max() < bound
 

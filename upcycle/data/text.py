@@ -1,7 +1,7 @@
 """Text as the inputs of a model."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from upcycle.errors import UsageError
 
 WINDOW = 512
 SEQUENCE = 64  # tokens of a sentence, for a model that reads sentences
+CHARACTERS = 8  # of a token: most have fewer
+BESIDE_A_CUT = 16  # tokens, or sequences of them
+T = TypeVar("T")
 
 
 def longest(model: nn.Module) -> int:
@@ -74,17 +77,44 @@ def sequences(
     their ends, and the last of a text is shorter where the tokenizer can pad.
     """
     if is_running:
-        ids: list[int] = []
-        for text in texts:
-            ids += tokenizer(text, verbose=False).input_ids
-            if len(ids) >= max(most, length):
-                break
-        count = min(len(ids), max(most, length)) // length
+        wanted = max(most, length)
+
+        def tokens_of(text: str) -> list[int]:
+            found: list[int] = tokenizer(text, verbose=False).input_ids
+            return found
+
+        ids = _first(tokens_of, texts, wanted, CHARACTERS)
+        count = min(len(ids), wanted) // length
         return [ids[i * length : (i + 1) * length] for i in range(count)]
-    cut = tokenizer(
-        list(texts), truncation=True, max_length=length, return_overflowing_tokens=True
-    ).input_ids
     has_padding = tokenizer.pad_token is not None
     special = tokenizer.num_special_tokens_to_add()
-    rows = [row for row in cut if (len(row) > special if has_padding else len(row) == length)]
-    return rows[: max(1, most // length)]
+
+    def rows_of(text: str) -> list[list[int]]:
+        cut = tokenizer(
+            [text], truncation=True, max_length=length, return_overflowing_tokens=True
+        ).input_ids
+        return [row for row in cut if (len(row) > special if has_padding else len(row) == length)]
+
+    return _first(rows_of, texts, max(1, most // length), CHARACTERS * length)
+
+
+def _first(
+    parts_of: Callable[[str], list[T]], texts: Sequence[str], count: int, characters: int
+) -> list[T]:
+    """The first `count` parts of `texts`, or all: of a long text only as much is read as it takes.
+
+    `characters` are those of a part, at most, as a first guess. The parts beside a cut differ from
+    those of the whole text, and are left out.
+    """
+    found: list[T] = []
+    for text in texts:
+        missing = count - len(found)
+        size = characters * (missing + BESIDE_A_CUT)
+        parts = parts_of(text[:size])
+        while len(parts) < missing + BESIDE_A_CUT and size < len(text):
+            size *= 2
+            parts = parts_of(text[:size])
+        found += parts[:missing]
+        if len(found) == count:
+            break
+    return found
