@@ -69,6 +69,21 @@ def test_a_sample_is_downloaded_once(
     assert sample_store.find(tiny.package) == found.parent
 
 
+def test_offline_a_sample_that_is_not_there_is_refused_at_once(
+    tiny: Sample, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a variable of our own: HF_HUB_OFFLINE, which the tests set, is about the hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("UPCYCLE_OFFLINE", "1")
+    with pytest.raises(UsageError, match="UPCYCLE_OFFLINE is set: unset it once"):
+        samples.path("sample:tiny")
+    assert not cache.exists()
+    monkeypatch.setenv("UPCYCLE_OFFLINE", "0")
+    found = samples.path("sample:tiny")
+    monkeypatch.setenv("UPCYCLE_OFFLINE", "1")
+    assert samples.path("sample:tiny") == found  # what is there is there
+
+
 def test_a_wrong_hash_is_refused(
     tiny: Sample, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

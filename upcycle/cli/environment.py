@@ -18,7 +18,10 @@ PACKAGES = (
     *("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "gguf", "peft"),
     *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "ray"),
 )
-VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "UPCYCLE_CACHE", "OMP_NUM_THREADS")
+VARIABLES = (
+    *("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "UPCYCLE_OFFLINE", "UPCYCLE_CACHE"),
+    "OMP_NUM_THREADS",
+)
 
 
 def environment() -> dict[str, Any]:

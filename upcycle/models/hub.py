@@ -31,6 +31,7 @@ from tqdm import tqdm
 from upcycle.errors import UsageError, has_a_sentence, one_line
 from upcycle.models.companions import KNOWN, TEMPLATES
 from upcycle.util.background import started
+from upcycle.util.offline import VARIABLE, is_offline
 from upcycle.util.progress import Progress, silent
 from upcycle.util.quiet import quiet_logs
 
@@ -125,14 +126,16 @@ def parsed(name: str) -> HubId | None:
 def snapshot(named: HubId, *, trust_remote_code: bool = False) -> Snapshot:
     """The commit that `named` means now, with its configuration and tokenizer.
 
-    Where the hub cannot be reached, or may not be (``HF_HUB_OFFLINE``), the cache answers.
+    Where the hub cannot be reached, or may not be (``HF_HUB_OFFLINE``, ``UPCYCLE_OFFLINE``), the
+    cache answers.
 
     Raises:
         UsageError: there is no such repository or revision, or none that can be reached.
     """
     patterns = (*CONFIGURATION, "*.py") if trust_remote_code else CONFIGURATION
-    sizes, why = None, "HF_HUB_OFFLINE is set: unset it, or name a directory"
-    if not constants.is_offline_mode():
+    variable = VARIABLE if is_offline() else "HF_HUB_OFFLINE"
+    sizes, why = None, f"{variable} is set: unset it, or name a directory"
+    if not constants.is_offline_mode() and not is_offline():
         with _sentences(named.repo, named.revision):
             sizes = _sizes(named)
         why = f"{constants.ENDPOINT} does not answer: check the network, or name a directory"

