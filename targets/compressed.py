@@ -10,11 +10,9 @@ Shape suffixes: N rows, K inputs of a row, W words of a row.
 
 import importlib
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +67,6 @@ def words(packed_NP: torch.Tensor) -> torch.Tensor:
     return padded.contiguous().view(WORD)
 
 
-def bytes_of(shape: tuple[int, int], bits: int, block: int | None, dtype: torch.dtype) -> int:
-    """What a matrix takes in the files: its numbers, its scales, and its shape."""
-    rows, columns = shape
-    numbers = rows * math.ceil(columns * bits / 32) * WORD.itemsize
-    scales = rows * math.ceil(columns / (block or columns)) * dtype.itemsize
-    return numbers + scales + 2 * torch.int64.itemsize
-
-
 def write_packed(directory: Path, matrices: Mapping[str, Packed], kept: Sequence[str]) -> None:
     """Write `matrices` in the place of the tensors of these names, and say so in ``config.json``.
 
@@ -111,11 +101,11 @@ def _entries(
             found = tensors_of(matrices[name]).items()
             parts = {f"{stem}weight_{part}": tensor for part, tensor in found}
         for part, tensor in parts.items():
-            yield TensorEntry(part, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
+            yield _entry(part, tensor)
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
+    return TensorEntry(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def quantization_config(matrices: Mapping[str, Packed], kept: Sequence[str]) -> dict[str, Any]:

@@ -137,10 +137,10 @@ def _load_transformers(directory: Path, trust_remote_code: bool, **options: Any)
                 f"{min(map(str, info[problem]))}; the files do not fit config.json"
             )
     loaded: nn.Module = model.eval()
-    quantizer: Any = getattr(loaded, "hf_quantizer", None)
-    if hasattr(quantizer, "compressor") and not options:
+    compressor = getattr(getattr(loaded, "hf_quantizer", None), "compressor", None)
+    if compressor is not None and not options:
         with quiet_transformers():  # else linear maps have no weights before the first forward
-            quantizer.compressor.decompress_model(loaded)
+            compressor.decompress_model(loaded)
     return loaded
 
 

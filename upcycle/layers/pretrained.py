@@ -104,7 +104,7 @@ class UpcycledModel(nn.Module):
         return requested
 
 
-def stacking() -> list[WeightConverter]:
+def stacking() -> list[Any]:
     """How transformers makes stacks of matrices that a file has one by one."""
     return [
         WeightConverter(f"experts.*.{name}.weight", f"experts.{name}", [MergeModulelist(dim=0)])
