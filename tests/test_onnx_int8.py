@@ -112,7 +112,7 @@ def test_the_file_computes_with_the_rounded_matrices(tmp_path: Path, more: Any) 
     kept = {name: t.clone() for name, t in model.state_dict().items()}
     for name, tensor in model.state_dict().items():
         if tensor.dim() > 1 and "router" not in name and "bias" not in name:
-            tensor.copy_(int8(tensor, "adaptive").floats())
+            tensor.copy_(int8(tensor, "auto").floats())
     ids = torch.arange(9)[None]
     (made,) = run_file(path, {"ids": ids.numpy()}).values()
     expected = model(ids)
